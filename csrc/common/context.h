@@ -1,0 +1,37 @@
+// Where a call runs: the instruction sets it may use, and the threads or the stream it runs on.
+#pragma once
+
+#include <cstdint>
+
+namespace dsv4 {
+
+// Ordered within a device: a limit admits itself and everything below it on that device.
+enum class Isa : int8_t { kScalar = 0, kAvx512 = 1, kAmx = 2, kSm80 = 16, kSm90 = 17 };
+
+enum class Device : int8_t { kCpu, kCuda };
+
+// Runs body(argument, begin, end) over pieces of [0, count), from any number of threads, and returns when all are done.
+// The caller supplies the threads: torch's inside torch, the program's own in native tests and benchmarks.
+using ParallelFor = void (*)(void* pool, int64_t count, void (*body)(void* argument, int64_t begin, int64_t end),
+                             void* argument);
+
+struct Context {
+  Device device = Device::kCpu;
+  Isa best = Isa::kScalar;             // what the hardware has, lowered by DSV4_MAX_ISA
+  ParallelFor parallel_for = nullptr;  // CPU
+  void* pool = nullptr;                // CPU: handed to parallel_for
+  int threads = 1;                     // CPU: how many parallel_for has; results never depend on it
+  void* stream = nullptr;              // CUDA: cudaStream_t
+  int device_index = 0;                // CUDA
+};
+
+// parallel_for with a callable. Results must not depend on how [0, count) is cut.
+template <class Body>
+void parallel(const Context& context, int64_t count, const Body& body) {
+  context.parallel_for(
+      context.pool, count,
+      [](void* argument, int64_t begin, int64_t end) { (*static_cast<const Body*>(argument))(begin, end); },
+      const_cast<Body*>(&body));
+}
+
+}  // namespace dsv4

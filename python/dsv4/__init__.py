@@ -1,0 +1,27 @@
+"""DeepSeek-V4's layers as torch custom ops, and the full model around them."""
+
+from dsv4 import nn, ops
+from dsv4.cache import KVCache
+from dsv4.checkpoint import init, load
+from dsv4.generation import encode_messages, generate, parse_completion
+from dsv4.model.config import Config
+from dsv4.model.transformer import Transformer
+from dsv4.planner import plan
+
+__version__ = "0.1.0"
+
+Transformer.generate = generate  # type: ignore[attr-defined]  # the loop stands above the model; this is its shorthand
+
+__all__ = [
+    "Config",
+    "KVCache",
+    "Transformer",
+    "encode_messages",
+    "generate",
+    "init",
+    "load",
+    "nn",
+    "ops",
+    "parse_completion",
+    "plan",
+]

@@ -1,0 +1,221 @@
+"""The full model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dsv4.cache import KVCache, Step
+from dsv4.model.block import Block
+from dsv4.model.config import Config
+from dsv4.nn.hyper_connection import STREAMS, MixingSettings, mixing_parameters
+from dsv4.nn.linear import Linear, RMSNorm, check_quantization, empty_parameter, linear
+from dsv4.nn.rows import RopeFrequencies, Rows
+
+class Transformer(nn.Module):
+    """DeepSeek-V4: embedding, layers over 4 residual streams, head, and the multi-token prediction blocks.
+
+    Args:
+        config: of the model.
+        quantization: "checkpoint": weights as released (FP8, FP4), activations and cache rounded where the checkpoint was
+            trained with it. "off": plain weights and cache of `dtype`; equals transformers' implementation to rounding;
+            differentiable.
+        dtype: of activations and, in mode "off", of weights and cache.
+    """
+
+    def __init__(
+        self, config: Config, quantization: str = "checkpoint", dtype: torch.dtype = torch.bfloat16
+    ):
+        super().__init__()
+        exact = check_quantization(quantization) == "checkpoint"
+        trainable = not exact
+        self.config, self.quantization, self.dtype = config, quantization, dtype
+        self.frequencies = RopeFrequencies(config)
+        self.mixing = MixingSettings.of(config)
+        self.embed = nn.Module()
+        self.embed.weight = empty_parameter(config.vocab_size, config.hidden_size, dtype=dtype, trainable=trainable)
+        if not self.embed.weight.is_meta:
+            nn.init.normal_(self.embed.weight)
+        self.layers = nn.ModuleList(
+            Block(config, config.layer_ratio(index), index < config.num_hash_layers, quantization, dtype)
+            for index in range(config.num_hidden_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, trainable)
+        self.head = Linear(
+            config.hidden_size, config.vocab_size, dtype, wide=True, exact=exact, trainable=trainable
+        )
+        mixing_dtype = dtype if trainable else torch.float32
+        self.hc_head_fn, self.hc_head_base, self.hc_head_scale = mixing_parameters(
+            config.hidden_size, STREAMS, 1, mixing_dtype, trainable
+        )
+        self.mtp = nn.ModuleList(
+            MultiTokenPrediction(config, config.layer_ratio(config.num_hidden_layers + index), quantization, dtype)
+            for index in range(config.num_nextn_predict_layers)
+        )
+
+    @property
+    def device(self) -> torch.device:
+        return self.embed.weight.device
+
+    def new_cache(self, batch_size: int = 1, max_seq_len: int = 1 << 20, **options: Any) -> KVCache:
+        """An empty cache for `batch_size` sequences of up to `max_seq_len` tokens; options as of `dsv4.KVCache`."""
+        return KVCache(
+            self.config,
+            batch_size,
+            max_seq_len,
+            quantization=self.quantization,
+            dtype=self.dtype,
+            device=self.device,
+            **options,
+        )
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        cache: KVCache | None = None,
+        *,
+        num_tokens: Sequence[int] | None = None,
+        logits_to_keep: int = 0,
+    ) -> Tensor:
+        """Logits of a chunk of tokens, which the cache, if given, then holds.
+
+        Args:
+            input_ids: integer [batch, seq]. The batch is the cache's; seq is any length.
+            cache: continues the sequences it holds; None: whole sequences from position 0, nothing kept.
+            num_tokens: how many tokens of each row count, from its left (for sequences of different lengths); the rest
+                is padding, neither stored nor seen, and its logits are 0. None: all.
+            logits_to_keep: compute logits for the last so many columns alone; 0: for all.
+        Returns: float32 [batch, seq or logits_to_keep, vocab] (float64 where the model is).
+        Raises:
+            ValueError: ids not integer [batch, seq] or out of range; batch or num_tokens not fitting; past max_seq_len.
+        """
+        ids, counts = self._check_ids(input_ids, cache, num_tokens)
+        batch, length = ids.shape
+        if cache is None:
+            used = torch.tensor(counts, device=ids.device)[:, None] > torch.arange(length, device=ids.device)
+            rows = Rows.whole_sequences(batch, length, self.frequencies, ids.device, ids.reshape(-1))
+            streams = self._layers(rows, None)  # padding stands right of what counts, so nothing that counts sees it
+            return self._logits(streams.view(batch, length, STREAMS, -1), used, logits_to_keep)
+        for step in cache.pending():
+            self._run(cache, step)
+        step = cache.begin([row[:count] for row, count in zip(ids, counts, strict=True)])
+        flat = self._run(cache, step)
+        used = torch.tensor(counts, device=ids.device)[:, None] > torch.arange(length, device=ids.device)
+        streams = flat.new_zeros(batch, length, STREAMS, flat.shape[-1])
+        streams[used] = flat
+        return self._logits(streams, used, logits_to_keep)
+
+    def _run(self, cache: KVCache, step: Step) -> Tensor:
+        rows = Rows(
+            step.sequence,
+            step.position,
+            self.frequencies,
+            step.window_table,
+            step.compressed_table,
+            step.write_table,
+            step.token_ids,
+        )
+        streams = self._layers(rows, cache)
+        cache.commit(step)
+        return streams
+
+    def _layers(self, rows: Rows, cache: KVCache | None) -> Tensor:
+        assert rows.token_ids is not None
+        streams = self._embed(rows.token_ids).unsqueeze(1).repeat(1, STREAMS, 1)
+        for index, block in enumerate(self.layers):
+            streams = block(streams, rows, cache.layers[index] if cache is not None else None)
+        return streams
+
+    def _embed(self, token_ids: Tensor) -> Tensor:
+        return F.embedding(token_ids, self.embed.weight).to(self.dtype)
+
+    def _logits(self, streams: Tensor, used: Tensor, keep: int) -> Tensor:
+        """streams [batch, length, 4, hidden] -> [batch, kept, vocab]; 0 where `used` is False."""
+        if keep:
+            streams, used = streams[:, -keep:], used[:, -keep:]
+        hidden = self._collapse(streams[used], self.hc_head_fn, self.hc_head_scale, self.hc_head_base, self.norm)
+        logits = self.head(hidden)
+        if bool(used.all()):
+            return logits.view(*used.shape, -1)
+        out = logits.new_zeros(*used.shape, logits.shape[-1])
+        out[used] = logits
+        return out
+
+    def _collapse(self, streams: Tensor, fn: Tensor, scale: Tensor, base: Tensor, norm: RMSNorm) -> Tensor:
+        wide = torch.promote_types(streams.dtype, torch.float32)
+        return norm(self.mixing.head(streams, fn.to(wide), scale.to(wide), base.to(wide)))
+
+    def hidden_streams(self, input_ids: Tensor) -> Tensor:
+        """Residual streams after the last layer, [batch, seq, 4, hidden]: what multi-token prediction starts from."""
+        ids, _ = self._check_ids(input_ids, None, None)
+        rows = Rows.whole_sequences(*ids.shape, self.frequencies, ids.device, ids.reshape(-1))
+        return self._layers(rows, None).unflatten(0, ids.shape)
+
+    def predict_next(self, streams: Tensor, next_ids: Tensor, block: int = 0) -> Tensor:
+        """Logits of the token after next, by a multi-token prediction block.
+
+        Args:
+            streams: [batch, seq, 4, hidden], row t the streams after the last layer at position t.
+            next_ids: integer [batch, seq], row t the token at position t + 1.
+            block: which of the model's `mtp` blocks.
+        Returns: float32 [batch, seq, vocab], row t for position t + 2.
+        """
+        if not 0 <= block < len(self.mtp):
+            raise ValueError(f"the model has {len(self.mtp)} multi-token prediction blocks, asked for number {block}")
+        ids, _ = self._check_ids(next_ids, None, None)
+        rows = Rows.whole_sequences(*ids.shape, self.frequencies, ids.device, ids.reshape(-1))
+        module = self.mtp[block]
+        hidden = module(streams.flatten(0, 1), self._embed(rows.token_ids), rows)
+        collapsed = self._collapse(
+            hidden, module.hc_head_fn, module.hc_head_scale, module.hc_head_base, module.norm
+        )
+        return self.head(collapsed).unflatten(0, ids.shape)
+
+    def _check_ids(
+        self, input_ids: Tensor, cache: KVCache | None, num_tokens: Sequence[int] | None
+    ) -> tuple[Tensor, list[int]]:
+        if input_ids.dim() != 2 or input_ids.dtype.is_floating_point or input_ids.dtype == torch.bool:
+            raise ValueError(
+                f"input_ids must be integer [batch, seq], got {input_ids.dtype} {list(input_ids.shape)}"
+            )
+        ids = input_ids.to(device=self.device, dtype=torch.int64)
+        if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= self.config.vocab_size):
+            raise ValueError(
+                f"input_ids must lie in [0, {self.config.vocab_size}), got {int(ids.min())} to {int(ids.max())}"
+            )
+        if cache is not None and cache.batch_size != ids.shape[0]:
+            raise ValueError(f"the cache holds {cache.batch_size} sequences, input_ids has {ids.shape[0]} rows")
+        counts = [ids.shape[1]] * ids.shape[0] if num_tokens is None else [int(n) for n in num_tokens]
+        if len(counts) != ids.shape[0] or any(not 0 <= n <= ids.shape[1] for n in counts):
+            raise ValueError(f"num_tokens must be {ids.shape[0]} counts of 0 to {ids.shape[1]}, got {counts}")
+        return ids, counts
+
+
+class MultiTokenPrediction(Block):
+    """A layer that predicts one token further: streams of position t and the embedding of token t + 1.
+
+    Row t stands at rope position t. Source: the official inference code (which ships no driver for it).
+    """
+
+    def __init__(self, config: Config, ratio: int, quantization: str, dtype: torch.dtype):
+        super().__init__(config, ratio, False, quantization, dtype)
+        trainable = quantization == "off"
+        hidden, eps = config.hidden_size, config.rms_norm_eps
+        self.e_proj = linear(hidden, hidden, quantization, dtype)
+        self.h_proj = linear(hidden, hidden, quantization, dtype)
+        self.enorm = RMSNorm(hidden, eps, dtype, trainable)
+        self.hnorm = RMSNorm(hidden, eps, dtype, trainable)
+        self.norm = RMSNorm(hidden, eps, dtype, trainable)
+        mixing_dtype = dtype if trainable else torch.float32
+        self.hc_head_fn, self.hc_head_base, self.hc_head_scale = mixing_parameters(
+            hidden, STREAMS, 1, mixing_dtype, trainable
+        )
+
+    def forward(self, streams: Tensor, embedded: Tensor, rows: Rows) -> Tensor:  # type: ignore[override]
+        """streams [tokens, 4, hidden], embedded [tokens, hidden] -> [tokens, 4, hidden]."""
+        mixed = self.e_proj(self.enorm(embedded)).unsqueeze(1) + self.h_proj(self.hnorm(streams))
+        return super().forward(mixed, rows, None)

@@ -1,0 +1,131 @@
+"""Linear layers: released FP8 weights as stored, or plain ones."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dsv4 import ops
+from dsv4.ops._exact import exact_matmul
+
+FP8_BLOCK = 128
+
+
+def check_quantization(quantization: str) -> str:
+    if quantization not in ("checkpoint", "off"):
+        raise ValueError(f'quantization must be "checkpoint" or "off", got {quantization!r}')
+    return quantization
+
+
+def empty_parameter(*shape: int, dtype: torch.dtype, trainable: bool) -> nn.Parameter:
+    return nn.Parameter(torch.empty(*shape, dtype=dtype), requires_grad=trainable and dtype.is_floating_point)
+
+
+@torch.no_grad()
+def fill_normal(weight: Tensor) -> None:
+    """Normal values of standard deviation 1 / sqrt(inputs); nothing to do on the meta device."""
+    if not weight.is_meta:
+        weight.copy_(torch.randn(weight.shape, device=weight.device) * weight.shape[-1] ** -0.5)
+
+
+@torch.no_grad()
+def fill_fp8(weight: Tensor, scale: Tensor) -> None:
+    """The same distribution as FP8 codes under one power-of-two scale."""
+    if weight.is_meta:
+        return
+    exponent = math.floor(math.log2(weight.shape[-1] ** -0.5 / 64))
+    values = torch.randn(weight.shape, device=weight.device) * (weight.shape[-1] ** -0.5 / 2.0**exponent)
+    weight.copy_(values.clamp(-448, 448))
+    scale.copy_(torch.full(scale.shape, 2.0**exponent, device=scale.device))
+
+
+class Linear(nn.Module):
+    """`y = x W^T` with a plain weight, in the input's dtype.
+
+    Args:
+        in_features, out_features: widths.
+        dtype: of the weight.
+        wide: products of float32 operands, float32 result (compressor, index weights, logits); float64 stays float64.
+        exact: accumulate in float64 and round once, so that a row's result does not depend on the rows beside it.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        dtype: torch.dtype,
+        *,
+        wide: bool = False,
+        exact: bool = False,
+        trainable: bool = True,
+    ):
+        super().__init__()
+        self.weight = empty_parameter(out_features, in_features, dtype=dtype, trainable=trainable)
+        self.wide = wide
+        self.exact = exact
+        fill_normal(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = torch.promote_types(x.dtype, torch.float32) if self.wide else x.dtype
+        if self.exact:
+            return exact_matmul(x, self.weight.t(), dtype)
+        return F.linear(x.to(dtype), self.weight.to(dtype))
+
+
+class Fp8Linear(nn.Module):
+    """`y = quantize(x) dequantize(W)^T`: weight e4m3 [out, in] with one scale per 128 x 128 block, as released."""
+
+    def __init__(self, in_features: int, out_features: int, scale_dtype: torch.dtype = torch.float8_e8m0fnu):
+        super().__init__()
+        blocks = (-(-out_features // FP8_BLOCK), -(-in_features // FP8_BLOCK))
+        self.weight = empty_parameter(out_features, in_features, dtype=torch.float8_e4m3fn, trainable=False)
+        self.scale = empty_parameter(*blocks, dtype=scale_dtype, trainable=False)
+        fill_fp8(self.weight, self.scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.fp8_linear(x, self.weight, self.scale)
+
+
+class GroupedLinear(nn.Module):
+    """One weight a group of heads: x [tokens, groups, in] -> [tokens, groups, out]. Activations are never quantised."""
+
+    def __init__(self, groups: int, in_features: int, out_features: int, quantization: str, dtype: torch.dtype):
+        super().__init__()
+        if quantization == "checkpoint":
+            blocks = (-(-groups * out_features // FP8_BLOCK), -(-in_features // FP8_BLOCK))
+            self.weight = empty_parameter(
+                groups * out_features, in_features, dtype=torch.float8_e4m3fn, trainable=False
+            )
+            self.scale: nn.Parameter | None = empty_parameter(*blocks, dtype=torch.float8_e8m0fnu, trainable=False)
+            fill_fp8(self.weight, self.scale)
+        else:
+            self.weight = empty_parameter(groups * out_features, in_features, dtype=dtype, trainable=True)
+            self.scale = None
+            fill_normal(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.grouped_linear(x, self.weight, self.scale)
+
+
+def linear(in_features: int, out_features: int, quantization: str, dtype: torch.dtype) -> nn.Module:
+    """The layer that a weight released as an FP8 pair becomes in this mode."""
+    if quantization == "checkpoint":
+        return Fp8Linear(in_features, out_features)
+    return Linear(in_features, out_features, dtype)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm with a weight, computed in float32."""
+
+    def __init__(self, width: int, eps: float, dtype: torch.dtype, trainable: bool = True):
+        super().__init__()
+        self.weight = empty_parameter(width, dtype=dtype, trainable=trainable)
+        self.eps = eps
+        if not self.weight.is_meta:
+            nn.init.ones_(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.rms_norm(x, self.weight, self.eps)

@@ -1,0 +1,89 @@
+"""The rows of one step: where each token stands, and the tables its layers share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from dsv4 import ops
+from dsv4.model.config import Config
+
+BLOCK = 256
+"""Raw positions covered by one column of every page table."""
+
+
+class RopeFrequencies:
+    """The two rotary embeddings of a model.
+
+    Layers that compress use `compress_rope_theta` with YaRN for queries, window, compressed and index keys alike; pure
+    sliding-window layers use `rope_theta` without YaRN.
+    """
+
+    def __init__(self, config: Config):
+        rope_dim, yarn = config.qk_rope_head_dim, config.rope_scaling
+        self._inverse = {
+            False: ops.rope_frequencies(rope_dim, config.rope_theta),
+            True: ops.rope_frequencies(rope_dim, config.compress_rope_theta, yarn),
+        }
+        self._factor = {False: 1.0, True: yarn.attention_factor if yarn else 1.0}
+
+    def rope(self, compressed: bool, position: Tensor) -> Tensor:
+        """float32 (cos, sin), [tokens, rope_dim / 2, 2]."""
+        inverse = self._inverse[compressed] = self._inverse[compressed].to(position.device)
+        rope = ops.rope_rows(position, inverse)
+        return rope if self._factor[compressed] == 1.0 else rope * self._factor[compressed]
+
+
+@dataclass
+class Rows:
+    """Query rows of a step, sequences one after another, positions ascending inside each.
+
+    Attributes:
+        sequence: int32 [tokens], slot of the cache (or of the batch) that a row belongs to.
+        position: int32 [tokens], absolute position, from 0.
+        token_ids: int64 [tokens] or None, for hash routing.
+        window_table: int32 [sequences, blocks], physical page of every 256 positions of window rows, -1 = not stored.
+        compressed_table: int32 [sequences, blocks], the same for compressed entries and index keys.
+        write_table: int32 [sequences, blocks], where new compressed entries go; -1 = keep what is there.
+    """
+
+    sequence: Tensor
+    position: Tensor
+    frequencies: RopeFrequencies
+    window_table: Tensor
+    compressed_table: Tensor
+    write_table: Tensor
+    token_ids: Tensor | None = None
+    _ropes: dict[tuple[bool, int], Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def whole_sequences(
+        cls, batch: int, length: int, frequencies: RopeFrequencies, device: torch.device, token_ids: Tensor | None = None
+    ) -> Rows:
+        """Rows of `batch` sequences of `length` tokens from position 0, each with pages of its own, in order."""
+        blocks = -(-length // BLOCK)
+        table = torch.arange(batch * blocks, dtype=torch.int32, device=device).view(batch, blocks)
+        sequence = torch.arange(batch, dtype=torch.int32, device=device).repeat_interleave(length)
+        position = torch.arange(length, dtype=torch.int32, device=device).repeat(batch)
+        return cls(sequence, position, frequencies, table, table, table, token_ids)
+
+    def rope(self, compressed: bool) -> Tensor:
+        """(cos, sin) at each row's own position, [tokens, rope_dim / 2, 2]."""
+        return self._rope(compressed, 1)
+
+    def entry_rope(self, ratio: int) -> Tensor:
+        """(cos, sin) at the first position of the block of `ratio` tokens that each row stands in."""
+        return self._rope(True, ratio)
+
+    def _rope(self, compressed: bool, ratio: int) -> Tensor:
+        key = (compressed, ratio)
+        if key not in self._ropes:
+            position = torch.div(self.position, ratio, rounding_mode="floor") * ratio
+            self._ropes[key] = self.frequencies.rope(compressed, position)
+        return self._ropes[key]
+
+    def visible_entries(self, ratio: int) -> Tensor:
+        """int32 [tokens]: how many compressed entries each row may attend to, (position + 1) // ratio."""
+        return torch.div(self.position + 1, ratio, rounding_mode="floor").to(torch.int32)
