@@ -1,0 +1,206 @@
+"""The whole model against the outputs of the official program."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from golden import CASES, ROOT, Run, feed, model, random_cuts, rel_rms, runs, tensors
+from torch import Tensor, nn
+
+import dsv4
+from dsv4.nn import Rows
+
+RUNS = runs()
+SCHEDULES = {
+    "stateless": None,
+    "prefill": lambda run: [run.length],
+    "prefill+steps": lambda run: [run.prompt] + [1] * (run.length - run.prompt),
+    "chunks0": lambda run: random_cuts(run.length, 0),
+    "chunks1": lambda run: random_cuts(run.length, 1),
+    "chunks2": lambda run: random_cuts(run.length, 2),
+}
+
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("run", RUNS, ids=str)
+@torch.no_grad()
+def test_strict_logits(run: Run, schedule: str) -> None:
+    strict = model(run.case, "off", torch.float32)
+    chunks = SCHEDULES[schedule]
+    got = strict(run.ids) if chunks is None else feed(strict, run.ids, chunks(run))
+    expected = tensors(run.case, "expected_fp32")[f"{run.name}.logits"]
+    assert (got - expected).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("run", [run for run in RUNS if run.batch > 1], ids=str)
+@torch.no_grad()
+def test_strict_logits_alone(run: Run) -> None:
+    strict = model(run.case, "off", torch.float32)
+    expected = tensors(run.case, "expected_fp32")[f"{run.name}.logits"]
+    for row in range(run.batch):
+        got = feed(strict, run.ids[row : row + 1], random_cuts(run.length, row))
+        assert (got[0] - expected[row]).abs().max() <= 1e-4
+
+
+def selections(run: Run) -> list[tuple[str, int]]:
+    """(intermediate's name, layer) of every selection of this run that the case recorded at prefill."""
+    found = []
+    for key in tensors(run.case, "intermediates_fp32"):
+        name, phase, _, layer, *what = key.split(".")
+        if name == run.name and phase == "prefill" and ".".join(what) in ("gate.indices", "indexer.topk_idxs"):
+            found.append((".".join(what), int(layer)))
+    return found
+
+
+@pytest.mark.parametrize("run", [run for run in RUNS if selections(run)], ids=str)
+@torch.no_grad()
+def test_strict_selections(run: Run) -> None:
+    strict = model(run.case, "off", torch.float32)
+    taken: dict[tuple[str, int], list] = {}
+    hooks = []
+    for what, layer in selections(run):
+        block = strict.layers[layer]
+        module = block.ffn.gate if what == "gate.indices" else block.attn.indexer
+        found = taken[what, layer] = []
+        hooks.append(module.register_forward_hook(lambda _m, _i, output, found=found: found.append(output)))
+    cache = strict.new_cache(run.batch, run.length)
+    strict(run.ids[:, : run.prompt], cache=cache)
+    for hook in hooks:
+        hook.remove()
+    for (what, layer), outputs in taken.items():
+        expected = tensors(run.case, "intermediates_fp32")[f"{run.name}.prefill.layers.{layer}.{what}"]
+        got = outputs[0][1] if what == "gate.indices" else outputs[0]
+        expected = expected.flatten(0, -2).long()
+        if what == "indexer.topk_idxs":  # recorded with an offset of the prompt's length
+            expected = torch.where(expected < 0, expected, expected - run.prompt)
+        for row in range(len(expected)):
+            assert set(expected[row].tolist()) - {-1} == set(got[row].tolist()) - {-1}, (what, layer, row)
+
+
+def full_run(case: str) -> Run:
+    return next(run for run in RUNS if run.case == case and run.name == "full")
+
+
+@torch.no_grad()
+def test_multi_token_prediction() -> None:
+    run = full_run("dev_a")
+    strict = model("dev_a", "off", torch.float32)
+    expected = tensors("dev_a", "intermediates_fp32")
+    got = strict.predict_next(expected["full.mtp.h_in"], run.ids[:, 1:])
+    assert (got - expected["full.mtp.logits"]).abs().max() <= 1e-4
+    streams = strict.hidden_streams(run.ids[:, :-1])
+    assert rel_rms(streams, expected["full.mtp.h_in"]).max() <= 1e-4
+
+
+def phases(run: Run) -> list[tuple[str, int, int]]:
+    """(phase, first position, tokens) of the run's recorded calls."""
+    steps = [(f"decode{index}", position, 1) for index, position in enumerate(range(run.prompt, run.length))]
+    return [("prefill", 0, run.prompt), *steps]
+
+
+@pytest.mark.parametrize("case", CASES)
+@torch.no_grad()
+def test_feed_forward_pairs(case: str) -> None:
+    run, shipped = full_run(case), model(case, "checkpoint", torch.bfloat16)
+    recorded = tensors(case, "intermediates_quant")
+    for layer, block in enumerate(shipped.layers):
+        compared = []
+        for phase, start, count in phases(run):
+            key = f"full.{phase}.layers.{layer}"
+            if f"{key}.ffn.in" not in recorded:
+                continue
+            ids = run.ids[:, start : start + count].reshape(-1)
+            x = recorded[f"{key}.ffn.in"].flatten(0, 1)
+            same = torch.ones(len(x), dtype=torch.bool)
+            if f"{key}.gate.indices" in recorded:
+                _, indices = block.ffn.gate(x, ids)
+                expected_indices = recorded[f"{key}.gate.indices"]
+                same = (indices.sort(-1).values == expected_indices.sort(-1).values).all(-1)
+            error = rel_rms(block.ffn(x, ids), recorded[f"{key}.ffn.out"].flatten(0, 1))
+            compared.append(error[same])
+        errors = torch.cat(compared)
+        assert len(errors) >= run.prompt // 2
+        assert errors.median() <= 0.01 and errors.max() <= 0.03
+
+
+@pytest.mark.parametrize("case", CASES)
+@torch.no_grad()
+def test_attention_pairs(case: str) -> None:
+    """Sublayer inputs of the recorded calls, fed one after another through each layer's cache."""
+    shipped = model(case, "checkpoint", torch.bfloat16)
+    recorded = tensors(case, "intermediates_quant")
+    for run in (run for run in RUNS if run.case == case):
+        for layer, block in enumerate(shipped.layers):
+            errors = attention_errors(shipped, block, layer, run, recorded)
+            if errors is not None:
+                assert errors.median() <= 0.02 and errors.max() <= 0.05, (run, layer)
+
+
+def attention_errors(
+    shipped: dsv4.Transformer, block: nn.Module, layer: int, run: Run, recorded: dict[str, Tensor]
+) -> Tensor | None:
+    """Relative errors of rows whose selection is the recorded one; None where the run recorded nothing."""
+    cache, compared = shipped.new_cache(run.batch, run.length), []
+    for phase, start, count in phases(run):
+        key = f"{run.name}.{phase}.layers.{layer}"
+        if f"{key}.attn.in" not in recorded:
+            break
+        step = cache.begin(list(run.ids[:, start : start + count]))
+        tables = (step.window_table, step.compressed_table, step.write_table)
+        rows = Rows(step.sequence, step.position, shipped.frequencies, *tables)
+        selected: list[Tensor] = []
+        hook = block.attn.indexer.register_forward_hook(lambda *a: selected.append(a[-1])) if block.attn.indexer else None
+        got = block.attn(recorded[f"{key}.attn.in"].flatten(0, 1), rows, cache.layers[layer])
+        cache.commit(step)
+        same = torch.ones(len(got), dtype=torch.bool)
+        if hook is not None:
+            hook.remove()
+            if f"{key}.indexer.topk_idxs" in recorded:
+                offset = run.prompt if phase == "prefill" else shipped.config.sliding_window
+                expected = recorded[f"{key}.indexer.topk_idxs"].flatten(0, -2).long()
+                expected = torch.where(expected < 0, expected, expected - offset)
+                same = torch.tensor(
+                    [set(e.tolist()) - {-1} == set(g.tolist()) - {-1} for e, g in zip(expected, selected[0], strict=True)]
+                )
+        assert same.float().mean() >= 0.5
+        compared.append(rel_rms(got, recorded[f"{key}.attn.out"].flatten(0, 1))[same])
+    return torch.cat(compared) if compared else None
+
+
+def pooled_errors(case: str, quantization: str, expected: str, stable: bool) -> Tensor:
+    errors = []
+    for run in (run for run in RUNS if run.case == case):
+        shipped = model(case, quantization, torch.bfloat16)
+        got = feed(shipped, run.ids, [run.prompt] + [1] * (run.length - run.prompt))
+        error = rel_rms(got, tensors(case, expected)[f"{run.name}.logits"])
+        if stable:
+            error = error[tensors(case, expected)[f"{run.name}.noise_env"] < 0.15]
+        errors.append(error.flatten())
+    return torch.cat(errors)
+
+
+@pytest.mark.parametrize("case", CASES)
+@torch.no_grad()
+def test_as_shipped_logits(case: str) -> None:
+    """A sanity check: rounding flips are amplified, so only the bulk can be compared."""
+    assert pooled_errors(case, "checkpoint", "expected_quant", False).median() <= 0.10
+    errors = pooled_errors(case, "checkpoint", "expected_quant", True)
+    assert (errors <= 0.15).float().mean() >= 0.90
+
+
+@pytest.mark.parametrize("case", CASES)
+@torch.no_grad()
+def test_bfloat16_logits(case: str) -> None:
+    """bfloat16 arithmetic without quantisation stays near the float32 logits."""
+    errors = pooled_errors(case, "off", "expected_fp32", False)
+    assert errors.median() <= 0.015
+    assert (errors <= 0.05).float().mean() >= 0.90
+
+
+def test_cases_are_complete() -> None:
+    assert sorted(path.name for path in ROOT.iterdir() if (path / "meta.json").exists()) == list(CASES)
+    assert all(json.loads((ROOT / case / "config.json").read_text())["model_type"] == "deepseek_v4" for case in CASES)
+    assert len(RUNS) == 14

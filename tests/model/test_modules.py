@@ -1,0 +1,134 @@
+"""The layers as standalone modules: any width, forward and backward."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+import dsv4
+
+CONFIG = replace(
+    dsv4.Config.preset("nano"),
+    hidden_size=48,
+    num_attention_heads=3,
+    o_groups=1,
+    head_dim=32,
+    qk_rope_head_dim=16,
+    q_lora_rank=24,
+    o_lora_rank=20,
+    index_n_heads=4,
+    index_head_dim=32,
+    index_topk=3,
+    sliding_window=5,
+    n_routed_experts=6,
+    num_experts_per_tok=2,
+    moe_intermediate_size=40,
+    swiglu_limit=0.5,
+)
+
+
+def build(kind: str, dtype: torch.dtype, quantization: str = "off", config: dsv4.Config = CONFIG) -> nn.Module:
+    torch.manual_seed(3)
+    if kind == "SWA":
+        return dsv4.nn.SlidingWindowAttention(config, quantization=quantization, dtype=dtype)
+    if kind == "CSA":
+        return dsv4.nn.CompressedSparseAttention(config, quantization=quantization, dtype=dtype)
+    if kind == "HCA":
+        return dsv4.nn.HeavilyCompressedAttention(config, ratio=8, quantization=quantization, dtype=dtype)
+    return dsv4.nn.MixtureOfExperts(config, quantization=quantization, dtype=dtype)
+
+
+@pytest.mark.parametrize("kind", ["SWA", "CSA", "HCA", "MoE"])
+def test_gradients_in_float64(kind: str) -> None:
+    """Of the input and of every parameter, against finite differences along a random direction."""
+    module = build(kind, torch.float64)
+    torch.manual_seed(4)
+    x = torch.randn(2, 19, CONFIG.hidden_size, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(2, 19, CONFIG.hidden_size, dtype=torch.float64)
+    trained = [x] + [p for p in module.parameters() if p.requires_grad]
+    gradients = torch.autograd.grad((module(x) * weight).sum(), trained, allow_unused=True)
+    step = 1e-6
+    untouched = []
+    for tensor, gradient in zip(trained, gradients, strict=True):
+        direction = torch.randn_like(tensor)
+        with torch.no_grad():
+            tensor += step * direction
+            above = (module(x) * weight).sum()
+            tensor -= 2 * step * direction
+            below = (module(x) * weight).sum()
+            tensor += step * direction
+        slope = (above - below) / (2 * step)
+        if gradient is None:
+            untouched.append(tensor)
+            assert slope.abs() <= 1e-6
+            continue
+        torch.testing.assert_close((gradient * direction).sum(), slope, rtol=1e-5, atol=1e-6)
+    indexer = sum(1 for name, _ in module.named_parameters() if name.startswith("indexer."))
+    assert len(untouched) == indexer  # a selection has no gradient; everything else has
+
+
+@pytest.mark.parametrize("kind", ["SWA", "CSA", "HCA", "MoE"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_training_step(kind: str, dtype: torch.dtype) -> None:
+    module = build(kind, dtype)
+    x = torch.randn(1, 33, CONFIG.hidden_size, dtype=dtype, requires_grad=True)
+    out = module(x)
+    assert out.shape == x.shape and out.dtype == dtype
+    out.float().pow(2).sum().backward()
+    assert x.grad is not None and torch.isfinite(x.grad).all() and x.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("kind", ["SWA", "CSA", "HCA", "MoE"])
+@torch.no_grad()
+def test_checkpoint_mode_alone(kind: str) -> None:
+    """Quantised modules run without a cache; a batch gives what its sequences give alone."""
+    config = replace(CONFIG, hidden_size=128, head_dim=128, qk_rope_head_dim=64, index_head_dim=128, q_lora_rank=128,
+                     o_lora_rank=128, moe_intermediate_size=128)  # fmt: skip
+    module = build(kind, torch.bfloat16, "checkpoint", config)
+    x = torch.randn(3, 21, 128, dtype=torch.bfloat16)
+    out = module(x)
+    assert out.dtype == torch.bfloat16 and torch.isfinite(out).all() and out.abs().sum() > 0
+    for row in range(3):
+        assert torch.equal(module(x[row : row + 1]), out[row : row + 1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_hyper_connection(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    module = dsv4.nn.HyperConnection(CONFIG, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    inner = nn.Linear(CONFIG.hidden_size, CONFIG.hidden_size, dtype=dtype)
+    streams = torch.randn(2, 7, 4, CONFIG.hidden_size, dtype=dtype, requires_grad=True)
+    out = module(streams, inner)
+    assert out.shape == streams.shape and out.dtype == dtype
+    out.float().pow(2).sum().backward()
+    for tensor in (streams, module.fn, module.base, module.scale, inner.weight):
+        assert tensor.grad is not None and torch.isfinite(tensor.grad).all() and tensor.grad.abs().sum() > 0
+
+
+def test_hash_routing_needs_ids() -> None:
+    module = dsv4.nn.MixtureOfExperts(CONFIG, hash_routing=True, quantization="off", dtype=torch.float32)
+    with pytest.raises(ValueError, match=r"this layer routes by token id: pass token_ids, int64 \[tokens\]"):
+        module(torch.randn(4, CONFIG.hidden_size))
+    out = module(torch.randn(4, CONFIG.hidden_size), torch.tensor([0, 1, 2, 3]))
+    assert torch.isfinite(out).all()
+
+
+def test_unknown_quantization() -> None:
+    with pytest.raises(ValueError, match=r'quantization must be "checkpoint" or "off", got \'fp8\''):
+        dsv4.nn.SlidingWindowAttention(CONFIG, quantization="fp8")
+
+
+def test_model_gradients() -> None:
+    """The whole model trains in mode "off": every parameter outside the indexers gets a gradient."""
+    config = replace(CONFIG, num_hidden_layers=3, compress_ratios=(0, 4, 8), num_hash_layers=1, vocab_size=64)
+    model = dsv4.init(config, seed=0, quantization="off", dtype=torch.float32)
+    model.requires_grad_(True)
+    ids = torch.randint(64, (2, 24), generator=torch.Generator().manual_seed(0))
+    logits = model(ids)
+    torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
+    for name, parameter in model.named_parameters():
+        reached = parameter.grad is not None and bool(parameter.grad.abs().sum() > 0)
+        assert reached != (".indexer." in name or "tid2eid" in name or name.endswith("gate.bias")), name
