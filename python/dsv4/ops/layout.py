@@ -21,13 +21,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .quantize import dequantize_fp4, dequantize_fp8, quantize_fp4, quantize_fp8
+from dsv4.ops._check import Check, describe
+from dsv4.ops.quantize import dequantize_fp4, dequantize_fp8, quantize_fp4, quantize_fp8
+
+__all__: list[str] = []  # not a family of ops: import from this module
 
 ROW_BLOCK = 64  # codes that share one scale in an FP8 row
 FP4_BLOCK = 32  # codes that share one scale in an FP4 key
 
 ROW_FORMATS = ("fp8", "plain")
 KEY_FORMATS = ("fp4", "fp8", "plain")
+PLAIN_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def _round_up(value: int, multiple: int) -> int:
@@ -100,14 +104,26 @@ def allocate_key_pages(
     return torch.zeros(count, stride, dtype=torch.uint8, device=device)
 
 
-def row_pages_error(pages: Tensor, page_size: int, head_dim: int, rope_dim: int) -> str | None:
-    """What `pages` should have been as a pool of rows, or None when it is one."""
-    if pages.dtype == torch.uint8:
-        stride = page_bytes(page_size, head_dim, rope_dim, "fp8")
-        return None if pages.dim() == 2 and pages.shape[1] == stride else f"uint8 [pages, {stride}]"
-    if pages.is_floating_point() and pages.dim() == 3 and pages.shape[1:] == (page_size, head_dim):
-        return None
-    return f"float [pages, {page_size}, {head_dim}] or uint8 pages"
+def check_row_pages(check: Check, name: str, pages: Tensor, page_size: int, head_dim: int, rope_dim: int) -> None:
+    """Fails unless `pages` is a pool of rows, in FP8 or in any float dtype."""
+    check.that(page_size >= 1, f"the page size of {name} must be at least 1, got {page_size}")
+    if pages.dtype != torch.uint8:
+        check.tensor(name, pages, PLAIN_DTYPES, ("pages", page_size, head_dim))
+        return
+    check.that(0 <= rope_dim < head_dim, f"rope_dim must lie in [0, {head_dim}) for FP8 rows, got {rope_dim}")
+    check.tensor(name, pages, (torch.uint8,), ("pages", page_bytes(page_size, head_dim, rope_dim, "fp8")))
+
+
+def check_key_pages(check: Check, name: str, pages: Tensor, page_size: int, dim: int) -> None:
+    """Fails unless `pages` is a pool of index keys, in FP4, FP8 or any float dtype."""
+    check.that(page_size >= 1, f"the page size of {name} must be at least 1, got {page_size}")
+    if pages.dtype != torch.uint8:
+        check.tensor(name, pages, PLAIN_DTYPES, ("pages", page_size, dim))
+        return
+    if key_format(pages, page_size, dim) is None:
+        fp8 = key_page_bytes(page_size, dim, "fp8")
+        fp4 = f"{key_page_bytes(page_size, dim, 'fp4')} or " if dim % FP4_BLOCK == 0 else ""
+        check.fail(f"{name} must be uint8 [pages, {fp4}{fp8}], got {describe(pages)}")
 
 
 def key_format(pages: Tensor, page_size: int, dim: int) -> str | None:
