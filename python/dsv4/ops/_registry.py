@@ -1,0 +1,141 @@
+"""How an op comes to be `torch.ops.dsv4.<op>`, and what this process runs it on.
+
+An op whose schema a C++ library has defined keeps the kernels of that library; any other is defined here. In both
+cases the pure-torch reference is its implementation on every device that has no kernel, so the public functions work
+with or without compiled code, and `implementations()` says which of the two a call reaches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+try:
+    from dsv4 import _library
+except ImportError:
+    _library = None
+
+NAMESPACE = "dsv4"
+
+# Fragments must outlive every call: an op disappears with the Library object that defined it.
+_fragment = torch.library.Library(NAMESPACE, "FRAGMENT")
+_registered: list[str] = []
+
+
+def register(
+    schema: str,
+    reference: Callable[..., Any],
+    *,
+    check: Callable[..., None] | None = None,
+    fake: Callable[..., Any] | None = None,
+    backward: Callable[..., Any] | None = None,
+    setup_context: Callable[..., None] | None = None,
+    recompute: bool = False,
+) -> None:
+    """Registers an op's reference, its fake kernel and its gradient.
+
+    Args:
+        schema: torch schema without the namespace, e.g. `"hadamard(Tensor x) -> Tensor"`.
+        reference: the pure-torch definition. It must return fresh contiguous tensors, never an argument or a view of it,
+            and repeat the defaults of the schema.
+        check: raises RuntimeError on arguments that the op does not take. Runs before the reference and the fake kernel.
+        fake: allocates the results without computing them. None: the reference itself, which must then not look at values.
+        backward, setup_context: the gradient, as torch.library.register_autograd takes them.
+        recompute: take the gradient by running the reference again under autograd. For references that do not look at
+            values, so that the backward pass can be traced.
+    """
+    op = schema.split("(", 1)[0]
+    if not _defined(op):
+        _fragment.define(schema)
+
+    def checked(function: Callable[..., Any]) -> Callable[..., Any]:
+        if check is None:
+            return function
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            check(*args, **kwargs)
+            return function(*args, **kwargs)
+
+        return run
+
+    _fragment.impl(op, checked(reference), "CompositeExplicitAutograd")
+    qualified = f"{NAMESPACE}::{op}"
+    torch.library.register_fake(qualified, checked(fake or reference), lib=_fragment)
+    if recompute:
+        torch.library.register_autograd(
+            qualified, _recompute_backward(reference), setup_context=_save_arguments, lib=_fragment
+        )
+    elif backward is not None:
+        torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_fragment)
+    _registered.append(op)
+
+
+def no_gradient(op: str, mend: str) -> tuple[Callable[..., Any], Callable[..., None]]:
+    """A backward and setup_context for an op without a gradient, which say so instead of leaving one out silently."""
+
+    def backward(ctx: Any, *grads: Any) -> None:
+        raise RuntimeError(f"{op}: has no gradient; {mend}")
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        pass
+
+    return backward, setup_context
+
+
+def implementations() -> dict[str, dict[str, list[str]]]:
+    """What each op runs on in this process: {op: {"cpu": [...], "cuda": [...]}}, best first.
+
+    "reference" is the pure-torch definition. The list of a device that this process does not have is empty.
+    """
+    kernels = _library.kernel_implementations() if _library else {}
+    has_cuda = torch.cuda.is_available()
+    table: dict[str, dict[str, list[str]]] = {}
+    for op in sorted(_registered):
+        found = kernels.get(op, {})
+        cpu = list(found.get("cpu", [])) or ["reference"]
+        cuda = list(found.get("cuda", [])) or ["reference"]
+        table[op] = {"cpu": cpu, "cuda": cuda if has_cuda else []}
+    return table
+
+
+def registered_ops() -> list[str]:
+    """The names of all ops, backward ops among them."""
+    return sorted(_registered)
+
+
+def _defined(op: str) -> bool:
+    return torch._C._dispatch_has_kernel(f"{NAMESPACE}::{op}") or hasattr(getattr(torch.ops, NAMESPACE), op)
+
+
+def _save_arguments(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
+    ctx.save_for_backward(*(value for value in inputs if isinstance(value, Tensor)))
+    ctx.others = [None if isinstance(value, Tensor) else value for value in inputs]
+    ctx.is_tensor = [isinstance(value, Tensor) for value in inputs]
+
+
+def _recompute_backward(reference: Callable[..., Any]) -> Callable[..., Any]:
+    def backward(ctx: Any, *grads: Any) -> Any:
+        tensors = iter(ctx.saved_tensors)
+        arguments: list[Any] = []
+        wanted: list[Tensor] = []
+        for is_tensor, other, needs_grad in zip(ctx.is_tensor, ctx.others, ctx.needs_input_grad, strict=True):
+            value = next(tensors).detach() if is_tensor else other
+            if needs_grad:
+                value = value.requires_grad_()
+                wanted.append(value)
+            arguments.append(value)
+        with torch.enable_grad():
+            result = reference(*arguments)
+        results = result if isinstance(result, tuple) else (result,)
+        pairs = [(r, g) for r, g in zip(results, grads, strict=True) if r.requires_grad and g is not None]
+        found = iter(
+            torch.autograd.grad([r for r, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True)
+            if pairs
+            else [None] * len(wanted)
+        )
+        return tuple(next(found) if needs_grad else None for needs_grad in ctx.needs_input_grad)
+
+    return backward
