@@ -7,7 +7,8 @@
 #if defined(__CUDACC__)
 #define DSV4_HOST_DEVICE __host__ __device__ __forceinline__
 #else
-// Always inlined on the host: a copy emitted by a file with AVX-512 flags could be the one the linker keeps for all files.
+// Always inlined on the host: a copy emitted by a file with AVX-512 flags could be the one the linker keeps for all
+// files.
 #define DSV4_HOST_DEVICE inline __attribute__((always_inline))
 #endif
 

@@ -7,7 +7,8 @@ class [[nodiscard]] Status {
  public:
   static Status ok() { return Status(); }
 
-  // Out of line: an inline function compiled with one instruction set's flags could be the copy the linker keeps for all.
+  // Out of line: an inline function compiled with one instruction set's flags could be the copy the linker keeps for
+  // all.
   __attribute__((format(printf, 1, 2))) static Status error(const char* format, ...);
 
   bool is_ok() const { return ok_; }

@@ -1,0 +1,142 @@
+#include "torch/glue.h"
+
+#include <stdexcept>
+
+#include "common/hardware.h"
+
+#if defined(DSV4_TORCH_CUDA)
+// Present in CUDA builds of torch only; weak, so that this library loads everywhere.
+#pragma weak aoti_torch_get_current_cuda_stream
+#endif
+
+namespace dsv4::binding {
+namespace {
+
+const char* dtype_name(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Float8_e4m3fn:
+      return "float8_e4m3fn";
+    case ScalarType::Float8_e8m0fnu:
+      return "float8_e8m0fnu";
+    case ScalarType::Byte:
+      return "uint8";
+    case ScalarType::Char:
+      return "int8";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Long:
+      return "int64";
+    case ScalarType::Bool:
+      return "bool";
+    default:
+      return "another dtype";
+  }
+}
+
+template <class Sizes>
+std::string shape_text(const Sizes& sizes) {
+  std::string text = "[";
+  for (const int64_t size : sizes) {
+    if (text.size() > 1) text += ", ";
+    text += size == kAny ? "*" : std::to_string(size);
+  }
+  return text + "]";
+}
+
+std::string device_text(const Tensor& tensor) {
+  if (tensor.is_cpu()) return "cpu";
+  if (tensor.is_cuda()) return "cuda:" + std::to_string(tensor.get_device_index());
+  return "another device";
+}
+
+#if !defined(DSV4_TORCH_CUDA)
+void torch_parallel_for(void*, int64_t count, void (*body)(void* argument, int64_t begin, int64_t end),
+                        void* argument) {
+  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) { body(argument, begin, end); });
+}
+#endif
+
+}  // namespace
+
+DType dtype_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return DType::kFloat32;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    case ScalarType::Byte:
+      return DType::kUInt8;
+    case ScalarType::Int:
+      return DType::kInt32;
+    case ScalarType::Long:
+      return DType::kInt64;
+    default:
+      return DType::kNone;
+  }
+}
+
+std::vector<int64_t> Check::tensor(const char* name, const Tensor& tensor, std::initializer_list<int64_t> sizes,
+                                   std::initializer_list<ScalarType> dtypes) {
+  const auto actual = tensor.sizes();
+  bool fits = actual.size() == sizes.size();
+  for (size_t axis = 0; fits && axis < sizes.size(); ++axis) {
+    fits = sizes.begin()[axis] == kAny || sizes.begin()[axis] == actual[axis];
+  }
+  bool dtype_fits = false;
+  for (const ScalarType dtype : dtypes) dtype_fits = dtype_fits || dtype == tensor.scalar_type();
+  if (!fits || !dtype_fits) {
+    std::string wanted;
+    for (const ScalarType dtype : dtypes) wanted += (wanted.empty() ? "" : " or ") + std::string(dtype_name(dtype));
+    require(false, std::string(name) + " must be " + wanted + " " + shape_text(sizes) + ", got " +
+                       dtype_name(tensor.scalar_type()) + " " + shape_text(actual));
+  }
+  const std::string device = device_text(tensor);
+  if (first_name_ == nullptr) {
+    first_name_ = name;
+    device_ = device;
+  }
+  if (device != device_) {
+    require(false, std::string(name) + " must be on " + device_ + " like " + first_name_ + ", got " + device);
+  }
+  return std::vector<int64_t>(actual.begin(), actual.end());
+}
+
+void Check::require(bool condition, const std::string& message) const {
+  if (!condition) throw std::runtime_error(std::string(op_) + ": " + message);
+}
+
+void Check::raise(const Status& status) const {
+  if (!status.is_ok()) throw std::runtime_error(status.message());
+}
+
+Context Check::context(const Tensor& on) const {
+  Context context;
+#if defined(DSV4_TORCH_CUDA)
+  context.device = Device::kCuda;
+  context.device_index = on.get_device_index();
+  context.best = limited(cuda_isa(context.device_index));
+  require(aoti_torch_get_current_cuda_stream != nullptr, "this torch has no CUDA: install a CUDA build of torch");
+  aoti_torch_get_current_cuda_stream(context.device_index, &context.stream);
+#else
+  (void)on;
+  context.best = limited(cpu_isa());
+  context.parallel_for = torch_parallel_for;
+  context.threads = static_cast<int>(torch::stable::get_num_threads());
+#endif
+  return context;
+}
+
+Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype, const Tensor& device_of) {
+  return torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()), dtype,
+                              std::nullopt, device_of.device());
+}
+
+}  // namespace dsv4::binding

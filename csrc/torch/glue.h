@@ -1,0 +1,128 @@
+// What every binding uses: checks in the user's words, views of tensors, the context of a device, registration.
+// Bindings are compiled twice: for the CPU library, and with DSV4_TORCH_CUDA for the CUDA library.
+#pragma once
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <array>
+#include <initializer_list>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "common/context.h"
+#include "common/status.h"
+#include "common/view.h"
+
+namespace dsv4::binding {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline constexpr int64_t kAny = -1;  // a size that may be anything
+
+DType dtype_of(const Tensor& tensor);
+
+// The checks of one call. Messages name the op, the argument, what it must be and what it is; they reach Python as
+// RuntimeError. Tensors must share the device of the first one checked.
+class Check {
+ public:
+  explicit Check(const char* op) : op_(op) {}
+
+  // The sizes of a tensor that must have `sizes.size()` dimensions, each of the given size or kAny, and one of
+  // `dtypes`.
+  std::vector<int64_t> tensor(const char* name, const Tensor& tensor, std::initializer_list<int64_t> sizes,
+                              std::initializer_list<ScalarType> dtypes);
+
+  // Throws "<op>: <message>" unless the condition holds.
+  void require(bool condition, const std::string& message) const;
+
+  // Runs an op of csrc/ops on the device of `on` and its current stream or torch's threads, and throws what it reports.
+  template <class Params>
+  void run(Status (*op)(const Params&, const Context&), const Params& params, const Tensor& on) const {
+#if defined(DSV4_TORCH_CUDA)
+    const torch::stable::accelerator::DeviceGuard guard(on.get_device_index());
+#endif
+    raise(op(params, context(on)));
+  }
+
+ private:
+  Context context(const Tensor& on) const;
+  void raise(const Status& status) const;
+
+  const char* op_;
+  const char* first_name_ = nullptr;
+  std::string device_;
+};
+
+Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype, const Tensor& device_of);
+
+// Converts to whatever view a parameter struct asks for. `view` reads; `mutable_view` also writes. A missing optional
+// tensor gives an empty view. Only checked tensors: the conversion itself trusts dtype and rank.
+template <bool kMutable>
+class TensorView {
+ public:
+  explicit TensorView(const Tensor* tensor) : tensor_(tensor) {}
+
+  template <class T, int N>
+  operator View<T, N>() const {
+    static_assert(kMutable || std::is_const_v<T>, "use mutable_view for what the op writes");
+    View<T, N> view;
+    if (tensor_ == nullptr) return view;
+    view.data = static_cast<T*>(data());
+    shape(view);
+    return view;
+  }
+
+  template <int N>
+  operator AnyView<N>() const {
+    AnyView<N> view;
+    if (tensor_ == nullptr) return view;
+    view.data = data();
+    view.dtype = dtype_of(*tensor_);
+    shape(view);
+    return view;
+  }
+
+ private:
+  void* data() const {
+    if constexpr (kMutable) return tensor_->mutable_data_ptr();
+    return const_cast<void*>(tensor_->const_data_ptr());
+  }
+
+  template <class V>
+  void shape(V& view) const {
+    constexpr int kRank = std::extent_v<decltype(view.shape)>;
+    const auto sizes = tensor_->sizes(), strides = tensor_->strides();
+    for (int axis = 0; axis < kRank; ++axis) {
+      view.shape[axis] = sizes[axis];
+      view.stride[axis] = strides[axis];
+    }
+  }
+
+  const Tensor* tensor_;
+};
+
+inline TensorView<false> view(const Tensor& tensor) { return TensorView<false>(&tensor); }
+inline TensorView<false> view(const std::optional<Tensor>& tensor) {
+  return TensorView<false>(tensor.has_value() ? &*tensor : nullptr);
+}
+inline TensorView<true> mutable_view(const Tensor& tensor) { return TensorView<true>(&tensor); }
+
+}  // namespace dsv4::binding
+
+// Registers a function of this file as torch.ops.dsv4.<function>. The CPU library brings the schema, so it is loaded
+// first.
+#if defined(DSV4_TORCH_CUDA)
+#define DSV4_OP(schema, function) \
+  STABLE_TORCH_LIBRARY_IMPL(dsv4, CUDA, library) { library.impl(#function, TORCH_BOX(&function)); }
+#else
+#define DSV4_OP(schema, function)                                       \
+  STABLE_TORCH_LIBRARY_FRAGMENT(dsv4, library) { library.def(schema); } \
+  STABLE_TORCH_LIBRARY_IMPL(dsv4, CPU, library) { library.impl(#function, TORCH_BOX(&function)); }
+#endif

@@ -1,0 +1,52 @@
+// What Python asks of a library: its ops, their implementations, and which one ran. Not tensor operations, so one JSON
+// string: {"isa": str, "limit": str, "devices": int, "ops": {op: {"built": [...], "usable": [...], "last": str|null}}}.
+#include "common/hardware.h"
+#include "ops/candidates.h"
+#include "torch/glue.h"
+
+namespace dsv4::binding {
+namespace {
+
+std::string quoted(const char* text) { return text == nullptr ? "null" : '"' + std::string(text) + '"'; }
+
+void append(std::string& list, const char* name) { list += (list.empty() ? "" : ", ") + quoted(name); }
+
+std::string library_info() {
+#if defined(DSV4_TORCH_CUDA)
+  const int devices = cuda_device_count();
+  const Isa isa = devices > 0 ? cuda_isa(0) : Isa::kScalar;
+#else
+  const int devices = 1;
+  const Isa isa = cpu_isa();
+#endif
+  std::string ops;
+  for (const OpInfo* op = OpInfo::first(); op != nullptr; op = op->next()) {
+    std::string built, usable;
+    for (int index = 0; index < op->size(); ++index) {
+      const char* name = nullptr;
+      Isa needs = Isa::kScalar;
+      if (!op->candidate(index, &name, &needs)) continue;
+      append(built, name);
+      if (needs <= limited(isa)) append(usable, name);
+    }
+    ops += (ops.empty() ? "" : ", ") + quoted(op->name()) + ": {\"built\": [" + built + "], \"usable\": [" + usable +
+           "], \"last\": " + quoted(op->last()) + "}";
+  }
+  return "{\"isa\": " + quoted(isa_name(isa)) + ", \"limit\": " + quoted(isa_name(limited(isa))) +
+         ", \"devices\": " + std::to_string(devices) + ", \"compiler\": " + quoted(DSV4_COMPILER) +
+         ", \"architectures\": " + quoted(DSV4_ARCHITECTURES) + ", \"ops\": {" + ops + "}}";
+}
+
+}  // namespace
+}  // namespace dsv4::binding
+
+#if defined(DSV4_TORCH_CUDA)
+#define DSV4_INFO_NAME "_cuda_library"
+#else
+#define DSV4_INFO_NAME "_cpu_library"
+#endif
+
+STABLE_TORCH_LIBRARY_FRAGMENT(dsv4, library) { library.def(DSV4_INFO_NAME "() -> str"); }
+STABLE_TORCH_LIBRARY_IMPL(dsv4, CompositeExplicitAutograd, library) {
+  library.impl(DSV4_INFO_NAME, TORCH_BOX(&dsv4::binding::library_info));
+}

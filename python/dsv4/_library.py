@@ -1,0 +1,112 @@
+"""Finds and loads the op libraries, and says what they contain.
+
+`libdsv4_cpu.so` brings every schema and the CPU kernels; `libdsv4_cuda.so`, where the package was built with nvcc, the CUDA
+kernels. Both load on a machine without a GPU.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_CPU = "libdsv4_cpu.so"
+_CUDA = "libdsv4_cuda.so"
+_loaded: dict[str, Path] = {}
+
+
+def _folders() -> list[Path]:
+    """Where a library may lie: the package (an editable install has two folders), then the build tree of a checkout."""
+    import dsv4
+
+    folders = [Path(entry) for entry in dsv4.__path__]
+    for folder in list(folders):
+        root = folder.parent.parent
+        if (root / "CMakeLists.txt").is_file():
+            folders.append(root / "build" / "lib")
+    return folders
+
+
+def _find(name: str) -> Path | None:
+    return next((folder / name for folder in _folders() if (folder / name).is_file()), None)
+
+
+def load() -> None:
+    """Load the op libraries; once.
+
+    Raises:
+        ImportError: they were not built, or this torch cannot load them; one line that names the mend.
+    """
+    if _loaded:
+        return
+    cpu = _find(_CPU)
+    if cpu is None:
+        raise ImportError(f"dsv4: {_CPU} not found; build it: pip install --no-build-isolation . (in the dsv4 checkout)")
+    for path in (cpu, _find(_CUDA)):
+        if path is None:
+            continue
+        try:
+            torch.ops.load_library(path)
+        except OSError as error:
+            raise ImportError(
+                f"dsv4: torch {torch.__version__} cannot load {path} ({str(error).splitlines()[0]}); "
+                "torch 2.11 or newer is needed: upgrade torch or rebuild dsv4 with pip install --no-build-isolation ."
+            ) from None
+        _loaded[path.name] = path
+
+
+def _report(device: str) -> dict[str, Any]:
+    load()
+    name, op = (_CPU, "_cpu_library") if device == "cpu" else (_CUDA, "_cuda_library")
+    if name not in _loaded:
+        return {"isa": None, "limit": None, "devices": 0, "ops": {}}
+    return json.loads(getattr(torch.ops.dsv4, op)())
+
+
+def kernel_implementations() -> dict[str, dict[str, list[str]]]:
+    """{op: {"cpu": [...], "cuda": [...]}}, best first: the C++ implementations that this process can run.
+
+    Names what the libraries contain, the hardware has and the environment variable DSV4_MAX_ISA (read at each call) admits.
+    An op without a C++ library is not listed. "cuda" is empty where there is no GPU or no CUDA build of torch.
+    """
+    result: dict[str, dict[str, list[str]]] = {}
+    for device in ("cpu", "cuda"):
+        present = device == "cpu" or torch.cuda.is_available()
+        for op, entry in _report(device)["ops"].items():
+            result.setdefault(op, {"cpu": [], "cuda": []})[device] = entry["usable"] if present else []
+    return dict(sorted(result.items()))
+
+
+def last_implementation(op: str, device: str = "cpu") -> str | None:
+    """The name of the implementation of `op` that ran last in this process on `device`; None before the first call."""
+    entry = _report(device)["ops"].get(op)
+    return entry["last"] if entry else None
+
+
+def build_info() -> dict[str, Any]:
+    """How the libraries were built and what they found: for `dsv4 env` and for bug reports.
+
+    Returns:
+        {"libraries": {"cpu"|"cuda": {path, compiler, architectures, isa, limit, devices, built: {op: [names]}}}, "native":
+        what the pybind11 module says (version, torch whose headers were used, nvcc, hardware), or None where that module
+        does not fit this Python; the op libraries work without it}.
+    """
+    libraries = {}
+    for device, name in (("cpu", _CPU), ("cuda", _CUDA)):
+        report = _report(device)
+        if name not in _loaded:
+            continue
+        ops = report.pop("ops")
+        libraries[device] = {"path": str(_loaded[name]), **report, "built": {op: ops[op]["built"] for op in sorted(ops)}}
+    return {"libraries": libraries, "native": _native_info()}
+
+
+def _native_info() -> dict[str, Any] | None:
+    try:
+        native = importlib.import_module("dsv4._native")
+    except ImportError:
+        return None
+    return {**native.build_info(), **native.hardware()}
