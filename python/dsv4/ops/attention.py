@@ -43,8 +43,8 @@ def sparse_attention(
     """Attend from each row to its sequence's last `window` raw rows and to compressed entries, under one softmax.
 
     Keys and values are the same rows (one key-value head), all `head_dim` of them. With s_j = scale * query . key_j over the row's keys:
-    `lse = log sum_j exp(s_j)`, `out = sum_j exp(s_j) key_j / (exp(sink) + sum_j exp(s_j))`, then the rotation of `rope` is undone
-    on the last dims of `out`. Where query is bfloat16 or float16 the numerators `exp(s_j - max s)` are rounded to that dtype before the
+    `lse = log sum_j exp(s_j)`, `out = sum_j exp(s_j) key_j / (exp(sink) + sum_j exp(s_j))`, rounded to query's dtype; then the
+    rotation of `rope` is undone on the last dims of `out`, rounded again. Where query is bfloat16 or float16 the numerators `exp(s_j - max s)` are rounded to that dtype before the
     product with the values, as a tensor core needs them; the denominator is not.
 
     The keys of row t: raw positions `position[t] - window + 1 ... position[t]` (from 0) and the compressed entries named by
@@ -271,7 +271,7 @@ def sparse_attention_reference(
     page_size: int = 64,
     rope_dim: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """sparse_attention in plain torch: float64 throughout, one rounding at the end."""
+    """sparse_attention in plain torch: accumulated in float64."""
     tokens, heads, head_dim = query.shape
     lse_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     if tokens == 0:
@@ -286,9 +286,10 @@ def sparse_attention_reference(
     outs, lses, order = [], [], []
     for rows, keys in sources.blocks(sequence, position, heads):
         out, lse = _attend(query[rows].double(), keys, sink.double(), scale, query.dtype)
+        out = out.to(query.dtype)
         if rope is not None:
-            out = _rotate(out, rope[rows], inverse=True)
-        outs.append(out.to(query.dtype))
+            out = _rotate(out.double(), rope[rows], inverse=True).to(query.dtype)
+        outs.append(out)
         lses.append(lse.to(lse_dtype))
         order.append(rows)
     back = torch.cat(order).argsort()
