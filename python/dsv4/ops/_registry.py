@@ -7,18 +7,29 @@ with or without compiled code, and `implementations()` says which of the two a c
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-try:
-    from dsv4 import _library
-except ImportError:
-    _library = None
+from dsv4 import _library
 
 NAMESPACE = "dsv4"
+
+
+def _load_library() -> bool:
+    """Loads the compiled kernels before any op is defined here, since they bring the schemas of their ops."""
+    try:
+        _library.load()
+    except ImportError as error:
+        warnings.warn(f"{error}; until then every op runs its reference", RuntimeWarning, stacklevel=2)
+        return False
+    return True
+
+
+_has_library = _load_library()
 
 # Fragments must outlive every call: an op disappears with the Library object that defined it.
 _fragment = torch.library.Library(NAMESPACE, "FRAGMENT")
@@ -90,7 +101,7 @@ def implementations() -> dict[str, dict[str, list[str]]]:
 
     "reference" is the pure-torch definition. The list of a device that this process does not have is empty.
     """
-    kernels = _library.kernel_implementations() if _library else {}
+    kernels = _library.kernel_implementations() if _has_library else {}
     has_cuda = torch.cuda.is_available()
     table: dict[str, dict[str, list[str]]] = {}
     for op in sorted(_registered):

@@ -1,0 +1,158 @@
+"""Linear layers on quantised weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dsv4.ops._check import WIDE_FLOATS, Check
+from dsv4.ops._exact import exact_matmul
+from dsv4.ops._registry import no_gradient, register
+from dsv4.ops.quantize import (
+    E4M3,
+    PACKED,
+    SCALES,
+    ceil_div,
+    check_quantized_weight,
+    dequantize_fp8_reference,
+    dequantize_weight_reference,
+    quantize_fp8_reference,
+)
+
+__all__ = [
+    "fp4_linear",
+    "fp4_linear_reference",
+    "fp8_linear",
+    "fp8_linear_reference",
+    "grouped_linear",
+    "grouped_linear_reference",
+]
+
+
+def fp8_linear(x: Tensor, weight: Tensor, scale: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
+    """y = fp8(x) W^T: activations quantised to e4m3 in blocks of 128, weight e4m3 in blocks of 128 x 128.
+
+    Every product is exact, the sum is rounded once to `out_dtype`.
+
+    Args:
+        x:      [..., in] bfloat16, float32 or float64.
+        weight: [out, in] float8_e4m3fn.
+        scale:  [ceil(out / 128), ceil(in / 128)] float8_e8m0fnu or float32.
+        out_dtype: bfloat16, float32 or float64; default that of x.
+    Returns: [..., out] out_dtype. No gradient: train with plain weights.
+    Raises: RuntimeError where a shape, dtype or device differs from the above.
+    Source: the FP8 linear of the official inference code.
+    """
+    return torch.ops.dsv4.fp8_linear(x, weight, scale, out_dtype)
+
+
+def fp8_linear_reference(x: Tensor, weight: Tensor, scale: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
+    return exact_matmul(
+        quantized_activation(x), dequantize_weight_reference(weight, scale, torch.float64).mT, out_dtype or x.dtype
+    )
+
+
+def _check_fp8_linear(x: Tensor, weight: Tensor, scale: Tensor, out_dtype: torch.dtype | None = None) -> None:
+    check = Check("fp8_linear")
+    size = check.tensor("x", x, WIDE_FLOATS, (..., "in"))[-1]
+    check.tensor("weight", weight, (E4M3,), ("out", size))
+    check_quantized_weight(check, "weight", weight, "scale", scale)
+    _check_out_dtype(check, out_dtype)
+
+
+def fp4_linear(x: Tensor, weight: Tensor, scale: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
+    """y = fp8(x) W^T: activations quantised to e4m3 in blocks of 128, weight packed e2m1 in blocks of 32 inputs.
+
+    Every product is exact, the sum is rounded once to `out_dtype`.
+
+    Args:
+        x:      [..., in] bfloat16, float32 or float64; in even.
+        weight: [out, in / 2] int8 or uint8, the even input in the low nibble.
+        scale:  [out, ceil(in / 32)] float8_e8m0fnu or float32.
+        out_dtype: bfloat16, float32 or float64; default that of x.
+    Returns: [..., out] out_dtype. No gradient: train with plain weights.
+    Raises: RuntimeError where a shape, dtype or device differs from the above.
+    Source: the FP4 linear of the official inference code (routed experts).
+    """
+    return torch.ops.dsv4.fp4_linear(x, weight, scale, out_dtype)
+
+
+def fp4_linear_reference(x: Tensor, weight: Tensor, scale: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
+    return fp8_linear_reference(x, weight, scale, out_dtype)
+
+
+def _check_fp4_linear(x: Tensor, weight: Tensor, scale: Tensor, out_dtype: torch.dtype | None = None) -> None:
+    check = Check("fp4_linear")
+    size = check.tensor("x", x, WIDE_FLOATS, (..., "in"))[-1]
+    check.that(size % 2 == 0, f"the last dimension of x must be even, got {size}")
+    check.tensor("weight", weight, PACKED, ("out", size // 2))
+    check_quantized_weight(check, "weight", weight, "scale", scale)
+    _check_out_dtype(check, out_dtype)
+
+
+def grouped_linear(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
+    """y[:, g] = x[:, g] W_g^T: each group of heads has rows of the weight of its own. Activations are not quantised.
+
+    With a scale the weight is dequantised and the sum rounded once to the dtype of x; without, a plain product in that
+    dtype.
+
+    Args:
+        x:      [tokens, groups, in] bfloat16, float32 or float64.
+        weight: [groups * out, in] float8_e4m3fn with a scale; the dtype of x without.
+        scale:  [ceil(groups * out / 128), ceil(in / 128)] float8_e8m0fnu or float32, or None.
+    Returns: [tokens, groups, out] in the dtype of x. Differentiable in x and in a plain weight.
+    Raises: RuntimeError where a shape, dtype or device differs from the above.
+    Source: the grouped output projection (wo_a) of the official inference code.
+    """
+    return torch.ops.dsv4.grouped_linear(x, weight, scale)
+
+
+def grouped_linear_reference(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
+    groups = x.shape[1]
+    wide = weight if scale is None else dequantize_weight_reference(weight, scale, torch.float64)
+    per_group = wide.unflatten(0, (groups, wide.shape[0] // groups)).mT  # [groups, in, out]
+    rows = x.transpose(0, 1)
+    y = torch.matmul(rows, per_group) if scale is None else exact_matmul(rows, per_group, x.dtype)
+    return y.transpose(0, 1).contiguous()
+
+
+def _check_grouped_linear(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> None:
+    check = Check("grouped_linear")
+    _, groups, size = check.tensor("x", x, WIDE_FLOATS, ("tokens", "groups", "in"))
+    check.that(groups >= 1, f"x must have at least one group, got {groups}")
+    rows = check.tensor("weight", weight, (x.dtype,) if scale is None else (E4M3,), ("groups * out", size))[0]
+    check.that(rows % groups == 0, f"weight must have a multiple of {groups} rows, one part a group, got {rows}")
+    if scale is not None:
+        check.tensor("scale", scale, SCALES, (ceil_div(rows, 128), ceil_div(size, 128)))
+
+
+def quantized_activation(x: Tensor) -> Tensor:
+    """x after the FP8 quantiser of activations, float64."""
+    codes, scale = quantize_fp8_reference(x, 128)
+    return dequantize_fp8_reference(codes, scale, 128, torch.float64)
+
+
+def _check_out_dtype(check: Check, dtype: torch.dtype | None) -> None:
+    check.that(
+        dtype is None or dtype in WIDE_FLOATS, f"out_dtype must be bfloat16, float32 or float64, got {dtype}"
+    )
+
+
+for _name, _reference, _check in (
+    ("fp8_linear", fp8_linear_reference, _check_fp8_linear),
+    ("fp4_linear", fp4_linear_reference, _check_fp4_linear),
+):
+    _backward, _setup_context = no_gradient(_name, "train with plain weights (quantization='off')")
+    register(
+        f"{_name}(Tensor x, Tensor weight, Tensor scale, ScalarType? out_dtype=None) -> Tensor",
+        _reference,
+        check=_check,
+        backward=_backward,
+        setup_context=_setup_context,
+    )
+register(
+    "grouped_linear(Tensor x, Tensor weight, Tensor? scale=None) -> Tensor",
+    grouped_linear_reference,
+    check=_check_grouped_linear,
+    recompute=True,
+)
