@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dsv4.ops._check import Check
 from dsv4.ops._registry import register
-from dsv4.ops.layout import check_row_pages, locate, read_rows
+from dsv4.ops.layout import check_row_pages, locate, owners, read_rows
 
 __all__ = ["sparse_attention", "sparse_attention_reference"]
 
@@ -229,7 +229,7 @@ class _Sources(NamedTuple):
 
     def blocks(self, sequence: Tensor, position: Tensor, heads: int) -> Iterator[tuple[Tensor, list[_Keys]]]:
         """(rows, keys) for blocks of rows of one sequence, small enough for the largest temporary."""
-        for owner in torch.unique(sequence).tolist():
+        for owner in owners("sparse_attention", sequence, self.window_pool.table):
             mine = (sequence == owner).nonzero().squeeze(1)
             decoded = None
             if self.indices is not None:

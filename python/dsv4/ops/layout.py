@@ -138,6 +138,15 @@ def key_format(pages: Tensor, page_size: int, dim: int) -> str | None:
     return "plain" if plain else None
 
 
+def owners(op: str, sequence: Tensor, table: Tensor) -> list[int]:
+    """The sequences that rows belong to, ascending. RuntimeError where one is not a row of the table."""
+    found: list[int] = torch.unique(sequence).tolist()
+    if found and (found[0] < 0 or found[-1] >= table.shape[0]):
+        wrong = found[0] if found[0] < 0 else found[-1]
+        raise RuntimeError(f"{op}: sequence must lie in [0, {table.shape[0]}), the rows of the table, got {wrong}")
+    return found
+
+
 def locate(table: Tensor, sequence: Tensor, entry: Tensor, page_size: int) -> tuple[Tensor, Tensor]:
     """(page, offset) int64 of each entry; page -1 where the entry is negative, past the table, or not stored.
 

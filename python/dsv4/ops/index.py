@@ -1,0 +1,159 @@
+"""The lightning indexer: score every visible compressed entry of a row's sequence, keep the best k."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dsv4.ops._check import Check
+from dsv4.ops._registry import no_gradient, register
+from dsv4.ops.layout import check_key_pages, locate, owners, read_keys
+
+__all__ = ["index_topk", "index_topk_reference"]
+
+# Elements of the largest temporary of a block of rows and keys; it bounds memory, never changes a result.
+_BLOCK_ELEMENTS = 1 << 22
+_KEYS_PER_BLOCK = 8192
+_FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def index_topk(
+    query: Tensor,
+    weights: Tensor,
+    pages: Tensor,
+    table: Tensor,
+    sequence: Tensor,
+    lengths: Tensor,
+    k: int,
+    page_size: int = 64,
+) -> Tensor:
+    """The k compressed entries of each row's sequence with the highest index scores.
+
+    `score[t, j] = sum_h weights[t, h] * relu(query[t, h] . key_j)`, accumulated in float64 and rounded
+    to float32 (not rounded where query is float64). Of equal scores the lower entry wins. An entry whose score is NaN
+    is never taken, nor one that is not stored (table entry -1, or past the table) or not below `lengths[t]`; the
+    memory of those has no influence, whatever it holds.
+
+    Args:
+        query: [tokens, index_heads, dim] float, rotated (rope, then Hadamard) and, in mode checkpoint, rounded to FP4.
+        weights: [tokens, index_heads] float32 or float64, all constant factors included.
+        pages: pool of index keys (see layout): [pages, page_size, dim] float, or uint8 [pages, bytes] in FP4 or FP8.
+        table: int32 [sequences, blocks], page of each `page_size` entries, -1 = not stored.
+        sequence: int32 [tokens], the table row of each query row.
+        lengths: int32 [tokens], visible entries: (position + 1) // ratio.
+        k: entries to keep, at least 1; a row may have fewer.
+        page_size: entries of a page.
+    Returns: int32 [tokens, k], the entry numbers in ascending order, then -1.
+    Raises: RuntimeError naming the argument, what it must be and what it was; also where a sequence is not a
+        row of the table.
+    Not differentiable.
+    Source: DeepSeek-V4 report, 2.3.1; the official inference code (Indexer), whose scores are bfloat16;
+        ties are rarer here.
+    """
+    return torch.ops.dsv4.index_topk(query, weights, pages, table, sequence, lengths, k, page_size)
+
+
+def index_topk_reference(
+    query: Tensor,
+    weights: Tensor,
+    pages: Tensor,
+    table: Tensor,
+    sequence: Tensor,
+    lengths: Tensor,
+    k: int,
+    page_size: int = 64,
+) -> Tensor:
+    """index_topk in plain torch: a sequence's keys are read once, its rows are scored in blocks."""
+    tokens, heads, dim = query.shape
+    chosen = torch.full((tokens, k), -1, dtype=torch.int32, device=query.device)
+    for owner in owners("index_topk", sequence, table):
+        mine = (sequence == owner).nonzero().squeeze(1)
+        count = min(max(int(lengths[mine].max()), 0), table.shape[1] * page_size)
+        if count == 0:
+            continue
+        entry = torch.arange(count, device=query.device)
+        page, offset = locate(table, torch.tensor(owner, device=query.device), entry, page_size)
+        keys = read_keys(pages, page, offset, page_size, dim)
+        width = max(count, heads * min(count, _KEYS_PER_BLOCK))
+        for rows in mine.split(max(1, min(256, _BLOCK_ELEMENTS // width))):
+            visible = max(0, min(count, int(lengths[rows].max())))
+            score = _scores(query[rows], weights[rows], keys[:visible])
+            valid = (entry[:visible] < lengths[rows].unsqueeze(1)) & (page[:visible] >= 0)
+            chosen[rows] = _best(score, valid, k)
+    return chosen
+
+
+def _scores(query: Tensor, weights: Tensor, keys: Tensor) -> Tensor:
+    """[rows, keys]: sum_h weights[r, h] * relu(query[r, h] . keys[j])."""
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    query, weights = query.double(), weights.double().unsqueeze(1)
+    parts = []
+    for block in keys.split(_KEYS_PER_BLOCK):
+        products = (query.flatten(0, 1) @ block.double().t()).unflatten(0, query.shape[:2])
+        parts.append((weights @ products.relu_()).squeeze(1).to(dtype))
+    return torch.cat(parts, dim=1) if parts else query.new_zeros((query.shape[0], 0), dtype=dtype)
+
+
+def _best(score: Tensor, valid: Tensor, k: int) -> Tensor:
+    """int32 [rows, k]: the columns of the k highest valid scores in ascending order, then -1."""
+    rows, columns = score.shape
+    valid = valid & ~score.isnan()
+    score = torch.where(valid, score, float("-inf"))
+    if columns > k:
+        # All above the k-th highest score, then the first of those equal to it.
+        cut = score.topk(k, dim=1, sorted=True).values[:, -1:]
+        above = score > cut
+        level = (score == cut) & valid
+        room = k - above.sum(1, keepdim=True)
+        valid = above | (level & (level.cumsum(1) <= room))
+    chosen = torch.full((rows, k), -1, dtype=torch.int32, device=score.device)
+    row, column = valid.nonzero(as_tuple=True)
+    rank = valid.cumsum(1)[row, column] - 1
+    chosen[row, rank] = column.int()
+    return chosen
+
+
+def _check(
+    query: Tensor,
+    weights: Tensor,
+    pages: Tensor,
+    table: Tensor,
+    sequence: Tensor,
+    lengths: Tensor,
+    k: int,
+    page_size: int = 64,
+) -> None:
+    check = Check("index_topk")
+    tokens, heads, dim = check.tensor("query", query, _FLOATS, ("tokens", "index_heads", "dim"))
+    check.tensor("weights", weights, (torch.float32, torch.float64), (tokens, heads))
+    check_key_pages(check, "pages", pages, page_size, dim)
+    check.tensor("table", table, (torch.int32,), ("sequences", "blocks"))
+    check.tensor("sequence", sequence, (torch.int32,), (tokens,))
+    check.tensor("lengths", lengths, (torch.int32,), (tokens,))
+    check.that(k >= 1, f"k must be at least 1, got {k}")
+
+
+def _fake(
+    query: Tensor,
+    weights: Tensor,
+    pages: Tensor,
+    table: Tensor,
+    sequence: Tensor,
+    lengths: Tensor,
+    k: int,
+    page_size: int = 64,
+) -> Tensor:
+    return query.new_empty((query.shape[0], k), dtype=torch.int32)
+
+
+_backward, _setup_context = no_gradient("index_topk", "detach query and weights")
+
+register(
+    "index_topk(Tensor query, Tensor weights, Tensor pages, Tensor table, Tensor sequence, Tensor lengths, int k, "
+    "int page_size=64) -> Tensor",
+    index_topk_reference,
+    check=_check,
+    fake=_fake,
+    backward=_backward,
+    setup_context=_setup_context,
+)
