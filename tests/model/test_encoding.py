@@ -59,7 +59,10 @@ def test_round_trip(mode):
         "content": 'line\n\n"quoted" <tag> 为什么 \\',
         "reasoning_content": "step\n" if mode == "thinking" else "",
         "tool_calls": [
-            {"type": "function", "function": {"name": "f", "arguments": '{"a": "x\\n<b>", "n": 1.50, "o": {"k": [null]}}'}},
+            {
+                "type": "function",
+                "function": {"name": "f", "arguments": '{"a": "x\\n<b>", "n": 1.50, "o": {"k": [null]}}'},
+            },
             {"type": "function", "function": {"name": "g", "arguments": "{}"}},
         ],
     }
@@ -84,7 +87,11 @@ def test_closing_tag_of_another_kind_inside_a_value():
 
 
 def test_context_is_not_written_again():
-    context = [{"role": "system", "content": "s"}, USER, {"role": "assistant", "content": "a", "reasoning_content": "r"}]
+    context = [
+        {"role": "system", "content": "s"},
+        USER,
+        {"role": "assistant", "content": "a", "reasoning_content": "r"},
+    ]
     whole = encode_messages([*context, USER], "thinking", drop_thinking=False)
     rest = encode_messages([USER], "thinking", context=context, drop_thinking=False)
     assert rest and whole.endswith(rest) and encoding.BOS not in rest

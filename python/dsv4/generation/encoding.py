@@ -84,9 +84,9 @@ class _Turn:
 
     role: str
     message: Mapping[str, Any]
-    parts: list[tuple[str, str]] = field(default_factory=list)  # of a user turn: (text, id of the call it answers or "")
+    # Of a user turn: each part's text and the id of the call it answers ("" for none), and whether it is a tool's result.
+    parts: list[tuple[str, str]] = field(default_factory=list)
     is_result: list[bool] = field(default_factory=list)
-    keep_reasoning: bool = True
 
     @property
     def task(self) -> str | None:
@@ -190,7 +190,8 @@ def _content_text(content: Any) -> str:
     if isinstance(content, str):
         return content
     blocks = (
-        block.get("text", "") if block.get("type") == "text" else f"[Unsupported {block.get('type')}]" for block in content
+        block.get("text", "") if block.get("type") == "text" else f"[Unsupported {block.get('type')}]"
+        for block in content
     )
     return "\n\n".join(blocks)
 

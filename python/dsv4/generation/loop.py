@@ -1,0 +1,119 @@
+"""The generation loop: prefill in chunks, then one token at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from dsv4.generation.sampling import check_sampling, sample
+
+if TYPE_CHECKING:
+    from dsv4.cache import KVCache
+    from dsv4.model.transformer import Transformer
+
+
+def generate(
+    model: Transformer,
+    input_ids: torch.Tensor | Sequence[int],
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    stop_tokens: Collection[int] = (),
+    cache: KVCache | None = None,
+    prefill_chunk: int = 2048,
+    progress: Callable[[int, int], None] | None = None,
+) -> Iterator[int]:
+    """Continue one sequence, giving each token as soon as it is chosen.
+
+    A token is fed to the model when the one after it is asked for. So after n tokens the cache holds the prompt and the
+    first n - 1 of them, whether the loop ended by itself or its caller stopped reading; to go on, feed the last token
+    in front of what comes next.
+
+    Args:
+        model: the model, or anything called like it.
+        input_ids: the prompt: integers, or an integer tensor [tokens] or [1, tokens]. At least one token.
+        max_new_tokens: the most tokens to give.
+        temperature, top_p: of `dsv4.generation.sample`; temperature 0 is greedy.
+        seed: of the random numbers; the same seed gives the same tokens.
+        stop_tokens: the sequence ends with the first of these, which is given too. The end-of-sentence token counts only
+            when it is named here.
+        cache: continues the one sequence it holds. None: a new cache of the size needed.
+        prefill_chunk: the prompt is fed this many tokens at a time.
+        progress: called with (tokens fed, tokens of the prompt) after every chunk of the prompt.
+    Returns: an iterator over tokens; the prompt is fed when the first is asked for.
+    Raises: ValueError, before anything is fed, for arguments out of range or a prompt that does not fit the cache.
+    """
+    prompt = _prompt(input_ids, model.config.vocab_size)
+    check_sampling(temperature, top_p)
+    for name, value, least in (("max_new_tokens", max_new_tokens, 0), ("prefill_chunk", prefill_chunk, 1)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
+    needed = len(prompt) + max(max_new_tokens - 1, 0)
+    if cache is None:
+        cache = model.new_cache(batch_size=1, max_seq_len=needed)
+    elif cache.batch_size != 1:
+        raise ValueError(f"generate continues one sequence, the cache holds {cache.batch_size}")
+    elif cache.length + needed > cache.max_seq_len:
+        raise ValueError(
+            f"the cache holds {cache.length} of at most {cache.max_seq_len} tokens: no room for a prompt of {len(prompt)} "
+            f"and {max_new_tokens} new ones; give new_cache a larger max_seq_len"
+        )
+    generator = torch.Generator().manual_seed(seed)
+
+    def choose(logits: torch.Tensor) -> int:
+        return sample(logits[0, -1], temperature, top_p, generator)
+
+    return _tokens(model, prompt, cache, choose, max_new_tokens, frozenset(stop_tokens), prefill_chunk, progress)
+
+
+def _prompt(input_ids: torch.Tensor | Sequence[int], vocab_size: int) -> torch.Tensor:
+    """The prompt as int64 [tokens] on the CPU."""
+    ids = torch.as_tensor(input_ids)
+    if ids.dim() == 2 and ids.shape[0] == 1:
+        ids = ids[0]
+    if ids.numel() == 0:
+        raise ValueError("the prompt is empty: it needs at least one token")
+    if ids.dim() != 1 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise ValueError(f"input_ids must be integer [tokens] or [1, tokens], got {ids.dtype} {list(ids.shape)}")
+    ids = ids.to("cpu", torch.int64)
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= vocab_size:
+        raise ValueError(
+            f"input_ids must lie in [0, {vocab_size}), got {low} to {high}: is this the model's tokenizer?"
+        )
+    return ids
+
+
+def _tokens(
+    model: Transformer,
+    prompt: torch.Tensor,
+    cache: KVCache,
+    choose: Callable[[torch.Tensor], int],
+    max_new_tokens: int,
+    stop_tokens: frozenset[int],
+    prefill_chunk: int,
+    progress: Callable[[int, int], None] | None,
+) -> Iterator[int]:
+    if max_new_tokens == 0:
+        return
+    for start in range(0, len(prompt), prefill_chunk):
+        chunk = prompt[start : start + prefill_chunk]
+        logits = _feed(model, chunk, cache)
+        if progress is not None:
+            progress(start + len(chunk), len(prompt))
+    for number in range(max_new_tokens):
+        token = choose(logits)
+        yield token
+        if token in stop_tokens or number + 1 == max_new_tokens:
+            return
+        logits = _feed(model, torch.tensor([token]), cache)
+
+
+def _feed(model: Transformer, ids: torch.Tensor, cache: KVCache) -> torch.Tensor:
+    # Not across a yield, where it would switch gradients off for the caller; and not inference mode, whose tensors the
+    # caller could not go on using in the cache.
+    with torch.no_grad():
+        return model(ids.unsqueeze(0), cache=cache, logits_to_keep=1)
