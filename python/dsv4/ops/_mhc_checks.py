@@ -1,0 +1,210 @@
+"""Argument checks of the mHC ops, in the words of csrc/torch/mhc.cpp, and their fake kernels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsv4.ops._check import Check
+
+STREAMS = 4
+MIXES = 2 * STREAMS + STREAMS * STREAMS  # pre, post, comb
+
+_F32 = (torch.float32,)
+
+
+def _check_streams(check: Check, streams: Tensor) -> tuple[int, int]:
+    tokens, _, hidden = check.tensor("streams", streams, (torch.bfloat16, torch.float32), ("*", STREAMS, "*"))
+    return tokens, hidden
+
+
+def _check_post_arguments(check: Check, sublayer: Tensor, streams: Tensor, post: Tensor, comb: Tensor) -> None:
+    tokens, hidden = _check_streams(check, streams)
+    check.tensor("sublayer", sublayer, (streams.dtype,), (tokens, hidden))
+    check.tensor("post", post, _F32, (tokens, STREAMS))
+    check.tensor("comb", comb, _F32, (tokens, STREAMS, STREAMS))
+
+
+def _check_mixing(
+    check: Check,
+    hidden: int,
+    fn: Tensor,
+    scale: Tensor,
+    base: Tensor,
+    norm_eps: float,
+    hc_eps: float,
+    head: bool = False,
+) -> None:
+    mixes, scales = (STREAMS, 1) if head else (MIXES, 3)
+    check.tensor("fn", fn, _F32, (mixes, STREAMS * hidden))
+    check.tensor("scale", scale, _F32, (scales,))
+    check.tensor("base", base, _F32, (mixes,))
+    _check_eps(check, "norm_eps", norm_eps)
+    _check_eps(check, "hc_eps", hc_eps)
+
+
+def _check_eps(check: Check, name: str, eps: float) -> None:
+    check.that(0 <= eps < float("inf"), f"{name} must be finite and not negative, got {eps:g}")
+
+
+def _check_norm(
+    check: Check, streams: Tensor, norm_weight: Tensor | None, sinkhorn_iterations: int, rms_eps: float
+) -> None:
+    dtypes = _F32 if streams.dtype == torch.float32 else (streams.dtype, torch.float32)
+    check.optional("norm_weight", norm_weight, dtypes, (streams.shape[2],))
+    check.that(sinkhorn_iterations >= 1, f"sinkhorn_iterations must be at least 1, got {sinkhorn_iterations}")
+    _check_eps(check, "rms_eps", rms_eps)
+
+
+def check_pre(
+    streams: Tensor,
+    fn: Tensor,
+    scale: Tensor,
+    base: Tensor,
+    norm_weight: Tensor | None = None,
+    norm_eps: float = 1e-6,
+    hc_eps: float = 1e-6,
+    sinkhorn_iterations: int = 20,
+    rms_eps: float = 1e-6,
+) -> None:
+    check = Check("mhc_pre")
+    _, hidden = _check_streams(check, streams)
+    _check_mixing(check, hidden, fn, scale, base, norm_eps, hc_eps)
+    _check_norm(check, streams, norm_weight, sinkhorn_iterations, rms_eps)
+
+
+def check_post(sublayer: Tensor, streams: Tensor, post: Tensor, comb: Tensor) -> None:
+    _check_post_arguments(Check("mhc_post"), sublayer, streams, post, comb)
+
+
+def check_post_pre(
+    sublayer: Tensor,
+    streams: Tensor,
+    post: Tensor,
+    comb: Tensor,
+    fn: Tensor,
+    scale: Tensor,
+    base: Tensor,
+    norm_weight: Tensor | None = None,
+    norm_eps: float = 1e-6,
+    hc_eps: float = 1e-6,
+    sinkhorn_iterations: int = 20,
+    rms_eps: float = 1e-6,
+) -> None:
+    check = Check("mhc_post_pre")
+    _check_post_arguments(check, sublayer, streams, post, comb)
+    _check_mixing(check, streams.shape[2], fn, scale, base, norm_eps, hc_eps)
+    _check_norm(check, streams, norm_weight, sinkhorn_iterations, rms_eps)
+
+
+def check_head(
+    streams: Tensor, fn: Tensor, scale: Tensor, base: Tensor, norm_eps: float = 1e-6, hc_eps: float = 1e-6
+) -> None:
+    check = Check("mhc_head")
+    _, hidden = _check_streams(check, streams)
+    _check_mixing(check, hidden, fn, scale, base, norm_eps, hc_eps, head=True)
+
+
+def _like(x: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+    return torch.empty(shape, dtype=dtype or x.dtype, device=x.device)
+
+
+def pre_fake(streams: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor, Tensor]:
+    tokens, _streams, hidden = streams.shape
+    return (
+        _like(streams, tokens, hidden),
+        _like(streams, tokens, STREAMS, dtype=torch.float32),
+        _like(streams, tokens, STREAMS, STREAMS, dtype=torch.float32),
+    )
+
+
+def post_fake(sublayer: Tensor, streams: Tensor, *_: Any, **__: Any) -> Tensor:
+    return _like(streams, *streams.shape)
+
+
+def post_pre_fake(sublayer: Tensor, streams: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (post_fake(sublayer, streams), *pre_fake(streams))
+
+
+def head_fake(streams: Tensor, *_: Any, **__: Any) -> Tensor:
+    return _like(streams, streams.shape[0], streams.shape[2])
+
+
+def check_post_backward(grad_result: Tensor, sublayer: Tensor, streams: Tensor, post: Tensor, comb: Tensor) -> None:
+    check = Check("mhc_post_backward")
+    _check_post_arguments(check, sublayer, streams, post, comb)
+    check.tensor("grad_result", grad_result, (streams.dtype,), tuple(streams.shape))
+
+
+def check_pre_backward(
+    grad_input: Tensor,
+    grad_post: Tensor,
+    grad_comb: Tensor,
+    grad_residual: Tensor | None,
+    streams: Tensor,
+    fn: Tensor,
+    scale: Tensor,
+    base: Tensor,
+    norm_weight: Tensor | None,
+    norm_eps: float,
+    hc_eps: float,
+    sinkhorn_iterations: int,
+    rms_eps: float,
+) -> None:
+    check = Check("mhc_pre_backward")
+    tokens, hidden = _check_streams(check, streams)
+    check.tensor("grad_input", grad_input, (streams.dtype,), (tokens, hidden))
+    check.tensor("grad_post", grad_post, _F32, (tokens, STREAMS))
+    check.tensor("grad_comb", grad_comb, _F32, (tokens, STREAMS, STREAMS))
+    check.optional("grad_residual", grad_residual, (streams.dtype,), (tokens, STREAMS, hidden))
+    _check_mixing(check, hidden, fn, scale, base, norm_eps, hc_eps)
+    _check_norm(check, streams, norm_weight, sinkhorn_iterations, rms_eps)
+
+
+def check_head_backward(
+    grad_output: Tensor, streams: Tensor, fn: Tensor, scale: Tensor, base: Tensor, norm_eps: float, hc_eps: float
+) -> None:
+    check = Check("mhc_head_backward")
+    tokens, hidden = _check_streams(check, streams)
+    check.tensor("grad_output", grad_output, (streams.dtype,), (tokens, hidden))
+    _check_mixing(check, hidden, fn, scale, base, norm_eps, hc_eps, head=True)
+
+
+def post_backward_fake(
+    grad_result: Tensor, sublayer: Tensor, streams: Tensor, post: Tensor, comb: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (
+        _like(sublayer, *sublayer.shape),
+        _like(streams, *streams.shape),
+        _like(post, *post.shape),
+        _like(comb, *comb.shape),
+    )
+
+
+def pre_backward_fake(
+    grad_input: Tensor,
+    grad_post: Tensor,
+    grad_comb: Tensor,
+    grad_residual: Tensor | None,
+    streams: Tensor,
+    fn: Tensor,
+    scale: Tensor,
+    base: Tensor,
+    norm_weight: Tensor | None,
+    *_: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return (
+        _like(streams, *streams.shape),
+        _like(fn, *fn.shape),
+        _like(scale, *scale.shape),
+        _like(base, *base.shape),
+        _like(fn, 0 if norm_weight is None else streams.shape[2]),
+    )
+
+
+def head_backward_fake(
+    grad_output: Tensor, streams: Tensor, fn: Tensor, scale: Tensor, base: Tensor, *_: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _like(streams, *streams.shape), _like(fn, *fn.shape), _like(scale, *scale.shape), _like(base, *base.shape)
