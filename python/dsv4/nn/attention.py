@@ -7,11 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsv4 import ops
-from dsv4.cache import LayerCache
+from dsv4.cache import BLOCK, LayerCache
 from dsv4.model.config import Config
 from dsv4.nn.compressor import Compressor, Indexer
 from dsv4.nn.linear import GroupedLinear, RMSNorm, check_quantization, empty_parameter, linear
-from dsv4.nn.rows import BLOCK, RopeFrequencies, Rows
+from dsv4.nn.rows import RopeFrequencies, Rows
 
 
 class Attention(nn.Module):
@@ -77,7 +77,8 @@ class Attention(nn.Module):
         query = self.wq_b(query_latent).unflatten(-1, (self.heads, self.head_dim))
         query = ops.query_norm_rope(query, rows.rope(self.ratio > 0), self.eps)
         if layer is None and self.quantized:
-            layer = LayerCache.allocate(self.config, self.ratio, rows.window_table.shape[0], rows.window_table.numel())
+            table = rows.window_table
+            layer = LayerCache.allocate(self.config, self.ratio, table.shape[0], table.numel(), device=x.device)
         window_pages, compressed_pages, indices = (
             self._append(x, query_latent, rows, layer) if layer else self._rows_alone(x, query_latent, rows)
         )

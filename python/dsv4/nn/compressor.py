@@ -63,7 +63,8 @@ class Compressor(nn.Module):
     def entries(self, x: Tensor, rows: Rows, batch: int) -> Tensor:
         """Differentiable form for whole sequences: x [batch * length, hidden] -> [batch, length // ratio, head_dim]."""
         kv, gate = (p.unflatten(0, (batch, -1)) for p in (self.wkv(x), self.wgate(x)))
-        rope = rows.entry_rope(self.ratio).unflatten(0, (batch, -1))
+        completed = slice(self.ratio - 1, None, self.ratio)
+        rope = rows.entry_rope(self.ratio).unflatten(0, (batch, -1))[:, completed]
         ape = self.ape.to(kv.dtype)
         made = [
             ops.compress_entries(k, g, ape, self.norm.weight, r, self.ratio, self.norm.eps, self.rotate)

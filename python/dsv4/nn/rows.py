@@ -8,11 +8,8 @@ import torch
 from torch import Tensor
 
 from dsv4 import ops
+from dsv4.cache import BLOCK
 from dsv4.model.config import Config
-
-BLOCK = 256
-"""Raw positions covered by one column of every page table."""
-
 
 class RopeFrequencies:
     """The two rotary embeddings of a model.
