@@ -84,17 +84,17 @@ class Settings:
         """Bytes of one compressed page of one layer, its page of index keys included; 0 where the layer has neither."""
         if not ratio:
             return 0
-        size = layout.page_bytes(*self._rows(BLOCK // ratio))
-        return size + (layout.key_page_bytes(*self._keys(BLOCK // ratio)) if self.overlaps(ratio) else 0)
+        size = layout.page_bytes(*self._rows(entries_per_page(ratio)))
+        return size + (layout.key_page_bytes(*self._keys(entries_per_page(ratio))) if self.overlaps(ratio) else 0)
 
     def window_pages(self, count: int, device: torch.device | str) -> Tensor:
         return layout.allocate_pages(count, *self._rows(BLOCK), device=device)
 
     def compressed_pages(self, ratio: int, count: int, device: torch.device | str) -> Tensor:
-        return layout.allocate_pages(count, *self._rows(BLOCK // ratio), device=device)
+        return layout.allocate_pages(count, *self._rows(entries_per_page(ratio)), device=device)
 
     def index_pages(self, ratio: int, count: int, device: torch.device | str) -> Tensor:
-        return layout.allocate_key_pages(count, *self._keys(BLOCK // ratio), device=device)
+        return layout.allocate_key_pages(count, *self._keys(entries_per_page(ratio)), device=device)
 
     def ring(self, ratio: int) -> int:
         """Slots of a compressor tail.
@@ -127,6 +127,11 @@ class Settings:
     def first_window_block(self, length: int) -> int:
         """First block of window rows that is kept at a length: the one `sliding_window + rollback` positions back."""
         return max(0, length - self.config.sliding_window - self.rollback) // BLOCK
+
+
+def entries_per_page(ratio: int) -> int:
+    """Entries of one column of a page table: those that end within 256 positions, rounded up, so that any ratio fits."""
+    return -(-BLOCK // ratio) if ratio else 1
 
 
 def blocks_of(length: int) -> int:
@@ -181,7 +186,7 @@ class LayerCache:
         index_pages: index keys of a CSA layer, uint8 [pages, bytes] or dtype [pages, page_size, index_head_dim]; or
             None.
         index_state: tail of the index compressor, [sequences, ring, 2, 2 * index_head_dim]; or None.
-        page_size, index_page_size: entries a page, 256 / ratio (1 where there are none).
+        page_size, index_page_size: entries a page (1 where there are none).
     """
 
     ratio: int
@@ -223,5 +228,5 @@ class LayerCache:
         index_pages: Tensor | None,
         index_state: Tensor | None,
     ) -> LayerCache:
-        size = BLOCK // ratio if ratio else 1
+        size = entries_per_page(ratio)
         return cls(ratio, window_pages, pages, state, index_pages, index_state, BLOCK, size, size)

@@ -19,7 +19,7 @@ class Block(nn.Module):
 
     Args:
         config: of the model.
-        ratio: of its attention: 0, 4 or a larger divisor of 256.
+        ratio: of its attention.
         hash_routing: experts by token id.
     """
 

@@ -167,10 +167,8 @@ class Config:
                 f"({layers} layers + {extra} MTP blocks)"
             )
         for layer, ratio in enumerate(ratios):
-            if ratio == 1 or (ratio and 256 % ratio):
-                raise ValueError(
-                    f"config: compress_ratios[{layer}] must be 0 or a divisor of 256 above 1, got {ratio}"
-                )
+            if ratio == 1:
+                raise ValueError(f"config: compress_ratios[{layer}] must be 0 or at least 2, got {ratio}")
             if ratio and layer >= layers:
                 raise ValueError(f"config: compress_ratios[{layer}] belongs to an MTP block and must be 0, got {ratio}")
         object.__setattr__(self, "compress_ratios", tuple(ratios))
@@ -326,9 +324,7 @@ def _fields(values: Mapping[str, Any]) -> dict[str, Any]:
         quantized = values.get("quantization_config")
         nested = quantized.get("expert_dtype") if isinstance(quantized, Mapping) else None
         arguments["expert_dtype"] = nested or ("fp4" if quantized else "bf16")
-    missing = [
-        name for name, field in fields.items() if field.default is dataclasses.MISSING and name not in arguments
-    ]
+    missing = [name for name, field in fields.items() if field.default is dataclasses.MISSING and name not in arguments]
     if missing:
         raise ValueError(f"missing {', '.join(missing)}")
     return arguments

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsv4 import ops
-from dsv4.cache import BLOCK, LayerCache
+from dsv4.cache import BLOCK, LayerCache, entries_per_page
 from dsv4.model.config import Config
 from dsv4.nn.compressor import Compressor, Indexer
 from dsv4.nn.linear import GroupedLinear, RMSNorm, check_quantization, empty_parameter, linear
@@ -27,15 +27,13 @@ class Attention(nn.Module):
         quantization: "checkpoint" (FP8 weights, activations and cache rows; FP4 index) or "off".
         dtype: of activations and, in mode "off", of the weights.
     Raises:
-        ValueError: unknown quantization; a ratio that does not divide 256.
+        ValueError: unknown quantization.
     """
 
     def __init__(
         self, config: Config, ratio: int, quantization: str = "checkpoint", dtype: torch.dtype = torch.bfloat16
     ):
         super().__init__()
-        if ratio and BLOCK % ratio:
-            raise ValueError(f"compression ratio must divide {BLOCK}, got {ratio}")
         self.quantized = check_quantization(quantization) == "checkpoint"
         trainable = not self.quantized
         self.config, self.ratio, self.dtype = config, ratio, dtype
@@ -96,7 +94,7 @@ class Attention(nn.Module):
             rows.rope(self.ratio > 0),
             window=self.window,
             scale=self.head_dim**-0.5,
-            page_size=BLOCK // self.ratio if self.ratio else 1,
+            page_size=entries_per_page(self.ratio),
         )
         return self.wo_b(self.wo_a(out.reshape(x.shape[0], self.groups, -1)).flatten(1))
 
@@ -116,7 +114,7 @@ class Attention(nn.Module):
         )
         if not self.ratio:
             return layer.window_pages, None, None
-        page_size = BLOCK // self.ratio
+        page_size = entries_per_page(self.ratio)
         self.compressor(x, rows, layer.state, layer.pages, page_size)
         if self.indexer is None:
             return layer.window_pages, layer.pages, None
@@ -132,7 +130,7 @@ class Attention(nn.Module):
         window_pages = _to_pages(window.unflatten(0, (batch, -1)), rows, BLOCK)
         if not self.ratio:
             return window_pages, None, None
-        page_size = BLOCK // self.ratio
+        page_size = entries_per_page(self.ratio)
         pages = _to_pages(self.compressor.entries(x, rows, batch), rows, page_size)
         if self.indexer is None:
             return window_pages, pages, None
