@@ -1,0 +1,342 @@
+"""Mixture of experts: the router's gate and the experts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsv4.ops._check import INTEGERS, WIDE_FLOATS, Check
+from dsv4.ops._exact import exact_matmul
+from dsv4.ops._registry import register
+from dsv4.ops.linear import quantized_activation
+from dsv4.ops.quantize import check_quantized_weight, dequantize_weight_reference
+
+__all__ = ["moe_experts", "moe_experts_reference", "moe_gate", "moe_gate_reference"]
+
+_SOFTPLUS_THRESHOLD = 20.0
+# Below this softplus(z) equals exp(z) in float64 too, and its root is better taken as exp(z / 2): no underflow, no 0/0 in
+# the gradient.
+_SOFTPLUS_TAIL = -40.0
+
+
+def moe_gate(
+    x: Tensor,
+    weight: Tensor,
+    top_k: int,
+    bias: Tensor | None = None,
+    token_ids: Tensor | None = None,
+    tid2eid: Tensor | None = None,
+    route_scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """Choose top_k experts a token, and their weights.
+
+    score = sqrt(softplus(x W^T)). The experts are those of the top_k largest score + bias, ties to the lower index, a NaN
+    last; or, on hash layers, tid2eid[token]. Their weights are the scores without bias, divided by their sum, times
+    route_scale. Scores and weights are float32 whatever the dtype of x (float64 for float64).
+
+    Args:
+        x:         [tokens, hidden] bfloat16, float32 or float64.
+        weight:    [experts, hidden] bfloat16, float32 or float64.
+        top_k:     1 to experts.
+        bias:      [experts] float32 or float64, for the choice alone; it gets no gradient. Not with tid2eid.
+        token_ids: [tokens] int32 or int64. With tid2eid.
+        tid2eid:   [vocabulary, top_k] int32 or int64, the experts of each token id. With token_ids.
+        route_scale: factor of the weights.
+    Returns: weights float32 [tokens, top_k], indices int32 [tokens, top_k]; by falling score + bias, or in the order of
+        tid2eid. Differentiable in x and weight.
+    Raises: RuntimeError where a shape, dtype or device differs from the above; IndexError for a token id outside tid2eid.
+    Source: DeepSeek-V4 report, 2.1; the official inference code.
+    """
+    return torch.ops.dsv4.moe_gate(x, weight, top_k, bias, token_ids, tid2eid, route_scale)
+
+
+def moe_gate_reference(
+    x: Tensor,
+    weight: Tensor,
+    top_k: int,
+    bias: Tensor | None = None,
+    token_ids: Tensor | None = None,
+    tid2eid: Tensor | None = None,
+    route_scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    # Rounding logits and scores to float32 drops the traces that the order of summation leaves in float64.
+    score = _sqrt_softplus(exact_matmul(x, weight.mT, dtype).double()).to(dtype)
+    if tid2eid is not None and token_ids is not None:
+        indices = tid2eid[token_ids.long()].long()
+    else:
+        ranked = score.detach() if bias is None else score.detach() + bias
+        ranked = torch.where(ranked.isnan(), -torch.inf, ranked)
+        indices = ranked.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
+    chosen = score.gather(1, indices).double()
+    total = chosen.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    return (chosen / total * route_scale).to(dtype), indices.to(torch.int32)
+
+
+def _sqrt_softplus(z: Tensor) -> Tensor:
+    root = torch.nn.functional.softplus(z.clamp_min(_SOFTPLUS_TAIL), threshold=_SOFTPLUS_THRESHOLD).sqrt()
+    return torch.where(z < _SOFTPLUS_TAIL, (z.clamp_max(_SOFTPLUS_TAIL) / 2).exp(), root)
+
+
+def _check_moe_gate(
+    x: Tensor,
+    weight: Tensor,
+    top_k: int,
+    bias: Tensor | None = None,
+    token_ids: Tensor | None = None,
+    tid2eid: Tensor | None = None,
+    route_scale: float = 1.0,
+) -> None:
+    check = Check("moe_gate")
+    tokens, hidden = check.tensor("x", x, WIDE_FLOATS, ("tokens", "hidden"))
+    experts = check.tensor("weight", weight, WIDE_FLOATS, ("experts", hidden))[0]
+    check.that(1 <= top_k <= experts, f"top_k must be 1 to {experts}, the number of experts, got {top_k}")
+    check.optional("bias", bias, (torch.float32, torch.float64), (experts,))
+    check.that((token_ids is None) == (tid2eid is None), "token_ids and tid2eid must be given together")
+    check.optional("token_ids", token_ids, INTEGERS, (tokens,))
+    check.optional("tid2eid", tid2eid, INTEGERS, ("vocabulary", top_k))
+    check.that(bias is None or tid2eid is None, "bias must be None where tid2eid chooses the experts")
+
+
+def moe_experts(
+    x: Tensor,
+    weights: Tensor,
+    indices: Tensor,
+    w1: Tensor,
+    w3: Tensor,
+    w2: Tensor,
+    w1_scale: Tensor | None = None,
+    w3_scale: Tensor | None = None,
+    w2_scale: Tensor | None = None,
+    shared: Sequence[Tensor] | None = None,
+    swiglu_limit: float = 0.0,
+) -> Tensor:
+    """Sum over a token's experts of w2(silu(gate) * up * weight), gate = w1 x, up = w3 x, plus the shared expert.
+
+    gate and up are rounded to the dtype of x; with a limit, gate = min(gate, limit) and up = clamp(up, -limit, limit). The
+    product with the routing weight is taken wider and rounded once. Each expert's output is rounded to the dtype of x;
+    outputs are summed in float32 (float64 for float64) by ascending expert, then the shared expert's, and cast once.
+    A matrix with a scale quantises its input to e4m3 in blocks of 128, and sums its products exactly; one without is a
+    plain product in its dtype.
+
+    Args:
+        x:       [tokens, hidden] bfloat16, float32 or float64.
+        weights: [tokens, top_k] float32 or float64, from moe_gate.
+        indices: [tokens, top_k] int32 or int64; an index outside 0 ... experts - 1 contributes nothing.
+        w1, w3:  [experts, inter, hidden] in the dtype of x or float8_e4m3fn, or [experts, inter, hidden / 2] packed e2m1 in
+            int8 or uint8.
+        w2:      [experts, hidden, inter], or [experts, hidden, inter / 2], alike.
+        w1_scale, w3_scale, w2_scale: float8_e8m0fnu or float32: [experts, ceil(out / 128), ceil(in / 128)] for e4m3,
+            [experts, out, ceil(in / 32)] for e2m1; None for plain weights.
+        shared:  the expert that every token passes, weight 1: None, or (w1, w3, w2) or (w1, w1_scale, w3, w3_scale, w2,
+            w2_scale), without the experts dimension. Its inter may differ.
+        swiglu_limit: 0 for no clamp.
+    Returns: [tokens, hidden] in the dtype of x. Differentiable in x, weights and plain weights, unless a matrix is quantised.
+    Raises: RuntimeError where a shape, dtype or device differs from the above.
+    Source: DeepSeek-V4 report, 2.1; the official inference code.
+    """
+    return torch.ops.dsv4.moe_experts(
+        x, weights, indices, w1, w3, w2, w1_scale, w3_scale, w2_scale, list(shared or ()), swiglu_limit
+    )
+
+
+def moe_experts_reference(
+    x: Tensor,
+    weights: Tensor,
+    indices: Tensor,
+    w1: Tensor,
+    w3: Tensor,
+    w2: Tensor,
+    w1_scale: Tensor | None = None,
+    w3_scale: Tensor | None = None,
+    w2_scale: Tensor | None = None,
+    shared: Sequence[Tensor] | None = None,
+    swiglu_limit: float = 0.0,
+) -> Tensor:
+    total = torch.zeros(x.shape, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+    matrices = ((w1, w1_scale), (w3, w3_scale), (w2, w2_scale))
+    # Quantised once for all experts; each matrix takes the form it was stored for.
+    quantized = quantized_activation(x) if w1_scale is not None or w3_scale is not None else None
+    for expert in indices.unique().tolist():  # ascending, which fixes the order of the sum
+        if not 0 <= expert < w1.shape[0]:
+            continue
+        token, slot = torch.where(indices == expert)
+        gate_up_down = [(w[expert], None if scale is None else scale[expert]) for w, scale in matrices]
+        output = _expert(
+            x[token],
+            None if quantized is None else quantized[token],
+            gate_up_down,
+            weights[token, slot].unsqueeze(-1),
+            swiglu_limit,
+        )
+        total = total.index_add(0, token, output.to(total.dtype))
+    if shared:
+        step = len(shared) // 3
+        parts = [(shared[i], shared[i + 1] if step == 2 else None) for i in range(0, len(shared), step)]
+        if step == 2 and quantized is None:
+            quantized = quantized_activation(x)
+        total = total + _expert(x, quantized, parts, None, swiglu_limit).to(total.dtype)
+    return total.to(x.dtype)
+
+
+def _expert(
+    x: Tensor,
+    quantized: Tensor | None,
+    gate_up_down: Sequence[tuple[Tensor, Tensor | None]],
+    weight: Tensor | None,
+    limit: float,
+) -> Tensor:
+    """One expert on its rows x [rows, hidden]; `quantized` holds the same rows after the quantiser, float64."""
+    (w1, w1_scale), (w3, w3_scale), (w2, w2_scale) = gate_up_down
+    # silu in float64 where results must not depend on a row's place in a vector register: torch's vectorised and scalar
+    # exponentials differ in the last bit of float32.
+    wide = torch.promote_types(x.dtype, torch.float32 if w2_scale is None else torch.float64)
+    gate = _project(x, quantized, w1, w1_scale).to(wide)
+    up = _project(x, quantized, w3, w3_scale).to(wide)
+    if limit > 0:
+        gate = gate.clamp_max(limit)
+        up = up.clamp(-limit, limit)
+    hidden = torch.nn.functional.silu(gate) * up
+    if weight is not None:
+        hidden = hidden * weight.to(wide)
+    hidden = hidden.to(x.dtype)
+    return _project(hidden, None if w2_scale is None else quantized_activation(hidden), w2, w2_scale)
+
+
+def _project(x: Tensor, quantized: Tensor | None, weight: Tensor, scale: Tensor | None) -> Tensor:
+    if scale is None:
+        return x @ weight.mT
+    assert quantized is not None
+    return exact_matmul(quantized, dequantize_weight_reference(weight, scale, torch.float64).mT, x.dtype)
+
+
+def _check_moe_experts(
+    x: Tensor,
+    weights: Tensor,
+    indices: Tensor,
+    w1: Tensor,
+    w3: Tensor,
+    w2: Tensor,
+    w1_scale: Tensor | None = None,
+    w3_scale: Tensor | None = None,
+    w2_scale: Tensor | None = None,
+    shared: Sequence[Tensor] | None = None,
+    swiglu_limit: float = 0.0,
+) -> None:
+    check = Check("moe_experts")
+    tokens, hidden = check.tensor("x", x, WIDE_FLOATS, ("tokens", "hidden"))
+    top_k = check.tensor("weights", weights, (torch.float32, torch.float64), (tokens, "top_k"))[1]
+    check.tensor("indices", indices, INTEGERS, (tokens, top_k))
+    check.that(w1.dim() == 3, f"w1 must be [experts, inter, hidden], got {list(w1.shape)}")
+    sizes = (w1.shape[0], w1.shape[1], hidden)
+    _check_matrices(check, x.dtype, "", (w1, w3, w2), (w1_scale, w3_scale, w2_scale), sizes)
+    shared = shared or ()
+    check.that(len(shared) in (0, 3, 6), f"shared must hold 0, 3 or 6 tensors, got {len(shared)}")
+    if shared:
+        plain = len(shared) == 3
+        matrices = shared if plain else shared[0::2]
+        scales = (None, None, None) if plain else shared[1::2]
+        _check_matrices(check, x.dtype, "shared ", matrices, scales, (matrices[0].shape[0], hidden))
+    check.that(swiglu_limit >= 0, f"swiglu_limit must not be negative, got {swiglu_limit}")
+
+
+def _check_matrices(
+    check: Check,
+    dtype: torch.dtype,
+    prefix: str,
+    matrices: Sequence[Tensor],
+    scales: Sequence[Tensor | None],
+    sizes: tuple[int, ...],
+) -> None:
+    """Checks (w1, w3, w2) of [*leading, inter, hidden] = sizes, stored plain or quantised."""
+    *leading, inter, hidden = sizes
+    for name, matrix, scale in zip(("w1", "w3", "w2"), matrices, scales, strict=True):
+        out, size = (hidden, inter) if name == "w2" else (inter, hidden)
+        if scale is None:
+            check.tensor(prefix + name, matrix, (dtype,), (*leading, out, size))
+            continue
+        packed = 1 if matrix.dtype == torch.float8_e4m3fn else 2
+        check.that(size % packed == 0, f"{prefix}{name} in e2m1 needs an even number of inputs, got {size}")
+        check_quantized_weight(check, prefix + name, matrix, f"{prefix}{name}_scale", scale)
+        check.tensor(prefix + name, matrix, (matrix.dtype,), (*leading, out, size // packed))
+
+
+def _moe_experts_backward(
+    grad: Tensor,
+    x: Tensor,
+    weights: Tensor,
+    indices: Tensor,
+    w1: Tensor,
+    w3: Tensor,
+    w2: Tensor,
+    shared: Sequence[Tensor],
+    swiglu_limit: float,
+) -> list[Tensor]:
+    """Gradients of plain experts with respect to x, weights, w1, w3, w2 and the shared matrices, in this order."""
+    inputs = [t.detach().requires_grad_() for t in (x, weights, w1, w3, w2, *shared)]
+    with torch.enable_grad():
+        result = moe_experts_reference(
+            inputs[0], inputs[1], indices, *inputs[2:5], shared=inputs[5:], swiglu_limit=swiglu_limit
+        )
+    if not result.requires_grad:  # no token, or no index in range, and no shared expert
+        return [torch.zeros_like(t) for t in inputs]
+    found = torch.autograd.grad(result, inputs, grad, allow_unused=True, materialize_grads=True)
+    return [g.contiguous() for g in found]
+
+
+def _moe_experts_backward_fake(
+    grad: Tensor,
+    x: Tensor,
+    weights: Tensor,
+    indices: Tensor,
+    w1: Tensor,
+    w3: Tensor,
+    w2: Tensor,
+    shared: Sequence[Tensor],
+    swiglu_limit: float,
+) -> list[Tensor]:
+    return [t.new_empty(t.shape) for t in (x, weights, w1, w3, w2, *shared)]
+
+
+def _experts_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weights, indices, w1, w3, w2, *scales, shared, ctx.limit = inputs
+    shared = shared or ()
+    ctx.quantized = len(shared) == 6 or any(scale is not None for scale in scales)
+    ctx.shared = len(shared)
+    ctx.save_for_backward(*(() if ctx.quantized else (x, weights, indices, w1, w3, w2, *shared)))
+
+
+def _experts_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    if ctx.quantized:
+        raise RuntimeError("moe_experts: quantised experts have no gradient; train with plain weights (quantization='off')")
+    x, weights, indices, w1, w3, w2, *shared = ctx.saved_tensors
+    gradients = torch.ops.dsv4.moe_experts_backward(grad, x, weights, indices, w1, w3, w2, shared, ctx.limit)
+    d_x, d_weights, d_w1, d_w3, d_w2, *d_shared = gradients
+    return d_x, d_weights, None, d_w1, d_w3, d_w2, None, None, None, d_shared, None
+
+
+register(
+    "moe_gate(Tensor x, Tensor weight, int top_k, Tensor? bias=None, Tensor? token_ids=None, Tensor? tid2eid=None,"
+    " float route_scale=1.0) -> (Tensor, Tensor)",
+    moe_gate_reference,
+    check=_check_moe_gate,
+    recompute=True,
+)
+register(
+    "moe_experts(Tensor x, Tensor weights, Tensor indices, Tensor w1, Tensor w3, Tensor w2, Tensor? w1_scale=None,"
+    " Tensor? w3_scale=None, Tensor? w2_scale=None, Tensor[]? shared=None, float swiglu_limit=0.0) -> Tensor",
+    moe_experts_reference,
+    check=_check_moe_experts,
+    fake=lambda x, *others, **named: torch.empty_like(x, memory_format=torch.contiguous_format),
+    backward=_experts_backward,
+    setup_context=_experts_context,
+)
+register(
+    "moe_experts_backward(Tensor grad, Tensor x, Tensor weights, Tensor indices, Tensor w1, Tensor w3, Tensor w2,"
+    " Tensor[] shared, float swiglu_limit) -> Tensor[]",
+    _moe_experts_backward,
+    fake=_moe_experts_backward_fake,
+)
