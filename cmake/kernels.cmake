@@ -10,13 +10,13 @@ add_library(dsv4_flags INTERFACE)
 target_include_directories(dsv4_flags INTERFACE "${DSV4_CSRC}")
 target_compile_options(dsv4_flags INTERFACE "$<$<COMPILE_LANGUAGE:CXX>:-Wall;-Wextra;-ffp-contract=off>")
 
-add_library(dsv4_common OBJECT "${DSV4_CSRC}/common/status.cpp" "${DSV4_CSRC}/common/hardware.cpp"
-  "${DSV4_CSRC}/common/thread_pool.cpp")
-target_link_libraries(dsv4_common PUBLIC dsv4_flags Threads::Threads)
+add_library(dsv4_common OBJECT "${DSV4_CSRC}/common/status.cpp" "${DSV4_CSRC}/common/hardware.cpp")
+target_link_libraries(dsv4_common PUBLIC dsv4_flags)
 
 # One object library an instruction set, with its own flags; chosen at run time.
 set(DSV4_CPU_SETS)
-set(DSV4_CPU_OBJECTS)
+set(DSV4_CPU_OBJECTS)  # everything that a CPU program links
+set(DSV4_ISA_OBJECTS)  # of that, what has the flags of an instruction set
 set(DSV4_CPU_DEFINITIONS DSV4_WITH_CPU)
 function(dsv4_add_cpu_set name)
   file(GLOB sources CONFIGURE_DEPENDS "${DSV4_CSRC}/cpu/${name}/*.cpp")
@@ -27,16 +27,19 @@ function(dsv4_add_cpu_set name)
   endif()
   add_library(dsv4_${name} OBJECT ${sources})
   target_link_libraries(dsv4_${name} PUBLIC dsv4_flags)
-  target_compile_options(dsv4_${name} PRIVATE ${ARGN})
+  # GCC's own intrinsics headers read undefined registers on purpose, and GCC 12 warns of it.
+  target_compile_options(dsv4_${name} PRIVATE ${ARGN} -Wno-uninitialized -Wno-maybe-uninitialized)
   string(TOUPPER ${name} upper)
   set(DSV4_CPU_SETS ${DSV4_CPU_SETS} ${name} PARENT_SCOPE)
   set(DSV4_CPU_OBJECTS ${DSV4_CPU_OBJECTS} $<TARGET_OBJECTS:dsv4_${name}> PARENT_SCOPE)
+  set(DSV4_ISA_OBJECTS ${DSV4_ISA_OBJECTS} $<TARGET_OBJECTS:dsv4_${name}> PARENT_SCOPE)
   set(DSV4_CPU_DEFINITIONS ${DSV4_CPU_DEFINITIONS} DSV4_WITH_${upper} PARENT_SCOPE)
 endfunction()
 set(_avx512 -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vbmi -mavx512vnni -mavx512bf16 -mfma)
+set(DSV4_AMX_FLAGS ${_avx512} -mamx-tile -mamx-bf16 -mamx-int8)
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
   dsv4_add_cpu_set(avx512 ${_avx512})
-  dsv4_add_cpu_set(amx ${_avx512} -mamx-tile -mamx-bf16 -mamx-int8)
+  dsv4_add_cpu_set(amx ${DSV4_AMX_FLAGS})
 endif()
 
 add_library(dsv4_cpu_kernels OBJECT ${_ops} ${_scalar})

@@ -13,7 +13,7 @@ set(_exports "${CMAKE_CURRENT_SOURCE_DIR}/cmake/exports.map")
 
 function(dsv4_add_op_library name architectures)
   add_library(${name} MODULE ${_bindings} ${ARGN})
-  target_link_libraries(${name} PRIVATE dsv4_flags Threads::Threads -Wl,--no-as-needed dsv4_libtorch_stub
+  target_link_libraries(${name} PRIVATE dsv4_flags -Wl,--no-as-needed dsv4_libtorch_stub
     -Wl,--as-needed -Wl,--version-script=${_exports})
   target_include_directories(${name} SYSTEM PRIVATE "${DSV4_TORCH_INCLUDE}")
   target_compile_definitions(${name} PRIVATE TORCH_TARGET_VERSION=0x020b000000000000
@@ -42,7 +42,7 @@ if(NOT pybind11_FOUND)
 endif()
 if(pybind11_FOUND)
   pybind11_add_module(dsv4_module "${DSV4_CSRC}/module.cpp" $<TARGET_OBJECTS:dsv4_common>)
-  target_link_libraries(dsv4_module PRIVATE dsv4_flags Threads::Threads)
+  target_link_libraries(dsv4_module PRIVATE dsv4_flags)
   target_compile_definitions(dsv4_module PRIVATE DSV4_VERSION="${PROJECT_VERSION}"
     DSV4_COMPILER="${CMAKE_CXX_COMPILER_ID} ${CMAKE_CXX_COMPILER_VERSION}" DSV4_CPU_SETS="${_cpu_names}"
     DSV4_TORCH_VERSION="${DSV4_TORCH_VERSION}" DSV4_CUDA_VERSION="${CMAKE_CUDA_COMPILER_VERSION}")

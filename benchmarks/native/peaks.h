@@ -1,0 +1,22 @@
+// Loops that only do arithmetic from registers, to measure what the processor's units can do.
+#pragma once
+
+#include <cstdint>
+
+#include "common/context.h"
+
+namespace dsv4::bench {
+
+// Each runs `rounds` rounds and returns the number of floating-point operations done.
+struct PeakKernels {
+  double (*float32)(int64_t rounds);
+  double (*bfloat16)(int64_t rounds);  // null: no such unit
+};
+
+PeakKernels peak_kernels(Isa isa);
+
+double avx512_float32_peak(int64_t rounds);
+double avx512_bfloat16_peak(int64_t rounds);
+double amx_bfloat16_peak(int64_t rounds);
+
+}  // namespace dsv4::bench

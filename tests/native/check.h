@@ -1,0 +1,141 @@
+// The harness of the native tests: cases that register themselves, checks that count, memory that notices stray
+// accesses.
+#pragma once
+
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <string>
+#include <vector>
+
+#include "common/dtype.h"
+#include "common/view.h"
+
+namespace dsv4::testing {
+
+using Case = void (*)();
+
+// A test case; TEST makes one. Cases run in the order in which a file defines them.
+struct Registered {
+  Registered(const char* name, Case run);
+};
+
+// Counts a check and records the first failures of the case with file and line. Returns `passed`.
+bool check(bool passed, const char* file, int line, const std::string& message);
+
+// Leaves a named part of a case out and says so; it is counted as not run, never as passed.
+void not_run(const char* reason);
+
+#define TEST(name)                                                       \
+  static void name();                                                    \
+  static const dsv4::testing::Registered name##_registered(#name, name); \
+  static void name()
+
+#define CHECK(condition) dsv4::testing::check(static_cast<bool>(condition), __FILE__, __LINE__, #condition)
+
+#define CHECK_MESSAGE(condition, message) \
+  dsv4::testing::check(static_cast<bool>(condition), __FILE__, __LINE__, message)
+
+// Seeded uniform numbers, the same on every machine.
+class Random {
+ public:
+  explicit Random(uint64_t seed) : state_(seed * 0x9E3779B97F4A7C15ull + 1) {}
+
+  uint64_t bits() {
+    state_ ^= state_ << 13;
+    state_ ^= state_ >> 7;
+    state_ ^= state_ << 17;
+    return state_;
+  }
+  // In [low, high).
+  float uniform(float low, float high) {
+    return low + (high - low) * static_cast<float>(bits() >> 40) * (1.0f / 16777216.0f);
+  }
+
+ private:
+  uint64_t state_;
+};
+
+// A dense array between guard bands, filled with signalling NaN patterns until somebody writes. `intact()` is false
+// once anything wrote beside it.
+template <class T>
+class Guarded {
+ public:
+  explicit Guarded(std::vector<int64_t> shape) : shape_(std::move(shape)), size_(1) {
+    for (const int64_t extent : shape_) size_ *= extent;
+    bytes_.assign(2 * kGuard + static_cast<size_t>(size_) * sizeof(T), kPattern);
+  }
+
+  int64_t size() const { return size_; }
+  T* data() { return reinterpret_cast<T*>(bytes_.data() + kGuard); }
+  const T* data() const { return reinterpret_cast<const T*>(bytes_.data() + kGuard); }
+  T& operator[](int64_t index) { return data()[index]; }
+  const T& operator[](int64_t index) const { return data()[index]; }
+
+  bool intact() const {
+    for (size_t i = 0; i < kGuard; ++i) {
+      if (bytes_[i] != kPattern || bytes_[bytes_.size() - 1 - i] != kPattern) return false;
+    }
+    return true;
+  }
+
+  Guarded& fill(Random& random, float low, float high) {
+    for (int64_t i = 0; i < size_; ++i) data()[i] = from_float<T>(random.uniform(low, high));
+    return *this;
+  }
+
+  template <int N>
+  View<T, N> view() {
+    return shaped<View<T, N>>();
+  }
+  template <int N>
+  View<const T, N> const_view() {
+    return shaped<View<const T, N>>();
+  }
+  template <int N>
+  AnyView<N> any() {
+    AnyView<N> result = shaped<AnyView<N>>();
+    result.dtype = sizeof(T) == 2 ? DType::kBFloat16 : DType::kFloat32;
+    return result;
+  }
+
+  bool same_bits(const Guarded& other) const { return bytes_ == other.bytes_; }
+
+ private:
+  static constexpr size_t kGuard = 256;
+  static constexpr uint8_t kPattern = 0xFF;  // NaN in bfloat16 and float32
+
+  template <class V>
+  V shaped() {
+    V result;
+    result.data = data();
+    int64_t stride = 1;
+    for (int axis = static_cast<int>(shape_.size()) - 1; axis >= 0; --axis) {
+      result.shape[axis] = shape_[axis];
+      result.stride[axis] = stride;
+      stride *= shape_[axis];
+    }
+    return result;
+  }
+
+  std::vector<int64_t> shape_;
+  int64_t size_;
+  std::vector<uint8_t> bytes_;
+};
+
+// Runs `body` with DSV4_MAX_ISA set to `isa`, and puts the old value back.
+template <class Body>
+void with_max_isa(const char* isa, const Body& body) {
+  const char* old = std::getenv("DSV4_MAX_ISA");
+  const std::string kept = old == nullptr ? "" : old;
+  setenv("DSV4_MAX_ISA", isa, 1);
+  body();
+  if (old == nullptr) {
+    unsetenv("DSV4_MAX_ISA");
+  } else {
+    setenv("DSV4_MAX_ISA", kept.c_str(), 1);
+  }
+}
+
+}  // namespace dsv4::testing
