@@ -21,7 +21,7 @@ double seconds_since(Clock::time_point start) { return std::chrono::duration<dou
 constexpr size_t kFlushBytes = size_t{256} << 20;  // beyond the last-level cache of the machines this is meant for
 
 double copy_bandwidth(ThreadPool& pool) {
-  constexpr int64_t kBytes = int64_t{256} << 20, kPiece = 1 << 20;
+  constexpr int64_t kBytes = int64_t{256} << 20;
   std::vector<char> from(kBytes, 1), to(kBytes, 2);
   double best = 0;
   for (int repeat = 0; repeat < 5; ++repeat) {
