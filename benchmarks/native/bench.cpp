@@ -24,11 +24,14 @@ double copy_bandwidth(ThreadPool& pool) {
   constexpr int64_t kBytes = int64_t{256} << 20;
   std::vector<char> from(kBytes, 1), to(kBytes, 2);
   double best = 0;
-  for (int repeat = 0; repeat < 5; ++repeat) {
+  for (int repeat = 0; repeat < 10; ++repeat) {
+    // memcpy may store past the caches from some size on; the faster of both ways is what the machine can do.
+    const int64_t piece = repeat % 2 == 0 ? int64_t{1} << 18 : int64_t{64} << 20;
     const auto start = Clock::now();
-    parallel(pool.context(), kBytes / kPiece, [&](int64_t begin, int64_t end) {
-      std::memcpy(to.data() + begin * kPiece, from.data() + begin * kPiece,
-                  static_cast<size_t>((end - begin) * kPiece));
+    parallel(pool.context(), kBytes / piece, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        std::memcpy(to.data() + i * piece, from.data() + i * piece, static_cast<size_t>(piece));
+      }
     });
     best = std::max(best, 2.0 * kBytes / seconds_since(start));
   }
