@@ -1,0 +1,212 @@
+// mhc_post: a thread makes one 16-byte piece of the four new streams. 18 D + 80 B a token (bfloat16), 40 D FLOP: bound by
+// bandwidth; below some 500 tokens by launch latency.
+// mhc_pre, mhc_head: the mixing product (mhc_mix.h: 128 tokens x 1024 of K a block, so that fn is read from L2 once for 128
+// tokens), then its use (mhc_apply.h). The streams are read twice: 18 D + 80 B a token and 256 B a split of partial sums,
+// 208 D FLOP; bound by bandwidth on the tensor cores.
+// mhc_post_pre: the first kernel makes the new streams as well, in shared memory, so they are written once and read once:
+// 28 D + 160 B a token against 36 D for the two ops.
+// Few tokens: 4 D / 1024 blocks share the mixing product, which is then bound by reading fn (384 D bytes).
+#include "cuda/common/launch.h"
+#include "cuda/sm80/mhc.h"
+#include "cuda/sm80/mhc_apply.h"
+#include "cuda/sm80/mhc_mix.h"
+
+namespace dsv4::sm80 {
+
+struct PostArguments {
+  MhcPostParams post;
+  bool vector;
+};
+
+namespace {
+
+constexpr int kPostThreads = 256;
+constexpr int64_t kTokensAtOnce = 8192;  // bounds the workspace
+constexpr int64_t kMixBlocks = 512;      // as many as fill every GPU; fewer, longer runs of splits beyond
+
+// Grid: x over tokens, y over runs of kPostThreads pieces.
+template <class X>
+DSV4_DEVICE void post(const PostArguments& a) {
+  const int64_t token = ptx::block_index_x(), hidden = a.post.streams.size(2);
+  const int64_t column = (ptx::block_index_y() * kPostThreads + ptx::thread_index()) * kElements<X>;
+  if (column >= hidden) return;
+  Words4 piece[kStreams];
+  DSV4_UNROLL
+  for (int s = 0; s < kStreams; ++s) piece[s] = load_piece(row_of<X>(a.post.streams, token, s), column, hidden, a.vector);
+  const Words4 sublayer = load_piece(row_of<X>(a.post.sublayer, token), column, hidden, a.vector);
+  PostWeights weights;
+  weights.load(a.post, token);
+  float r[kStreams][kElements<X>], y[kElements<X>];
+  DSV4_UNROLL
+  for (int s = 0; s < kStreams; ++s) unpack(piece[s], r[s]);
+  unpack(sublayer, y);
+  DSV4_UNROLL
+  for (int o = 0; o < kStreams; ++o) {
+    const Words4 mixed = mixed_piece<X>(weights, y, r, o);
+    store_piece(row_of<X>(a.post.result, token, o), column, hidden, a.vector, mixed);
+  }
+}
+
+}  // namespace
+
+DSV4_KERNEL(kPostThreads, 2) sm80_bf16_mhc_post(const PostArguments a) { post<bf16>(a); }
+DSV4_KERNEL(kPostThreads, 2) sm80_f32_mhc_post(const PostArguments a) { post<float>(a); }
+DSV4_KERNEL(kMixThreads, 2) sm80_bf16_mhc_pre_mix(const MixArguments a) { mix<bf16, kMixes, false>(a); }
+DSV4_KERNEL(kMixThreads, 1) sm80_bf16_mhc_post_pre_mix(const MixArguments a) { mix<bf16, kMixes, true>(a); }
+DSV4_KERNEL(kMixThreads, 2) sm80_bf16_mhc_head_mix(const MixArguments a) { mix<bf16, kStreams, false>(a); }
+DSV4_KERNEL(kMixThreads, 2) sm80_f32_mhc_pre_mix(const MixArguments a) { mix<float, kMixes, false>(a); }
+DSV4_KERNEL(kMixThreads, 2) sm80_f32_mhc_post_pre_mix(const MixArguments a) { mix<float, kMixes, true>(a); }
+DSV4_KERNEL(kMixThreads, 2) sm80_f32_mhc_head_mix(const MixArguments a) { mix<float, kStreams, false>(a); }
+DSV4_KERNEL(kApplyThreads, 8) sm80_bf16_mhc_pre_apply(const ApplyArguments a) { apply<bf16, true>(a); }
+DSV4_KERNEL(kApplyThreads, 8) sm80_f32_mhc_pre_apply(const ApplyArguments a) { apply<float, true>(a); }
+DSV4_KERNEL(kApplyThreads, 8) sm80_bf16_mhc_head_apply(const ApplyArguments a) { apply<bf16, false>(a); }
+DSV4_KERNEL(kApplyThreads, 8) sm80_f32_mhc_head_apply(const ApplyArguments a) { apply<float, false>(a); }
+
+namespace {
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+int64_t element_bytes(DType dtype) { return dtype == DType::kBFloat16 ? 2 : 4; }
+
+bool aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
+
+// Whether every row is made of whole, aligned 16-byte pieces. Strides of the last axis are 1.
+template <int N>
+bool vector_rows(const AnyView<N>& view) {
+  const int64_t elements = 16 / element_bytes(view.dtype);
+  bool whole = aligned(view.data) && view.shape[N - 1] % elements == 0;
+  for (int axis = 0; axis + 1 < N; ++axis) whole = whole && (view.stride[axis] % elements == 0 || view.shape[axis] == 1);
+  return whole;
+}
+
+bool vector_post(const MhcPostParams& p) {
+  return vector_rows(p.sublayer) && vector_rows(p.streams) && vector_rows(p.result);
+}
+
+// What mhc_pre, mhc_post_pre and mhc_head have in common. kernels[0]: bfloat16, [1]: float32.
+struct Mixing {
+  const char* name;
+  void (*mix[2])(MixArguments);
+  void (*apply[2])(ApplyArguments);
+  int shared_bytes[2];
+  bool makes_weights;
+};
+
+constexpr Mixing kPre = {"mhc_pre",
+                         {sm80_bf16_mhc_pre_mix, sm80_f32_mhc_pre_mix},
+                         {sm80_bf16_mhc_pre_apply, sm80_f32_mhc_pre_apply},
+                         {kMixSharedBytes<bf16, kMixes, false>, kMixSharedBytes<float, kMixes, false>},
+                         true};
+constexpr Mixing kPostPre = {"mhc_post_pre",
+                             {sm80_bf16_mhc_post_pre_mix, sm80_f32_mhc_post_pre_mix},
+                             {sm80_bf16_mhc_pre_apply, sm80_f32_mhc_pre_apply},
+                             {kMixSharedBytes<bf16, kMixes, true>, kMixSharedBytes<float, kMixes, true>},
+                             true};
+constexpr Mixing kHead = {"mhc_head",
+                          {sm80_bf16_mhc_head_mix, sm80_f32_mhc_head_mix},
+                          {sm80_bf16_mhc_head_apply, sm80_f32_mhc_head_apply},
+                          {kMixSharedBytes<bf16, kStreams, false>, kMixSharedBytes<float, kStreams, false>},
+                          false};
+static_assert(kMixSharedBytes<bf16, kMixes, true> <= cuda::kMaxSharedBytes);
+
+int64_t splits_of(int64_t hidden) { return ceil_div(hidden, kChunk * kChunksPerSplit); }
+
+// Both kernels on up to kTokensAtOnce tokens at a time.
+Status run(const Mixing& mixing, MixArguments mix, ApplyArguments apply, const Workspace& workspace,
+           const Context& context) {
+  const int64_t tokens = apply.streams.size(0), hidden = apply.streams.size(2);
+  const bool wide = apply.streams.dtype == DType::kFloat32;
+  if (tokens == 0) return Status::ok();
+  if (workspace.bytes < mhc_workspace_bytes(tokens, hidden)) {
+    return Status::error("%s: workspace has %lld bytes, needs %lld", mixing.name, static_cast<long long>(workspace.bytes),
+                         static_cast<long long>(mhc_workspace_bytes(tokens, hidden)));
+  }
+  mix.hidden = apply.hidden = hidden;
+  mix.partial = static_cast<float*>(workspace.data);
+  apply.partial = mix.partial;
+  apply.splits = static_cast<int>(splits_of(hidden));
+  mix.vector = apply.vector && aligned(mix.fn.data) && mix.fn.stride[0] % 4 == 0;
+  for (int64_t first = 0; first < tokens; first += kTokensAtOnce) {
+    const int64_t count = tokens - first < kTokensAtOnce ? tokens - first : kTokensAtOnce;
+    mix.first_token = apply.first_token = first;
+    mix.end_token = apply.end_token = first + count;
+    const int64_t token_blocks = ceil_div(count, wide ? MixStage<float, false>::kTokens : MixStage<bf16, false>::kTokens);
+    mix.splits_per_block = static_cast<int>(ceil_div(apply.splits, ceil_div(kMixBlocks, token_blocks)));
+    cuda::LaunchShape shape;
+    shape.blocks_x = token_blocks;
+    shape.blocks_y = ceil_div(apply.splits, mix.splits_per_block);
+    shape.threads = kMixThreads;
+    shape.shared_bytes = mixing.shared_bytes[wide];
+    const Status mixed = cuda::launch(mixing.name, mixing.mix[wide], shape, context, mix);
+    if (!mixed.is_ok()) return mixed;
+    shape.blocks_x = count + (mixing.makes_weights ? ceil_div(count, kCombTokens) : 0);
+    shape.blocks_y = 1;
+    shape.threads = kApplyThreads;
+    shape.shared_bytes = kApplySharedBytes;
+    const Status applied = cuda::launch(mixing.name, mixing.apply[wide], shape, context, apply);
+    if (!applied.is_ok()) return applied;
+  }
+  return Status::ok();
+}
+
+ApplyArguments apply_arguments(const MhcPreParams& p) {
+  ApplyArguments apply = {};
+  apply.streams = p.streams;
+  apply.mixing = p.mixing;
+  apply.norm_weight = p.norm_weight;
+  apply.rms_eps = p.rms_eps;
+  apply.output = p.input;
+  apply.post = p.post;
+  apply.comb = p.comb;
+  apply.vector = vector_rows(p.streams) && vector_rows(p.input);
+  return apply;
+}
+
+}  // namespace
+
+int64_t mhc_workspace_bytes(int64_t tokens, int64_t hidden) {
+  const int64_t at_once = tokens < kTokensAtOnce ? tokens : kTokensAtOnce;
+  return at_once * splits_of(hidden) * kPartialRow * static_cast<int64_t>(sizeof(float));
+}
+
+Status mhc_post(const MhcPostParams& p, const Context& context) {
+  if (p.streams.size(0) == 0) return Status::ok();
+  const bool wide = p.streams.dtype == DType::kFloat32;
+  cuda::LaunchShape shape;
+  shape.blocks_x = p.streams.size(0);
+  shape.blocks_y = ceil_div(p.streams.size(2), kPostThreads * (wide ? kElements<float> : kElements<bf16>));
+  shape.threads = kPostThreads;
+  const PostArguments arguments = {p, vector_post(p)};
+  return cuda::launch("mhc_post", wide ? sm80_f32_mhc_post : sm80_bf16_mhc_post, shape, context, arguments);
+}
+
+Status mhc_pre(const MhcPreParams& p, const Context& context) {
+  MixArguments mix = {};
+  mix.streams = p.streams;
+  mix.fn = p.mixing.fn;
+  return run(kPre, mix, apply_arguments(p), p.workspace, context);
+}
+
+Status mhc_post_pre(const MhcPostPreParams& p, const Context& context) {
+  MixArguments mix = {};
+  mix.post = p.post;
+  mix.fn = p.pre.mixing.fn;
+  ApplyArguments apply = apply_arguments(p.pre);
+  apply.streams = p.post.result;
+  apply.vector = vector_post(p.post) && vector_rows(p.pre.input);
+  return run(kPostPre, mix, apply, p.pre.workspace, context);
+}
+
+Status mhc_head(const MhcHeadParams& p, const Context& context) {
+  MixArguments mix = {};
+  mix.streams = p.streams;
+  mix.fn = p.mixing.fn;
+  ApplyArguments apply = {};
+  apply.streams = p.streams;
+  apply.mixing = p.mixing;
+  apply.output = p.output;
+  apply.vector = vector_rows(p.streams) && vector_rows(p.output);
+  return run(kHead, mix, apply, p.workspace, context);
+}
+
+}  // namespace dsv4::sm80

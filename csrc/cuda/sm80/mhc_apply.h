@@ -1,0 +1,191 @@
+// From the partial sums of the mixing product to mhc_pre's and mhc_head's outputs. Every sum over splits runs from split 0
+// upwards. Blocks of two kinds in one grid: the first ones make post and comb, 16 lanes a token with one element of comb
+// each, so that Sinkhorn's long chain of divisions runs beside the others' reading; each of the rest makes one token's
+// weighted sum of its streams, and its RMSNorm.
+#pragma once
+
+#include "cuda/sm80/mhc_mix.h"
+
+namespace dsv4::sm80 {
+
+struct ApplyArguments {
+  AnyView<3> streams;  // [T, 4, D]
+  MhcMixing mixing;
+  AnyView<1> norm_weight;  // [D], optional
+  float rms_eps;
+  AnyView<2> output;    // [T, D]
+  View<float, 2> post;  // [T, 4]; not written by mhc_head
+  View<float, 3> comb;  // [T, 4, 4]
+  const float* partial;
+  int64_t first_token, end_token, hidden;
+  int splits;
+  bool vector;
+};
+
+inline constexpr int kApplyThreads = 128;
+inline constexpr int kCombTokens = kApplyThreads / 16;  // of a block that makes post and comb
+inline constexpr int kApplySharedBytes = kApplyThreads / 32 * 4;
+
+// Element `column` of the mixing product of a token, or its sum of squares.
+DSV4_DEVICE float combine(const ApplyArguments& a, int64_t token, int column) {
+  const int64_t tokens = a.end_token - a.first_token;
+  const float* partial = a.partial + (token - a.first_token) * kPartialRow + column;
+  float sum = partial[0];
+  for (int split = 1; split < a.splits; ++split) sum = ptx::add(sum, partial[split * tokens * kPartialRow]);
+  return sum;
+}
+
+DSV4_DEVICE float inverse_rms(float squares, int64_t count, float eps) {
+  const float mean = ptx::divide(squares, static_cast<float>(count));
+  return ptx::divide(1.0f, ptx::square_root(ptx::add(mean, eps)));
+}
+
+DSV4_DEVICE float logit(const MhcMixing& mixing, int group, int row, float product, float inverse) {
+  const float scale = mixing.scale.data[group * mixing.scale.stride[0]];
+  const float base = mixing.base.data[row * mixing.base.stride[0]];
+  return ptx::fma(ptx::multiply(product, inverse), scale, base);
+}
+
+DSV4_DEVICE float sigmoid(float x) { return ptx::divide(1.0f, ptx::add(1.0f, ptx::exponential(-x))); }
+
+// Sums over the 4 lanes that differ in the two bits of the mask, the same in each of them.
+DSV4_DEVICE float sum_of_row(float value) {
+  value = ptx::add(value, ptx::shuffle_xor(value, 1));
+  return ptx::add(value, ptx::shuffle_xor(value, 2));
+}
+
+DSV4_DEVICE float sum_of_column(float value) {
+  value = ptx::add(value, ptx::shuffle_xor(value, 4));
+  return ptx::add(value, ptx::shuffle_xor(value, 8));
+}
+
+// Lane 4 i + o of 16 holds the logit of comb[i, o].
+DSV4_DEVICE float sinkhorn(float value, float eps, int iterations) {
+  float largest = ptx::maximum(value, ptx::shuffle_xor(value, 1));
+  largest = ptx::maximum(largest, ptx::shuffle_xor(largest, 2));
+  value = ptx::exponential(ptx::add(value, -largest));
+  value = ptx::add(ptx::divide(value, sum_of_row(value)), eps);
+  value = ptx::divide(value, ptx::add(sum_of_column(value), eps));
+  for (int i = 1; i < iterations; ++i) {
+    value = ptx::divide(value, ptx::add(sum_of_row(value), eps));
+    value = ptx::divide(value, ptx::add(sum_of_column(value), eps));
+  }
+  return value;
+}
+
+// Post and comb of the tokens of this block. Lanes without a token repeat the last one's work: shuffles need whole warps.
+DSV4_DEVICE void make_weights(const ApplyArguments& a, int64_t block) {
+  const int lane = ptx::thread_index() % 16;
+  const int64_t mine = a.first_token + block * kCombTokens + ptx::thread_index() / 16;
+  const int64_t token = mine < a.end_token ? mine : a.end_token - 1;
+  const float inverse = inverse_rms(combine(a, token, kSquares), kStreams * a.hidden, a.mixing.norm_eps);
+  const int row = 2 * kStreams + lane;
+  const float comb_logit = logit(a.mixing, 2, row, combine(a, token, row), inverse);
+  const float comb = sinkhorn(comb_logit, a.mixing.hc_eps, a.mixing.sinkhorn_iterations);
+  if (mine >= a.end_token) return;
+  a.comb.data[token * a.comb.stride[0] + lane] = comb;
+  if (lane < kStreams) {
+    const float post_logit = logit(a.mixing, 1, kStreams + lane, combine(a, token, kStreams + lane), inverse);
+    a.post.data[token * a.post.stride[0] + lane] = 2.0f * sigmoid(post_logit);
+  }
+}
+
+// The four pre weights of a token, in every lane.
+DSV4_DEVICE void make_pre(const ApplyArguments& a, int64_t token, float (&pre)[kStreams]) {
+  const int lane = ptx::thread_index() % 32;
+  const int row = lane % kStreams;
+  const float sum = combine(a, token, lane == kStreams ? kSquares : row);
+  const float squares = ptx::shuffle(sum, kStreams);
+  const float inverse = inverse_rms(squares, kStreams * a.hidden, a.mixing.norm_eps);
+  const float mine = ptx::add(sigmoid(logit(a.mixing, 0, row, sum, inverse)), a.mixing.hc_eps);
+  DSV4_UNROLL
+  for (int i = 0; i < kStreams; ++i) {
+    pre[i] = ptx::shuffle(mine, i);
+  }
+}
+
+// The sum over the block's threads, in every thread. Once a kernel: a second call would need a barrier before it.
+DSV4_DEVICE float sum_of_block(float value) {
+  DSV4_UNROLL
+  for (int mask = 16; mask > 0; mask /= 2) {
+    value = ptx::add(value, ptx::shuffle_xor(value, mask));
+  }
+  const uint32_t sums = ptx::shared_base();
+  if (ptx::thread_index() % 32 == 0) ptx::store_shared_float(sums + ptx::thread_index() / 32 * 4, value);
+  ptx::sync_threads();
+  float total = 0.0f;
+  DSV4_UNROLL
+  for (int warp = 0; warp < kApplyThreads / 32; ++warp) total = ptx::add(total, ptx::load_shared_float(sums + warp * 4));
+  return total;
+}
+
+template <class X>
+DSV4_DEVICE float norm_weight_at(const AnyView<1>& weight, int64_t column) {
+  return weight.dtype == DType::kFloat32 ? static_cast<const float*>(weight.data)[column]
+                                         : to_float(static_cast<const X*>(weight.data)[column]);
+}
+
+// The four streams' pieces at one column.
+template <class X>
+DSV4_DEVICE void load_streams(const ApplyArguments& a, int64_t token, int64_t column, Words4 (&piece)[kStreams]) {
+  if (column >= a.hidden) return;
+  DSV4_UNROLL
+  for (int s = 0; s < kStreams; ++s) piece[s] = load_piece(row_of<X>(a.streams, token, s), column, a.hidden, a.vector);
+}
+
+// output = sum_i pre_i streams_i of one token, and with a norm weight its RMSNorm, in place.
+template <class X>
+DSV4_DEVICE void make_output(const ApplyArguments& a, int64_t token) {
+  constexpr int n = kElements<X>;
+  X* output = row_of<X>(a.output, token);
+  const int64_t start = ptx::thread_index() * n;
+  Words4 next[kStreams] = {};
+  load_streams<X>(a, token, start, next);  // on its way while the partial sums are read
+  float pre[kStreams];
+  make_pre(a, token, pre);
+  float squares = 0.0f;
+  for (int64_t column = start; column < a.hidden; column += kApplyThreads * n) {
+    float r[n], sum[n];
+    Words4 piece[kStreams];
+    DSV4_UNROLL
+    for (int s = 0; s < kStreams; ++s) piece[s] = next[s];
+    load_streams<X>(a, token, column + kApplyThreads * n, next);
+    DSV4_UNROLL
+    for (int s = 0; s < kStreams; ++s) {
+      unpack(piece[s], r);
+      DSV4_UNROLL
+      for (int e = 0; e < n; ++e) sum[e] = s == 0 ? ptx::multiply(pre[0], r[e]) : ptx::fma(pre[s], r[e], sum[e]);
+    }
+    const Words4 rounded = pack(sum);
+    store_piece(output, column, a.hidden, a.vector, rounded);
+    unpack(rounded, sum);
+    DSV4_UNROLL
+    for (int e = 0; e < n; ++e) squares = ptx::fma(sum[e], sum[e], squares);
+  }
+  if (!a.norm_weight.given()) return;
+  const float inverse = inverse_rms(sum_of_block(squares), a.hidden, a.rms_eps);
+  for (int64_t column = start; column < a.hidden; column += kApplyThreads * n) {
+    float value[n];
+    unpack(load_piece(output, column, a.hidden, a.vector), value);  // what this thread wrote
+    DSV4_UNROLL
+    for (int e = 0; e < n; ++e) {
+      const float weight = column + e < a.hidden ? norm_weight_at<X>(a.norm_weight, column + e) : 0.0f;
+      value[e] = ptx::multiply(ptx::multiply(value[e], inverse), weight);
+    }
+    store_piece(output, column, a.hidden, a.vector, pack(value));
+  }
+}
+
+// Grid: kWeights: one block for every kCombTokens tokens, then one a token.
+template <class X, bool kWeights>
+DSV4_DEVICE void apply(const ApplyArguments& a) {
+  const int64_t weight_blocks = kWeights ? (a.end_token - a.first_token + kCombTokens - 1) / kCombTokens : 0;
+  const int64_t block = ptx::block_index_x();
+  if (block < weight_blocks) {
+    make_weights(a, block);
+  } else {
+    make_output<X>(a, a.first_token + block - weight_blocks);
+  }
+}
+
+}  // namespace dsv4::sm80
