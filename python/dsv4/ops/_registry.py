@@ -77,10 +77,15 @@ def register(
     torch.library.register_fake(qualified, checked(fake or reference), lib=_fragment)
     if recompute:
         torch.library.register_autograd(
-            qualified, _recompute_backward(reference), setup_context=_save_arguments, lib=_fragment
+            qualified,
+            _for_passed_arguments(_recompute_backward(reference)),
+            setup_context=_save_arguments,
+            lib=_fragment,
         )
     elif backward is not None:
-        torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_fragment)
+        torch.library.register_autograd(
+            qualified, _for_passed_arguments(backward), setup_context=setup_context, lib=_fragment
+        )
     _registered.append(op)
 
 
@@ -121,6 +126,17 @@ def _defined(op: str) -> bool:
     return torch._C._dispatch_has_kernel(f"{NAMESPACE}::{op}") or hasattr(getattr(torch.ops, NAMESPACE), op)
 
 
+def _for_passed_arguments(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Drops the gradients of trailing arguments that were left at their defaults: the dispatcher removes those from the
+    call, shows them to setup_context all the same, and then counts what backward returns against the call."""
+
+    def run(ctx: Any, *grads: Any) -> Any:
+        result = backward(ctx, *grads)
+        return result[: len(ctx.needs_input_grad)] if isinstance(result, tuple) else result
+
+    return run
+
+
 def _save_arguments(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
     ctx.save_for_backward(*(value for value in inputs if isinstance(value, Tensor)))
     ctx.others = [None if isinstance(value, Tensor) else value for value in inputs]
@@ -132,7 +148,8 @@ def _recompute_backward(reference: Callable[..., Any]) -> Callable[..., Any]:
         tensors = iter(ctx.saved_tensors)
         arguments: list[Any] = []
         wanted: list[Tensor] = []
-        for is_tensor, other, needs_grad in zip(ctx.is_tensor, ctx.others, ctx.needs_input_grad, strict=True):
+        needs_input_grad = (*ctx.needs_input_grad, *[False] * (len(ctx.others) - len(ctx.needs_input_grad)))
+        for is_tensor, other, needs_grad in zip(ctx.is_tensor, ctx.others, needs_input_grad, strict=True):
             value = next(tensors).detach() if is_tensor else other
             if needs_grad:
                 value = value.requires_grad_()
@@ -147,6 +164,6 @@ def _recompute_backward(reference: Callable[..., Any]) -> Callable[..., Any]:
             if pairs
             else [None] * len(wanted)
         )
-        return tuple(next(found) if needs_grad else None for needs_grad in ctx.needs_input_grad)
+        return tuple(next(found) if needs_grad else None for needs_grad in needs_input_grad)
 
     return backward

@@ -276,15 +276,53 @@ def _moe_experts_backward(
     swiglu_limit: float,
 ) -> list[Tensor]:
     """Gradients of plain experts with respect to x, weights, w1, w3, w2 and the shared matrices, in this order."""
-    inputs = [t.detach().requires_grad_() for t in (x, weights, w1, w3, w2, *shared)]
-    with torch.enable_grad():
-        result = moe_experts_reference(
-            inputs[0], inputs[1], indices, *inputs[2:5], shared=inputs[5:], swiglu_limit=swiglu_limit
-        )
-    if not result.requires_grad:  # no token, or no index in range, and no shared expert
-        return [torch.zeros_like(t) for t in inputs]
-    found = torch.autograd.grad(result, inputs, grad, allow_unused=True, materialize_grads=True)
-    return [g.contiguous() for g in found]
+    wide = torch.promote_types(x.dtype, torch.float32)
+    d_x = torch.zeros(x.shape, dtype=wide, device=x.device)
+    d_weights = torch.zeros_like(weights)
+    d_matrices = [torch.zeros_like(w) for w in (w1, w3, w2)]
+    for expert in indices.unique().tolist():
+        if not 0 <= expert < w1.shape[0]:
+            continue
+        token, slot = torch.where(indices == expert)
+        matrices = (w1[expert], w3[expert], w2[expert])
+        weight = weights[token, slot].unsqueeze(-1)
+        d_rows, d_weight, d_expert = _expert_backward(grad[token], x[token], matrices, weight, swiglu_limit)
+        d_x = d_x.index_add(0, token, d_rows)
+        d_weights[token, slot] = d_weight.squeeze(-1).to(weights.dtype)
+        for total, part in zip(d_matrices, d_expert, strict=True):
+            total[expert] = part
+    d_shared: tuple[Tensor, ...] = ()
+    if shared:
+        one = torch.ones(x.shape[0], 1, dtype=wide, device=x.device)
+        d_rows, _, d_shared = _expert_backward(grad, x, (shared[0], shared[1], shared[2]), one, swiglu_limit)
+        d_x = d_x + d_rows
+    return [d_x.to(x.dtype), d_weights, *d_matrices, *d_shared]
+
+
+def _expert_backward(
+    grad: Tensor, x: Tensor, matrices: tuple[Tensor, Tensor, Tensor], weight: Tensor, limit: float
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """Gradients of one plain expert: rows [rows, hidden] (not yet cast), routing weight [rows, 1], (w1, w3, w2)."""
+    w1, w3, w2 = matrices
+    wide = torch.promote_types(x.dtype, torch.float32)
+    weight = weight.to(wide)
+    raw_gate, raw_up = (x @ w1.mT).to(wide), (x @ w3.mT).to(wide)
+    gate = raw_gate.clamp_max(limit) if limit > 0 else raw_gate
+    up = raw_up.clamp(-limit, limit) if limit > 0 else raw_up
+    sigmoid = gate.sigmoid()
+    silu = gate * sigmoid
+    d_hidden = (grad @ w2).to(wide)
+    d_weight = (d_hidden * silu * up).sum(-1, keepdim=True)
+    d_product = d_hidden * weight
+    d_gate = d_product * up * sigmoid * (1 + gate * (1 - sigmoid))
+    d_up = d_product * silu
+    if limit > 0:
+        d_gate = d_gate.masked_fill(raw_gate > limit, 0)
+        d_up = d_up.masked_fill(raw_up.abs() > limit, 0)
+    d_gate, d_up = d_gate.to(x.dtype), d_up.to(x.dtype)
+    hidden = (silu * up * weight).to(x.dtype)
+    d_rows = (d_gate @ w1).to(wide) + (d_up @ w3).to(wide)
+    return d_rows, d_weight, (d_gate.mT @ x, d_up.mT @ x, grad.mT @ hidden)
 
 
 def _moe_experts_backward_fake(
@@ -303,9 +341,9 @@ def _moe_experts_backward_fake(
 
 def _experts_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weights, indices, w1, w3, w2, *scales, shared, ctx.limit = inputs
+    ctx.has_list = shared is not None
     shared = shared or ()
     ctx.quantized = len(shared) == 6 or any(scale is not None for scale in scales)
-    ctx.shared = len(shared)
     ctx.save_for_backward(*(() if ctx.quantized else (x, weights, indices, w1, w3, w2, *shared)))
 
 
@@ -315,7 +353,7 @@ def _experts_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     x, weights, indices, w1, w3, w2, *shared = ctx.saved_tensors
     gradients = torch.ops.dsv4.moe_experts_backward(grad, x, weights, indices, w1, w3, w2, shared, ctx.limit)
     d_x, d_weights, d_w1, d_w3, d_w2, *d_shared = gradients
-    return d_x, d_weights, None, d_w1, d_w3, d_w2, None, None, None, d_shared, None
+    return d_x, d_weights, None, d_w1, d_w3, d_w2, None, None, None, d_shared if ctx.has_list else None, None
 
 
 register(
