@@ -5,11 +5,13 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from dsv4.cache.file import load_cache, save_cache
 from dsv4.cache.layer import BLOCK, LayerCache, Settings, blocks_of, bytes_in_use
 from dsv4.cache.pool import PagePool
 from dsv4.cache.replay import plan_replay
@@ -227,7 +229,7 @@ class KVCache:
     @property
     def layers(self) -> tuple[LayerCache, ...]:
         """Storage of every layer. Growing replaces tensors: ask again after every `begin`."""
-        version = tuple(pool.version for pool in self._tables.pools)
+        version = self._tables.pools[_WINDOW].version, self._tables.pools[_COMPRESSED].version
         if self._layers is None or self._layers[0] != version:
             window, compressed = (pool.tensors for pool in self._tables.pools)
             rest = iter(compressed)
@@ -341,7 +343,7 @@ class KVCache:
         copy._ids = [self._ids[s][: self._progress[s].length].clone() for s in chosen]
         for mine, theirs in zip(copy._states, self._states, strict=True):
             for to, source in zip(mine, theirs, strict=True):
-                if to is not None:
+                if to is not None and source is not None:
                     to.copy_(source[chosen])
         copy._trim()
         return copy
@@ -382,7 +384,64 @@ class KVCache:
         """Cuts all sequences back to nothing."""
         self.crop(0)
 
+    def save(self, path: str | Path) -> None:
+        """Writes the committed state of all sequences to one safetensors file (docs/cache_format.md), or nothing.
+
+        Raises:
+            OSError: the file cannot be written; one of that name is as it was.
+        """
+        save_cache(self, path)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        config: Config | None = None,
+        device: torch.device | str = "cpu",
+        max_seq_len: int | None = None,
+    ) -> KVCache:
+        """The cache that `save` wrote.
+
+        Args:
+            config: of the model that will use it, to make sure that it fits; None: take the file's word. Weights are
+                not compared: only the model that filled a cache can make sense of it.
+            device: where to put it.
+            max_seq_len: instead of the one it was made with.
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: truncated, damaged, no cache, another format version, another configuration, longer than
+                max_seq_len.
+        """
+        return load_cache(cls, path, config, device, max_seq_len)
+
     # Inside
+
+    def _stored_tables(self) -> tuple[Tensor, Tensor]:
+        """(window, compressed) tables of the committed tokens, [batch_size, blocks]."""
+        blocks = blocks_of(self.length)
+        tables = tuple(table[:, :blocks].clone() for table in self._tables.columns)
+        for sequence, length in enumerate(self.lengths):
+            for table in tables:
+                table[sequence, blocks_of(length) :] = -1
+        return tables[_WINDOW], tables[_COMPRESSED]
+
+    @_plain_tensors
+    def _restore(
+        self, progress: Sequence[tuple[int, int, int]], ids: Sequence[Tensor], tables: Sequence[Tensor]
+    ) -> None:
+        """Makes an unused cache stand where another stood; pages 0 .. max(table) are to be filled by the caller."""
+        self._progress = [_Progress(*entry) for entry in progress]
+        self._ids = [part.clone() for part in ids]
+        self._tables.widen(tables[0].shape[1])
+        for kind, (pool, table) in enumerate(zip(self._tables.pools, tables, strict=True)):
+            count = int(table.max()) + 1 if table.numel() else 0
+            pool.reserve(count)
+            taken = [pool.take() for _ in range(count)]
+            place = torch.tensor([*taken, -1], dtype=torch.int32)
+            self._tables.columns[kind][:, : table.shape[1]] = place[table.long()]
+            # A page is held once by every entry that names it; taking it counted one holder too many.
+            pool.hold(self._tables.pages(kind))
+            pool.drop(taken)
 
     def _slot(self, sequence: int) -> int:
         if not 0 <= sequence < self.batch_size:
@@ -448,23 +507,26 @@ class KVCache:
         """Makes the pages of these rows writable and describes the step."""
         tables = self._tables
         tables.widen(max((blocks_of(start + count) for _, start, count in spans), default=0))
-        ranges = [(s, range(start // BLOCK, blocks_of(start + count))) for s, start, count in spans]
+        first_block = {_WINDOW: lambda start: start // BLOCK, _COMPRESSED: self.settings.first_entry_block}
+        # A replay stores no compressed entries.
+        written = [
+            (kind, sequence, range(first_block[kind](start), blocks_of(start + count)))
+            for kind in ((_WINDOW,) if replay else (_WINDOW, _COMPRESSED))
+            for sequence, start, count in spans
+        ]
+        # Memory first, so that a shortage leaves the tables as they were.
         limit = self.batch_size * blocks_of(self.max_seq_len)
-        # Memory first, so that a shortage leaves the tables as they were. A replay stores no compressed entries.
-        kinds = (_WINDOW,) if replay else (_WINDOW, _COMPRESSED)
-        for kind in kinds:
-            tables.pools[kind].reserve(sum(tables.missing(kind, s, blocks) for s, blocks in ranges), limit)
-        for kind in kinds:
-            for sequence, blocks in ranges:
-                tables.make_writable(kind, sequence, blocks)
+        for kind, pool in enumerate(tables.pools):
+            pool.reserve(sum(tables.missing(*where) for where in written if where[0] == kind), limit)
+        for where in written:
+            tables.make_writable(*where)
         if not replay:
             for sequence, start, count in spans:
                 self._progress[sequence].high = max(self._progress[sequence].high, start + count)
-        stored = max([1, *map(blocks_of, self.lengths), *(blocks.stop for _, blocks in ranges)])
+        stored = max([1, *map(blocks_of, self.lengths), *(blocks.stop for _, _, blocks in written)])
         window, compressed = (table[:, :stored].clone().to(self.device) for table in tables.columns)
-        sequence, position, ids = self._rows(spans)
         write = torch.full_like(compressed, -1) if replay else compressed
-        self._open = Step(sequence, position, ids, window, compressed, write, replay, tuple(spans))
+        self._open = Step(*self._rows(spans), window, compressed, write, replay, tuple(spans))
         return self._open
 
     def _rows(self, spans: list[tuple[int, int, int]]) -> tuple[Tensor, Tensor, Tensor]:

@@ -128,9 +128,18 @@ class Settings:
         """First block of window rows that is kept at a length: the one `sliding_window + rollback` positions back."""
         return max(0, length - self.config.sliding_window - self.rollback) // BLOCK
 
+    def first_entry_block(self, position: int) -> int:
+        """First column of the compressed table that a step from this position on may write to.
+
+        That is position // 256 for ratios that divide 256. With others, pages hold entries of a few positions more, and
+        the entry of a position can stand in an earlier column than the position itself.
+        """
+        columns = (position // ratio // entries_per_page(ratio) for ratio in {*self.ratios} - {0})
+        return min(columns, default=position // BLOCK)
+
 
 def entries_per_page(ratio: int) -> int:
-    """Entries of one column of a page table: those that end within 256 positions, rounded up, so that any ratio fits."""
+    """Entries of one column of a page table: those that end within 256 positions, rounded up for ratios in between."""
     return -(-BLOCK // ratio) if ratio else 1
 
 
