@@ -1,9 +1,9 @@
-"""Sparse attention over a window of raw rows and a set of compressed entries, with a sink and the inverse rotation of the output."""
+"""Sparse attention over a window of raw rows and a set of compressed entries, under one softmax with a sink."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from dsv4.ops._check import Check
 from dsv4.ops._registry import register
 from dsv4.ops.layout import check_row_pages, locate, owners, read_rows
+from dsv4.ops.norm_rope import apply_rope_reference
 
 __all__ = ["sparse_attention", "sparse_attention_reference"]
 
@@ -19,7 +20,9 @@ _BLOCK_ELEMENTS = 1 << 22
 # Elements of the largest copy of one sequence's entries that is kept while its rows are worked on.
 _DECODED_ELEMENTS = 1 << 26
 _ROPE_DIM = 64
-_QUERY_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+_TENSORS = 11  # arguments of the op that are tensors; they come first
+_FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+_WIDE = (torch.float32, torch.float64)
 
 
 def sparse_attention(
@@ -42,35 +45,40 @@ def sparse_attention(
 ) -> tuple[Tensor, Tensor]:
     """Attend from each row to its sequence's last `window` raw rows and to compressed entries, under one softmax.
 
-    Keys and values are the same rows (one key-value head), all `head_dim` of them. With s_j = scale * query . key_j over the row's keys:
-    `lse = log sum_j exp(s_j)`, `out = sum_j exp(s_j) key_j / (exp(sink) + sum_j exp(s_j))`, rounded to query's dtype; then the
-    rotation of `rope` is undone on the last dims of `out`, rounded again. Where query is bfloat16 or float16 the numerators `exp(s_j - max s)` are rounded to that dtype before the
-    product with the values, as a tensor core needs them; the denominator is not.
+    Keys and values are the same rows (one key-value head), all `head_dim` of them. With s_j = scale * query . key_j
+    over the row's keys: `lse = log sum_j exp(s_j)` and `out = sum_j exp(s_j) key_j / (exp(sink) + sum_j exp(s_j))`,
+    rounded to query's dtype; then the rotation of `rope` is undone on the last dims of `out` and the result rounded
+    again. Where query is bfloat16 or float16, the numerators `exp(s_j - max s)` are rounded to that dtype before the
+    product with the values, as tensor cores need them; the denominator sums unrounded ones.
 
-    The keys of row t: raw positions `position[t] - window + 1 ... position[t]` (from 0) and the compressed entries named by
-    `indices[t]` that lie in `0 <= i < lengths[t]`; without `indices`, all entries below `lengths[t]`. What is stored nowhere (table entry -1, or past
-    the table) is left out, and memory that is not a key of the row is never used, whatever it holds. A row without any key
-    gives out 0 and lse +inf. sink -inf changes nothing, +inf gives out 0; the sink never enters lse.
+    The keys of row t are the raw positions `position[t] - window + 1 ... position[t]` (from 0 on) and the compressed
+    entries in `indices[t]` that lie in `0 <= i < lengths[t]`; without `indices`, all entries below `lengths[t]`. What
+    is not stored (table entry -1, or past the table) is left out, and memory that is no key of the row has no
+    influence, whatever it holds. A row without any key gives out 0 and lse +inf. A sink of -inf changes nothing, one
+    of +inf gives out 0; the sink never enters lse.
 
     Args:
-        query: [tokens, heads, head_dim] bfloat16, float16, float32 or float64, already rotated.
+        query: [tokens, heads, head_dim] bfloat16, float16, float32 or float64, rotated.
         window_pages: pool of raw rows (see layout), [pages, window_page_size, head_dim] float or uint8 [pages, stride].
-        window_table: int32 [sequences, blocks], physical page of each `window_page_size` positions, -1 = not stored.
+        window_table: int32 [sequences, blocks], page of each `window_page_size` positions, -1 = not stored.
         compressed_pages: pool of compressed rows, as window_pages with `page_size`; None = no compressed entries.
-        compressed_table: int32 [sequences, blocks], page of each `page_size` entries, -1 = not stored; None with compressed_pages.
+        compressed_table: int32 [sequences, blocks], page of each `page_size` entries, -1 = not stored.
         sequence: int32 [tokens], the table row of each query row.
         position: int32 [tokens], absolute position of each query row.
         indices: int32 [tokens, k] entry numbers in any order, each at most once, or None.
-        lengths: int32 [tokens], visible entries of each row; None with compressed_pages.
+        lengths: int32 [tokens], visible entries of each row. Given, like compressed_table, with compressed_pages only.
         sink: [heads] float32 or float64, logit of the sink.
-        rope: [tokens, rope_dim / 2, 2] float32 or float64 (cos, sin) at each row's position, or None to leave `out` rotated.
+        rope: [tokens, rope_dim / 2, 2] float32 or float64, (cos, sin) of each row; None leaves `out` rotated.
         window: raw positions a row sees, itself included; at least 1.
         scale: factor on the scores, usually head_dim ** -0.5.
         window_page_size, page_size: rows of a page of either pool.
         rope_dim: bfloat16 dims at the end of an FP8 row; default that of `rope`, or 64.
-    Returns: out [tokens, heads, head_dim] in query's dtype; lse [tokens, heads] float32 (float64 with a float64 query), natural log.
-    Raises: RuntimeError naming the argument, what it must be and what it was; also where a sequence is not a row of the table.
-    Differentiable with respect to query, sink and pools of a float dtype, through out and lse.
+    Returns: out [tokens, heads, head_dim] in query's dtype; lse [tokens, heads], natural logarithm, float32 (float64
+        with a float64 query).
+    Raises: RuntimeError naming the argument, what it must be and what it was; also where a sequence is not a row of the
+        tables.
+    Differentiable through out and lse with respect to query, sink and pools of a float dtype. The gradient takes the
+    numerators for unrounded.
     Source: DeepSeek-V4 report, 2.3; the official inference code (sparse_attn); FlashMLA for lse and empty rows.
     """
     return torch.ops.dsv4.sparse_attention(
@@ -110,32 +118,29 @@ class _Pool(NamedTuple):
 
 
 class _Keys(NamedTuple):
-    """Keys of a block of rows: either shared by its rows, [n, head_dim], or each row's own, [rows, n, head_dim]; float64."""
+    """Keys of a block of rows: shared by its rows, [n, head_dim], or each row's own, [rows, n, head_dim]."""
 
-    keys: Tensor
+    pool: _Pool
+    keys: Tensor  # float64
     valid: Tensor  # bool [rows, n]
-    page: Tensor  # [n] or [rows, n]; where the keys lie
+    page: Tensor  # [n] or [rows, n]: where the keys lie
     offset: Tensor
-
-    @property
-    def shared(self) -> bool:
-        return self.keys.dim() == 2
 
 
 def _own(pool: _Pool, page: Tensor, offset: Tensor, valid: Tensor) -> _Keys:
     """Each row's own keys [rows, n, head_dim], zeros where not valid: zero times a masked NaN would be NaN."""
     page = torch.where(valid, page, -1)
-    return _Keys(pool.read(page, offset, torch.float64), page >= 0, page, offset)
+    return _Keys(pool, pool.read(page, offset, torch.float64), page >= 0, page, offset)
 
 
 def _shared(pool: _Pool, page: Tensor, offset: Tensor, valid: Tensor) -> _Keys:
-    """Keys [n, head_dim] read once for all rows of a block, unless a non-finite one could leak into a row that must not see it."""
+    """Keys [n, head_dim] read once for all rows of a block, unless a non-finite one could leak into the wrong row."""
     keys = pool.read(page, offset, torch.float64)
     valid = valid & (page >= 0)
     if valid.shape[0] > 1 and not torch.isfinite(keys.detach()).all():
         return _own(pool, page.expand_as(valid), offset.expand_as(valid), valid)
     seen = valid.any(0)
-    return _Keys(torch.where(seen.unsqueeze(-1), keys, 0), valid, page, offset)
+    return _Keys(pool, torch.where(seen.unsqueeze(-1), keys, 0), valid, page, offset)
 
 
 def _window_keys(pool: _Pool, sequence: int, position: Tensor, window: int) -> _Keys:
@@ -146,7 +151,8 @@ def _window_keys(pool: _Pool, sequence: int, position: Tensor, window: int) -> _
         entry = torch.arange(first, int(position[-1]) + 1, device=position.device)
         valid = (entry <= position.unsqueeze(1)) & (entry > position.unsqueeze(1) - window)
         return _shared(pool, *pool.place(sequence, entry), valid)
-    entry = position.unsqueeze(1) - torch.arange(window - 1, -1, -1, device=position.device)
+    reach = min(window, int(position.max()) + 1)
+    entry = position.unsqueeze(1) - torch.arange(reach - 1, -1, -1, device=position.device)
     return _own(pool, *pool.place(sequence, entry), entry >= 0)
 
 
@@ -157,8 +163,8 @@ def _listed_keys(pool: _Pool, sequence: int, indices: Tensor, lengths: Tensor, d
     if decoded is None:
         return _own(pool, page, offset, valid)
     valid = page >= 0
-    keys = torch.where(valid.unsqueeze(-1), decoded[entry.clamp_min(0)], 0).double()
-    return _Keys(keys, valid, page, offset)
+    keys = torch.where(valid.unsqueeze(-1), decoded[entry.clamp(0, decoded.shape[0] - 1)], 0).double()
+    return _Keys(pool, keys, valid, page, offset)
 
 
 def _all_keys(pool: _Pool, sequence: int, lengths: Tensor) -> _Keys:
@@ -180,74 +186,99 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
     return torch.matmul(left.flatten(0, 1), right).unflatten(0, left.shape[:2]) if right.dim() == 2 else left @ right
 
 
-def _rotate(x: Tensor, rope: Tensor, inverse: bool) -> Tensor:
-    """Rotate the interleaved pairs of the last dims of x [rows, heads, head_dim] by rope [rows, rope_dim / 2, 2]."""
-    rope = rope.to(x.dtype).unsqueeze(1)
-    cos, sin = rope[..., 0], -rope[..., 1] if inverse else rope[..., 1]
-    kept, turned = x.split((x.shape[-1] - 2 * cos.shape[-1], 2 * cos.shape[-1]), dim=-1)
-    even, odd = turned[..., 0::2], turned[..., 1::2]
-    turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
-    return torch.cat((kept, turned), dim=-1)
+class _Softmax(NamedTuple):
+    """The attention of a block of rows before the sink, float64; [rows, heads, ...]."""
+
+    weight: Tensor  # numerators exp(s - max s) [..., keys]
+    rounded: Tensor  # the same as multiplied with the values
+    total: Tensor  # [..., 1], their sum; 1 in a row without keys
+    lse: Tensor  # [..., 1]; finite garbage in a row without keys
+    some: Tensor  # bool [rows, 1, 1], whether the row has any key
 
 
-def _scores(query: Tensor, sources: list[_Keys], scale: float) -> Tensor:
-    """Masked scores [rows, heads, keys], -inf where a key is not the row's."""
+def _softmax(query: Tensor, sources: list[_Keys], scale: float, dtype: torch.dtype) -> _Softmax:
     scores = [
         (_product(query, s.keys.transpose(-1, -2)) * scale).masked_fill(~s.valid.unsqueeze(1), float("-inf"))
         for s in sources
     ]
-    return torch.cat(scores, dim=-1)
-
-
-def _attend(
-    query: Tensor, sources: list[_Keys], sink: Tensor, scale: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """(out, lse) float64 of a block of rows, query float64 [rows, heads, head_dim]; numerators are rounded to a 16-bit `dtype`."""
-    scores = _scores(query, sources, scale)
+    joined = torch.cat(scores, dim=-1)
     some = torch.cat([s.valid for s in sources], dim=-1).any(-1).view(-1, 1, 1)
-    top = torch.where(some, scores.detach().amax(-1, keepdim=True), 0)
-    weight = torch.exp(scores - top)
+    top = torch.where(some, joined.detach().amax(-1, keepdim=True), 0)
+    weight = torch.exp(joined - top)
     total = torch.where(some, weight.sum(-1, keepdim=True), 1)
+    rounded = weight
     if dtype.itemsize == 2:
         # Straight through: the gradient is that of the unrounded weights.
-        weight = weight + (weight.to(dtype).double() - weight).detach()
-    parts = weight.split([s.valid.shape[1] for s in sources], dim=-1)
-    values = sum(_product(part, s.keys) for part, s in zip(parts, sources, strict=True))
-    lse = top + total.log()
-    out = values / total * torch.sigmoid(lse - sink.view(1, -1, 1))
-    return torch.where(some, out, 0), torch.where(some, lse, float("inf")).squeeze(-1)
+        rounded = weight + (weight.to(dtype).double() - weight).detach()
+    return _Softmax(weight, rounded, total, top + total.log(), some)
 
 
-class _Sources(NamedTuple):
-    """Where the keys of every row come from."""
+def _split(x: Tensor, sources: list[_Keys]) -> tuple[Tensor, ...]:
+    return x.split([s.valid.shape[1] for s in sources], dim=-1)
 
-    window: int
-    window_pool: _Pool
-    pool: _Pool | None
+
+def _mix(soft: _Softmax, sources: list[_Keys]) -> Tensor:
+    """sum_j p_j key_j [rows, heads, head_dim]."""
+    values = torch.zeros((), dtype=torch.float64, device=soft.total.device)
+    for part, s in zip(_split(soft.rounded, sources), sources, strict=True):
+        values = values + _product(part, s.keys)
+    return values / soft.total
+
+
+class _Call(NamedTuple):
+    """The arguments of one call, in the op's order, and the walk over its rows."""
+
+    query: Tensor
+    window_pages: Tensor
+    window_table: Tensor
+    compressed_pages: Tensor | None
+    compressed_table: Tensor | None
+    sequence: Tensor
+    position: Tensor
     indices: Tensor | None
     lengths: Tensor | None
+    sink: Tensor
+    rope: Tensor | None
+    window: int
+    scale: float
+    window_page_size: int = 256
+    page_size: int = 64
+    rope_dim: int | None = None
 
-    def blocks(self, sequence: Tensor, position: Tensor, heads: int) -> Iterator[tuple[Tensor, list[_Keys]]]:
+    def pool(self, pages: Tensor, table: Tensor, page_size: int) -> _Pool:
+        rope_dim = self.rope_dim
+        if rope_dim is None:
+            rope_dim = 2 * self.rope.shape[1] if self.rope is not None else _ROPE_DIM
+        return _Pool(pages, table, page_size, self.query.shape[2], rope_dim)
+
+    def blocks(self) -> Iterator[tuple[Tensor, list[_Keys]]]:
         """(rows, keys) for blocks of rows of one sequence, small enough for the largest temporary."""
-        for owner in owners("sparse_attention", sequence, self.window_pool.table):
-            mine = (sequence == owner).nonzero().squeeze(1)
+        raw = self.pool(self.window_pages, self.window_table, self.window_page_size)
+        entries = None
+        if self.compressed_pages is not None and self.compressed_table is not None:
+            entries = self.pool(self.compressed_pages, self.compressed_table, self.page_size)
+        for owner in owners("sparse_attention", self.sequence, self.window_table):
+            mine = (self.sequence == owner).nonzero().squeeze(1)
             decoded = None
-            if self.indices is not None:
-                decoded = _decode(self.pool, owner, self.indices[mine], self.lengths[mine])
-            for rows in mine.split(self._rows_per_block(mine, heads)):
-                keys = [_window_keys(self.window_pool, owner, position[rows], self.window)]
-                if self.indices is not None:
-                    keys.append(_listed_keys(self.pool, owner, self.indices[rows], self.lengths[rows], decoded))
-                elif self.pool is not None:
-                    keys.append(_all_keys(self.pool, owner, self.lengths[rows]))
+            if entries is not None and self.indices is not None and self.lengths is not None:
+                decoded = _decode(entries, owner, self.indices[mine], self.lengths[mine])
+            for rows in mine.split(self._rows_per_block(mine)):
+                keys = [_window_keys(raw, owner, self.position[rows], self.window)]
+                if entries is not None and self.lengths is not None:
+                    lengths = self.lengths[rows]
+                    if self.indices is None:
+                        keys.append(_all_keys(entries, owner, lengths))
+                    else:
+                        keys.append(_listed_keys(entries, owner, self.indices[rows], lengths, decoded))
                 yield rows, keys
 
-    def _rows_per_block(self, rows: Tensor, heads: int) -> int:
-        # A block shares window + rows - 1 raw rows, so more than `window` rows would mostly compute masked scores.
+    def _rows_per_block(self, rows: Tensor) -> int:
+        # A block shares window + rows - 1 raw rows, so with more than `window` rows most scores would be masked ones.
         most = min(max(self.window, 64), 512)
-        elements = heads * (self.window + most)
+        heads, head_dim = self.query.shape[1:]
+        elements = heads * (min(self.window, int(self.position[rows].max()) + 1) + most)
         if self.indices is not None:
-            elements += self.indices.shape[1] * (heads + self.window_pool.head_dim)
+            elements += self.indices.shape[1] * (heads + head_dim)
         elif self.lengths is not None:
             elements += heads * max(int(self.lengths[rows].max()), 0)
         return max(1, min(most, _BLOCK_ELEMENTS // max(elements, 1)))
@@ -271,86 +302,180 @@ def sparse_attention_reference(
     page_size: int = 64,
     rope_dim: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """sparse_attention in plain torch: accumulated in float64."""
-    tokens, heads, head_dim = query.shape
-    lse_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    if tokens == 0:
-        return query.new_zeros(query.shape), query.new_zeros((0, heads), dtype=lse_dtype)
-    if rope_dim is None:
-        rope_dim = 2 * rope.shape[1] if rope is not None else _ROPE_DIM
-    pool = None
-    if compressed_pages is not None:
-        pool = _Pool(compressed_pages, compressed_table, page_size, head_dim, rope_dim)
-    window_pool = _Pool(window_pages, window_table, window_page_size, head_dim, rope_dim)
-    sources = _Sources(window, window_pool, pool, indices, lengths)
-    outs, lses, order = [], [], []
-    for rows, keys in sources.blocks(sequence, position, heads):
-        out, lse = _attend(query[rows].double(), keys, sink.double(), scale, query.dtype)
-        out = out.to(query.dtype)
-        if rope is not None:
-            out = _rotate(out.double(), rope[rows], inverse=True).to(query.dtype)
-        outs.append(out)
-        lses.append(lse.to(lse_dtype))
+    """sparse_attention in plain torch, accumulated in float64."""
+    call = _Call(
+        query,
+        window_pages,
+        window_table,
+        compressed_pages,
+        compressed_table,
+        sequence,
+        position,
+        indices,
+        lengths,
+        sink,
+        rope,
+        window,
+        scale,
+        window_page_size,
+        page_size,
+        rope_dim,
+    )
+    outs, lses, order = [query.new_zeros((0, *query.shape[1:]))], [_empty_lse(query, 0)], [sequence.new_zeros(0)]
+    for rows, keys in call.blocks():
+        soft = _softmax(query[rows].double(), keys, scale, query.dtype)
+        kept = torch.sigmoid(soft.lse - sink.double().view(1, -1, 1))
+        out = torch.where(soft.some, _mix(soft, keys) * kept, 0).to(query.dtype)
+        outs.append(out if rope is None else apply_rope_reference(out, rope[rows], inverse=True))
+        lse = torch.where(soft.some, soft.lse, float("inf")).squeeze(-1)
+        lses.append(lse.to(lses[0].dtype))
         order.append(rows)
     back = torch.cat(order).argsort()
     return torch.cat(outs)[back], torch.cat(lses)[back]
 
 
-def _check(
-    query: Tensor,
-    window_pages: Tensor,
-    window_table: Tensor,
-    compressed_pages: Tensor | None,
-    compressed_table: Tensor | None,
-    sequence: Tensor,
-    position: Tensor,
-    indices: Tensor | None,
-    lengths: Tensor | None,
-    sink: Tensor,
-    rope: Tensor | None,
-    window: int,
-    scale: float,
-    window_page_size: int = 256,
-    page_size: int = 64,
-    rope_dim: int | None = None,
-) -> None:
+def _empty_lse(query: Tensor, tokens: int) -> Tensor:
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    return query.new_empty((tokens, query.shape[1]), dtype=dtype)
+
+
+def sparse_attention_backward_reference(
+    grad_out: Tensor, grad_lse: Tensor, *arguments: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of query, window_pages, compressed_pages and sink; that of a pool of bytes, or of none, is empty, [0].
+
+    With p the softmax over a row's keys, u = sum_j p_j key_j, g = sigmoid(lse - sink), so that out = g u, and G the
+    gradient of out before its rotation is undone:
+    `d lse = grad_lse + (G . u) g (1 - g)`, `d sink = -sum_rows (G . u) g (1 - g)`, `d s_j = p_j (g G . (key_j - u) +
+    d lse)`, `d query = scale sum_j d s_j key_j`, `d key_j = scale d s_j query + p_j g G`.
+    """
+    call = _Call(*arguments)
+    grad_query = torch.zeros_like(call.query, memory_format=torch.contiguous_format)
+    grad_sink = call.sink.new_zeros(call.sink.shape, dtype=torch.float64)
+    grad_pools = [_pool_sum(call.window_pages), _pool_sum(call.compressed_pages)]
+    for rows, keys in call.blocks():
+        query = call.query[rows].double()
+        soft = _softmax(query, keys, call.scale, call.query.dtype)
+        grad = grad_out[rows]
+        if call.rope is not None:
+            grad = apply_rope_reference(grad, call.rope[rows])
+        mixed = _mix(soft, keys)
+        kept = torch.sigmoid(soft.lse - call.sink.double().view(1, -1, 1))
+        grad = torch.where(soft.some, grad.double(), 0)
+        along = (grad * mixed).sum(-1, keepdim=True)
+        at_gate = along * kept * (1 - kept)
+        at_lse = torch.where(soft.some, grad_lse[rows].double().unsqueeze(-1), 0) + at_gate
+        grad_sink -= at_gate.sum((0, 2))
+        at_mix = grad * kept
+        total_query = torch.zeros_like(query)
+        for pool_sum, source, weight, rounded in zip(
+            grad_pools, keys, _split(soft.weight, keys), _split(soft.rounded, keys), strict=False
+        ):
+            reach = _product(at_mix, source.keys.transpose(-1, -2)) - kept * along + at_lse
+            at_score = weight / soft.total * reach * call.scale
+            total_query += _product(at_score, source.keys)
+            if pool_sum is not None:
+                at_keys = _outer(at_score, query, source) + _outer(rounded / soft.total, at_mix, source)
+                _scatter(pool_sum, at_keys, source)
+        grad_query[rows] = total_query.to(grad_query.dtype)
+    grads = [
+        grad_query.new_zeros(0) if pool_sum is None or pages is None else pool_sum.to(pages.dtype)
+        for pool_sum, pages in zip(grad_pools, (call.window_pages, call.compressed_pages), strict=True)
+    ]
+    return grad_query, grads[0], grads[1], grad_sink.to(call.sink.dtype)
+
+
+def _pool_sum(pages: Tensor | None) -> Tensor | None:
+    if pages is None or not pages.is_floating_point():
+        return None
+    return pages.new_zeros(pages.shape, dtype=torch.float64)
+
+
+def _outer(left: Tensor, right: Tensor, source: _Keys) -> Tensor:
+    """sum over heads of left[r, h, n] right[r, h, :], and over rows where they share the keys; the shape of
+    source.keys."""
+    if source.keys.dim() == 2:
+        return left.flatten(0, 1).t() @ right.flatten(0, 1)
+    return left.transpose(1, 2) @ right
+
+
+def _scatter(pool_sum: Tensor, grad: Tensor, source: _Keys) -> None:
+    stored = source.page >= 0
+    pool_sum.index_put_((source.page[stored], source.offset[stored]), grad[stored], accumulate=True)
+
+
+def _check(*args: Any, **kwargs: Any) -> None:
+    call = _Call(*args, **kwargs)
     check = Check("sparse_attention")
-    tokens, heads, head_dim = check.tensor("query", query, _QUERY_DTYPES, ("tokens", "heads", "head_dim"))
-    check.tensor("sequence", sequence, (torch.int32,), (tokens,))
-    check.tensor("position", position, (torch.int32,), (tokens,))
-    check.tensor("sink", sink, (torch.float32, torch.float64), (heads,))
-    check.that(window >= 1, f"window must be at least 1, got {window}")
-    if rope is not None:
-        pairs = check.tensor("rope", rope, (torch.float32, torch.float64), (tokens, "rope_dim / 2", 2))[1]
+    tokens, heads, head_dim = check.tensor("query", call.query, _FLOATS, ("tokens", "heads", "head_dim"))
+    check.tensor("sequence", call.sequence, (torch.int32,), (tokens,))
+    check.tensor("position", call.position, (torch.int32,), (tokens,))
+    check.tensor("sink", call.sink, _WIDE, (heads,))
+    check.that(call.window >= 1, f"window must be at least 1, got {call.window}")
+    if call.rope is not None:
+        pairs = check.tensor("rope", call.rope, _WIDE, (tokens, "rope_dim / 2", 2))[1]
         check.that(2 * pairs <= head_dim, f"rope must have at most {head_dim // 2} pairs, got {pairs}")
-        check.that(rope_dim in (None, 2 * pairs), f"rope_dim must be that of rope, {2 * pairs}, got {rope_dim}")
-        rope_dim = 2 * pairs
-    rope_dim = _ROPE_DIM if rope_dim is None else rope_dim
-    check_row_pages(check, "window_pages", window_pages, window_page_size, head_dim, rope_dim)
-    sequences = check.tensor("window_table", window_table, (torch.int32,), ("sequences", "blocks"))[0]
-    for name, value in (("compressed_table", compressed_table), ("lengths", lengths)):
-        given, needed = value is not None, compressed_pages is not None
-        check.that(given == needed, f"{name} must be given with compressed_pages and only then")
-    check.that(indices is None or compressed_pages is not None, "indices must be None without compressed_pages")
-    if compressed_pages is None:
+        known = call.rope_dim in (None, 2 * pairs)
+        check.that(known, f"rope_dim must be that of rope, {2 * pairs}, got {call.rope_dim}")
+    raw = call.pool(call.window_pages, call.window_table, call.window_page_size)
+    check_row_pages(check, "window_pages", raw.pages, raw.page_size, head_dim, raw.rope_dim)
+    sequences = check.tensor("window_table", raw.table, (torch.int32,), ("sequences", "blocks"))[0]
+    if call.compressed_pages is None:
+        for name in ("compressed_table", "indices", "lengths"):
+            check.that(getattr(call, name) is None, f"{name} must be None without compressed_pages")
         return
-    check_row_pages(check, "compressed_pages", compressed_pages, page_size, head_dim, rope_dim)
-    check.tensor("compressed_table", compressed_table, (torch.int32,), (sequences, "blocks"))
-    check.optional("indices", indices, (torch.int32,), (tokens, "k"))
-    check.tensor("lengths", lengths, (torch.int32,), (tokens,))
+    check_row_pages(check, "compressed_pages", call.compressed_pages, call.page_size, head_dim, raw.rope_dim)
+    for name, shape in (("compressed_table", (sequences, "blocks")), ("lengths", (tokens,))):
+        value = getattr(call, name)
+        check.that(value is not None, f"{name} must be given with compressed_pages, got None")
+        check.tensor(name, value, (torch.int32,), shape)
+    check.optional("indices", call.indices, (torch.int32,), (tokens, "k"))
 
 
-def _fake(query: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
-    lse_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    return query.new_empty(query.shape), query.new_empty(query.shape[:2], dtype=lse_dtype)
+def _fake(query: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    return query.new_empty(query.shape), _empty_lse(query, query.shape[0])
 
 
+def _fake_backward(grad_out: Tensor, grad_lse: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    call = _Call(*arguments)
+    pools = [
+        call.query.new_empty(0) if pages is None or not pages.is_floating_point() else pages.new_empty(pages.shape)
+        for pages in (call.window_pages, call.compressed_pages)
+    ]
+    return call.query.new_empty(call.query.shape), pools[0], pools[1], call.sink.new_empty(call.sink.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.save_for_backward(*inputs[:_TENSORS])
+    ctx.numbers = inputs[_TENSORS:]
+
+
+def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+    query, window, compressed, sink = torch.ops.dsv4.sparse_attention_backward(
+        grad_out, grad_lse, *ctx.saved_tensors, *ctx.numbers
+    )
+    grads = {"query": query, "window_pages": window, "compressed_pages": compressed, "sink": sink}
+    return tuple(
+        grads[name] if needed and name in grads else None
+        for name, needed in zip(_Call._fields, ctx.needs_input_grad, strict=True)
+    )
+
+
+_ARGUMENTS = (
+    "Tensor query, Tensor window_pages, Tensor window_table, Tensor? compressed_pages, Tensor? compressed_table, "
+    "Tensor sequence, Tensor position, Tensor? indices, Tensor? lengths, Tensor sink, Tensor? rope, int window, "
+    "float scale, int window_page_size=256, int page_size=64, int? rope_dim=None"
+)
 register(
-    "sparse_attention(Tensor query, Tensor window_pages, Tensor window_table, Tensor? compressed_pages, "
-    "Tensor? compressed_table, Tensor sequence, Tensor position, Tensor? indices, Tensor? lengths, Tensor sink, "
-    "Tensor? rope, int window, float scale, int window_page_size=256, int page_size=64, int? rope_dim=None) "
-    "-> (Tensor, Tensor)",
+    f"sparse_attention({_ARGUMENTS}) -> (Tensor, Tensor)",
     sparse_attention_reference,
     check=_check,
     fake=_fake,
+    backward=_backward,
+    setup_context=_setup_context,
+)
+register(
+    f"sparse_attention_backward(Tensor grad_out, Tensor grad_lse, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    sparse_attention_backward_reference,
+    fake=_fake_backward,
 )

@@ -37,22 +37,24 @@ def compress(
 ) -> None:
     """Take in rows of any number of sequences, in chunks of any length; write each entry that a row completes.
 
-    Entry j of a sequence covers the raw positions `ratio * j ... ratio * j + ratio - 1`; the row at the last of them writes it. Channel by
-    channel it is `sum_p softmax_p(gate[p] + ape[p % ratio]) * kv[p]`. Without overlap (c = 1) p runs over the entry's own
-    positions. With overlap (c = 2) kv and gate have two sets of head_dim channels, and p runs over the previous entry's positions with the
-    first set and the own ones with the second; entry 0 has no previous positions. The sum is accumulated in float64, cast to
-    norm_weight's dtype, RMS-normalised, rotated by `rope`, then by the Hadamard matrix if `rotate`, and stored as the pool's format says.
-    An entry whose table entry is -1, or past the table, is not written.
+    Entry j of a sequence covers the raw positions `ratio * j ... ratio * j + ratio - 1`; the row at the last of them
+    writes it. Channel by channel it is `sum_p softmax_p(gate[p] + ape[p % ratio]) * kv[p]`. Without overlap (c = 1),
+    p runs over the entry's own positions. With overlap (c = 2), kv and gate have two sets of head_dim channels, and p
+    runs over the previous entry's positions with the first set and over the own ones with the second; entry 0 has no
+    previous ones. The sum is accumulated in float64, cast to norm_weight's dtype, RMS-normalised, rotated by `rope`,
+    then by the Hadamard matrix if `rotate`, and stored as the pool's format says. An entry whose table entry is -1,
+    or past the table, is not written.
 
-    `state` keeps the last rows of each sequence: slot p % ring holds kv and gate + ape of position p. Rows of a call replace the slots of the
-    last `ring` positions, after the older ones have been read.
+    `state` keeps the last rows of each sequence: slot p % ring holds kv and gate + ape of position p. After the older
+    ones have been read, the call's rows replace the slots of its last `ring` positions.
 
     Args:
-        kv, gate: [tokens, c * head_dim] float32 or float64, c = 1 or 2. Sequences one after another, positions ascending by one.
+        kv, gate: [tokens, c * head_dim] float32 or float64, c = 1 or 2. Sequences one after another, positions
+            ascending by one.
         ape: [ratio, c * head_dim] in kv's dtype, the position bias of the gate.
         norm_weight: [head_dim] bfloat16, float32 or float64.
-        rope: [tokens, rope_dim / 2, 2] float32 or float64: (cos, sin) at the first position of the block that each row belongs to,
-            `position // ratio * ratio`.
+        rope: [tokens, rope_dim / 2, 2] float32 or float64: (cos, sin) at the first position of the block that
+            each row belongs to, `position // ratio * ratio`.
         state: [sequences, ring, 2, c * head_dim] in kv's dtype, written. ring >= c * ratio.
         pages: pool of rows, or with `rotate` of index keys (see layout), written.
         table: int32 [sequences, blocks], page of each `page_size` entries, -1 = not stored.
@@ -78,10 +80,12 @@ def compress_entries(
     eps: float = 1e-6,
     rotate: bool = False,
 ) -> Tensor:
-    """The entries of one whole sequence from position 0, unquantised: what `compress` writes, as a differentiable function.
+    """The entries of one whole sequence from position 0, unquantised: what `compress` writes, as a differentiable
+    function.
 
     Args:
-        kv, gate: [tokens, c * head_dim] float32 or float64, c = 1 or 2. A remainder of tokens % ratio rows gives no entry.
+        kv, gate: [tokens, c * head_dim] float32 or float64, c = 1 or 2. A remainder of tokens % ratio rows gives no
+            entry.
         ape: [ratio, c * head_dim] in kv's dtype.
         norm_weight: [head_dim] bfloat16, float32 or float64.
         rope: [entries, rope_dim / 2, 2] float32 or float64, (cos, sin) at `ratio * j`; entries = tokens // ratio.
@@ -180,7 +184,7 @@ def _gather(
     ratio: int,
     head_dim: int,
 ) -> tuple[Tensor, Tensor]:
-    """(kv, gate + ape) [entries, c * ratio, head_dim] of the entries that rows `last` complete, from the call's rows or the state."""
+    """(kv, gate + ape) [entries, c * ratio, head_dim] of the entries that rows `last` complete, from rows or state."""
     sets, ring = kv.shape[1] // head_dim, state.shape[1]
     values, gates = [], []
     for half in range(sets):
@@ -277,7 +281,8 @@ def _check_entries(
 
 register(
     "compress(Tensor kv, Tensor gate, Tensor ape, Tensor norm_weight, Tensor rope, Tensor(a!) state, Tensor(b!) pages, "
-    "Tensor table, Tensor sequence, Tensor position, int ratio, float eps=1e-06, int page_size=64, bool rotate=False) -> ()",
+    "Tensor table, Tensor sequence, Tensor position, int ratio, float eps=1e-06, int page_size=64, bool rotate=False) "
+    "-> ()",
     compress_reference,
     check=_check,
     fake=lambda *args, **kwargs: None,

@@ -1,17 +1,18 @@
 """Page formats of the key-value cache: how rows and index keys lie in memory.
 
-A pool of pages is one tensor. A row is addressed by (page, offset); tables that map a sequence's positions or entries to
-pages belong to the caller. Formats, for pages of `b` rows:
+A pool of pages is one tensor. A row is addressed by (page, offset); the tables that map a sequence's positions or
+entries to pages are the caller's. Formats, for pages of `b` rows:
 
-* plain rows or keys: [pages, b, head_dim] of any float dtype.
-* FP8 rows (FlashMLA's V4 layout): uint8 [pages, stride]. First b rows of `nope + 2 * rope` bytes, `nope` e4m3 codes followed by
-  `rope` bfloat16 values (the last dims of a head, already rotated); then b groups of scale bytes, one e8m0 exponent for every
-  64 codes, padded to a multiple of 8 bytes; the stride is padded to a multiple of the row's bytes. At head_dim 512 and
-  rope 64 this gives 576-byte rows, 8 scale bytes (the last unused) and strides of 1,728 / 37,440 / 149,760 bytes at b = 2 / 64 / 256.
-* FP8 index keys (DeepGEMM's layout): uint8 [pages, b * (dim + 4)]. First b rows of `dim` e4m3 codes, then b float32 scales. The writer
-  here uses the same power-of-two scale as everywhere else; a reader takes any.
-* FP4 index keys: uint8 [pages, b * (dim / 2 + dim / 32)]. First b rows of packed e2m1 codes (even element in the low nibble), then b groups of
-  e8m0 scales, one for every 32 codes. 68 bytes a key at dim 128.
+* Plain rows or keys: [pages, b, head_dim] of any float dtype.
+* FP8 rows (FlashMLA's V4 layout): uint8 [pages, stride]. First b rows of `nope + 2 * rope` bytes: `nope` e4m3 codes,
+  then `rope` bfloat16 values, the last dims of a head, already rotated. Then b groups of scale bytes: one e8m0
+  exponent for every 64 codes, padded to a multiple of 8 bytes. The stride is padded to a multiple of the row's bytes.
+  At head_dim 512 and rope 64 that is 576-byte rows, 8 scale bytes (the last unused), and strides of 1,728, 37,440 and
+  149,760 bytes at b = 2, 64 and 256.
+* FP8 index keys (DeepGEMM's layout): uint8 [pages, b * (dim + 4)]. First b rows of `dim` e4m3 codes, then b float32
+  scales. The writer here uses the power-of-two scale of all other quantisers; a reader takes any.
+* FP4 index keys: uint8 [pages, b * (dim / 2 + dim / 32)]. First b rows of packed e2m1 codes (even element in the low
+  nibble), then b groups of e8m0 scales, one for every 32 codes. 68 bytes a key at dim 128.
 
 Sources: FlashMLA's test quantiser (9241ae3), DeepGEMM's paged index kernels (54e2261).
 """
@@ -51,7 +52,7 @@ def row_scale_bytes(head_dim: int, rope_dim: int) -> int:
 
 
 def page_bytes(page_size: int, head_dim: int, rope_dim: int, format: str, dtype: torch.dtype = torch.bfloat16) -> int:
-    """Bytes of one page of `page_size` rows, format "fp8" or "plain" (`dtype` matters for "plain" alone)."""
+    """Bytes of one page of rows, format "fp8" or "plain" (`dtype` matters for "plain" alone)."""
     if format == "plain":
         return page_size * head_dim * dtype.itemsize
     if format != "fp8":
@@ -61,7 +62,7 @@ def page_bytes(page_size: int, head_dim: int, rope_dim: int, format: str, dtype:
 
 
 def key_page_bytes(page_size: int, dim: int, format: str, dtype: torch.dtype = torch.bfloat16) -> int:
-    """Bytes of one page of `page_size` index keys, format "fp4", "fp8" or "plain" (`dtype` matters for "plain" alone)."""
+    """Bytes of one page of index keys, format "fp4", "fp8" or "plain" (`dtype` matters for "plain" alone)."""
     if format == "plain":
         return page_size * dim * dtype.itemsize
     if format == "fp8":
@@ -82,7 +83,7 @@ def allocate_pages(
     dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """A zeroed pool of `count` row pages: uint8 [count, stride] for "fp8", `dtype` [count, page_size, head_dim] for "plain"."""
+    """A zeroed pool of row pages: uint8 [count, stride] for "fp8", `dtype` [count, page_size, head_dim] for "plain"."""
     stride = page_bytes(page_size, head_dim, rope_dim, format, dtype)
     if format == "plain":
         return torch.zeros(count, page_size, head_dim, dtype=dtype, device=device)
@@ -97,7 +98,7 @@ def allocate_key_pages(
     dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """A zeroed pool of `count` index key pages: uint8 [count, bytes], or `dtype` [count, page_size, dim] for "plain"."""
+    """A zeroed pool of index key pages: uint8 [count, bytes], or `dtype` [count, page_size, dim] for "plain"."""
     stride = key_page_bytes(page_size, dim, format, dtype)
     if format == "plain":
         return torch.zeros(count, page_size, dim, dtype=dtype, device=device)
@@ -177,9 +178,10 @@ def _bytes(x: Tensor) -> Tensor:
 
 
 def write_rows(pages: Tensor, rows: Tensor, page: Tensor, offset: Tensor, page_size: int, rope_dim: int) -> None:
-    """Store rows [n, head_dim] at (page, offset) integer [n] each, in place; FP8 pages quantise the non-rope dims in blocks of 64.
+    """Store rows [n, head_dim] at (page, offset), integer [n] each, in place.
 
-    A row whose page is negative is skipped. A plain pool casts to its dtype. Which of two rows with one address wins is undefined.
+    A uint8 pool quantises the dims before rope in blocks of 64 and casts the rope dims to bfloat16; a plain pool
+    casts to its dtype. A row whose page is negative is skipped. Which of two rows with one address wins is undefined.
     """
     head_dim = rows.shape[-1]
     keep = page >= 0
@@ -203,10 +205,10 @@ def read_rows(
     rope_dim: int,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Rows [..., head_dim] at (page, offset) integer [...] each; zeros where the page is negative, whatever memory holds.
+    """Rows [..., head_dim] at (page, offset), integer [...] each; zeros where the page is negative.
 
-    `dtype` defaults to the pool's own, float32 for FP8 pages (an e4m3 code times a power of two is exact in float32 and bfloat16 alike).
-    Differentiable with respect to a plain pool.
+    `dtype` defaults to the pool's own, float32 for FP8 pages (an e4m3 code times a power of two is exact in float32
+    and in bfloat16). Differentiable with respect to a plain pool.
     """
     stored = page >= 0
     if dtype is None:
@@ -231,7 +233,7 @@ def read_rows(
 
 
 def write_keys(pages: Tensor, keys: Tensor, page: Tensor, offset: Tensor, page_size: int) -> None:
-    """Store index keys [n, dim] at (page, offset) integer [n] each, in place, quantised as the pool's format says.
+    """Store index keys [n, dim] at (page, offset), integer [n] each, in place, quantised as the pool's format says.
 
     A key whose page is negative is skipped.
     """
@@ -258,7 +260,7 @@ def write_keys(pages: Tensor, keys: Tensor, page: Tensor, offset: Tensor, page_s
 def read_keys(
     pages: Tensor, page: Tensor, offset: Tensor, page_size: int, dim: int, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """Index keys [..., dim] at (page, offset) integer [...] each; zeros where the page is negative.
+    """Index keys [..., dim] at (page, offset), integer [...] each; zeros where the page is negative.
 
     `dtype` defaults to the pool's own, float32 for byte pages.
     """
