@@ -94,7 +94,9 @@ def test_context_is_not_written_again():
     ]
     whole = encode_messages([*context, USER], "thinking", drop_thinking=False)
     rest = encode_messages([USER], "thinking", context=context, drop_thinking=False)
-    assert rest and whole.endswith(rest) and encoding.BOS not in rest
+    assert rest
+    assert whole.endswith(rest)
+    assert encoding.BOS not in rest
     assert whole == encode_messages(context, "thinking", drop_thinking=False) + rest
 
 

@@ -39,8 +39,10 @@ class Model:
         return self.caches[-1]
 
     def __call__(self, ids, cache, logits_to_keep):
-        assert not torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
-        assert ids.shape[0] == 1 and logits_to_keep == 1
+        assert not torch.is_grad_enabled()
+        assert not torch.is_inference_mode_enabled()
+        assert ids.shape[0] == 1
+        assert logits_to_keep == 1
         cache.tokens += ids[0].tolist()
         cache.pieces.append(ids.shape[1])
         assert cache.length <= cache.max_seq_len
@@ -118,7 +120,8 @@ def test_seed():
 
 def test_no_tokens_wanted():
     model = Model()
-    assert list(generate(model, [1, 2], 0)) == [] and model.caches[0].length == 0
+    assert list(generate(model, [1, 2], 0)) == []
+    assert model.caches[0].length == 0
 
 
 def test_exact_fit_and_one_too_many():
@@ -176,7 +179,8 @@ def test_nucleus(top_p, kept):
     drawn = frequencies(logits, temperature=1.0, top_p=top_p)
     expected = torch.zeros(4).double()
     expected[kept] = logits.exp().double()[kept]
-    assert (drawn[kept] > 0).all() and drawn.nonzero().numel() == len(kept)
+    assert (drawn[kept] > 0).all()
+    assert drawn.nonzero().numel() == len(kept)
     assert (drawn - expected / expected.sum()).abs().max() < 0.04
 
 
@@ -203,7 +207,7 @@ def test_logits_of_other_dtypes(dtype):
 @pytest.mark.parametrize("bad", [[0.0, math.nan], [0.0, math.inf], [-math.inf, -math.inf], []])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_unusable_logits(bad, temperature):
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="largest logit is|must be \\[vocab\\]"):
         sample(torch.tensor(bad), temperature=temperature)
 
 
@@ -234,7 +238,8 @@ def test_stream_never_splits_a_character(tokenizer, byte_level):
     text = "为 naïve 🙂 the end"
     stream = TextStream(tokenizer._tokenizer, byte_level)
     pieces = [stream.push(token) for token in tokenizer.encode(text)] + [stream.flush()]
-    assert "".join(pieces) == text and "\ufffd" not in "".join(pieces)
+    assert "".join(pieces) == text
+    assert "\ufffd" not in "".join(pieces)
     assert pieces.count("") > 4, "the bytes of a character arrive one by one, and must be held back"
 
 
@@ -255,7 +260,7 @@ def test_stream_shows_bad_bytes_at_once(tokenizer):
 
 
 def test_tokenizer_faults(tmp_path):
-    with pytest.raises(ValueError, match="no such file; copy tokenizer.json") as caught:
+    with pytest.raises(ValueError, match=r"no such file; copy tokenizer\.json"):
         Tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text('{"version": "1.0"')
     with pytest.raises(ValueError, match="not a tokenizer") as caught:

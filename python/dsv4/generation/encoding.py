@@ -1,7 +1,7 @@
 """Chat messages to prompt text and back, in the format the released checkpoints were trained with.
 
-The release ships no chat template: prompts are built by a program (``encoding_dsv4.py`` beside the weights). This module
-gives the same text byte for byte. Tool calls use DSML, an XML-like notation whose tags carry a special token.
+The release ships no chat template: prompts are built by a program (``encoding_dsv4.py`` beside the weights). This
+module gives the same text byte for byte. Tool calls use DSML, an XML-like notation whose tags carry a special token.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class _Turn:
 
     role: str
     message: Mapping[str, Any]
-    # Of a user turn: each part's text and the id of the call it answers ("" for none), and whether it is a tool's result.
+    # Of a user turn: each part's text and the id of the call it answers ("" for none); whether it is a tool's result.
     parts: list[tuple[str, str]] = field(default_factory=list)
     is_result: list[bool] = field(default_factory=list)
 
@@ -109,15 +109,16 @@ def encode_messages(
     """The prompt text of a conversation.
 
     Args:
-        messages: mappings with ``role`` (system, developer, user, assistant, tool, latest_reminder) and ``content``. Also
-            understood: ``tools`` and ``response_format`` (system, developer), ``reasoning_content``, ``tool_calls`` (in
-            the OpenAI form) and ``wo_eos`` (assistant), ``tool_call_id`` (tool), ``task`` (user, developer, assistant).
+        messages: mappings with ``role`` (system, developer, user, assistant, tool, latest_reminder) and ``content``.
+            Also understood: ``tools`` and ``response_format`` (system, developer), ``reasoning_content``, ``tool_calls``
+            (in the OpenAI form) and ``wo_eos`` (assistant), ``tool_call_id`` (tool), ``task`` (any but tool).
         thinking_mode: ``"chat"`` (answers carry no reasoning) or ``"thinking"``.
-        context: earlier messages, already encoded: they shape the result but only ``messages`` are written, with no BOS.
+        context: earlier messages, already encoded: they shape the result, but only ``messages`` are written, without BOS.
         drop_thinking: leave out the reasoning of answers before the last user turn, as training did. Conversations
             with tools keep it whatever is said here.
         add_default_bos_token: begin with BOS (when there is no context).
-        reasoning_effort: ``"max"`` puts its instruction in front (thinking mode only); ``"high"`` and None change nothing.
+        reasoning_effort: ``"max"`` puts its instruction in front (thinking mode only); ``"high"`` and None change
+            nothing.
     Returns: text to tokenize without adding further special tokens.
     Raises: EncodingError (a ValueError) naming the message that does not fit.
     Source: the encoding program in the released checkpoints.

@@ -38,8 +38,8 @@ def generate(
         max_new_tokens: the most tokens to give.
         temperature, top_p: of `dsv4.generation.sample`; temperature 0 is greedy.
         seed: of the random numbers; the same seed gives the same tokens.
-        stop_tokens: the sequence ends with the first of these, which is given too. The end-of-sentence token counts only
-            when it is named here.
+        stop_tokens: the sequence ends with the first of these, which is given too. The end-of-sentence token counts
+            only when it is named here.
         cache: continues the one sequence it holds. None: a new cache of the size needed.
         prefill_chunk: the prompt is fed this many tokens at a time.
         progress: called with (tokens fed, tokens of the prompt) after every chunk of the prompt.
@@ -58,8 +58,8 @@ def generate(
         raise ValueError(f"generate continues one sequence, the cache holds {cache.batch_size}")
     elif cache.length + needed > cache.max_seq_len:
         raise ValueError(
-            f"the cache holds {cache.length} of at most {cache.max_seq_len} tokens: no room for a prompt of {len(prompt)} "
-            f"and {max_new_tokens} new ones; give new_cache a larger max_seq_len"
+            f"the cache holds {cache.length} of at most {cache.max_seq_len} tokens: no room for a prompt of "
+            f"{len(prompt)} and {max_new_tokens} new ones; give new_cache a larger max_seq_len"
         )
     generator = torch.Generator().manual_seed(seed)
 
