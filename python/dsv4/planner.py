@@ -272,7 +272,7 @@ def _compressor_weights(name: str, dim: int, width: int, ratio: int, overlaps: b
 
 
 # DeepSeek-V3.2, from its config.json: 61 layers (3 dense), hidden 7168, 128 heads of 128 + 64 (rotary), value 128;
-# query rank 1536, key-value rank 512; index of 64 heads x 128 over every position, 2048 chosen; 256 experts, 8 + 1 used.
+# query rank 1536, key-value rank 512; index of 64 heads x 128 over every position, 2048 chosen; 8 + 1 of 256 experts.
 _V32_LAYERS, _V32_DENSE, _V32_WIDTH, _V32_HEADS = 61, 3, 7168, 128
 _V32_QUERY, _V32_LATENT, _V32_ROPE, _V32_NOPE, _V32_VALUE = 1536, 512, 64, 128, 128
 _V32_INDEX_HEADS, _V32_INDEX_DIM, _V32_TOPK = 64, 128, 2048

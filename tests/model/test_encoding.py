@@ -39,8 +39,9 @@ def test_encode(case):
 @pytest.mark.parametrize("case", EXTRA["parse"], ids=lambda case: case["name"])
 def test_parse(case):
     if "error" in case:
-        with pytest.raises(ValueError) as caught:
+        with pytest.raises(EncodingError) as caught:
             parse_completion(case["text"], case["thinking_mode"])
+        assert isinstance(caught.value, ValueError)
         assert isinstance(caught.value, AssertionError), "the release's callers catch AssertionError"
         assert "\n" not in str(caught.value)
     else:

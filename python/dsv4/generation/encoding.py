@@ -110,10 +110,10 @@ def encode_messages(
 
     Args:
         messages: mappings with ``role`` (system, developer, user, assistant, tool, latest_reminder) and ``content``.
-            Also understood: ``tools`` and ``response_format`` (system, developer), ``reasoning_content``, ``tool_calls``
-            (in the OpenAI form) and ``wo_eos`` (assistant), ``tool_call_id`` (tool), ``task`` (any but tool).
+            Also understood: ``tools`` and ``response_format`` (system, developer), ``reasoning_content``,
+            ``tool_calls`` (in the OpenAI form), ``wo_eos`` (assistant), ``tool_call_id`` (tool), ``task`` (any but tool).
         thinking_mode: ``"chat"`` (answers carry no reasoning) or ``"thinking"``.
-        context: earlier messages, already encoded: they shape the result, but only ``messages`` are written, without BOS.
+        context: earlier messages, already encoded: they shape the result, but only ``messages`` are written, no BOS.
         drop_thinking: leave out the reasoning of answers before the last user turn, as training did. Conversations
             with tools keep it whatever is said here.
         add_default_bos_token: begin with BOS (when there is no context).
