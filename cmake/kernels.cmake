@@ -3,8 +3,8 @@
 include(CheckCXXCompilerFlag)
 
 set(DSV4_CSRC "${CMAKE_CURRENT_SOURCE_DIR}/csrc")
-file(GLOB _ops CONFIGURE_DEPENDS "${DSV4_CSRC}/ops/*.cpp")
-file(GLOB _scalar CONFIGURE_DEPENDS "${DSV4_CSRC}/cpu/scalar/*.cpp")
+file(GLOB DSV4_OPS_SOURCES CONFIGURE_DEPENDS "${DSV4_CSRC}/ops/*.cpp")
+file(GLOB DSV4_SCALAR_SOURCES CONFIGURE_DEPENDS "${DSV4_CSRC}/cpu/scalar/*.cpp")
 
 add_library(dsv4_flags INTERFACE)
 target_include_directories(dsv4_flags INTERFACE "${DSV4_CSRC}")
@@ -42,7 +42,7 @@ if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
   dsv4_add_cpu_set(amx ${DSV4_AMX_FLAGS})
 endif()
 
-add_library(dsv4_cpu_kernels OBJECT ${_ops} ${_scalar})
+add_library(dsv4_cpu_kernels OBJECT ${DSV4_OPS_SOURCES} ${DSV4_SCALAR_SOURCES})
 target_compile_definitions(dsv4_cpu_kernels PRIVATE ${DSV4_CPU_DEFINITIONS})
 target_link_libraries(dsv4_cpu_kernels PUBLIC dsv4_flags)
 list(APPEND DSV4_CPU_OBJECTS $<TARGET_OBJECTS:dsv4_cpu_kernels> $<TARGET_OBJECTS:dsv4_common>)
@@ -69,7 +69,7 @@ if(DSV4_WITH_CUDA)
   dsv4_add_cuda_set(sm90 "${DSV4_SM90_ARCHITECTURES}")
 
   file(GLOB _cuda_common CONFIGURE_DEPENDS "${DSV4_CSRC}/cuda/common/*.cpp")
-  add_library(dsv4_cuda_kernels OBJECT ${_ops} ${_cuda_common})
+  add_library(dsv4_cuda_kernels OBJECT ${DSV4_OPS_SOURCES} ${_cuda_common})
   target_compile_definitions(dsv4_cuda_kernels PRIVATE ${DSV4_CUDA_DEFINITIONS})
   target_link_libraries(dsv4_cuda_kernels PUBLIC dsv4_flags PRIVATE CUDA::toolkit)
   list(APPEND DSV4_CUDA_OBJECTS $<TARGET_OBJECTS:dsv4_cuda_kernels> $<TARGET_OBJECTS:dsv4_common>)
