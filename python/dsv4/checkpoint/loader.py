@@ -7,11 +7,11 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from dsv4 import ops
 from dsv4.checkpoint.errors import CheckpointError
 from dsv4.checkpoint.expected import Storage
+from dsv4.checkpoint.progress import byte_bar
 from dsv4.checkpoint.reader import Checkpoint
 from dsv4.model.config import Config
 from dsv4.model.transformer import Transformer
@@ -86,9 +86,9 @@ def build(
     filler = _Filler(model, source, torch.device(device), quantization == "checkpoint")
     keys = [key for key in source.ordered_keys() if not key.endswith(".scale")]
     total = sum(source.nbytes(key) for key in source.ordered_keys())
-    with tqdm(total=total, desc=title, unit="B", unit_scale=True, disable=None, leave=False) as bar:
+    with byte_bar(title, total) as advance:
         for key in keys:
-            bar.update(filler.take(key))
+            advance(filler.take(key))
     if filler.problems:
         raise CheckpointError(f"{place}: holds values no model can have", filler.problems)
     filler.check_complete()

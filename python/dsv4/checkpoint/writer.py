@@ -4,13 +4,13 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
+from dsv4.checkpoint.progress import byte_bar
 from dsv4.checkpoint.reader import INDEX, NOTE, SINGLE
 from dsv4.model.config import Config
 
@@ -64,9 +64,9 @@ def save_released(
     shards = list(_shards(tensors, shard_bytes))
     names = [SINGLE] if len(shards) == 1 else [_shard_name(i, len(shards)) for i in range(len(shards))]
     total = sum(tensor.nbytes for tensor in tensors.values())
-    with tqdm(total=total, desc=folder.name, unit="B", unit_scale=True, disable=None, leave=False) as bar:
+    with byte_bar(folder.name, total) as advance:
         for name, keys in zip(names, shards, strict=True):
-            write_safetensors(folder / name, {key: tensors[key] for key in keys}, bar)
+            write_safetensors(folder / name, {key: tensors[key] for key in keys}, advance)
     if len(shards) > 1:
         weight_map = {key: name for name, keys in zip(names, shards, strict=True) for key in keys}
         _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
@@ -74,7 +74,9 @@ def save_released(
     _write_json(folder / "config.json", config.to_dict() | ({NOTE: note} if note else {}))
 
 
-def write_safetensors(file: Path, tensors: Mapping[str, Tensor], bar: tqdm | None = None) -> None:
+def write_safetensors(
+    file: Path, tensors: Mapping[str, Tensor], advance: Callable[[int], None] = lambda count: None
+) -> None:
     """One safetensors file, streamed tensor by tensor, moved into place when whole."""
     # Wide items first keeps every tensor aligned to its own size, as safetensors itself orders them.
     keys = sorted(tensors, key=lambda key: (-tensors[key].element_size(), key))
@@ -96,8 +98,7 @@ def write_safetensors(file: Path, tensors: Mapping[str, Tensor], bar: tqdm | Non
         for key in keys:
             data = tensors[key].detach().cpu().contiguous().reshape(-1).view(torch.uint8)
             stream.write(data.numpy().data)
-            if bar is not None:
-                bar.update(data.numel())
+            advance(data.numel())
     os.replace(partial, file)
 
 

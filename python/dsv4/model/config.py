@@ -27,9 +27,10 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "mlp_bias": (False,),
 }
 _POSITIVE = (
-    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim", "qk_rope_head_dim", "q_lora_rank",
-    "o_groups", "o_lora_rank", "sliding_window", "index_n_heads", "index_head_dim", "index_topk", "n_routed_experts",
-    "num_experts_per_tok", "moe_intermediate_size", "hc_sinkhorn_iters", "max_position_embeddings", "csa_ratio",
+    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim", "qk_rope_head_dim",
+    "q_lora_rank", "o_groups", "o_lora_rank", "sliding_window", "index_n_heads", "index_head_dim", "index_topk",
+    "n_routed_experts", "num_experts_per_tok", "moe_intermediate_size", "hc_sinkhorn_iters",
+    "max_position_embeddings", "csa_ratio",
 )  # fmt: skip
 # Far above any model, low enough that sizes computed from them stay in int64 and tables stay in memory.
 _LIMITS = {"num_hidden_layers": 4096, "n_routed_experts": 1 << 16, "num_nextn_predict_layers": 64}
@@ -68,7 +69,7 @@ class Yarn:
 
 @dataclass(frozen=True)
 class Config:
-    """Everything that fixes the shapes and the maths of a model. Checked on construction; errors are one-line ValueErrors.
+    """Everything that fixes the shapes and the maths of a model, checked on construction (ValueError, one line).
 
     Sizes count elements; `compress_ratios` has one entry a layer, then one an MTP block: 0 = sliding window alone,
     `csa_ratio` (4 in every release) = compressed sparse attention with overlap and index, anything else = heavily
@@ -133,17 +134,16 @@ class Config:
             raise ValueError(f"config: {name} must be an integer from {low} to {high}, got {value!r}")
 
     def _check_relations(self) -> None:
+        rope, experts = self.qk_rope_head_dim, self.n_routed_experts
         if self.num_attention_heads % self.o_groups:
             raise ValueError(
                 f"config: num_attention_heads {self.num_attention_heads} must be a multiple of o_groups {self.o_groups}"
             )
-        if self.qk_rope_head_dim % 2 or self.qk_rope_head_dim > self.head_dim:
+        if rope % 2 or rope > self.head_dim:
+            raise ValueError(f"config: qk_rope_head_dim must be even and at most head_dim {self.head_dim}, got {rope}")
+        if self.num_experts_per_tok > experts:
             raise ValueError(
-                f"config: qk_rope_head_dim must be even and at most head_dim {self.head_dim}, got {self.qk_rope_head_dim}"
-            )
-        if self.num_experts_per_tok > self.n_routed_experts:
-            raise ValueError(
-                f"config: num_experts_per_tok {self.num_experts_per_tok} exceeds n_routed_experts {self.n_routed_experts}"
+                f"config: num_experts_per_tok {self.num_experts_per_tok} exceeds n_routed_experts {experts}"
             )
         if not _is_integer(self.n_shared_experts) or self.n_shared_experts != 1:
             raise ValueError(f"config: n_shared_experts must be 1, got {self.n_shared_experts!r}")
@@ -191,7 +191,7 @@ class Config:
                     )
 
     def layer_ratio(self, layer: int) -> int:
-        """Tokens a compressed entry of this layer stands for; 0 = the layer has none. MTP blocks count on after the layers."""
+        """Tokens a compressed entry of this layer stands for, 0 = it has none. MTP blocks follow the layers."""
         return self.compress_ratios[layer]
 
     def layer_kind(self, layer: int) -> str:
@@ -204,7 +204,7 @@ class Config:
         return layer < min(self.num_hash_layers, self.num_hidden_layers)
 
     def check_quantization(self, quantization: str) -> None:
-        """ValueError unless the model can run in this mode ("checkpoint" or "off"); the formats of the first set conditions."""
+        """ValueError unless the model can run in this mode: FP4, used in mode "checkpoint", asks for round sizes."""
         if quantization not in ("checkpoint", "off"):
             raise ValueError(f"quantization must be 'checkpoint' or 'off', got {quantization!r}")
         if quantization == "off":
@@ -215,14 +215,15 @@ class Config:
                 f"config: index_head_dim {dim} must be a power of two from 32 on for FP4 keys; use quantization='off'"
             )
         for name in ("hidden_size", "moe_intermediate_size"):
-            if self.expert_dtype == "fp4" and getattr(self, name) % 32:
+            size = getattr(self, name)
+            if self.expert_dtype == "fp4" and size % 32:
                 raise ValueError(
-                    f"config: {name} {getattr(self, name)} must be a multiple of 32 for FP4 experts; use quantization='off'"
+                    f"config: {name} {size} must be a multiple of 32 for FP4 experts; use quantization='off'"
                 )
 
     @classmethod
     def preset(cls, name: str) -> "Config":
-        """A known model: "v4-flash", "v4-pro" (released config.json) or "nano" (256 wide, 8 layers; for demonstrations)."""
+        """A known model: "v4-flash" and "v4-pro" as released, or "nano" (256 wide, 8 layers, for demonstrations)."""
         if name not in _PRESETS:
             raise ValueError(f"no preset {name!r}; there are {', '.join(_PRESETS)}")
         return _PRESETS[name]
@@ -280,7 +281,7 @@ def read_json(file: Path) -> dict[str, Any]:
         values = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{file}: no such file; a model is a folder with config.json and safetensors files") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{file}: not readable as JSON ({str(error).splitlines()[0]})") from None
     if not isinstance(values, dict):
         raise ValueError(f"{file}: must hold a JSON object, holds {type(values).__name__}")
@@ -407,8 +408,8 @@ def _yarn(scaling: Mapping[str, Any], nested: bool) -> Yarn | None:
     yarn = Yarn(scaling["factor"], scaling["original_max_position_embeddings"], **options)
     attention = scaling.get("attention_factor")
     if attention is None and nested and yarn.factor > 1:
-        # transformers injects 1.0 when it builds the nested form from a flat one; a nested form without the key means the
-        # factor of the YaRN paper, mscale / mscale_all_dim included.
+        # transformers injects 1.0 when it builds the nested form from a flat one; a nested form without the key means
+        # the factor of the YaRN paper, mscale / mscale_all_dim included.
         log_factor = 0.1 * math.log(yarn.factor)
         above, below = scaling.get("mscale"), scaling.get("mscale_all_dim")
         if above and below:
@@ -423,21 +424,21 @@ def _yarn(scaling: Mapping[str, Any], nested: bool) -> Yarn | None:
 _RELEASE_YARN = Yarn(factor=16, original_max_position_embeddings=65536)
 _PRESETS = {
     "v4-flash": Config(
-        vocab_size=129280, hidden_size=4096, num_hidden_layers=43, num_attention_heads=64, head_dim=512, q_lora_rank=1024,
-        o_groups=8, o_lora_rank=1024, compress_ratios=(0, 0, *(4, 128) * 20, 4, 0), n_routed_experts=256,
-        num_experts_per_tok=6, moe_intermediate_size=2048, rope_scaling=_RELEASE_YARN, index_topk=512, num_hash_layers=3,
-        routed_scaling_factor=1.5, num_nextn_predict_layers=1,
+        vocab_size=129280, hidden_size=4096, num_hidden_layers=43, num_attention_heads=64, head_dim=512,
+        q_lora_rank=1024, o_groups=8, o_lora_rank=1024, compress_ratios=(0, 0, *(4, 128) * 20, 4, 0),
+        n_routed_experts=256, num_experts_per_tok=6, moe_intermediate_size=2048, rope_scaling=_RELEASE_YARN,
+        index_topk=512, num_hash_layers=3, routed_scaling_factor=1.5, num_nextn_predict_layers=1,
     ),
     "v4-pro": Config(
-        vocab_size=129280, hidden_size=7168, num_hidden_layers=61, num_attention_heads=128, head_dim=512, q_lora_rank=1536,
-        o_groups=16, o_lora_rank=1024, compress_ratios=(128, 128, *(4, 128) * 29, 4, 0), n_routed_experts=384,
-        num_experts_per_tok=6, moe_intermediate_size=3072, rope_scaling=_RELEASE_YARN, index_topk=1024, num_hash_layers=3,
-        routed_scaling_factor=2.5, num_nextn_predict_layers=1,
+        vocab_size=129280, hidden_size=7168, num_hidden_layers=61, num_attention_heads=128, head_dim=512,
+        q_lora_rank=1536, o_groups=16, o_lora_rank=1024, compress_ratios=(128, 128, *(4, 128) * 29, 4, 0),
+        n_routed_experts=384, num_experts_per_tok=6, moe_intermediate_size=3072, rope_scaling=_RELEASE_YARN,
+        index_topk=1024, num_hash_layers=3, routed_scaling_factor=2.5, num_nextn_predict_layers=1,
     ),
     "nano": Config(
-        vocab_size=512, hidden_size=256, num_hidden_layers=8, num_attention_heads=8, head_dim=128, q_lora_rank=128,
-        o_groups=2, o_lora_rank=64, compress_ratios=(0, 0, 4, 128, 4, 128, 4, 128), n_routed_experts=16,
-        num_experts_per_tok=2, moe_intermediate_size=128, rope_scaling=_RELEASE_YARN, index_n_heads=4, index_topk=64,
-        num_hash_layers=1, routed_scaling_factor=1.5,
+        vocab_size=512, hidden_size=256, num_hidden_layers=8, num_attention_heads=8, head_dim=128,
+        q_lora_rank=128, o_groups=2, o_lora_rank=64, compress_ratios=(0, 0, 4, 128, 4, 128, 4, 128),
+        n_routed_experts=16, num_experts_per_tok=2, moe_intermediate_size=128, rope_scaling=_RELEASE_YARN,
+        index_n_heads=4, index_topk=64, num_hash_layers=1, routed_scaling_factor=1.5,
     ),
 }  # fmt: skip
