@@ -455,10 +455,8 @@ def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | No
         grad_out, grad_lse, *ctx.saved_tensors, *ctx.numbers
     )
     grads = {"query": query, "window_pages": window, "compressed_pages": compressed, "sink": sink}
-    return tuple(
-        grads[name] if needed and name in grads else None
-        for name, needed in zip(_Call._fields, ctx.needs_input_grad, strict=True)
-    )
+    needed = ctx.needs_input_grad
+    return tuple(grads.get(name) if wanted else None for name, wanted in zip(_Call._fields, needed, strict=False))
 
 
 _ARGUMENTS = (
