@@ -38,7 +38,7 @@ namespace dsv4 {
 
 template <class Params>
 struct Candidate {
-  const char* name;  // "amx", "avx512", "scalar", "sm90", "sm80"
+  const char* name;  // "amx", "avx512", "scalar", "sm90", "sm80"; unique in its list
   Isa isa;
   Status (*run)(const Params&, const Context&);  // none: not in this library
   bool (*accepts)(const Params&) = nullptr;      // none: every valid problem
@@ -55,6 +55,8 @@ class OpInfo {
   virtual int size() const = 0;
   // The name and instruction set of a candidate; false if this library does not contain it.
   virtual bool candidate(int index, const char** name, Isa* isa) const = 0;
+  // How often a candidate ran in this process; the tests compare it with what they expect.
+  virtual int64_t calls(int index) const = 0;
   // The implementation that ran last in this process, from any thread; null before the first call.
   const char* last() const { return last_.load(std::memory_order_relaxed); }
 
@@ -84,6 +86,7 @@ class Op final : public OpInfo {
         continue;
       if (candidate.accepts != nullptr && !candidate.accepts(params)) continue;
       record(candidate.name);
+      calls_[index].fetch_add(1, std::memory_order_relaxed);
       return candidate.run(params, context);
     }
     return Status::error("%s: no implementation for this device in this build", name());
@@ -97,8 +100,11 @@ class Op final : public OpInfo {
     return candidates_[index].run != nullptr;
   }
 
+  int64_t calls(int index) const override { return calls_[index].load(std::memory_order_relaxed); }
+
  private:
   const Candidate<Params>* candidates_;
+  mutable std::atomic<int64_t> calls_[N] = {};
 };
 
 template <class Params, int N>

@@ -1,5 +1,6 @@
 // What Python asks of a library: its ops, their implementations, and which one ran. Not tensor operations, so one JSON
-// string: {"isa": str, "limit": str, "devices": int, "ops": {op: {"built": [...], "usable": [...], "last": str|null}}}.
+// string: {"isa": str, "limit": str, "devices": int, "ops": {op: {"built": [...], "usable": [...], "calls": {name:
+// int}, "last": str|null}}}.
 #include "common/hardware.h"
 #include "ops/candidates.h"
 #include "torch/glue.h"
@@ -21,12 +22,13 @@ std::string library_info() {
 #endif
   std::string ops;
   for (const OpInfo* op = OpInfo::first(); op != nullptr; op = op->next()) {
-    std::string built, usable;
+    std::string built, usable, calls;
     for (int index = 0; index < op->size(); ++index) {
       const char* name = nullptr;
       Isa needs = Isa::kScalar;
       if (!op->candidate(index, &name, &needs)) continue;
       append(built, name);
+      calls += (calls.empty() ? "" : ", ") + quoted(name) + ": " + std::to_string(op->calls(index));
       if (needs <= limited(isa)) append(usable, name);
     }
     ops += (ops.empty() ? "" : ", ") + quoted(op->name()) + ": {\"built\": [" + built + "], \"usable\": [" + usable +

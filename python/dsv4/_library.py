@@ -6,7 +6,8 @@ kernels. Both load on a machine without a GPU.
 
 from __future__ import annotations
 
-import importlib
+import importlib.machinery
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,11 @@ def last_implementation(op: str, device: str = "cpu") -> str | None:
     return entry["last"] if entry else None
 
 
+def calls(device: str = "cpu") -> dict[str, dict[str, int]]:
+    """{op: {implementation: times it ran in this process on `device`}}, for every implementation in the library."""
+    return {op: entry["calls"] for op, entry in sorted(_report(device)["ops"].items())}
+
+
 def build_info() -> dict[str, Any]:
     """How the libraries were built and what they found: for `dsv4 env` and for bug reports.
 
@@ -105,8 +111,14 @@ def build_info() -> dict[str, Any]:
 
 
 def _native_info() -> dict[str, Any] | None:
-    try:
-        native = importlib.import_module("dsv4._native")
-    except ImportError:
-        return None
-    return {**native.build_info(), **native.hardware()}
+    for folder in _folders():
+        spec = importlib.machinery.PathFinder.find_spec("_native", [str(folder)])
+        if spec is None or spec.loader is None:
+            continue
+        try:
+            native = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(native)
+        except ImportError:  # built for another Python
+            continue
+        return {**native.build_info(), **native.hardware()}
+    return None
