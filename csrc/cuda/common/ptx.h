@@ -13,14 +13,15 @@
 #if defined(__CUDACC__)
 #define DSV4_DEVICE __device__ __forceinline__
 #define DSV4_KERNEL(threads, min_blocks) __global__ void __launch_bounds__(threads, min_blocks)
-#define DSV4_UNROLL _Pragma("unroll")
-#define DSV4_NO_UNROLL _Pragma("unroll 1")
+#define DSV4_PRAGMA(text) _Pragma(#text)
+#define DSV4_UNROLL DSV4_PRAGMA(unroll)
+#define DSV4_UNROLL_IF(condition) DSV4_PRAGMA(unroll((condition) ? 32 : 1))
 #else
 #include "cuda/common/host_model.h"
 #define DSV4_DEVICE inline
 #define DSV4_KERNEL(threads, min_blocks) void
 #define DSV4_UNROLL
-#define DSV4_NO_UNROLL
+#define DSV4_UNROLL_IF(condition)
 #endif
 
 namespace dsv4::ptx {

@@ -30,19 +30,15 @@ DSV4_DEVICE void post(const PostArguments& a) {
   const int64_t token = ptx::block_index_x(), hidden = a.post.streams.size(2);
   const int64_t column = (ptx::block_index_y() * kPostThreads + ptx::thread_index()) * kElements<X>;
   if (column >= hidden) return;
-  Words4 piece[kStreams];
-  DSV4_UNROLL
-  for (int s = 0; s < kStreams; ++s) piece[s] = load_piece(row_of<X>(a.post.streams, token, s), column, hidden, a.vector);
-  const Words4 sublayer = load_piece(row_of<X>(a.post.sublayer, token), column, hidden, a.vector);
+  const auto load = [&](const X* row) { return load_piece(row, column, hidden, a.vector); };
+  const TokenPiece old = {load(row_of<X>(a.post.streams, token, 0)), load(row_of<X>(a.post.streams, token, 1)),
+                          load(row_of<X>(a.post.streams, token, 2)), load(row_of<X>(a.post.streams, token, 3)),
+                          load(row_of<X>(a.post.sublayer, token))};
   PostWeights weights;
   weights.load(a.post, token);
-  float r[kStreams][kElements<X>], y[kElements<X>];
-  DSV4_UNROLL
-  for (int s = 0; s < kStreams; ++s) unpack(piece[s], r[s]);
-  unpack(sublayer, y);
   DSV4_UNROLL
   for (int o = 0; o < kStreams; ++o) {
-    const Words4 mixed = mixed_piece<X>(weights, y, r, o);
+    const Words4 mixed = mixed_piece<X>(weights, old, o);
     store_piece(row_of<X>(a.post.result, token, o), column, hidden, a.vector, mixed);
   }
 }

@@ -54,7 +54,7 @@ template <class X, int kMixes, bool kPost>
 inline constexpr int kMixSharedBytes = 2 * MixStage<X, kPost>::kBytes + kFnBytes<X, kMixes>;
 
 // A thread's share of one chunk of fn on its way from global to shared memory.
-template <class X, int kMixes>
+template <class X, int kMixes, bool kVector>
 struct FnChunk {
   static constexpr int kGroups = kFnRows<X, kMixes> * kChunk / kMixThreads;  // of 4 columns
   Words4 group[kGroups];
@@ -67,7 +67,7 @@ struct FnChunk {
       const int64_t column = static_cast<int64_t>(chunk) * kChunk + index % 8 * 4;
       group[i] = Words4{};
       if (row < kMixes && column < a.hidden) {
-        group[i] = load_piece(a.fn.data + row * a.fn.stride[0] + stream * a.hidden, column, a.hidden, a.vector);
+        group[i] = load_piece(a.fn.data + row * a.fn.stride[0] + stream * a.hidden, column, a.hidden, kVector);
       }
     }
   }
@@ -210,7 +210,7 @@ struct Sums<float, kMixes, Stage> {
   }
 };
 
-template <class X, bool kPost>
+template <class X, bool kPost, bool kVector>
 struct MixBlock {
   using Stage = MixStage<X, kPost>;
   const MixArguments& a;
@@ -229,13 +229,13 @@ struct MixBlock {
   DSV4_DEVICE void load(uint32_t stage, int chunk) const {
     DSV4_UNROLL
     for (int i = 0; i < Stage::kPiecesPerThread; ++i) {
-      DSV4_UNROLL
+      DSV4_UNROLL_IF(kVector)
       for (int row = 0; row < Stage::kRows; ++row) {
         const int64_t t = exists(chunk, i) ? first_token + token(i) : first_token;
         const X* source = row == kStreams ? row_of<X>(a.post.sublayer, t)
                                           : row_of<X>(kPost ? a.post.streams : a.streams, t, row % kStreams);
         const uint32_t destination = Stage::address(stage, row, token(i), piece());
-        if (a.vector) {
+        if constexpr (kVector) {
           ptx::cp_async_16(destination, source + (exists(chunk, i) ? column(chunk) : 0), exists(chunk, i) ? 16 : 0);
         } else {
           const int64_t length = exists(chunk, i) ? a.hidden : 0;
@@ -249,19 +249,17 @@ struct MixBlock {
   DSV4_DEVICE void apply_post(uint32_t stage, int chunk, const PostWeights (&weights)[Stage::kPiecesPerThread]) const {
     DSV4_UNROLL
     for (int i = 0; i < Stage::kPiecesPerThread; ++i) {
-      constexpr int n = kElements<X>;
-      float r[kStreams][n], y[n];
-      DSV4_UNROLL
-      for (int s = 0; s < kStreams; ++s) {
-        unpack(ptx::load_shared_16(Stage::address(stage, s, token(i), piece())), r[s]);
-      }
-      unpack(ptx::load_shared_16(Stage::address(stage, kStreams, token(i), piece())), y);
+      const TokenPiece old = {ptx::load_shared_16(Stage::address(stage, 0, token(i), piece())),
+                              ptx::load_shared_16(Stage::address(stage, 1, token(i), piece())),
+                              ptx::load_shared_16(Stage::address(stage, 2, token(i), piece())),
+                              ptx::load_shared_16(Stage::address(stage, 3, token(i), piece())),
+                              ptx::load_shared_16(Stage::address(stage, kStreams, token(i), piece()))};
       DSV4_UNROLL
       for (int o = 0; o < kStreams; ++o) {
-        const Words4 mixed = mixed_piece<X>(weights[i], y, r, o);
+        const Words4 mixed = mixed_piece<X>(weights[i], old, o);
         ptx::store_shared_16(Stage::address(stage, o, token(i), piece()), mixed);
         if (exists(chunk, i)) {
-          store_piece(row_of<X>(a.post.result, first_token + token(i), o), column(chunk), a.hidden, a.vector, mixed);
+          store_piece(row_of<X>(a.post.result, first_token + token(i), o), column(chunk), a.hidden, kVector, mixed);
         }
       }
     }
@@ -269,7 +267,7 @@ struct MixBlock {
 };
 
 // Grid: x over blocks of tokens, y over runs of splits_per_block splits.
-template <class X, int kMixes, bool kPost>
+template <class X, int kMixes, bool kPost, bool kVector>
 DSV4_DEVICE void mix(const MixArguments& a) {
   using Stage = MixStage<X, kPost>;
   const uint32_t stages = ptx::shared_base();
@@ -277,7 +275,7 @@ DSV4_DEVICE void mix(const MixArguments& a) {
   const int chunks = static_cast<int>((a.hidden + kChunk - 1) / kChunk);
   const int first = static_cast<int>(ptx::block_index_y()) * a.splits_per_block * kChunksPerSplit;
   const int end = first + a.splits_per_block * kChunksPerSplit < chunks ? first + a.splits_per_block * kChunksPerSplit : chunks;
-  const MixBlock<X, kPost> block{a, a.first_token + ptx::block_index_x() * Stage::kTokens};
+  const MixBlock<X, kPost, kVector> block{a, a.first_token + ptx::block_index_x() * Stage::kTokens};
   const int64_t tokens = a.end_token - block.first_token;
 
   PostWeights weights[Stage::kPiecesPerThread];
@@ -288,13 +286,13 @@ DSV4_DEVICE void mix(const MixArguments& a) {
       if (block.token(i) < tokens) weights[i].load(a.post, block.first_token + block.token(i));
     }
   }
-  FnChunk<X, kMixes> fn_chunk;
+  FnChunk<X, kMixes, kVector> fn_chunk;
   Sums<X, kMixes, Stage> sums;
   sums.clear();
   block.load(stages, first);
   ptx::cp_async_commit();
   fn_chunk.load(a, first);
-  DSV4_NO_UNROLL
+  DSV4_UNROLL_IF(false)
   for (int chunk = first; chunk < end; ++chunk) {
     const uint32_t stage = stages + (chunk & 1) * Stage::kBytes;
     if (chunk + 1 < end) block.load(stages + (~chunk & 1) * Stage::kBytes, chunk + 1);
@@ -312,6 +310,15 @@ DSV4_DEVICE void mix(const MixArguments& a) {
       sums.write(a.partial + row * kPartialRow, tokens);
       sums.clear();
     }
+  }
+}
+
+template <class X, int kMixes, bool kPost>
+DSV4_DEVICE void mix(const MixArguments& a) {
+  if (a.vector) {
+    mix<X, kMixes, kPost, true>(a);
+  } else {
+    mix<X, kMixes, kPost, false>(a);
   }
 }
 

@@ -124,18 +124,38 @@ struct PostWeights {
   }
 };
 
-// The new stream o at one piece: post[o] * y + sum_i comb[i][o] * r[i], rounded to X.
+// One piece of a token's streams and of the sublayer's output. Named one by one: nvcc keeps an array of pieces in memory.
+struct TokenPiece {
+  Words4 r0, r1, r2, r3, y;
+};
+
+DSV4_DEVICE float mixed_element(const PostWeights& weights, int o, float y, float r0, float r1, float r2, float r3) {
+  float mixed = ptx::multiply(weights.post[o], y);
+  mixed = ptx::fma(weights.comb[0][o], r0, mixed);
+  mixed = ptx::fma(weights.comb[1][o], r1, mixed);
+  mixed = ptx::fma(weights.comb[2][o], r2, mixed);
+  return ptx::fma(weights.comb[3][o], r3, mixed);
+}
+
+// The new stream o: post[o] * y + sum_i comb[i][o] * r_i, rounded to X.
 template <class X>
-DSV4_DEVICE Words4 mixed_piece(const PostWeights& weights, const float (&y)[kElements<X>],
-                               const float (&r)[kStreams][kElements<X>], int o) {
-  float mixed[kElements<X>];
+DSV4_DEVICE Words4 mixed_piece(const PostWeights& weights, const TokenPiece& p, int o) {
+  Words4 mixed;
   DSV4_UNROLL
-  for (int e = 0; e < kElements<X>; ++e) {
-    mixed[e] = ptx::multiply(weights.post[o], y[e]);
-    DSV4_UNROLL
-    for (int i = 0; i < kStreams; ++i) mixed[e] = ptx::fma(weights.comb[i][o], r[i][e], mixed[e]);
+  for (int w = 0; w < 4; ++w) {
+    const uint32_t y = p.y.word[w], r0 = p.r0.word[w], r1 = p.r1.word[w], r2 = p.r2.word[w], r3 = p.r3.word[w];
+    if constexpr (sizeof(X) == 2) {
+      const float low = mixed_element(weights, o, ptx::low_bf16(y), ptx::low_bf16(r0), ptx::low_bf16(r1),
+                                      ptx::low_bf16(r2), ptx::low_bf16(r3));
+      const float high = mixed_element(weights, o, ptx::high_bf16(y), ptx::high_bf16(r0), ptx::high_bf16(r1),
+                                       ptx::high_bf16(r2), ptx::high_bf16(r3));
+      mixed.word[w] = ptx::pack_bf16(low, high);
+    } else {
+      mixed.word[w] = bits_from_float(mixed_element(weights, o, float_from_bits(y), float_from_bits(r0),
+                                                    float_from_bits(r1), float_from_bits(r2), float_from_bits(r3)));
+    }
   }
-  return pack(mixed);
+  return mixed;
 }
 
 }  // namespace dsv4::sm80
