@@ -19,17 +19,20 @@ class RopeFrequencies:
     """
 
     def __init__(self, config: Config):
-        rope_dim, yarn = config.qk_rope_head_dim, config.rope_scaling
-        self._inverse = {
-            False: ops.rope_frequencies(rope_dim, config.rope_theta),
-            True: ops.rope_frequencies(rope_dim, config.compress_rope_theta, yarn),
+        yarn = config.rope_scaling
+        self._settings = {
+            False: (config.qk_rope_head_dim, config.rope_theta, None),
+            True: (config.qk_rope_head_dim, config.compress_rope_theta, yarn),
         }
         self._factor = {False: 1.0, True: yarn.attention_factor if yarn else 1.0}
+        self._inverse: dict[tuple[bool, torch.device], Tensor] = {}  # made when used: a model may be built on meta
 
     def rope(self, compressed: bool, position: Tensor) -> Tensor:
         """float32 (cos, sin), [tokens, rope_dim / 2, 2]."""
-        inverse = self._inverse[compressed] = self._inverse[compressed].to(position.device)
-        rope = ops.rope_rows(position, inverse)
+        key = (compressed, position.device)
+        if key not in self._inverse:
+            self._inverse[key] = ops.rope_frequencies(*self._settings[compressed]).to(position.device)
+        rope = ops.rope_rows(position, self._inverse[key])
         return rope if self._factor[compressed] == 1.0 else rope * self._factor[compressed]
 
 
