@@ -1,6 +1,6 @@
 """Argument checks of ops that Python implements, in the words of csrc/torch:
 
-    fp8_linear: scale must be float8_e8m0fnu or float32 [2, 2], got bfloat16 [2, 3]
+fp8_linear: scale must be float8_e8m0fnu or float32 [2, 2], got bfloat16 [2, 3]
 """
 
 from __future__ import annotations

@@ -9,8 +9,8 @@ from torch import Tensor
 def exact_matmul(x: Tensor, w_t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """x @ w_t, accumulated in float64 and rounded once to `dtype` (default: that of x).
 
-    torch's float32 product changes its order of summation with the shapes, so a row's bits depend on the rows beside it.
-    Products of FP8, FP4 and BF16 operands are exact in float64 and their sums all but exact, so that after the one
+    torch's float32 product changes its order of summation with the shapes, so a row's bits depend on the rows beside
+    it. Products of FP8, FP4 and BF16 operands are exact in float64 and their sums all but exact, so that after the one
     rounding the row's result depends on the row alone.
 
     Args:

@@ -50,10 +50,12 @@ def register(
 
     Args:
         schema: torch schema without the namespace, e.g. `"hadamard(Tensor x) -> Tensor"`.
-        reference: the pure-torch definition. It must return fresh contiguous tensors, never an argument or a view of it,
-            and repeat the defaults of the schema.
-        check: raises RuntimeError on arguments that the op does not take. Runs before the reference and the fake kernel.
-        fake: allocates the results without computing them. None: the reference itself, which must then not look at values.
+        reference: the pure-torch definition. It must return fresh contiguous tensors, never an argument or a view of
+            it, and repeat the defaults of the schema.
+        check: raises RuntimeError on arguments that the op does not take. Runs before the reference and the fake
+            kernel.
+        fake: allocates the results without computing them. None: the reference itself, which must then not look at
+            values.
         backward, setup_context: the gradient, as torch.library.register_autograd takes them.
         recompute: take the gradient by running the reference again under autograd. For references that do not look at
             values, so that the backward pass can be traced.

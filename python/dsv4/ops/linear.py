@@ -133,9 +133,7 @@ def quantized_activation(x: Tensor) -> Tensor:
 
 
 def _check_out_dtype(check: Check, dtype: torch.dtype | None) -> None:
-    check.that(
-        dtype is None or dtype in WIDE_FLOATS, f"out_dtype must be bfloat16, float32 or float64, got {dtype}"
-    )
+    check.that(dtype is None or dtype in WIDE_FLOATS, f"out_dtype must be bfloat16, float32 or float64, got {dtype}")
 
 
 for _name, _reference, _check in (

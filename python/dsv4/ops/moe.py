@@ -17,8 +17,8 @@ from dsv4.ops.quantize import check_quantized_weight, dequantize_weight_referenc
 __all__ = ["moe_experts", "moe_experts_reference", "moe_gate", "moe_gate_reference"]
 
 _SOFTPLUS_THRESHOLD = 20.0
-# Below this softplus(z) equals exp(z) in float64 too, and its root is better taken as exp(z / 2): no underflow, no 0/0 in
-# the gradient.
+# Below this softplus(z) equals exp(z) in float64 too, and its root is better taken as exp(z / 2): no underflow, no 0/0
+# in the gradient.
 _SOFTPLUS_TAIL = -40.0
 
 
@@ -33,8 +33,8 @@ def moe_gate(
 ) -> tuple[Tensor, Tensor]:
     """Choose top_k experts a token, and their weights.
 
-    score = sqrt(softplus(x W^T)). The experts are those of the top_k largest score + bias, ties to the lower index, a NaN
-    last; or, on hash layers, tid2eid[token]. Their weights are the scores without bias, divided by their sum, times
+    score = sqrt(softplus(x W^T)). The experts are those of the top_k largest score + bias, ties to the lower index, a
+    NaN last; or, on hash layers, tid2eid[token]. Their weights are the scores without bias, divided by their sum, times
     route_scale. Scores and weights are float32 whatever the dtype of x (float64 for float64).
 
     Args:
@@ -47,7 +47,8 @@ def moe_gate(
         route_scale: factor of the weights.
     Returns: weights float32 [tokens, top_k], indices int32 [tokens, top_k]; by falling score + bias, or in the order of
         tid2eid. Differentiable in x and weight.
-    Raises: RuntimeError where a shape, dtype or device differs from the above; IndexError for a token id outside tid2eid.
+    Raises: RuntimeError where a shape, dtype or device differs from the above; IndexError for a token id outside
+        tid2eid.
     Source: DeepSeek-V4 report, 2.1; the official inference code.
     """
     return torch.ops.dsv4.moe_gate(x, weight, top_k, bias, token_ids, tid2eid, route_scale)
@@ -116,25 +117,26 @@ def moe_experts(
 ) -> Tensor:
     """Sum over a token's experts of w2(silu(gate) * up * weight), gate = w1 x, up = w3 x, plus the shared expert.
 
-    gate and up are rounded to the dtype of x; with a limit, gate = min(gate, limit) and up = clamp(up, -limit, limit). The
-    product with the routing weight is taken wider and rounded once. Each expert's output is rounded to the dtype of x;
-    outputs are summed in float32 (float64 for float64) by ascending expert, then the shared expert's, and cast once.
-    A matrix with a scale quantises its input to e4m3 in blocks of 128, and sums its products exactly; one without is a
-    plain product in its dtype.
+    gate and up are rounded to the dtype of x; with a limit, gate = min(gate, limit) and up = clamp(up, -limit, limit).
+    The product with the routing weight is taken wider and rounded once. Each expert's output is rounded to the dtype
+    of x; outputs are summed in float32 (float64 for float64) by ascending expert, then the shared expert's, and cast
+    once. A matrix with a scale quantises its input to e4m3 in blocks of 128, and sums its products exactly; one
+    without is a plain product in its dtype.
 
     Args:
         x:       [tokens, hidden] bfloat16, float32 or float64.
         weights: [tokens, top_k] float32 or float64, from moe_gate.
         indices: [tokens, top_k] int32 or int64; an index outside 0 ... experts - 1 contributes nothing.
-        w1, w3:  [experts, inter, hidden] in the dtype of x or float8_e4m3fn, or [experts, inter, hidden / 2] packed e2m1 in
-            int8 or uint8.
+        w1, w3:  [experts, inter, hidden] in the dtype of x or float8_e4m3fn, or [experts, inter, hidden / 2] packed
+            e2m1 in int8 or uint8.
         w2:      [experts, hidden, inter], or [experts, hidden, inter / 2], alike.
         w1_scale, w3_scale, w2_scale: float8_e8m0fnu or float32: [experts, ceil(out / 128), ceil(in / 128)] for e4m3,
             [experts, out, ceil(in / 32)] for e2m1; None for plain weights.
         shared:  the expert that every token passes, weight 1: None, or (w1, w3, w2) or (w1, w1_scale, w3, w3_scale, w2,
             w2_scale), without the experts dimension. Its inter may differ.
         swiglu_limit: 0 for no clamp.
-    Returns: [tokens, hidden] in the dtype of x. Differentiable in x, weights and plain weights, unless a matrix is quantised.
+    Returns: [tokens, hidden] in the dtype of x. Differentiable in x, weights and plain weights, unless a matrix is
+        quantised.
     Raises: RuntimeError where a shape, dtype or device differs from the above.
     Source: DeepSeek-V4 report, 2.1; the official inference code.
     """
@@ -349,7 +351,9 @@ def _experts_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _experts_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     if ctx.quantized:
-        raise RuntimeError("moe_experts: quantised experts have no gradient; train with plain weights (quantization='off')")
+        raise RuntimeError(
+            "moe_experts: quantised experts have no gradient; train with plain weights (quantization='off')"
+        )
     x, weights, indices, w1, w3, w2, *shared = ctx.saved_tensors
     gradients = torch.ops.dsv4.moe_experts_backward(grad, x, weights, indices, w1, w3, w2, shared, ctx.limit)
     d_x, d_weights, d_w1, d_w3, d_w2, *d_shared = gradients

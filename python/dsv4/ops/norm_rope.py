@@ -1,6 +1,7 @@
 """RMS norm, rotary embedding, and the store of window rows.
 
-The last `rope_dim` dims of a head are rotated, in interleaved pairs (x[2i], x[2i + 1]). A table `rope` holds (cos, sin) of
+The last `rope_dim` dims of a head are rotated, in interleaved pairs (x[2i], x[2i + 1]). A table `rope` holds (cos,
+sin) of
 each row: [tokens, rope_dim / 2, 2].
 """
 
@@ -52,7 +53,8 @@ def rope_frequencies(rope_dim: int, theta: float, yarn: Yarn | None = None) -> T
     """Angle a position adds to each pair: theta^(-2i / rope_dim), float32 [rope_dim / 2].
 
     YaRN divides by `factor` the frequencies that turn fewer than `beta_slow` times within
-    `original_max_position_embeddings`, keeps those that turn more than `beta_fast` times, and blends linearly between. Its
+    `original_max_position_embeddings`, keeps those that turn more than `beta_fast` times, and blends linearly between.
+    Its
     attention factor is not applied: V4 has none.
 
     Raises: ValueError when rope_dim is not even and positive.
@@ -77,7 +79,8 @@ def rope_frequencies(rope_dim: int, theta: float, yarn: Yarn | None = None) -> T
 
 
 def rope_rows(position: Tensor, inv_freq: Tensor) -> Tensor:
-    """(cos, sin) of each position: [tokens] integers, [rope_dim / 2] -> [tokens, rope_dim / 2, 2] in the dtype of inv_freq.
+    """(cos, sin) of each position: [tokens] integers, [rope_dim / 2] -> [tokens, rope_dim / 2, 2] in the dtype of
+    inv_freq.
 
     The angle is the product rounded to that dtype, as the official tables have it; cos and sin are exact to rounding.
     """
@@ -210,9 +213,9 @@ def store_window(
 ) -> None:
     """Write kv_norm_rope(kv, weight, rope, eps) into the window's pages, in place.
 
-    Row t goes to page table[sequence[t], position[t] // page_size], offset position[t] % page_size. Where the table says -1,
-    or has no such column, the row is dropped. uint8 pages quantise the dims before rope to e4m3 in blocks of 64
-    (`dsv4.ops.layout` has the bytes); others store the row in their dtype.
+    Row t goes to page table[sequence[t], position[t] // page_size], offset position[t] % page_size. Where the table
+    says -1, or has no such column, the row is dropped. uint8 pages quantise the dims before rope to e4m3 in blocks of
+    64 (`dsv4.ops.layout` has the bytes); others store the row in their dtype.
 
     Args:
         kv:       [tokens, head_dim] bfloat16, float32 or float64.
@@ -311,8 +314,8 @@ register(
     recompute=True,
 )
 register(
-    "store_window(Tensor kv, Tensor weight, Tensor rope, Tensor(a!) pages, Tensor table, Tensor sequence, Tensor position,"
-    " float eps=1e-06, int page_size=256) -> ()",
+    "store_window(Tensor kv, Tensor weight, Tensor rope, Tensor(a!) pages, Tensor table, Tensor sequence,"
+    " Tensor position, float eps=1e-06, int page_size=256) -> ()",
     store_window_reference,
     check=_check_store_window,
     fake=lambda *args, **kwargs: None,

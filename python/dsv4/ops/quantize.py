@@ -114,9 +114,7 @@ def _check_quantize_fp4(x: Tensor, block: int = 32) -> None:
     check.that(block >= 2 and block % 2 == 0, f"block must be even and at least 2, got {block}")
 
 
-def dequantize_fp8(
-    codes: Tensor, scale: Tensor, block: int = 128, dtype: torch.dtype = torch.bfloat16
-) -> Tensor:
+def dequantize_fp8(codes: Tensor, scale: Tensor, block: int = 128, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """Values of codes that share a scale along the last dimension: code * scale, rounded once to `dtype`.
 
     Args:
@@ -136,9 +134,7 @@ def dequantize_fp8_reference(
     return _scaled(_blocks(_to_wide(codes, dtype), block), scale, codes, dtype)
 
 
-def _check_dequantize_fp8(
-    codes: Tensor, scale: Tensor, block: int = 128, dtype: torch.dtype = torch.bfloat16
-) -> None:
+def _check_dequantize_fp8(codes: Tensor, scale: Tensor, block: int = 128, dtype: torch.dtype = torch.bfloat16) -> None:
     check = Check("dequantize_fp8")
     shape = check.tensor("codes", codes, (E4M3,), (..., "n"))
     check.that(block >= 1, f"block must be at least 1, got {block}")
@@ -167,9 +163,7 @@ def dequantize_fp4_reference(
     return _scaled(_blocks(values, block), scale, values, dtype)
 
 
-def _check_dequantize_fp4(
-    codes: Tensor, scale: Tensor, block: int = 32, dtype: torch.dtype = torch.bfloat16
-) -> None:
+def _check_dequantize_fp4(codes: Tensor, scale: Tensor, block: int = 32, dtype: torch.dtype = torch.bfloat16) -> None:
     check = Check("dequantize_fp4")
     shape = check.tensor("codes", codes, PACKED, (..., "n / 2"))
     check.that(block >= 2 and block % 2 == 0, f"block must be even and at least 2, got {block}")
