@@ -88,7 +88,7 @@ def full_run(case: str) -> Run:
 def test_multi_token_prediction() -> None:
     run = full_run("dev_a")
     strict = model("dev_a", "off", torch.float32)
-    expected = tensors("dev_a", "intermediates_fp32")
+    expected = tensors("dev_a", "expected_fp32")
     got = strict.predict_next(expected["full.mtp.h_in"], run.ids[:, 1:])
     assert (got - expected["full.mtp.logits"]).abs().max() <= 1e-4
     streams = strict.hidden_streams(run.ids[:, :-1])

@@ -28,12 +28,12 @@ class Router(nn.Module):
         self.weight = empty_parameter(config.n_routed_experts, config.hidden_size, dtype=dtype, trainable=trainable)
         fill_normal(self.weight)
         self.bias: nn.Parameter | None = None
-        self.tid2eid: nn.Parameter | None = None
+        self.tid2eid: Tensor | None
+        self.register_buffer("tid2eid", None)
         if hash_routing:
-            shape = (config.vocab_size, self.top_k)
-            self.tid2eid = empty_parameter(*shape, dtype=torch.int64, trainable=False)
+            self.tid2eid = torch.empty(config.vocab_size, self.top_k, dtype=torch.int64)
             if not self.tid2eid.is_meta:
-                self.tid2eid.copy_(torch.rand(shape[0], config.n_routed_experts).argsort(-1)[:, : self.top_k])
+                self.tid2eid = torch.rand(config.vocab_size, config.n_routed_experts).argsort(-1)[:, : self.top_k]
         else:
             bias_dtype = torch.promote_types(dtype, torch.float32)
             self.bias = empty_parameter(config.n_routed_experts, dtype=bias_dtype, trainable=False)
