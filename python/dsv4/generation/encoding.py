@@ -111,7 +111,7 @@ def encode_messages(
     Args:
         messages: mappings with ``role`` (system, developer, user, assistant, tool, latest_reminder) and ``content``.
             Also understood: ``tools`` and ``response_format`` (system, developer), ``reasoning_content``,
-            ``tool_calls`` (in the OpenAI form), ``wo_eos`` (assistant), ``tool_call_id`` (tool), ``task`` (any but tool).
+            ``tool_calls`` (in the OpenAI form), ``wo_eos`` (assistant), ``tool_call_id`` (tool), ``task``.
         thinking_mode: ``"chat"`` (answers carry no reasoning) or ``"thinking"``.
         context: earlier messages, already encoded: they shape the result, but only ``messages`` are written, no BOS.
         drop_thinking: leave out the reasoning of answers before the last user turn, as training did. Conversations

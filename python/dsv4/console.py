@@ -1,0 +1,127 @@
+"""Running a generation on a console: streamed text, a progress bar, and what is to be said afterwards."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from dsv4.generation import TextStream, Tokenizer, generate
+from dsv4.model.config import Config
+from dsv4.model.transformer import Transformer
+from dsv4.planner import baseline
+
+
+def end_tokens(config: Config) -> tuple[int, ...]:
+    """The tokens that end an answer."""
+    found = config.eos_token_id
+    return () if found is None else found if isinstance(found, tuple) else (found,)
+
+
+class Run:
+    """One generation: streams its text and keeps what is to be said about it."""
+
+    def __init__(self, model: Transformer, tokenizer: Tokenizer, ids: list[int]):
+        self.model, self.tokenizer, self.ids = model, tokenizer, ids
+        self.cache: Any = None
+        self.tokens = 0
+        self.prefill_seconds = self.decode_seconds = 0.0
+
+    def stream(self, max_new_tokens: int, stop_tokens: Sequence[int], **settings: Any) -> None:
+        """Write the text to standard output. After an interrupt what was written stands, and its line is ended."""
+        self.cache = self.model.new_cache(max_seq_len=len(self.ids) + max_new_tokens)
+        text = self.tokenizer.stream()
+        with _PromptBar(len(self.ids)) as bar:
+            tokens = generate(
+                self.model,
+                self.ids,
+                max_new_tokens,
+                stop_tokens=stop_tokens,
+                cache=self.cache,
+                progress=bar.update,
+                **settings,
+            )
+            started = time.perf_counter()
+            first = next(tokens)
+            self.prefill_seconds = time.perf_counter() - started
+        started = time.perf_counter()
+        try:
+            self._put(text, first, stop_tokens)
+            for token in tokens:
+                self.decode_seconds = time.perf_counter() - started
+                self._put(text, token, stop_tokens)
+        finally:
+            write(text.flush() + "\n")
+
+    def _put(self, text: TextStream, token: int, stop_tokens: Sequence[int]) -> None:
+        self.tokens += 1
+        if token not in stop_tokens:
+            write(text.push(token))
+
+    def stats_lines(self) -> list[str]:
+        """Speed, cache bytes, and what DeepSeek-V3.2 would hold for as many tokens."""
+        length = self.cache.length if self.cache is not None else 0
+        if not self.tokens or not length:
+            return ["stopped before the first token"]
+        lines = [f"prompt     {len(self.ids)} tokens, {len(self.ids) / self.prefill_seconds:,.1f} tokens/s"]
+        if self.tokens > 1:
+            rate = (self.tokens - 1) / self.decode_seconds
+            lines.append(f"generated  {self.tokens} tokens, {rate:,.2f} tokens/s after the first")
+        else:
+            lines.append(f"generated  {self.tokens} token")
+        equal = baseline(length).kv_bytes
+        lines.append(f"cache      {size(self.cache.nbytes)} ({self.cache.nbytes:,} bytes) for {length:,} tokens")
+        lines.append(f"V3.2       would hold {size(equal)} for as many: {equal / self.cache.nbytes:.1f} x")
+        return lines
+
+
+class _PromptBar:
+    """Progress over the prompt, on a terminal and for prompts that take a while."""
+
+    def __init__(self, total: int):
+        self.total = total
+        self.bar: Any = None
+        self.task: Any = None
+
+    def __enter__(self) -> _PromptBar:
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import Progress
+
+            self.bar = Progress(console=Console(stderr=True), transient=True)
+            self.bar.start()
+            self.task = self.bar.add_task("prompt", total=self.total)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+    def update(self, done: int, total: int) -> None:
+        if self.bar is not None:
+            self.bar.update(self.task, completed=done, total=total)
+
+
+def write(text: str) -> None:
+    """Model text to standard output. On a terminal without control characters, which could do anything to it."""
+    if not text:
+        return
+    if sys.stdout.isatty():
+        text = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+    encoding = sys.stdout.encoding or "utf-8"
+    sys.stdout.write(text.encode(encoding, "replace").decode(encoding))
+    sys.stdout.flush()
+
+
+def say(*lines: str) -> None:
+    """Lines about a result, to standard error."""
+    print(*lines, sep="\n", file=sys.stderr, flush=True)
+
+
+def size(count: float) -> str:
+    """Bytes in the unit that suits them."""
+    for unit, size in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if count >= size:
+            return f"{count / size:,.2f} {unit}"
+    return f"{count:,.0f} bytes"
