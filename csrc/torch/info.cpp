@@ -32,7 +32,7 @@ std::string library_info() {
       if (needs <= limited(isa)) append(usable, name);
     }
     ops += (ops.empty() ? "" : ", ") + quoted(op->name()) + ": {\"built\": [" + built + "], \"usable\": [" + usable +
-           "], \"last\": " + quoted(op->last()) + "}";
+           "], \"calls\": {" + calls + "}, \"last\": " + quoted(op->last()) + "}";
   }
   return "{\"isa\": " + quoted(isa_name(isa)) + ", \"limit\": " + quoted(isa_name(limited(isa))) +
          ", \"devices\": " + std::to_string(devices) + ", \"compiler\": " + quoted(DSV4_COMPILER) +

@@ -1,7 +1,7 @@
 """Finds and loads the op libraries, and says what they contain.
 
-`libdsv4_cpu.so` brings every schema and the CPU kernels; `libdsv4_cuda.so`, where the package was built with nvcc, the CUDA
-kernels. Both load on a machine without a GPU.
+`libdsv4_cpu.so` brings every schema and the CPU kernels; `libdsv4_cuda.so`, where the package was built with nvcc, the
+CUDA kernels. Both load on a machine without a GPU.
 """
 
 from __future__ import annotations
@@ -45,7 +45,9 @@ def load() -> None:
         return
     cpu = _find(_CPU)
     if cpu is None:
-        raise ImportError(f"dsv4: {_CPU} not found; build it: pip install --no-build-isolation . (in the dsv4 checkout)")
+        raise ImportError(
+            f"dsv4: {_CPU} not found; build it: pip install --no-build-isolation . (in the dsv4 checkout)"
+        )
     for path in (cpu, _find(_CUDA)):
         if path is None:
             continue
@@ -70,8 +72,8 @@ def _report(device: str) -> dict[str, Any]:
 def kernel_implementations() -> dict[str, dict[str, list[str]]]:
     """{op: {"cpu": [...], "cuda": [...]}}, best first: the C++ implementations that this process can run.
 
-    Names what the libraries contain, the hardware has and the environment variable DSV4_MAX_ISA (read at each call) admits.
-    An op without a C++ library is not listed. "cuda" is empty where there is no GPU or no CUDA build of torch.
+    Names what the libraries contain, the hardware has and the environment variable DSV4_MAX_ISA (read at each call)
+    admits. An op without a C++ library is not listed. "cuda" is empty where there is no GPU or no CUDA build of torch.
     """
     result: dict[str, dict[str, list[str]]] = {}
     for device in ("cpu", "cuda"):
@@ -96,9 +98,9 @@ def build_info() -> dict[str, Any]:
     """How the libraries were built and what they found: for `dsv4 env` and for bug reports.
 
     Returns:
-        {"libraries": {"cpu"|"cuda": {path, compiler, architectures, isa, limit, devices, built: {op: [names]}}}, "native":
-        what the pybind11 module says (version, torch whose headers were used, nvcc, hardware), or None where that module
-        does not fit this Python; the op libraries work without it}.
+        {"libraries": {"cpu"|"cuda": {path, compiler, architectures, isa, limit, devices, built: {op: [names]}}},
+        "native": what the pybind11 module says (version, torch whose headers were used, nvcc, hardware), or None where
+        that module does not fit this Python; the op libraries work without it}.
     """
     libraries = {}
     for device, name in (("cpu", _CPU), ("cuda", _CUDA)):
@@ -106,7 +108,11 @@ def build_info() -> dict[str, Any]:
         if name not in _loaded:
             continue
         ops = report.pop("ops")
-        libraries[device] = {"path": str(_loaded[name]), **report, "built": {op: ops[op]["built"] for op in sorted(ops)}}
+        libraries[device] = {
+            "path": str(_loaded[name]),
+            **report,
+            "built": {op: ops[op]["built"] for op in sorted(ops)},
+        }
     return {"libraries": libraries, "native": _native_info()}
 
 
