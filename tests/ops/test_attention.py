@@ -1,0 +1,564 @@
+"""sparse_attention against a definition in loops, the golden vectors, and the rules for keys that must not count."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from dsv4.model.config import Config
+from dsv4.ops import rope_frequencies, rope_rows, sparse_attention, sparse_attention_reference
+from dsv4.ops.layout import allocate_pages, read_rows, write_rows
+from dsv4.testing import (
+    assert_no_worse,
+    assert_rejects,
+    assert_rows_independent,
+    assert_same_bits,
+    check_op,
+    grid,
+    strided,
+    ulp_distance,
+)
+
+GOLDEN = Path(__file__).parent.parent / "data" / "golden"
+NAN = float("nan")
+
+
+def make(
+    runs: tuple[tuple[int, int], ...] = ((250, 9), (0, 3), (61, 5)),
+    heads: int = 3,
+    head_dim: int = 32,
+    dtype: torch.dtype = torch.float64,
+    source: str = "indices",
+    window: int = 7,
+    window_page_size: int = 16,
+    page_size: int = 4,
+    ratio: int = 4,
+    k: int = 6,
+    rope_dim: int | None = 16,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """A call with one sequence for each (first position, rows) of `runs`. Slots that no row reads hold NaN.
+
+    `source`: "window", "indices" (some -1, beyond the length, or far out of range) or "lengths".
+    """
+    g = torch.Generator().manual_seed(seed)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    sequence = torch.cat([torch.full((n,), s) for s, (_, n) in enumerate(runs)]).int()
+    position = torch.cat([torch.arange(start, start + n) for start, n in runs]).int()
+    tokens, sequences = len(position), len(runs)
+    last = max(start + n for start, n in runs)
+    arguments: dict[str, Any] = {
+        "query": torch.randn(tokens, heads, head_dim, generator=g, dtype=wide).to(dtype),
+        "compressed_pages": None,
+        "compressed_table": None,
+        "sequence": sequence,
+        "position": position,
+        "indices": None,
+        "lengths": None,
+        "sink": torch.randn(heads, generator=g, dtype=wide),
+        "rope": None,
+        "window": window,
+        "scale": head_dim**-0.5,
+        "window_page_size": window_page_size,
+        "page_size": page_size,
+        "rope_dim": None,
+    }
+    if rope_dim is not None:
+        arguments["rope"] = torch.randn(tokens, rope_dim // 2, 2, generator=g, dtype=wide)
+
+    def pool(size: int, entries: int) -> tuple[Tensor, Tensor]:
+        blocks = entries // size + 1
+        order = torch.randperm(sequences * blocks + 2, generator=g)[: sequences * blocks]
+        pages = torch.full((sequences * blocks + 2, size, head_dim), NAN, dtype=dtype)
+        return pages, order.int().view(sequences, blocks)
+
+    def fill(pages: Tensor, table: Tensor, row: int, entry: int) -> None:
+        size = pages.shape[1]
+        pages[table[sequence[row], entry // size], entry % size] = torch.randn(head_dim, generator=g).to(dtype)
+
+    pages, table = pool(window_page_size, last)
+    for row in range(tokens):
+        for p in range(max(int(position[row]) - window + 1, 0), int(position[row]) + 1):
+            fill(pages, table, row, p)
+    arguments["window_pages"], arguments["window_table"] = pages, table
+    if source == "window":
+        return arguments
+    lengths = (position + 1) // ratio
+    pages, table = pool(page_size, last // ratio + 1)
+    arguments.update(compressed_pages=pages, compressed_table=table, lengths=lengths)
+    wanted = [torch.arange(int(n)) for n in lengths]
+    if source == "indices":
+        indices = torch.full((tokens, k), -1, dtype=torch.int32)
+        for row, n in enumerate(lengths.tolist()):
+            wanted[row] = torch.randperm(n, generator=g)[: k - 2]
+            bad = torch.tensor([n, -1, 2**31 - 1, -(2**31), n + 1, -2])[torch.randperm(6, generator=g)]
+            mixed = torch.cat((wanted[row], bad, bad.new_full((k,), -1)))[:k]
+            indices[row] = mixed[torch.randperm(k, generator=g)].int()
+        arguments["indices"] = indices
+    for row in range(tokens):
+        for entry in wanted[row].tolist():
+            fill(pages, table, row, entry)
+    return arguments
+
+
+def keys_of(a: dict[str, Any], row: int) -> list[Tensor]:
+    """The keys of a row by the definition, one lookup after the other."""
+
+    def look_up(pages: Tensor, table: Tensor, size: int, entry: int) -> list[Tensor]:
+        block = entry // size
+        page = int(table[int(a["sequence"][row]), block]) if block < table.shape[1] else -1
+        return [pages[page, entry % size].double()] if page >= 0 else []
+
+    at = int(a["position"][row])
+    found = []
+    for p in range(max(at - a["window"] + 1, 0), at + 1):
+        found += look_up(a["window_pages"], a["window_table"], a["window_page_size"], p)
+    if a["compressed_pages"] is not None:
+        length = int(a["lengths"][row])
+        listed = range(length) if a["indices"] is None else a["indices"][row].tolist()
+        for entry in listed:
+            if 0 <= entry < length:
+                found += look_up(a["compressed_pages"], a["compressed_table"], a["page_size"], entry)
+    return found
+
+
+def brute_force(a: dict[str, Any], rounded: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    """Loops over rows and heads in float64. `rounded`: dtype of the numerators and of the result before rotation."""
+    tokens, heads, head_dim = a["query"].shape
+    out = torch.zeros(tokens, heads, head_dim, dtype=torch.float64)
+    lse = torch.full((tokens, heads), math.inf, dtype=torch.float64)
+
+    def cut(x: Tensor) -> Tensor:
+        return x if rounded is None else x.to(rounded).double()
+
+    for row in range(tokens):
+        found = keys_of(a, row)
+        if not found:
+            continue
+        keys = torch.stack(found)
+        for head in range(heads):
+            scores = keys @ a["query"][row, head].double() * a["scale"]
+            top = scores.max()
+            numerators = (scores - top).exp()
+            lse[row, head] = top + numerators.sum().log()
+            with_sink = numerators.sum() + (a["sink"][head].double() - top).exp()
+            out[row, head] = cut((cut(numerators).unsqueeze(1) * keys).sum(0) / with_sink)
+    if a["rope"] is not None:
+        width = 2 * a["rope"].shape[1]
+        turn = torch.view_as_complex(a["rope"].double().contiguous()).conj().unsqueeze(1)
+        pairs = torch.view_as_complex(out[..., -width:].unflatten(-1, (-1, 2)).contiguous())
+        out[..., -width:] = torch.view_as_real(pairs * turn).flatten(-2)
+    return out, lse
+
+
+def call(a: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    return sparse_attention(**a)
+
+
+def assert_matches(a: dict[str, Any]) -> None:
+    out, lse = call(a)
+    dtype = a["query"].dtype
+    assert out.dtype == dtype
+    assert out.is_contiguous()
+    assert lse.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    expected, expected_lse = brute_force(a, dtype if dtype.itemsize == 2 else None)
+    if dtype == torch.float64:
+        torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(lse, expected_lse, rtol=1e-13, atol=1e-13)
+        return
+    assert ulp_distance(lse, expected_lse.float()).max() <= 1
+    if dtype == torch.float32:  # rounded before and after the rotation
+        torch.testing.assert_close(out, expected.float(), rtol=2e-7, atol=2e-7 * float(expected.abs().max()))
+    else:
+        assert ulp_distance(out, expected.to(dtype)).max() <= 1
+        assert (out != expected.to(dtype)).double().mean() < 1e-3
+
+
+@pytest.mark.parametrize(
+    "case",
+    grid(
+        source=["window", "indices", "lengths"],
+        dtype=[torch.float64, torch.float32, torch.bfloat16, torch.float16],
+        heads=[1, 5],
+        head_dim=[32, 96],
+    ),
+)
+def test_equals_the_definition(case: dict[str, Any]) -> None:
+    assert_matches(make(**case))
+
+
+@pytest.mark.parametrize(("heads", "head_dim"), [(128, 64), (64, 512), (7, 256), (2, 160)])
+def test_equals_the_definition_at_other_sizes(heads: int, head_dim: int) -> None:
+    assert_matches(make(heads=heads, head_dim=head_dim, runs=((30, 3),), rope_dim=32, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("window", [1, 2, 15, 16, 17, 128, 300])
+@pytest.mark.parametrize("start", [0, 1, 14, 15, 16, 31, 255])
+def test_window_around_page_boundaries(window: int, start: int) -> None:
+    assert_matches(make(runs=((start, 4), (start + 1, 1)), window=window, source="window", rope_dim=None))
+
+
+@pytest.mark.parametrize("page_size", [1, 2, 53, 64])
+@pytest.mark.parametrize("source", ["indices", "lengths"])
+def test_entries_around_page_boundaries(page_size: int, source: str) -> None:
+    for start in (4 * page_size - 3, 8 * page_size - 2):
+        assert_matches(make(runs=((start, 6),), page_size=page_size, source=source, k=9))
+
+
+def test_more_indices_than_entries_and_none_visible() -> None:
+    a = make(runs=((0, 3), (5, 2)), k=64)
+    assert a["lengths"].tolist() == [0, 0, 0, 1, 1]
+    assert_matches(a)
+    assert_matches(make(runs=((0, 2),), source="lengths"))
+    a["indices"] = a["indices"][:, :0]
+    assert_matches(a)
+
+
+def test_no_rows() -> None:
+    a = make()
+    for name in ("query", "sequence", "position", "indices", "lengths", "rope"):
+        a[name] = a[name][:0]
+    out, lse = call(a)
+    assert out.shape == (0, 3, 32)
+    assert lse.shape == (0, 3)
+    assert out.dtype == torch.float64
+    assert lse.dtype == torch.float64
+
+
+@pytest.mark.parametrize("sink", [-math.inf, 0.0, math.inf])
+def test_rows_without_keys_and_infinite_sinks(sink: float) -> None:
+    a = make(source="lengths")
+    a["sink"].fill_(sink)
+    a["window_table"][0] = -1
+    a["compressed_table"][0] = -1
+    out, lse = call(a)
+    empty = a["sequence"] == 0
+    assert not out[empty].any()
+    assert torch.isposinf(lse[empty]).all()
+    expected, expected_lse = brute_force(a)
+    torch.testing.assert_close(lse, expected_lse)
+    torch.testing.assert_close(out, expected if sink < math.inf else torch.zeros_like(out))
+    assert bool(out[~empty].any()) == (sink < math.inf)
+
+
+@pytest.mark.parametrize("source", ["window", "indices", "lengths"])
+def test_pages_that_are_not_stored_are_left_out(source: str) -> None:
+    a = make(source=source, runs=((40, 12),), window=30)
+    full = call(a)
+    a["window_table"][0, 1] = -1
+    if source != "window":
+        a["compressed_table"][0, 1] = -1
+    assert_matches(a)
+    assert not torch.equal(call(a)[0], full[0])
+    a["window_table"] = a["window_table"][:, :2]  # positions past the table
+    assert_matches(a)
+
+
+@pytest.mark.parametrize("source", ["window", "lengths"])
+def test_a_nan_reaches_only_the_rows_that_see_it(source: str) -> None:
+    """Rows of a block share their reads, so a key of one row lies next to the others' scores."""
+    a = make(source=source, runs=((40, 40),), window=5, dtype=torch.bfloat16)
+    before = call(a)
+    if source == "window":
+        a["window_pages"][a["window_table"][0, 60 // 16], 60 % 16] = NAN
+        sees = (a["position"] >= 60) & (a["position"] < 65)
+    else:
+        a["compressed_pages"][a["compressed_table"][0, 17 // 4], 17 % 4] = math.inf
+        sees = a["lengths"] > 17
+    after = call(a)
+    assert 0 < sees.sum() < len(sees)
+    for x, y in zip(after, before, strict=True):
+        assert_same_bits(x[~sees], y[~sees])
+    assert not torch.isfinite(after[0][sees]).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("source", ["window", "indices", "lengths"])
+def test_a_row_does_not_depend_on_its_company(source: str, dtype: torch.dtype) -> None:
+    a = make(source=source, dtype=dtype, runs=((250, 70), (0, 3), (61, 33)), heads=4, head_dim=64, window=32)
+    names = [n for n in ("query", "sequence", "position", "rope", "indices", "lengths") if a[n] is not None]
+
+    def attend(*rows: Tensor) -> tuple[Tensor, Tensor]:
+        return call({**a, **dict(zip(names, rows, strict=True))})
+
+    assert_rows_independent(attend, [a[n] for n in names], cuts=(1, 64, 2, 5))
+
+
+def test_a_block_of_rows_never_changes_a_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    module = sys.modules["dsv4.ops.attention"]
+    for source in ("window", "indices", "lengths"):
+        a = make(source=source, dtype=torch.bfloat16, runs=((40, 40),))
+        monkeypatch.undo()
+        expected = call(a)
+        for elements in (1, 3000):
+            monkeypatch.setattr(module, "_BLOCK_ELEMENTS", elements)
+            monkeypatch.setattr(module, "_DECODED_ELEMENTS", elements)
+            for x, y in zip(call(a), expected, strict=True):
+                assert_same_bits(x, y)
+
+
+@pytest.mark.parametrize("source", ["window", "indices", "lengths"])
+def test_fp8_pools_equal_plain_pools_of_their_values(source: str) -> None:
+    a = make(source=source, head_dim=192, rope_dim=64, dtype=torch.bfloat16, page_size=5)
+    plain = dict(a)
+    for name, size in (("window_pages", a["window_page_size"]), ("compressed_pages", a["page_size"])):
+        if a[name] is None:
+            continue
+        count = len(a[name])
+        where = torch.arange(count * size)
+        a[name] = allocate_pages(count, size, 192, 64, "fp8")
+        write_rows(a[name], plain[name].flatten(0, 1), where // size, where % size, size, 64)
+        rows = read_rows(a[name], where // size, where % size, size, 192, 64, torch.bfloat16)
+        plain[name] = rows.view(count, size, 192)
+    for x, y in zip(call(a), call(plain), strict=True):
+        assert_same_bits(x, y)
+    assert_matches({**a, **{n: plain[n] for n in ("window_pages", "compressed_pages")}})
+    # Without a rotation to undo, the width of the bfloat16 part is the argument's, 64 unless given.
+    for x, y in zip(call({**a, "rope": None}), call({**plain, "rope": None, "rope_dim": 64}), strict=True):
+        assert_same_bits(x, y)
+
+
+def test_inputs_with_gaps() -> None:
+    a = make(dtype=torch.bfloat16)
+    expected = call(a)
+    for name in ("query", "window_pages", "compressed_pages", "indices", "window_table", "compressed_table", "rope"):
+        a[name] = strided(a[name])
+    for name in ("sequence", "position", "lengths", "sink"):
+        a[name] = strided(a[name].unsqueeze(0))[0]
+    for x, y in zip(call(a), expected, strict=True):
+        assert_same_bits(x, y)
+
+
+def test_no_worse_than_eager_bfloat16() -> None:
+    a = make(runs=((500, 40),), heads=8, head_dim=128, window=64, source="window", rope_dim=None, dtype=torch.bfloat16)
+    exact, _ = brute_force(a)
+    rows = []
+    for row in range(40):
+        keys = torch.stack(keys_of(a, row)).bfloat16()
+        scores = (a["query"][row] @ keys.t()).float() * a["scale"]
+        scores = torch.cat((scores, a["sink"].unsqueeze(1)), dim=1)
+        rows.append(scores.softmax(dim=1)[:, :-1].bfloat16() @ keys)
+    assert_no_worse(call(a)[0], torch.stack(rows), exact)
+
+
+def test_golden_vectors_of_the_op() -> None:
+    """Bit for bit in bfloat16; sink, -1 slots, 20 keys of 40."""
+    ops = load_file(GOLDEN / "ops" / "ops.safetensors")
+    query, kv, index, sink, out, wide = (ops[f"sparse_attn.{n}"] for n in ("q", "kv", "idx", "sink", "o", "o_fp32"))
+    batch, rows, _, head_dim = query.shape
+    for dtype, expected, tolerance in ((torch.bfloat16, out, 0.0), (torch.float32, wide, 5e-7)):
+        pages = kv.to(dtype)
+        result, _ = sparse_attention(
+            query.to(dtype).flatten(0, 1),
+            pages,
+            torch.full((batch, 1), -1, dtype=torch.int32),
+            pages,
+            torch.arange(batch, dtype=torch.int32).unsqueeze(1),
+            torch.arange(batch, dtype=torch.int32).repeat_interleave(rows),
+            torch.zeros(batch * rows, dtype=torch.int32),
+            index.flatten(0, 1),
+            torch.full((batch * rows,), kv.shape[1], dtype=torch.int32),
+            sink,
+            None,
+            1,
+            head_dim**-0.5,
+            40,
+            40,
+        )
+        assert (result.view_as(expected).double() - expected.double()).abs().max() <= tolerance
+
+
+@pytest.mark.parametrize(("case", "layer"), [("dev_a", 0), ("dev_a", 1), ("dev_b", 0), ("dev_b", 1), ("dev_c", 1)])
+def test_golden_layers(case: str, layer: int) -> None:
+    """Queries, FP8 rows and selections of whole layers: bfloat16 results equal but for rare rounding steps."""
+    config = Config.from_file(GOLDEN / case)
+    tensors = load_file(GOLDEN / case / "intermediates_quant.safetensors")
+    names = ("q", "kv_all", "topk_idxs", "o_derot")
+    query, kv, index, expected = (tensors[f"full.prefill.layers.{layer}.attn.{n}"][0] for n in names)
+    sink = load_file(GOLDEN / case / "model.safetensors")[f"layers.{layer}.attn.attn_sink"]
+    tokens, _, head_dim = query.shape
+    ratio = config.compress_ratios[layer]
+    rope_dim = config.qk_rope_head_dim
+    frequencies = (
+        rope_frequencies(rope_dim, config.compress_rope_theta, config.rope_scaling)
+        if ratio
+        else rope_frequencies(rope_dim, config.rope_theta)
+    )
+    position = torch.arange(tokens, dtype=torch.int32)
+
+    def pool(rows: Tensor) -> Tensor:
+        pages = allocate_pages(1, 64, head_dim, rope_dim, "fp8")
+        where = torch.arange(len(rows))
+        write_rows(pages, rows, torch.zeros_like(where), where, 64, rope_dim)
+        assert torch.equal(read_rows(pages, 0 * where, where, 64, head_dim, rope_dim, torch.bfloat16), rows)
+        return pages
+
+    table = torch.zeros(1, 1, dtype=torch.int32)
+    selected = ratio == 4
+    out, _ = sparse_attention(
+        query,
+        pool(kv[:tokens]),
+        table,
+        pool(kv[tokens:]) if ratio else None,
+        table if ratio else None,
+        torch.zeros(tokens, dtype=torch.int32),
+        position,
+        torch.where(index >= tokens, index - tokens, -1) if selected else None,
+        (position + 1) // ratio if ratio else None,
+        sink,
+        rope_rows(position, frequencies),
+        config.sliding_window,
+        head_dim**-0.5,
+        64,
+        64,
+    )
+    assert ulp_distance(out.flatten(), expected.flatten()).max() <= 1
+    assert (out.flatten() != expected.flatten()).double().mean() < 1e-3
+
+
+GRADIENT_RUNS = ((9, 4), (0, 3))
+
+
+@pytest.mark.parametrize("source", ["window", "indices", "lengths"])
+@pytest.mark.parametrize("rope_dim", [None, 8])
+def test_gradients(source: str, rope_dim: int | None) -> None:
+    a = make(source=source, runs=GRADIENT_RUNS, heads=2, head_dim=32, window=3, rope_dim=rope_dim, k=5)
+    a["window_table"][1] = -1  # with it a row without keys
+    names = [n for n in ("query", "window_pages", "compressed_pages", "sink") if a[n] is not None]
+    leaves = [a[n].nan_to_num(0.5).requires_grad_() for n in names]
+
+    def attend(*values: Tensor) -> tuple[Tensor, Tensor]:
+        out, lse = call({**a, **dict(zip(names, values, strict=True))})
+        return out, lse.masked_fill(lse.isinf(), 0)
+
+    assert torch.autograd.gradcheck(attend, leaves, fast_mode=True)
+    grad = torch.autograd.grad(attend(*leaves)[0].sum(), leaves)
+    assert all(torch.isfinite(g).all() for g in grad)
+
+
+def test_gradients_with_infinite_sinks_are_finite() -> None:
+    a = make(heads=2, source="lengths")
+    a["sink"] = torch.tensor([math.inf, -math.inf], dtype=torch.float64, requires_grad=True)
+    a["query"].requires_grad_()
+    out, lse = call(a)
+    query, sink = torch.autograd.grad((out.sum() + lse.sum()), (a["query"], a["sink"]))
+    assert torch.isfinite(query).all()
+    assert not sink.any()
+
+
+def test_backward_equals_autograd_of_the_reference() -> None:
+    """In bfloat16 too, where the numerators are rounded on the way."""
+    a = make(dtype=torch.bfloat16, head_dim=64)
+    names = ("query", "window_pages", "compressed_pages", "sink")
+    weight = torch.randn(a["query"].shape, generator=torch.Generator().manual_seed(1))
+
+    def grads(function: Any) -> tuple[Tensor, ...]:
+        leaves = [a[n].nan_to_num(0.5).requires_grad_() for n in names]
+        out, lse = function(**{**a, **dict(zip(names, leaves, strict=True))})
+        return torch.autograd.grad((out.float() * weight).sum() + lse.sin().sum(), leaves)
+
+    for own, expected in zip(grads(sparse_attention), grads(sparse_attention_reference), strict=True):
+        torch.testing.assert_close(own, expected, rtol=1e-2, atol=1e-2 * float(expected.abs().max()))
+        assert own.abs().max() > 0
+
+
+def test_byte_pools_take_no_gradient() -> None:
+    a = make(source="window", head_dim=96, rope_dim=None, dtype=torch.bfloat16)
+    count = len(a["window_pages"])
+    a["window_pages"] = allocate_pages(count, 16, 96, 32, "fp8")
+    a["rope_dim"] = 32
+    a["query"].requires_grad_()
+    out, lse = call(a)
+    (grad,) = torch.autograd.grad(out.sum() + lse.sum(), a["query"])
+    assert grad.shape == a["query"].shape
+    assert not grad.any()
+
+
+@pytest.mark.parametrize("source", ["window", "indices", "lengths"])
+def test_op_registration(source: str) -> None:
+    a = make(source=source, runs=GRADIENT_RUNS)
+    for name in ("query", "window_pages", "compressed_pages", "sink"):
+        if a[name] is not None:
+            a[name] = a[name].nan_to_num(0.5).requires_grad_()
+    order = list(sparse_attention_reference.__annotations__)[:-1]
+    check_op(torch.ops.dsv4.sparse_attention, *(a[n] for n in order))
+    tokens, heads, _ = a["query"].shape
+    values = [a[n].detach() if isinstance(a[n], Tensor) else a[n] for n in order]
+    grad_lse = torch.ones(tokens, heads, dtype=torch.float64)
+    check_op(torch.ops.dsv4.sparse_attention_backward, torch.ones_like(values[0]), grad_lse, *values)
+
+
+def test_compiles_without_a_break() -> None:
+    a = make(dtype=torch.float32)
+    a["query"].requires_grad_()
+    expected = call(a)[0]
+    compiled = torch.compile(
+        lambda q: sparse_attention(**{**a, "query": q})[0] * 2, fullgraph=True, backend="aot_eager"
+    )
+    result = compiled(a["query"])
+    assert_same_bits(result.detach(), expected.detach() * 2)
+    (own,) = torch.autograd.grad(result.sum(), a["query"])
+    (eager,) = torch.autograd.grad(2 * expected.sum(), a["query"])
+    assert_same_bits(own, eager)
+
+
+BAD: list[tuple[str, dict[str, Any]]] = [
+    (
+        "query must be bfloat16 or float16 or float32 or float64 [tokens, heads, head_dim], got float32 [17, 32]",
+        {"query": torch.zeros(17, 32)},
+    ),
+    (
+        "query must be bfloat16 or float16 or float32 or float64 [tokens, heads, head_dim], got int32 [17, 3, 32]",
+        {"query": torch.zeros(17, 3, 32, dtype=torch.int32)},
+    ),
+    ("indices must be int32 [17, k], got int64 [17, 6]", {"indices": torch.zeros(17, 6, dtype=torch.int64)}),
+    ("indices must be int32 [17, k], got int32 [9, 6]", {"indices": torch.zeros(9, 6, dtype=torch.int32)}),
+    ("lengths must be int32 [17], got int32 [3]", {"lengths": torch.zeros(3, dtype=torch.int32)}),
+    ("lengths must be given with compressed_pages, got None", {"lengths": None}),
+    ("compressed_table must be None without compressed_pages", {"compressed_pages": None}),
+    ("sequence must be int32 [17], got int64 [17]", {"sequence": torch.zeros(17, dtype=torch.int64)}),
+    ("position must be int32 [17], got int32 [16]", {"position": torch.zeros(16, dtype=torch.int32)}),
+    ("sink must be float32 or float64 [3], got bfloat16 [3]", {"sink": torch.zeros(3, dtype=torch.bfloat16)}),
+    ("rope must be float32 or float64 [17, rope_dim / 2, 2], got float32 [1, 8, 2]", {"rope": torch.zeros(1, 8, 2)}),
+    ("rope must have at most 16 pairs, got 17", {"rope": torch.zeros(17, 17, 2)}),
+    ("rope_dim must be that of rope, 16, got 32", {"rope_dim": 32}),
+    ("window must be at least 1, got 0", {"window": 0}),
+    (
+        "window_pages must be bfloat16 or float16 or float32 or float64 [pages, 16, 32], got float32 [4, 16, 64]",
+        {"window_pages": torch.zeros(4, 16, 64)},
+    ),
+    (
+        "compressed_pages must be uint8 [pages, 240], got uint8 [4, 200]",
+        {"compressed_pages": torch.zeros(4, 200, dtype=torch.uint8)},
+    ),
+    (
+        "compressed_table must be int32 [3, blocks], got int32 [2, 4]",
+        {"compressed_table": torch.zeros(2, 4, dtype=torch.int32)},
+    ),
+    (
+        "window_table must be int32 [sequences, blocks], got int64 [3, 17]",
+        {"window_table": torch.zeros(3, 17, dtype=torch.int64)},
+    ),
+    ("the page size of window_pages must be at least 1, got 0", {"window_page_size": 0}),
+    (
+        "sequence must lie in [0, 3), the rows of the table, got 3",
+        {"sequence": torch.full((17,), 3, dtype=torch.int32)},
+    ),
+    (
+        "sequence must lie in [0, 3), the rows of the table, got -1",
+        {"sequence": torch.full((17,), -1, dtype=torch.int32)},
+    ),
+]
+
+
+@pytest.mark.parametrize(("message", "change"), BAD, ids=[message[:60] for message, _ in BAD])
+def test_refuses(message: str, change: dict[str, Any]) -> None:
+    assert_rejects(sparse_attention, make(), f"sparse_attention: {message}", **change)
