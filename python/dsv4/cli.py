@@ -1,7 +1,7 @@
 """The command line: generate | plan | inspect | bench | env | demo.
 
-Results go to standard output, everything about them to standard error. A fault is one line that names the mend, with exit
-code 2; an interrupt leaves what was produced and exits with 130.
+Results go to standard output, everything about them to standard error. A fault is one line that names the mend, with
+exit code 2; an interrupt leaves what was produced and exits with 130.
 """
 
 from __future__ import annotations
@@ -75,9 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_plan(command("plan", _plan, "KV bytes, FLOPs of one token and weights; against DeepSeek-V3.2.", _PLAN_HELP))
     inspect = command("inspect", _inspect, "What a checkpoint holds, and what is wrong with it; loads no weights.")
     inspect.add_argument("model", metavar="MODEL", help="folder of a checkpoint, or a bundled name")
-    _add_bench(
-        command("bench", _bench, "Check and time ops against eager torch and this machine's peaks.", _BENCH_HELP)
-    )
+    _add_bench(command("bench", _bench, "Check and time ops against eager torch and the machine's peaks.", _BENCH_HELP))
     env = command("env", _env, "Versions, hardware, op libraries, and the implementation each op runs on.")
     env.add_argument("--json", action="store_true", help="print one JSON object")
     command("demo", _demo, "Look around, plan V4-Flash at 1M tokens, and generate with the bundled model.")
@@ -291,7 +289,7 @@ def _plan_values(found: Any) -> dict[str, Any]:
 def plan_lines(name: str, found: Any) -> list[str]:
     """A plan as text."""
     v32, ours, theirs = found.v32, found.flops, found.v32.flops
-    giga = 1e9
+    giga, share = 1e9, f"{found.kv_ratio:.1%}"
 
     def row(what: str, mine: str, other: str = "", share: str = "") -> str:
         return f"{what:<34}{mine:>16}{other:>16}{share:>10}".rstrip()
@@ -306,7 +304,7 @@ def plan_lines(name: str, found: Any) -> list[str]:
             f"{v32.kv_bytes_per_token:,}",
             f"{found.kv_ratio:.1%}",
         ),
-        row("KV bytes", size(found.kv_bytes), size(v32.kv_bytes), f"{found.kv_bytes / v32.kv_bytes:.1%}"),
+        row("KV bytes", size(found.kv_bytes), size(v32.kv_bytes), share),
         row("cache, with window and tails", size(found.cache_bytes)),
         "",
     ]
@@ -353,9 +351,8 @@ def _inspect(options: argparse.Namespace) -> int:
     print(f"formats    linear {storage.linear}, experts {storage.experts}, compressor {storage.compressor}")
     print(f"stored     {stored}")
     print(f"values     {found.parameters:,} ({found.active_parameters:,} used by one token)")
-    print(
-        f"tokenizer  {'yes' if (found.folder / 'tokenizer.json').is_file() else 'none: dsv4 generate needs tokenizer.json'}"
-    )
+    has_tokenizer = (found.folder / "tokenizer.json").is_file()
+    print(f"tokenizer  {'tokenizer.json' if has_tokenizer else 'none; dsv4 generate needs tokenizer.json here'}")
     if found.note:
         print(f"note       {found.note}")
     for problem in found.problems:
@@ -408,9 +405,10 @@ def _bench(options: argparse.Namespace) -> int:
 
 
 def _demo(options: argparse.Namespace) -> None:
-    from dsv4 import checkpoint, demo
+    from dsv4 import demo
+    from dsv4.checkpoint.loader import BUNDLED
 
-    demo.run(checkpoint.BUNDLED / "nano")
+    demo.run(BUNDLED / "nano")
 
 
 if __name__ == "__main__":
