@@ -1,0 +1,178 @@
+// Memory that kernels read and write, in two bodies like the kernels: on the host model a range that ends where the
+// process may not read, on a GPU device memory with a copy on the host. Both have guard bands and start as NaN patterns.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <utility>
+#include <vector>
+
+#include "common/context.h"
+#include "common/view.h"
+#include "native/check.h"
+
+#if defined(DSV4_ON_GPU)
+#include <cuda_runtime_api.h>
+#else
+#include <sys/mman.h>
+#endif
+
+namespace dsv4::testing {
+
+inline Context cuda_context() {
+  Context context;
+  context.device = Device::kCuda;
+  context.best = Isa::kSm80;
+  return context;
+}
+
+#if defined(DSV4_ON_GPU)
+inline bool has_device() {
+  int count = 0;
+  return cudaGetDeviceCount(&count) == cudaSuccess && count > 0;
+}
+// Waits for the kernels; false and a failed check if one of them went wrong.
+inline bool finish_device() {
+  const cudaError_t error = cudaDeviceSynchronize();
+  return CHECK_MESSAGE(error == cudaSuccess, cudaGetErrorString(error));
+}
+#else
+inline bool has_device() { return true; }
+inline bool finish_device() { return true; }
+#endif
+
+// Bytes with guards on both sides.
+class DeviceBytes {
+ public:
+  explicit DeviceBytes(size_t bytes) : bytes_(bytes) {
+#if defined(DSV4_ON_GPU)
+    host_.assign(bytes + 2 * kGuard, kPattern);
+    if (cudaMalloc(&memory_, host_.size()) != cudaSuccess) throw std::bad_alloc();
+    upload();
+#else
+    const size_t body = (bytes + 2 * kGuard + kPage - 1) / kPage * kPage;
+    mapped_ = body + kPage;
+    void* memory = mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (memory == MAP_FAILED) throw std::bad_alloc();
+    memory_ = static_cast<uint8_t*>(memory);
+    mprotect(memory_ + body, kPage, PROT_NONE);
+    start_ = memory_ + (body - bytes) / 16 * 16;
+    memset(memory_, kPattern, body);
+#endif
+  }
+  ~DeviceBytes() {
+#if defined(DSV4_ON_GPU)
+    cudaFree(memory_);
+#else
+    munmap(memory_, mapped_);
+#endif
+  }
+  DeviceBytes(const DeviceBytes&) = delete;
+  DeviceBytes& operator=(const DeviceBytes&) = delete;
+
+#if defined(DSV4_ON_GPU)
+  void* device() { return memory_ + kGuard; }
+  void* host() { return host_.data() + kGuard; }
+  void upload() { cudaMemcpy(memory_, host_.data(), host_.size(), cudaMemcpyHostToDevice); }
+  void download() { cudaMemcpy(host_.data(), memory_, host_.size(), cudaMemcpyDeviceToHost); }
+  bool intact() {
+    download();
+    for (size_t i = 0; i < kGuard; ++i) {
+      if (host_[i] != kPattern || host_[kGuard + bytes_ + i] != kPattern) return false;
+    }
+    return true;
+  }
+#else
+  void* device() { return start_; }
+  void* host() { return start_; }
+  void upload() {}
+  void download() {}
+  bool intact() {
+    for (uint8_t* p = memory_; p < start_; ++p) {
+      if (*p != kPattern) return false;
+    }
+    for (uint8_t* p = start_ + bytes_; p < memory_ + mapped_ - kPage; ++p) {
+      if (*p != kPattern) return false;
+    }
+    return true;
+  }
+#endif
+
+ private:
+  static constexpr size_t kGuard = 256, kPage = 4096;
+  static constexpr uint8_t kPattern = 0xFF;
+  size_t bytes_;
+  uint8_t* memory_ = nullptr;
+#if defined(DSV4_ON_GPU)
+  std::vector<uint8_t> host_;
+#else
+  uint8_t* start_ = nullptr;
+  size_t mapped_ = 0;
+#endif
+};
+
+// A tensor; the last axis is contiguous. pad: elements between one row of the first axis and the next, never touched.
+template <class T>
+class DeviceTensor {
+ public:
+  explicit DeviceTensor(std::vector<int64_t> shape, int64_t pad = 0) : shape_(std::move(shape)) {
+    inner_ = 1;
+    for (size_t axis = 1; axis < shape_.size(); ++axis) inner_ *= shape_[axis];
+    stride_ = (shape_.size() > 1 ? inner_ : 1) + pad;
+    count_ = shape_[0] * stride_;
+    bytes_ = std::make_unique<DeviceBytes>(static_cast<size_t>(count_) * sizeof(T));
+  }
+
+  int64_t rows() const { return shape_[0]; }
+  int64_t inner() const { return inner_; }
+  T& at(int64_t row, int64_t column = 0) { return static_cast<T*>(bytes_->host())[row * stride_ + column]; }
+  T* device() { return static_cast<T*>(bytes_->device()); }
+  void upload() { bytes_->upload(); }
+  void download() { bytes_->download(); }
+  bool intact() { return bytes_->intact(); }
+
+  DeviceTensor& fill(Random& random, float low, float high) {
+    for (int64_t row = 0; row < rows(); ++row) {
+      for (int64_t i = 0; i < inner_; ++i) at(row, i) = from_float<T>(random.uniform(low, high));
+    }
+    upload();
+    return *this;
+  }
+
+  template <int N>
+  AnyView<N> any() {
+    AnyView<N> view = shaped<AnyView<N>, N>();
+    view.dtype = sizeof(T) == 2 ? DType::kBFloat16 : DType::kFloat32;
+    return view;
+  }
+  template <int N>
+  View<T, N> view() {
+    return shaped<View<T, N>, N>();
+  }
+  template <int N>
+  View<const T, N> const_view() {
+    return shaped<View<const T, N>, N>();
+  }
+
+ private:
+  template <class V, int N>
+  V shaped() {
+    V view;
+    view.data = device();
+    int64_t stride = 1;
+    for (int axis = N - 1; axis >= 0; --axis) {
+      view.shape[axis] = shape_[static_cast<size_t>(axis)];
+      view.stride[axis] = axis == 0 && N > 1 ? stride_ : stride;
+      stride *= view.shape[axis];
+    }
+    return view;
+  }
+
+  std::vector<int64_t> shape_;
+  int64_t inner_, stride_, count_;
+  std::unique_ptr<DeviceBytes> bytes_;
+};
+
+}  // namespace dsv4::testing
