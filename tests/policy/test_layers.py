@@ -18,9 +18,8 @@ LAYERS = (
     ("model",),
     ("checkpoint",),
     ("generation", "planner", "environment", "testing"),
-    ("benchmark", "console"),
-    ("demo",),
-    ("cli",),
+    ("bench", "console"),
+    ("cli", "demo", "__main__"),
 )
 
 
