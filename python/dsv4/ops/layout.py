@@ -186,6 +186,8 @@ def write_rows(pages: Tensor, rows: Tensor, page: Tensor, offset: Tensor, page_s
     head_dim = rows.shape[-1]
     keep = page >= 0
     rows, page, offset = rows[keep], page[keep].long(), offset[keep].long()
+    if len(rows) == 0:
+        return
     if pages.dtype != torch.uint8:
         pages[page, offset] = rows.to(pages.dtype)
         return
@@ -213,7 +215,7 @@ def read_rows(
     stored = page >= 0
     if dtype is None:
         dtype = torch.float32 if pages.dtype == torch.uint8 else pages.dtype
-    if pages.shape[0] == 0:
+    if pages.shape[0] == 0 or page.numel() == 0:
         return torch.zeros(*page.shape, head_dim, dtype=dtype, device=pages.device)
     page, offset = page.long().clamp_min(0), offset.long()
     if pages.dtype != torch.uint8:
@@ -243,6 +245,8 @@ def write_keys(pages: Tensor, keys: Tensor, page: Tensor, offset: Tensor, page_s
     format = key_format(pages, page_size, dim)
     if format is None:
         raise ValueError(_no_key_format(pages, page_size, dim))
+    if len(keys) == 0:
+        return
     if format == "plain":
         pages[page, offset] = keys.to(pages.dtype)
     elif format == "fp8":
@@ -270,7 +274,7 @@ def read_keys(
     stored = page >= 0
     if dtype is None:
         dtype = pages.dtype if format == "plain" else torch.float32
-    if pages.shape[0] == 0:
+    if pages.shape[0] == 0 or page.numel() == 0:
         return torch.zeros(*page.shape, dim, dtype=dtype, device=pages.device)
     page, offset = page.long().clamp_min(0), offset.long()
     if format == "plain":
@@ -287,4 +291,4 @@ def read_keys(
 
 
 def _no_key_format(pages: Tensor, page_size: int, dim: int) -> str:
-    return f"page layout: {list(pages.shape)} {pages.dtype} holds no pages of {page_size} index keys of {dim}"
+    return f"page layout: {describe(pages)} holds no pages of {page_size} index keys of {dim}"
