@@ -1,0 +1,277 @@
+// Each wrapper of ptx.h against what its instruction is documented to do: on a GPU the instruction's text is under test,
+// on the host model the model is.
+#include <array>
+#include <cmath>
+
+#include "buffer.h"
+#include "cuda/common/launch.h"
+#include "cuda/common/ptx.h"
+
+namespace {
+
+using namespace dsv4;
+using namespace dsv4::testing;
+
+struct Arguments {
+  const uint32_t* in;
+  uint32_t* out;
+};
+
+constexpr int kThreads = 128;
+
+// Runs a kernel on `in` and returns what it wrote: 16 words a thread.
+std::vector<uint32_t> run(void (*kernel)(Arguments), const std::vector<uint32_t>& in, int64_t x = 1, int64_t y = 1) {
+  DeviceBytes input(in.size() * 4), output(static_cast<size_t>(x * y * kThreads) * 16 * 4);
+  memcpy(input.host(), in.data(), in.size() * 4);
+  input.upload();
+  cuda::LaunchShape shape;
+  shape.blocks_x = x;
+  shape.blocks_y = y;
+  shape.threads = kThreads;
+  shape.shared_bytes = 8192;
+  const Arguments arguments = {static_cast<const uint32_t*>(input.device()), static_cast<uint32_t*>(output.device())};
+  const Status status = cuda::launch("test_ptx", kernel, shape, cuda_context(), arguments);
+  CHECK_MESSAGE(status.is_ok(), status.message());
+  finish_device();
+  CHECK(output.intact());
+  output.download();
+  const uint32_t* words = static_cast<const uint32_t*>(output.host());
+  return std::vector<uint32_t>(words, words + x * y * kThreads * 16);
+}
+
+std::vector<uint32_t> random_words(size_t count, uint64_t seed) {
+  Random random(seed);
+  std::vector<uint32_t> words(count);
+  for (uint32_t& word : words) word = static_cast<uint32_t>(random.bits() >> 20);
+  return words;
+}
+
+bool no_device() {
+  if (has_device()) return false;
+  not_run("no CUDA device");
+  return true;
+}
+
+DSV4_KERNEL(kThreads, 1) position(const Arguments a) {
+  const int64_t block = ptx::block_index_y() * 3 + ptx::block_index_x();
+  uint32_t* out = a.out + (block * kThreads + ptx::thread_index()) * 16;
+  out[0] = static_cast<uint32_t>(ptx::thread_index());
+  out[1] = static_cast<uint32_t>(ptx::block_index_x());
+  out[2] = static_cast<uint32_t>(ptx::block_index_y());
+}
+
+TEST(threads_and_blocks_have_positions) {
+  if (no_device()) return;
+  const auto out = run(position, {0}, 3, 2);
+  for (uint32_t t = 0; t < 6 * kThreads; ++t) {
+    CHECK(out[t * 16] == t % kThreads && out[t * 16 + 1] == t / kThreads % 3 && out[t * 16 + 2] == t / kThreads / 3);
+  }
+}
+
+// Every width of access, through another thread's part of shared memory.
+DSV4_KERNEL(kThreads, 1) memory(const Arguments a) {
+  const int t = ptx::thread_index();
+  const uint32_t mine = ptx::shared_base() + static_cast<uint32_t>(t * 32);
+  ptx::store_shared_16(mine, ptx::load_global_16(a.in + 8 * t));
+  ptx::store_shared_8(mine + 16, ptx::Words2{{a.in[8 * t + 4], a.in[8 * t + 5]}});
+  ptx::store_shared_float(mine + 24, float_from_bits(a.in[8 * t + 6]));
+  ptx::store_shared_float(mine + 28, float_from_bits(a.in[8 * t + 7]));
+  ptx::sync_threads();
+  const uint32_t other = ptx::shared_base() + static_cast<uint32_t>((t + 37) % kThreads * 32);
+  ptx::store_global_16(a.out + 16 * t, ptx::load_shared_16(other));
+  for (int i = 0; i < 4; ++i) {
+    a.out[16 * t + 4 + i] = bits_from_float(ptx::load_shared_float(other + 16 + static_cast<uint32_t>(4 * i)));
+  }
+}
+
+TEST(memory_of_every_width) {
+  if (no_device()) return;
+  const auto in = random_words(8 * kThreads, 1), out = run(memory, in);
+  for (size_t t = 0; t < kThreads; ++t) {
+    for (size_t i = 0; i < 8; ++i) CHECK(out[16 * t + i] == in[8 * ((t + 37) % kThreads) + i]);
+  }
+}
+
+// Two groups: the first is there when one may be pending, the second when none may. Odd threads copy zeros.
+DSV4_KERNEL(kThreads, 1) copies(const Arguments a) {
+  const int t = ptx::thread_index();
+  const uint32_t mine = ptx::shared_base() + static_cast<uint32_t>(t * 32);
+  ptx::cp_async_16(mine, a.in + 8 * t, t % 2 == 0 ? 16 : 0);
+  ptx::cp_async_commit();
+  ptx::cp_async_16(mine + 16, a.in + 8 * t + 4, 16);
+  ptx::cp_async_commit();
+  ptx::cp_async_wait<1>();
+  ptx::store_global_16(a.out + 16 * t, ptx::load_shared_16(mine));
+  ptx::cp_async_wait<0>();
+  ptx::sync_threads();
+  const uint32_t other = ptx::shared_base() + static_cast<uint32_t>((t + 5) % kThreads * 32);
+  ptx::store_global_16(a.out + 16 * t + 4, ptx::load_shared_16(other + 16));
+}
+
+TEST(asynchronous_copies_land_by_their_wait) {
+  if (no_device()) return;
+  const auto in = random_words(8 * kThreads, 2), out = run(copies, in);
+  for (size_t t = 0; t < kThreads; ++t) {
+    for (size_t i = 0; i < 4; ++i) {
+      CHECK(out[16 * t + i] == (t % 2 == 0 ? in[8 * t + i] : 0));
+      CHECK(out[16 * t + 4 + i] == in[8 * ((t + 5) % kThreads) + 4 + i]);
+    }
+  }
+}
+
+// Each half of the block meets at a barrier of its own; inside a warp, sync_warp is enough.
+DSV4_KERNEL(kThreads, 1) barriers(const Arguments a) {
+  const int t = ptx::thread_index(), half = t / 64;
+  const uint32_t mine = ptx::shared_base() + static_cast<uint32_t>(t * 8);
+  ptx::store_shared_float(mine, float_from_bits(a.in[t]));
+  if (half == 0) {
+    ptx::sync_named<1, 64>();
+  } else {
+    ptx::sync_named<2, 64>();
+  }
+  const int other = half * 64 + (t + 33) % 64;
+  a.out[16 * t] = bits_from_float(ptx::load_shared_float(ptx::shared_base() + static_cast<uint32_t>(other * 8)));
+  ptx::store_shared_float(mine + 4, float_from_bits(a.in[t] + 1));
+  ptx::sync_warp();
+  const int lane = t / 32 * 32 + (t + 1) % 32;
+  a.out[16 * t + 1] = bits_from_float(ptx::load_shared_float(ptx::shared_base() + static_cast<uint32_t>(lane * 8 + 4)));
+}
+
+TEST(barriers_of_halves_and_warps) {
+  if (no_device()) return;
+  const auto in = random_words(kThreads, 3), out = run(barriers, in);
+  for (size_t t = 0; t < kThreads; ++t) {
+    CHECK(out[16 * t] == in[t / 64 * 64 + (t + 33) % 64]);
+    CHECK(out[16 * t + 1] == in[t / 32 * 32 + (t + 1) % 32] + 1);
+  }
+}
+
+DSV4_KERNEL(kThreads, 1) shuffles(const Arguments a) {
+  const int t = ptx::thread_index();
+  const float value = float_from_bits(a.in[t]);
+  const float turned = ptx::shuffle(value, (t * 7 + 3) % 32);
+  const float crossed = ptx::shuffle_xor(value, 21);
+  a.out[16 * t] = bits_from_float(turned);
+  a.out[16 * t + 1] = bits_from_float(crossed);
+}
+
+TEST(shuffles_within_a_warp) {
+  if (no_device()) return;
+  const auto in = random_words(kThreads, 4), out = run(shuffles, in);
+  for (size_t t = 0; t < kThreads; ++t) {
+    CHECK(out[16 * t] == in[t / 32 * 32 + (t * 7 + 3) % 32]);
+    CHECK(out[16 * t + 1] == in[t ^ 21]);
+  }
+}
+
+// Rows lie in shared memory in a scrambled order.
+DSV4_KERNEL(kThreads, 1) matrices(const Arguments a) {
+  const int t = ptx::thread_index(), lane = t % 32;
+  const uint32_t base = ptx::shared_base() + static_cast<uint32_t>(t / 32 * 512);
+  ptx::store_shared_16(base + static_cast<uint32_t>(lane * 5 % 32 * 16), ptx::load_global_16(a.in + 4 * t));
+  ptx::sync_warp();
+  uint32_t matrix[4];
+  ptx::ldmatrix_x4(matrix, base + static_cast<uint32_t>(lane * 5 % 32 * 16));
+  for (int i = 0; i < 4; ++i) a.out[16 * t + i] = matrix[i];
+}
+
+TEST(ldmatrix_hands_out_rows) {
+  if (no_device()) return;
+  const auto in = random_words(4 * kThreads, 5), out = run(matrices, in);
+  for (size_t t = 0; t < kThreads; ++t) {
+    const size_t warp = t / 32 * 32, lane = t % 32;
+    // Word w of a row holds columns 2 w and 2 w + 1.
+    for (size_t i = 0; i < 4; ++i) CHECK(out[16 * t + i] == in[4 * (warp + 8 * i + lane / 4) + lane % 4]);
+  }
+}
+
+DSV4_KERNEL(kThreads, 1) products(const Arguments a) {
+  const uint32_t* in = a.in + 10 * ptx::thread_index();
+  float d[4];
+  for (int i = 0; i < 4; ++i) d[i] = float_from_bits(in[i]);
+  const uint32_t left[4] = {in[4], in[5], in[6], in[7]};
+  ptx::mma_m16n8k16(d, left, in[8], in[9]);
+  for (int i = 0; i < 4; ++i) a.out[16 * ptx::thread_index() + i] = bits_from_float(d[i]);
+}
+
+// Small integers: exact in any order of summation. Fragments are filled from whole matrices by the documented positions.
+TEST(mma_multiplies_whole_matrices) {
+  if (no_device()) return;
+  Random random(6);
+  const auto integer = [&] { return std::floor(random.uniform(-8, 8)); };
+  const auto half = [](float value) { return static_cast<uint32_t>(bf16_from_float(value).bits); };
+  std::vector<uint32_t> in;
+  std::vector<std::array<std::array<float, 8>, 16>> expected;
+  for (int warp = 0; warp < kThreads / 32; ++warp) {
+    float a[16][16], b[16][8], c[16][8];
+    for (int i = 0; i < 16; ++i) {
+      for (int j = 0; j < 16; ++j) a[i][j] = integer();
+      for (int j = 0; j < 8; ++j) b[i][j] = integer(), c[i][j] = integer();
+    }
+    expected.emplace_back();
+    for (int i = 0; i < 16; ++i) {
+      for (int j = 0; j < 8; ++j) {
+        expected.back()[i][j] = c[i][j];
+        for (int k = 0; k < 16; ++k) expected.back()[i][j] += a[i][k] * b[k][j];
+      }
+    }
+    for (int l = 0; l < 32; ++l) {
+      const int row = l / 4, pair = 2 * (l % 4);
+      in.insert(in.end(), {bits_from_float(c[row][pair]), bits_from_float(c[row][pair + 1]),
+                           bits_from_float(c[row + 8][pair]), bits_from_float(c[row + 8][pair + 1])});
+      in.push_back(half(a[row][pair]) | half(a[row][pair + 1]) << 16);
+      in.push_back(half(a[row + 8][pair]) | half(a[row + 8][pair + 1]) << 16);
+      in.push_back(half(a[row][pair + 8]) | half(a[row][pair + 9]) << 16);
+      in.push_back(half(a[row + 8][pair + 8]) | half(a[row + 8][pair + 9]) << 16);
+      in.push_back(half(b[pair][row]) | half(b[pair + 1][row]) << 16);
+      in.push_back(half(b[pair + 8][row]) | half(b[pair + 9][row]) << 16);
+    }
+  }
+  const auto out = run(products, in);
+  for (size_t t = 0; t < kThreads; ++t) {
+    const size_t row = t % 32 / 4, pair = 2 * (t % 4);
+    const auto& d = expected[t / 32];
+    CHECK(float_from_bits(out[16 * t]) == d[row][pair] && float_from_bits(out[16 * t + 1]) == d[row][pair + 1]);
+    CHECK(float_from_bits(out[16 * t + 2]) == d[row + 8][pair] && float_from_bits(out[16 * t + 3]) == d[row + 8][pair + 1]);
+  }
+}
+
+DSV4_KERNEL(kThreads, 1) arithmetic(const Arguments a) {
+  const float* in = reinterpret_cast<const float*>(a.in) + 3 * ptx::thread_index();
+  uint32_t* out = a.out + 16 * ptx::thread_index();
+  const uint32_t packed = ptx::pack_bf16(in[0], in[1]);
+  const float results[] = {ptx::fma(in[0], in[1], in[2]),  ptx::add(in[0], in[1]),
+                           ptx::multiply(in[0], in[1]),    ptx::divide(in[0], in[1]),
+                           ptx::square_root(fabsf(in[0])), ptx::exponential(in[0]),
+                           ptx::maximum(in[0], in[1]),     ptx::low_bf16(packed),
+                           ptx::high_bf16(packed)};
+  for (int i = 0; i < 9; ++i) out[i] = bits_from_float(results[i]);
+  out[9] = packed;
+}
+
+TEST(arithmetic_rounds_as_it_says) {
+  if (no_device()) return;
+  Random random(7);
+  std::vector<uint32_t> in;
+  for (int i = 0; i < 3 * kThreads; ++i) in.push_back(bits_from_float(random.uniform(-20, 20)));
+  in[0] = bits_from_float(-104.0f);  // the exponential's underflow
+  in[3] = bits_from_float(88.5f);
+  const auto out = run(arithmetic, in);
+  for (size_t t = 0; t < kThreads; ++t) {
+    const float a = float_from_bits(in[3 * t]), b = float_from_bits(in[3 * t + 1]), c = float_from_bits(in[3 * t + 2]);
+    const auto got = [&](size_t i) { return float_from_bits(out[16 * t + i]); };
+    CHECK(got(0) == std::fma(a, b, c));
+    CHECK(got(1) == a + b);
+    CHECK(got(2) == a * b);
+    CHECK(got(3) == a / b);
+    CHECK(got(4) == std::sqrt(std::fabs(a)));
+    const double exact = std::exp(static_cast<double>(a));
+    CHECK(std::fabs(got(5) - exact) <= 2.5e-7 * exact + 1.5e-45);
+    CHECK(got(6) == std::fmax(a, b));
+    CHECK(got(7) == to_float(bf16_from_float(a)));
+    CHECK(got(8) == to_float(bf16_from_float(b)));
+    CHECK(out[16 * t + 9] == (bf16_from_float(a).bits | static_cast<uint32_t>(bf16_from_float(b).bits) << 16));
+  }
+}
+
+}  // namespace
