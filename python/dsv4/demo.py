@@ -13,9 +13,9 @@ from dsv4.model.config import Config
 from dsv4.planner import plan
 
 QUESTION = """\
-A cache keeps what a model has read, so that every new token can look back without reading everything again. In most
+A cache keeps what a model has read, so that every new token can look back without reading all of it again. In most
 models it grows by the same amount with every token, and after a million tokens it no longer fits into the memory of one
-machine. DeepSeek-V4 keeps the last 128 tokens as they are, and what lies further back only in compressed form: one entry
+machine. DeepSeek-V4 keeps the last 128 tokens as they are, and what lies further back in compressed form: one entry
 for every 4 tokens, of which each query chooses the best, and one entry for every 128 tokens, which it reads in full.
 Which questions about a long text can still be answered exactly, and which only approximately?"""
 NEW_TOKENS = 48

@@ -1,0 +1,136 @@
+"""`dsv4 bench`: ops checked against float64 and timed against eager torch and the machine's own peaks.
+
+Every module beside this one that has OPS (names) and `case(op, shape, tokens, device)` is one family of ops.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import pkgutil
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from types import ModuleType
+from typing import Any, TextIO
+
+import torch
+
+from dsv4 import _library
+from dsv4.bench.measure import Case, Clock, Peaks, Timing, judge, measure_peaks
+from dsv4.ops import implementations
+
+#: The keys of one result, in order.
+KEYS = (
+    "op", "impl", "device", "shape", "us", "spread", "gflop", "mbyte", "roof_us", "roof_fraction", "error",
+    "error_limit", "baseline", "baseline_us", "ratio",
+)  # fmt: skip
+
+
+def families() -> dict[str, ModuleType]:
+    """Benchmarked op -> the module that knows its cases, in the order they run."""
+    found: dict[str, ModuleType] = {}
+    for module in sorted(info.name for info in pkgutil.iter_modules(__path__)):
+        family = importlib.import_module(f"{__name__}.{module}")
+        found.update(dict.fromkeys(getattr(family, "OPS", ()), family))
+    return found
+
+
+def run(
+    ops: Sequence[str] | None = None,
+    shapes: Sequence[str] | None = None,
+    contexts: Sequence[int] | None = None,
+    device: torch.device | str = "cpu",
+    quick: bool = False,
+    json_file: str | None = None,
+) -> int:
+    """Check and time ops; print a line each, and write one JSON object a line to `json_file`.
+
+    Args:
+        ops: names; None: all that have a benchmark.
+        shapes: models whose sizes to take; None: v4-flash (quick: nano).
+        contexts: rows at once; None: 4096 (quick: 256).
+        device: where to run.
+        quick: few repeats, to see that everything works. Its times are not worth quoting.
+    Returns: the exit code: 1 where a check failed.
+    Raises: ValueError, in one line, for an op without a benchmark; OSError where the file cannot be written.
+    """
+    known = families()
+    for op in ops or ():
+        if op not in known:
+            raise ValueError(f"no benchmark of {op!r}; there are {', '.join(known)}")
+    place = torch.device(device)
+    failed = 0
+    with ExitStack() as stack:
+        out = stack.enter_context(open(json_file, "w", encoding="utf-8")) if json_file else None
+        clock = Clock(place, quick)
+        peaks = measure_peaks(clock)
+        for result in _peak_results(peaks, place):
+            _show(result, out)
+        for op in ops or known:
+            for shape in shapes or (["nano"] if quick else ["v4-flash"]):
+                for tokens in contexts or ([256] if quick else [4096]):
+                    case = known[op].case(op, shape, tokens, place)
+                    result = _measure(case, clock, peaks)
+                    failed += result["us"] is None
+                    _show(result, out)
+    if failed:
+        print(f"{failed} failed their check", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _measure(case: Case, clock: Clock, peaks: Peaks) -> dict[str, Any]:
+    """Checks first; a case that fails is given no time."""
+    error, limit = judge(case)
+    impl = _library.last_implementation(case.op, clock.device.type) if _has_kernels(case.op, clock) else "reference"
+    result: dict[str, Any] = dict.fromkeys(KEYS)
+    result |= {"op": case.op, "impl": impl, "device": str(clock.device), "shape": case.shape}
+    result |= {"gflop": case.flops / 1e9, "mbyte": case.nbytes / 1e6, "roof_us": peaks.roof_us(case)}
+    result |= {"error": error, "error_limit": limit, "baseline": case.baseline}
+    if error <= limit:
+        own, other = clock.time(case.run), clock.time(case.run_baseline)
+        result |= {"us": own.us, "spread": own.spread, "roof_fraction": result["roof_us"] / own.us}
+        result |= {"baseline_us": other.us, "ratio": other.us / own.us}
+    return result
+
+
+def _has_kernels(op: str, clock: Clock) -> bool:
+    return implementations().get(op, {}).get(clock.device.type, ["reference"]) != ["reference"]
+
+
+def _peak_results(peaks: Peaks, device: torch.device) -> list[dict[str, Any]]:
+    def result(op: str, shape: str, timing: Timing, gflop: float, mbyte: float) -> dict[str, Any]:
+        values = (op, "torch", str(device), shape, timing.us, timing.spread, gflop, mbyte, timing.us, 1.0, 0.0, 0.0)
+        return dict(zip(KEYS, (*values, None, None, None), strict=True))
+
+    side = round((peaks.matrix_flops / 2) ** (1 / 3))
+    mbyte, gflop = peaks.copy_bytes / 1e6, peaks.matrix_flops / 1e9
+    return [
+        result("peak_copy", f"{mbyte / 2:.0f} MB", peaks.copy, 0.0, mbyte),
+        result("peak_float32", f"{side} x {side} x {side}", peaks.float32, gflop, 0.0),
+        result("peak_bfloat16", f"{side} x {side} x {side}", peaks.bfloat16, gflop, 0.0),
+    ]
+
+
+def line(result: dict[str, Any]) -> str:
+    """One result as text."""
+    name = f"{result['op']} {result['impl']} {result['device']} {result['shape']}"
+    if result["us"] is None:
+        return f"{name} | FAILED its check: error {result['error']:.2e}, limit {result['error_limit']:.2e}"
+    parts = [f"{result['us']:,.1f} us ±{result['spread']:,.1f}"]
+    if result["gflop"]:
+        parts.append(f"{result['gflop'] / result['us'] * 1e6:,.1f} GFLOPS")
+    if result["mbyte"]:
+        parts.append(f"{result['mbyte'] / result['us'] * 1e3:,.2f} GB/s")
+    if result["baseline"]:
+        parts.append(f"{result['roof_fraction']:.0%} of roof")
+        parts.append(f"{result['ratio']:.2f} x {result['baseline']} ({result['baseline_us']:,.1f} us)")
+        parts.append(f"ok err={result['error']:.1e} limit={result['error_limit']:.1e}")
+    return f"{name} | {' | '.join(parts)}"
+
+
+def _show(result: dict[str, Any], out: TextIO | None) -> None:
+    print(line(result), flush=True)
+    if out is not None:
+        out.write(json.dumps(result) + "\n")
+        out.flush()

@@ -1,0 +1,167 @@
+"""What every benchmark needs: timing with cold caches, the machine's own peaks, and one form of result."""
+
+from __future__ import annotations
+
+import statistics
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Precision = Literal["float32", "bfloat16", "none"]
+
+# Larger than any cache, so that what a run finds in one is only what it put there itself.
+_FLUSH_BYTES = 256 << 20
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """An output beside the float64 truth: `result` of the op, `eager` of the same maths in torch in the same dtype."""
+
+    result: Tensor
+    eager: Tensor
+    exact: Tensor
+
+
+@dataclass(frozen=True)
+class Case:
+    """One op at one shape.
+
+    Attributes:
+        op: the registered op, whose implementation is reported.
+        shape: in words: the model it belongs to, and its sizes.
+        run: computes it once.
+        baseline: what a user would otherwise call, and `run_baseline` calls it.
+        compare: results beside the truth, on as many rows as can be afforded.
+        flops, nbytes: of the maths, and the fewest that must move.
+        precision: of the operands: decides the peak FLOPs are held against. "none": there are hardly any.
+        floor: error of a float32 output that is admitted whatever eager torch reaches; why, its family's module says.
+    """
+
+    op: str
+    shape: str
+    run: Callable[[], Any]
+    baseline: str
+    run_baseline: Callable[[], Any]
+    compare: Callable[[], Sequence[Comparison]]
+    flops: float
+    nbytes: float
+    precision: Precision
+    floor: float = 1e-6
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Median of the runs, and half the distance between their quartiles, in microseconds."""
+
+    us: float
+    spread: float
+
+
+class Clock:
+    """Times functions on a device, each run with cold caches."""
+
+    def __init__(self, device: torch.device, quick: bool):
+        self.device, self.quick = device, quick
+        self._flush = torch.zeros(_FLUSH_BYTES // 4, dtype=torch.int32, device=device)
+
+    def time(self, run: Callable[[], Any]) -> Timing:
+        """Runs at least 3 (quick) or 9 times, and for at least half a second unless quick."""
+        run()
+        least, seconds = (3, 0.0) if self.quick else (9, 0.5)
+        samples: list[float] = []
+        while len(samples) < least or (sum(samples) < seconds * 1e6 and len(samples) < 200):
+            samples.append(self._once(run))
+        quartiles = statistics.quantiles(samples, n=4)
+        return Timing(statistics.median(samples), (quartiles[2] - quartiles[0]) / 2)
+
+    def _once(self, run: Callable[[], Any]) -> float:
+        self._flush.add_(1)
+        if self.device.type == "cuda":
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            run()
+            end.record()
+            torch.cuda.synchronize(self.device)
+            return begin.elapsed_time(end) * 1e3
+        started = time.perf_counter()
+        run()
+        return (time.perf_counter() - started) * 1e6
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """What this machine was measured to do: bytes read plus written by a large copy, FLOPs of large matrix products."""
+
+    copy: Timing
+    copy_bytes: float
+    float32: Timing
+    bfloat16: Timing
+    matrix_flops: float
+
+    @property
+    def bytes_per_us(self) -> float:
+        return self.copy_bytes / self.copy.us
+
+    def flops_per_us(self, precision: Precision) -> float:
+        """float32 operands may be split into two bfloat16 ones, which is faster wherever BF16 is over twice as fast."""
+        bfloat16, float32 = self.matrix_flops / self.bfloat16.us, self.matrix_flops / self.float32.us
+        return max(bfloat16, float32) if precision == "bfloat16" else max(float32, bfloat16 / 2)
+
+    def roof_us(self, case: Case) -> float:
+        """The least time the shape can take: its FLOPs or its bytes at peak, whichever is longer."""
+        return max(case.flops / self.flops_per_us(case.precision), case.nbytes / self.bytes_per_us)
+
+
+def measure_peaks(clock: Clock) -> Peaks:
+    """Measured in this process, with torch's threads: a roof nobody has to take on trust."""
+    size = (64 if clock.quick else 256) << 20
+    source, target = (torch.ones(size, dtype=torch.uint8, device=clock.device) for _ in range(2))
+    copies: list[Callable[[], Any]] = [lambda: target.copy_(source)]
+    if clock.device.type == "cpu":
+        copies.append(lambda: _threaded_copy(source.numpy(), target.numpy(), torch.get_num_threads()))
+    copy = min((clock.time(run) for run in copies), key=lambda timing: timing.us)
+    side = 1024 if clock.quick else 2048 if clock.device.type == "cpu" else 8192
+
+    def product(dtype: torch.dtype) -> Timing:
+        a, b = (torch.randn(side, side, device=clock.device).to(dtype) for _ in range(2))
+        return clock.time(lambda: a @ b)
+
+    return Peaks(copy, 2.0 * size, product(torch.float32), product(torch.bfloat16), 2.0 * side**3)
+
+
+def _threaded_copy(source: np.ndarray, target: np.ndarray, threads: int) -> None:
+    """The C library's copy, a part a thread; it may write past the caches where torch's does not."""
+    parts = zip(np.array_split(source, threads), np.array_split(target, threads), strict=True)
+    workers = [threading.Thread(target=np.copyto, args=(to, from_)) for from_, to in parts]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+
+
+def judge(case: Case) -> tuple[float, float]:
+    """(error, limit) of the output that comes closest to its limit, or exceeds it furthest.
+
+    The error is rms(result - exact) / rms(exact). The limit is twice that of eager torch in the same dtype, and at
+    least `case.floor` (a sixteenth of a rounding step for outputs narrower than float32).
+    """
+    found: list[tuple[float, float]] = []
+    for index, output in enumerate(case.compare()):
+        if output.exact.dtype != torch.float64:
+            raise TypeError(f"{case.op}: the truth of output {index} must be float64, is {output.exact.dtype}")
+        floor = case.floor if output.result.dtype == torch.float32 else torch.finfo(output.result.dtype).eps / 16
+        limit = max(2 * _relative_error(output.eager, output.exact), floor)
+        found.append((_relative_error(output.result, output.exact), limit))
+    return max(found, key=lambda pair: pair[0] / pair[1] if pair[0] == pair[0] else float("inf"))
+
+
+def _relative_error(result: Tensor, exact: Tensor) -> float:
+    size = exact.square().mean().sqrt()
+    error = (result.to(torch.float64) - exact).square().mean().sqrt()
+    return float(error) if size == 0 else float(error / size)
