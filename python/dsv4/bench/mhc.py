@@ -8,7 +8,7 @@ weights read (and their gradients written) once.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -62,6 +62,16 @@ def eager_head(streams: Tensor, fn: Tensor, scale: Tensor, base: Tensor) -> Tens
     return (pre.unsqueeze(-1) * wide).sum(1).to(streams.dtype)
 
 
+class _Entry(NamedTuple):
+    """An op (of a backward op: the one whose gradient it is), and its FLOPs and bytes a token, per unit of width."""
+
+    call: Callable[..., Any]
+    eager: Callable[..., Any]
+    flops: int
+    nbytes: int
+    more_bytes: int  # a token, whatever the width
+
+
 class _Inputs:
     """Inputs of one shape; the mixing weights as in a trained model: small, and not symmetric."""
 
@@ -105,9 +115,8 @@ def _rows(arguments: Sequence[Tensor], tokens: int) -> list[Tensor]:
     return [value[index] if value.shape[0] == tokens and value.dim() > 1 else value for value in arguments]
 
 
-def _forward_case(
-    op: str, call: Callable[..., Any], eager: Callable[..., Any], name: str, data: _Inputs, flops: int, nbytes: int
-) -> Case:
+def _forward_case(op: str, entry: _Entry, name: str, data: _Inputs) -> Case:
+    call, eager = entry.call, entry.eager
     arguments = data.arguments(op)
     weights = sum(value.nbytes for value in arguments if value.shape[0] != data.tokens)
 
@@ -121,13 +130,12 @@ def _forward_case(
 
     return Case(
         op, _shape(name, data), lambda: call(*arguments), "eager torch", lambda: eager(*arguments), compare,
-        flops * data.hidden * data.tokens, (nbytes * data.hidden + 80) * data.tokens + weights, "float32", _FLOOR,
+        entry.flops * data.hidden * data.tokens, _bytes(entry, data) + weights, "float32", _FLOOR,
     )  # fmt: skip
 
 
-def _backward_case(
-    op: str, call: Callable[..., Any], eager: Callable[..., Any], name: str, data: _Inputs, flops: int, nbytes: int
-) -> Case:
+def _backward_case(op: str, entry: _Entry, name: str, data: _Inputs) -> Case:
+    call, eager = entry.call, entry.eager
     arguments = data.arguments(op.removesuffix("_backward"))
     weights = sum(2 * value.nbytes for value in arguments if value.shape[0] != data.tokens)
 
@@ -149,7 +157,7 @@ def _backward_case(
 
     return Case(
         op, _shape(name, data), gradients(call, arguments), "eager autograd", gradients(eager, arguments), compare,
-        flops * data.hidden * data.tokens, (nbytes * data.hidden + 160) * data.tokens + weights, "float32", _FLOOR,
+        entry.flops * data.hidden * data.tokens, _bytes(entry, data) + weights, "float32", _FLOOR,
     )  # fmt: skip
 
 
@@ -162,19 +170,23 @@ def _exact_gradients(eager: Callable[..., Any], values: Sequence[Tensor]) -> tup
     return torch.autograd.grad(outputs, leaves, seeds)
 
 
+def _bytes(entry: _Entry, data: _Inputs) -> int:
+    return (entry.nbytes * data.hidden + entry.more_bytes) * data.tokens
+
+
 def _shape(name: str, data: _Inputs) -> str:
     return f"{name} tokens={data.tokens} hidden={data.hidden} bf16"
 
 
 _FORWARD = {
-    "mhc_pre": (ops.mhc_pre, eager_pre, 208, 10),
-    "mhc_post": (ops.mhc_post, eager_post, 40, 18),
-    "mhc_post_pre": (ops.mhc_post_pre, eager_post_pre, 248, 20),
-    "mhc_head": (ops.mhc_head, eager_head, 48, 10),
+    "mhc_pre": _Entry(ops.mhc_pre, eager_pre, 208, 10, 80),
+    "mhc_post": _Entry(ops.mhc_post, eager_post, 40, 18, 80),
+    "mhc_post_pre": _Entry(ops.mhc_post_pre, eager_post_pre, 248, 20, 160),
+    "mhc_head": _Entry(ops.mhc_head, eager_head, 48, 10, 0),
 }
 _BACKWARD = {
-    "mhc_pre_backward": (ops.mhc_pre, eager_pre, 608, 18),
-    "mhc_post_backward": (ops.mhc_post, eager_post, 80, 28),
+    "mhc_pre_backward": _Entry(ops.mhc_pre, eager_pre, 608, 18, 160),
+    "mhc_post_backward": _Entry(ops.mhc_post, eager_post, 80, 28, 160),
 }
 
 #: Ops of this family, in the order they are shown.
@@ -185,7 +197,5 @@ def case(op: str, shape: str, tokens: int, device: torch.device) -> Case:
     """`op` for the sizes of the model `shape`, on `tokens` rows at once."""
     data = _Inputs(Config.preset(shape), tokens, device)
     if op in _FORWARD:
-        call, eager, flops, nbytes = _FORWARD[op]
-        return _forward_case(op, call, eager, shape, data, flops, nbytes)
-    call, eager, flops, nbytes = _BACKWARD[op]
-    return _backward_case(op, call, eager, shape, data, flops, nbytes)
+        return _forward_case(op, _FORWARD[op], shape, data)
+    return _backward_case(op, _BACKWARD[op], shape, data)
