@@ -66,7 +66,7 @@ def make(
 
 
 def feed(a: dict[str, Any], cuts: list[list[int]]) -> tuple[Tensor, Tensor]:
-    """(pages, state) after calls, the i-th of which takes the next cuts[i][s] rows of sequence s. `a` stays as it is."""
+    """(pages, state) after calls, the i-th of which takes the next cuts[i][s] rows of sequence s. Leaves `a` alone."""
     state, pages = a["state"].clone(), a["pages"].clone()
     rows = [(a["sequence"] == s).nonzero().squeeze(1) for s in range(len(state))]
     taken = [0] * len(rows)
