@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from dsv4.checkpoint.formats import quantize_weight_fp8
 from dsv4.checkpoint.init import RandomSource
 from dsv4.checkpoint.writer import write_safetensors
 from dsv4.model.config import Config, Yarn
 from dsv4.ops import dequantize_weight
-from torch import Tensor
 
 # Every kind of layer, an MTP block, and sizes that leave partial FP8 blocks.
 TINY = Config(

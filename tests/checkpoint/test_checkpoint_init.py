@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 from checkpoint_cases import TINY
+
 from dsv4.checkpoint.formats import quantize_weight_fp4, quantize_weight_fp8
 from dsv4.checkpoint.init import RandomSource, init
 from dsv4.model.config import Config

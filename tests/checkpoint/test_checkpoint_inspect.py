@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoint_cases import TINY, released_state, write, write_sharded
+
 from dsv4.checkpoint import CheckpointError, inspect
 
 STATE = released_state()
@@ -48,5 +49,5 @@ def test_problems_are_listed_not_raised(tmp_path: Path) -> None:
 
 
 def test_no_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="no config.json"):
+    with pytest.raises(CheckpointError, match=r"no config\.json"):
         inspect(tmp_path)

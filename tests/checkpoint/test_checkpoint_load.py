@@ -5,14 +5,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-import dsv4
 import pytest
 import torch
 from checkpoint_cases import TINY, base_release_state, edit_config, released_state, write, write_sharded
-from dsv4.checkpoint import inspect, load, resolve
-from dsv4.model.transformer import Transformer
 from safetensors.torch import load_file
 from torch import Tensor
+
+import dsv4
+from dsv4.checkpoint import inspect, load, resolve
+from dsv4.model.transformer import Transformer
 
 GOLDEN = Path(__file__).parent.parent / "data" / "golden"
 STATE = released_state()
@@ -168,7 +169,7 @@ def test_bundled_model_by_name() -> None:
     assert_same_model(model, dsv4.init(dsv4.Config.preset("nano")))
 
 
-_MEMORY = """
+_MEMORY = r"""
 import re, sys
 from dsv4.checkpoint import load, reader
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from dsv4.model.config import Config, Yarn
 
 GOLDEN = Path(__file__).parent.parent / "data" / "golden"

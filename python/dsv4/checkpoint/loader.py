@@ -55,10 +55,15 @@ def load(
     Raises:
         CheckpointError (a ValueError, one line): no checkpoint, a damaged file, another model_type, or tensors that are
             missing, surplus, mis-shaped or mis-typed, all of them named; unquantised weights in mode "checkpoint".
+        ValueError: an unknown mode, dtype or device.
     """
     checkpoint = Checkpoint(resolve(path))
     checkpoint.validate()
-    return build(checkpoint, device, quantization, dtype, title=checkpoint.folder.name, place=str(checkpoint.folder))
+    title, place = checkpoint.folder.name, str(checkpoint.folder)
+    try:
+        return build(checkpoint, device, quantization, dtype, title=title, place=place)
+    finally:
+        checkpoint.close()
 
 
 def resolve(path: str | Path) -> Path:
@@ -76,14 +81,15 @@ def build(
     source: Source, device: str | torch.device, quantization: str, dtype: torch.dtype, *, title: str, place: str
 ) -> Transformer:
     """A Transformer filled from `source`; `title` labels the progress bar, `place` opens error messages."""
+    if quantization == "checkpoint" and (source.storage.linear == "plain" or source.storage.experts == "plain"):
+        raise CheckpointError(f"{place}: the weights are not quantised; load them with quantization='off'")
     source.config.check_quantization(quantization)
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(str(known) for known in DTYPES)}, got {dtype}")
-    if quantization == "checkpoint" and (source.storage.linear == "plain" or source.storage.experts == "plain"):
-        raise CheckpointError(f"{place}: the weights are not quantised; load them with quantization='off'")
+    target = _device(device)
     with torch.device("meta"):
         model = Transformer(source.config, quantization, dtype)
-    filler = _Filler(model, source, torch.device(device), quantization == "checkpoint")
+    filler = _Filler(model, source, target, quantization == "checkpoint")
     keys = [key for key in source.ordered_keys() if not key.endswith(".scale")]
     total = sum(source.nbytes(key) for key in source.ordered_keys())
     with byte_bar(title, total) as advance:
@@ -94,6 +100,16 @@ def build(
     filler.check_complete()
     model.note = source.note  # type: ignore[assignment]  # nn.Module declares every attribute a module or tensor
     return model
+
+
+def _device(name: str | torch.device) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"{name!r} is not a device; use 'cpu', 'cuda' or 'cuda:N'") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"{str(device)!r} is not there: torch sees {torch.cuda.device_count()} CUDA devices")
+    return device
 
 
 class _Filler:

@@ -93,13 +93,16 @@ def write_safetensors(
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     partial = file.with_name(file.name + ".partial")
-    with partial.open("wb") as stream:
-        stream.write(len(text).to_bytes(8, "little") + text)
-        for key in keys:
-            data = tensors[key].detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-            stream.write(data.numpy().data)
-            advance(data.numel())
-    os.replace(partial, file)
+    try:
+        with partial.open("wb") as stream:
+            stream.write(len(text).to_bytes(8, "little") + text)
+            for key in keys:
+                data = tensors[key].detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+                stream.write(data.numpy().data)
+                advance(data.numel())
+        os.replace(partial, file)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _released(state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
