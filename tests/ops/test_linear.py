@@ -231,7 +231,10 @@ BAD = {
             ({"x": X[:, :255]}, "weight must be float8_e4m3fn [out, 255], got float8_e4m3fn [200, 256]"),
             ({"weight": W8.float()}, "weight must be float8_e4m3fn [out, 256], got float32 [200, 256]"),
             ({"weight": W4}, "weight must be float8_e4m3fn [out, 256], got int8 [200, 128]"),
-            ({"weight": W8.view(2, 100, 256)}, "weight must be float8_e4m3fn [out, 256], got float8_e4m3fn [2, 100, 256]"),
+            (
+                {"weight": W8.view(2, 100, 256)},
+                "weight must be float8_e4m3fn [out, 256], got float8_e4m3fn [2, 100, 256]",
+            ),
             ({"scale": torch.ones(2, 3).bfloat16()}, f"scale must be {SCALES} [2, 2], got bfloat16 [2, 3]"),
             ({"scale": S8.float()[:1]}, f"scale must be {SCALES} [2, 2], got float32 [1, 2]"),
             ({"scale": torch.ones(2, 2, device="meta")}, "scale must be on cpu as x is, got meta"),

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dsv4.ops._check import INTEGERS, WIDE_FLOATS, Check
 from dsv4.ops._registry import register
-from dsv4.ops.layout import check_row_pages, locate, write_rows
+from dsv4.ops.layout import check_row_pages, locate, owners, write_rows
 
 __all__ = [
     "Yarn",
@@ -225,7 +225,7 @@ def store_window(
         table:    [sequences, blocks] int32, physical pages.
         sequence: [tokens] int32, row of the table.
         position: [tokens] int32, from 0.
-    Raises: RuntimeError where a shape, dtype or device differs from the above.
+    Raises: RuntimeError where a shape, dtype or device differs from the above, or a sequence is not a row of the table.
     """
     torch.ops.dsv4.store_window(kv, weight, rope, pages, table, sequence, position, eps, page_size)
 
@@ -242,6 +242,7 @@ def store_window_reference(
     page_size: int = 256,
 ) -> None:
     rows = kv_norm_rope_reference(kv, weight, rope, eps)
+    owners("store_window", sequence, table)
     page, offset = locate(table, sequence, position, page_size)
     write_rows(pages, rows, page, offset, page_size, 2 * rope.shape[1])
 
