@@ -104,6 +104,7 @@ def sparse_attention(
 class _Pool(NamedTuple):
     """A pool of rows and how to address it."""
 
+    name: str
     pages: Tensor
     table: Tensor
     page_size: int
@@ -133,17 +134,22 @@ def _own(pool: _Pool, page: Tensor, offset: Tensor, valid: Tensor) -> _Keys:
     return _Keys(pool, pool.read(page, offset, torch.float64), page >= 0, page, offset)
 
 
-def _shared(pool: _Pool, page: Tensor, offset: Tensor, valid: Tensor) -> _Keys:
-    """Keys [n, head_dim] read once for all rows of a block, unless a non-finite one could leak into the wrong row."""
+def _shared(pool: _Pool, page: Tensor, offset: Tensor, valid: Tensor) -> list[_Keys]:
+    """Keys [n, head_dim] read once for all rows of a block.
+
+    One that is not finite would leak, as zero times NaN, into the rows that must not see it: those go apart as own keys.
+    """
     keys = pool.read(page, offset, torch.float64)
     valid = valid & (page >= 0)
-    if valid.shape[0] > 1 and not torch.isfinite(keys.detach()).all():
-        return _own(pool, page.expand_as(valid), offset.expand_as(valid), valid)
-    seen = valid.any(0)
-    return _Keys(pool, torch.where(seen.unsqueeze(-1), keys, 0), valid, page, offset)
+    odd = ~torch.isfinite(keys.detach()).all(-1)
+    if not odd.any():
+        return [_Keys(pool, keys, valid, page, offset)]
+    seen = valid[:, odd]
+    apart = _own(pool, page[odd].expand_as(seen), offset[odd].expand_as(seen), seen)
+    return [_Keys(pool, torch.where(odd.unsqueeze(-1), 0, keys), valid & ~odd, page, offset), apart]
 
 
-def _window_keys(pool: _Pool, sequence: int, position: Tensor, window: int) -> _Keys:
+def _window_keys(pool: _Pool, sequence: int, position: Tensor, window: int) -> list[_Keys]:
     position = position.long()
     first = max(int(position[0]) - window + 1, 0)
     consecutive = torch.equal(position, position[0] + torch.arange(position.numel(), device=position.device))
@@ -153,7 +159,7 @@ def _window_keys(pool: _Pool, sequence: int, position: Tensor, window: int) -> _
         return _shared(pool, *pool.place(sequence, entry), valid)
     reach = min(window, int(position.max()) + 1)
     entry = position.unsqueeze(1) - torch.arange(reach - 1, -1, -1, device=position.device)
-    return _own(pool, *pool.place(sequence, entry), entry >= 0)
+    return [_own(pool, *pool.place(sequence, entry), entry >= 0)]
 
 
 def _listed_keys(pool: _Pool, sequence: int, indices: Tensor, lengths: Tensor, decoded: Tensor | None) -> _Keys:
@@ -167,7 +173,7 @@ def _listed_keys(pool: _Pool, sequence: int, indices: Tensor, lengths: Tensor, d
     return _Keys(pool, keys, valid, page, offset)
 
 
-def _all_keys(pool: _Pool, sequence: int, lengths: Tensor) -> _Keys:
+def _all_keys(pool: _Pool, sequence: int, lengths: Tensor) -> list[_Keys]:
     count = min(max(int(lengths.max()), 0), pool.table.shape[1] * pool.page_size)
     entry = torch.arange(count, device=lengths.device)
     return _shared(pool, *pool.place(sequence, entry), entry < lengths.unsqueeze(1))
@@ -245,29 +251,29 @@ class _Call(NamedTuple):
     page_size: int = 64
     rope_dim: int | None = None
 
-    def pool(self, pages: Tensor, table: Tensor, page_size: int) -> _Pool:
+    def pool(self, name: str, pages: Tensor, table: Tensor, page_size: int) -> _Pool:
         rope_dim = self.rope_dim
         if rope_dim is None:
             rope_dim = 2 * self.rope.shape[1] if self.rope is not None else _ROPE_DIM
-        return _Pool(pages, table, page_size, self.query.shape[2], rope_dim)
+        return _Pool(name, pages, table, page_size, self.query.shape[2], rope_dim)
 
     def blocks(self) -> Iterator[tuple[Tensor, list[_Keys]]]:
         """(rows, keys) for blocks of rows of one sequence, small enough for the largest temporary."""
-        raw = self.pool(self.window_pages, self.window_table, self.window_page_size)
+        raw = self.pool("window_pages", self.window_pages, self.window_table, self.window_page_size)
         entries = None
         if self.compressed_pages is not None and self.compressed_table is not None:
-            entries = self.pool(self.compressed_pages, self.compressed_table, self.page_size)
+            entries = self.pool("compressed_pages", self.compressed_pages, self.compressed_table, self.page_size)
         for owner in owners("sparse_attention", self.sequence, self.window_table):
             mine = (self.sequence == owner).nonzero().squeeze(1)
             decoded = None
             if entries is not None and self.indices is not None and self.lengths is not None:
                 decoded = _decode(entries, owner, self.indices[mine], self.lengths[mine])
             for rows in mine.split(self._rows_per_block(mine)):
-                keys = [_window_keys(raw, owner, self.position[rows], self.window)]
+                keys = _window_keys(raw, owner, self.position[rows], self.window)
                 if entries is not None and self.lengths is not None:
                     lengths = self.lengths[rows]
                     if self.indices is None:
-                        keys.append(_all_keys(entries, owner, lengths))
+                        keys += _all_keys(entries, owner, lengths)
                     else:
                         keys.append(_listed_keys(entries, owner, self.indices[rows], lengths, decoded))
                 yield rows, keys
@@ -352,7 +358,12 @@ def sparse_attention_backward_reference(
     call = _Call(*arguments)
     grad_query = torch.zeros_like(call.query, memory_format=torch.contiguous_format)
     grad_sink = call.sink.new_zeros(call.sink.shape, dtype=torch.float64)
-    grad_pools = [_pool_sum(call.window_pages), _pool_sum(call.compressed_pages)]
+    pools = {"window_pages": call.window_pages, "compressed_pages": call.compressed_pages}
+    pool_sums = {
+        name: pages.new_zeros(pages.shape, dtype=torch.float64)
+        for name, pages in pools.items()
+        if pages is not None and pages.is_floating_point()
+    }
     for rows, keys in call.blocks():
         query = call.query[rows].double()
         soft = _softmax(query, keys, call.scale, call.query.dtype)
@@ -368,27 +379,22 @@ def sparse_attention_backward_reference(
         grad_sink -= at_gate.sum((0, 2))
         at_mix = grad * kept
         total_query = torch.zeros_like(query)
-        for pool_sum, source, weight, rounded in zip(
-            grad_pools, keys, _split(soft.weight, keys), _split(soft.rounded, keys), strict=False
-        ):
+        parts = zip(keys, _split(soft.weight, keys), _split(soft.rounded, keys), strict=True)
+        for source, weight, rounded in parts:
             reach = _product(at_mix, source.keys.transpose(-1, -2)) - kept * along + at_lse
             at_score = weight / soft.total * reach * call.scale
             total_query += _product(at_score, source.keys)
-            if pool_sum is not None:
+            if source.pool.name in pool_sums:
                 at_keys = _outer(at_score, query, source) + _outer(rounded / soft.total, at_mix, source)
-                _scatter(pool_sum, at_keys, source)
+                stored = source.page >= 0
+                place = source.page[stored], source.offset[stored]
+                pool_sums[source.pool.name].index_put_(place, at_keys[stored], accumulate=True)
         grad_query[rows] = total_query.to(grad_query.dtype)
     grads = [
-        grad_query.new_zeros(0) if pool_sum is None or pages is None else pool_sum.to(pages.dtype)
-        for pool_sum, pages in zip(grad_pools, (call.window_pages, call.compressed_pages), strict=True)
+        pool_sums[name].to(pages.dtype) if pages is not None and name in pool_sums else call.query.new_zeros(0)
+        for name, pages in pools.items()
     ]
     return grad_query, grads[0], grads[1], grad_sink.to(call.sink.dtype)
-
-
-def _pool_sum(pages: Tensor | None) -> Tensor | None:
-    if pages is None or not pages.is_floating_point():
-        return None
-    return pages.new_zeros(pages.shape, dtype=torch.float64)
 
 
 def _outer(left: Tensor, right: Tensor, source: _Keys) -> Tensor:
@@ -397,11 +403,6 @@ def _outer(left: Tensor, right: Tensor, source: _Keys) -> Tensor:
     if source.keys.dim() == 2:
         return left.flatten(0, 1).t() @ right.flatten(0, 1)
     return left.transpose(1, 2) @ right
-
-
-def _scatter(pool_sum: Tensor, grad: Tensor, source: _Keys) -> None:
-    stored = source.page >= 0
-    pool_sum.index_put_((source.page[stored], source.offset[stored]), grad[stored], accumulate=True)
 
 
 def _check(*args: Any, **kwargs: Any) -> None:
@@ -417,7 +418,7 @@ def _check(*args: Any, **kwargs: Any) -> None:
         check.that(2 * pairs <= head_dim, f"rope must have at most {head_dim // 2} pairs, got {pairs}")
         known = call.rope_dim in (None, 2 * pairs)
         check.that(known, f"rope_dim must be that of rope, {2 * pairs}, got {call.rope_dim}")
-    raw = call.pool(call.window_pages, call.window_table, call.window_page_size)
+    raw = call.pool("window_pages", call.window_pages, call.window_table, call.window_page_size)
     check_row_pages(check, "window_pages", raw.pages, raw.page_size, head_dim, raw.rope_dim)
     sequences = check.tensor("window_table", raw.table, (torch.int32,), ("sequences", "blocks"))[0]
     if call.compressed_pages is None:
