@@ -49,7 +49,7 @@ class DeviceBytes {
   explicit DeviceBytes(size_t bytes) : bytes_(bytes) {
 #if defined(DSV4_ON_GPU)
     host_.assign(bytes + 2 * kGuard, kPattern);
-    if (cudaMalloc(&memory_, host_.size()) != cudaSuccess) throw std::bad_alloc();
+    if (cudaMalloc(reinterpret_cast<void**>(&memory_), host_.size()) != cudaSuccess) throw std::bad_alloc();
     upload();
 #else
     const size_t body = (bytes + 2 * kGuard + kPage - 1) / kPage * kPage;

@@ -104,8 +104,11 @@ int Block::pick() {
     chosen = random_() % ready_.size();
   } else if (options_.schedule == Schedule::kPriority) {
     if (random_() % 256 == 0) std::shuffle(warp_order_.begin(), warp_order_.end(), random_);
-    for (size_t i = 1; i < ready_.size(); ++i) {
-      if (warp_order_[ready_[i] / 32] < warp_order_[ready_[chosen] / 32]) chosen = i;
+    const size_t start = random_() % ready_.size();  // any lane of the warp
+    chosen = start;
+    for (size_t i = 0; i < ready_.size(); ++i) {
+      const size_t candidate = (start + i) % ready_.size();
+      if (warp_order_[ready_[candidate] / 32] < warp_order_[ready_[chosen] / 32]) chosen = candidate;
     }
   }
   const int thread = ready_[chosen];
@@ -164,11 +167,10 @@ void Block::barrier(const char* kind, int id, int threads, Site site) {
   current_->where = site;
   barrier.arrived.push_back(current_->index);
   if (static_cast<int>(barrier.arrived.size()) < barrier.expected) return wait(kind, site);
-  std::vector<int> lanes(warps_.size(), 0);
+  std::vector<int> lanes(warps_.size(), 0), lines(warps_.size(), 0);
   for (const int t : barrier.arrived) {
-    const int first = t / 32 * 32;
-    ++lanes[t / 32];
-    if (threads_[t].where.line != threads_[first].where.line) fail(site, "a warp's lanes are at different barriers");
+    if (lanes[t / 32]++ == 0) lines[t / 32] = threads_[t].where.line;
+    if (threads_[t].where.line != lines[t / 32]) fail(site, "a warp's lanes are at different barriers");
   }
   for (size_t w = 0; w < lanes.size(); ++w) {
     const int whole = std::min(32, static_cast<int>(threads_.size() - 32 * w));
