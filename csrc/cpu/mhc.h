@@ -3,6 +3,46 @@
 
 #include "ops/mhc.h"
 
+namespace dsv4 {
+
+// What the backward pass over the tokens leaves, behind the packed fn if there is one, for the sums over the tokens.
+struct MhcTokenGradient {
+  float product[kMixes];  // of fn r
+  float logits[kMixes];
+  float scale[3];  // logits * m, summed over the group
+  float pre[kStreams];
+  float rms;        // 1 / rms of the sublayer's input before its norm
+  float unused[8];  // 256 bytes in all, so that tokens start on cache lines
+};
+static_assert(sizeof(MhcTokenGradient) == 256);
+
+}  // namespace dsv4
+
 namespace dsv4::scalar {
+Status mhc_pre(const MhcPreParams&, const Context&);
 Status mhc_post(const MhcPostParams&, const Context&);
+Status mhc_post_pre(const MhcPostPreParams&, const Context&);
+Status mhc_head(const MhcHeadParams&, const Context&);
+Status mhc_pre_backward(const MhcPreBackwardParams&, const Context&);
+Status mhc_post_backward(const MhcPostBackwardParams&, const Context&);
+Status mhc_head_backward(const MhcHeadBackwardParams&, const Context&);
 }  // namespace dsv4::scalar
+
+namespace dsv4::avx512 {
+int64_t mhc_workspace_bytes(int64_t hidden, int mixes);  // packed fn
+Status mhc_pre(const MhcPreParams&, const Context&);
+Status mhc_post(const MhcPostParams&, const Context&);
+Status mhc_post_pre(const MhcPostPreParams&, const Context&);
+Status mhc_head(const MhcHeadParams&, const Context&);
+Status mhc_pre_backward(const MhcPreBackwardParams&, const Context&);
+Status mhc_post_backward(const MhcPostBackwardParams&, const Context&);
+Status mhc_head_backward(const MhcHeadBackwardParams&, const Context&);
+}  // namespace dsv4::avx512
+
+// Bfloat16 streams only.
+namespace dsv4::amx {
+int64_t mhc_workspace_bytes(int64_t hidden, int mixes);  // packed fn
+Status mhc_pre(const MhcPreParams&, const Context&);
+Status mhc_post_pre(const MhcPostPreParams&, const Context&);
+Status mhc_head(const MhcHeadParams&, const Context&);
+}  // namespace dsv4::amx

@@ -139,4 +139,19 @@ Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype, const Tenso
                               std::nullopt, device_of.device());
 }
 
+Tensor dense(const Tensor& tensor, int axes) {
+  const auto sizes = tensor.sizes(), strides = tensor.strides();
+  int64_t expected = 1;
+  for (int64_t axis = tensor.dim() - 1; axis >= 0 && axis >= tensor.dim() - axes; --axis) {
+    if (sizes[axis] != 1 && strides[axis] != expected) return torch::stable::contiguous(tensor);
+    expected *= sizes[axis];
+  }
+  return tensor;
+}
+
+std::optional<Tensor> dense(const std::optional<Tensor>& tensor) {
+  if (!tensor.has_value()) return std::nullopt;
+  return dense(*tensor);
+}
+
 }  // namespace dsv4::binding

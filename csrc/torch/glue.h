@@ -51,8 +51,10 @@ class Check {
     raise(op(params, context(on)));
   }
 
- private:
+  // Where `run` runs; for the size of a workspace.
   Context context(const Tensor& on) const;
+
+ private:
   void raise(const Status& status) const;
 
   const char* op_;
@@ -61,6 +63,10 @@ class Check {
 };
 
 Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype, const Tensor& device_of);
+
+// The tensor itself where its last `axes` axes lie densely in memory, else a contiguous copy.
+Tensor dense(const Tensor& tensor, int axes = 1);
+std::optional<Tensor> dense(const std::optional<Tensor>& tensor);
 
 // Converts to whatever view a parameter struct asks for. `view` reads; `mutable_view` also writes. A missing optional
 // tensor gives an empty view. Only checked tensors: the conversion itself trusts dtype and rank.

@@ -1,0 +1,144 @@
+// Vector helpers of the AVX-512 kernels. Rows are handled 32 elements at a time, as two registers of 16 floats in an
+// order of the element type's own: bfloat16 as even and odd elements, which unpack with one operation each, float32 as
+// first and second half. Everything is static, so that no copy compiled with these flags can be linked elsewhere.
+#pragma once
+
+// GCC 12 takes the deliberately undefined operands inside its own intrinsics for a mistake of the caller.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#include <immintrin.h>
+#pragma GCC diagnostic pop
+
+#include "common/dtype.h"
+
+#define DSV4_INLINE static inline __attribute__((always_inline))
+
+namespace dsv4::avx512 {
+
+inline constexpr int kStep = 32;  // elements of a step
+
+struct Pair {
+  __m512 a, b;
+};
+
+DSV4_INLINE Pair unpack(__m512i words) {
+  const __m512i high = _mm512_set1_epi32(static_cast<int>(0xFFFF0000u));
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(words, 16)), _mm512_castsi512_ps(_mm512_and_si512(words, high))};
+}
+
+// Rounds to nearest even. Denormal results become zero.
+DSV4_INLINE __m512i pack(Pair value) {
+  alignas(64) static const uint16_t kInterleave[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                       8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  const __m512i halves = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(value.b, value.a));
+  return _mm512_permutexvar_epi16(_mm512_load_si512(kInterleave), halves);
+}
+
+DSV4_INLINE __mmask32 mask32(int64_t count) { return static_cast<__mmask32>((int64_t{1} << count) - 1); }
+DSV4_INLINE __mmask16 low16(int64_t count) { return static_cast<__mmask16>(mask32(count)); }
+DSV4_INLINE __mmask16 high16(int64_t count) { return static_cast<__mmask16>(mask32(count) >> 16); }
+
+// `count` of the masked forms is 1 to 32; elements beyond it are not touched and load as zero.
+DSV4_INLINE Pair load(const bf16* p) { return unpack(_mm512_loadu_si512(p)); }
+DSV4_INLINE Pair load(const bf16* p, int64_t count) { return unpack(_mm512_maskz_loadu_epi16(mask32(count), p)); }
+DSV4_INLINE Pair load(const float* p) { return {_mm512_loadu_ps(p), _mm512_loadu_ps(p + 16)}; }
+DSV4_INLINE Pair load(const float* p, int64_t count) {
+  return {_mm512_maskz_loadu_ps(low16(count), p), _mm512_maskz_loadu_ps(high16(count), p + 16)};
+}
+
+DSV4_INLINE void store(bf16* p, Pair value) { _mm512_storeu_si512(p, pack(value)); }
+DSV4_INLINE void store(bf16* p, Pair value, int64_t count) { _mm512_mask_storeu_epi16(p, mask32(count), pack(value)); }
+DSV4_INLINE void store(float* p, Pair value) {
+  _mm512_storeu_ps(p, value.a);
+  _mm512_storeu_ps(p + 16, value.b);
+}
+DSV4_INLINE void store(float* p, Pair value, int64_t count) {
+  _mm512_mask_storeu_ps(p, low16(count), value.a);
+  _mm512_mask_storeu_ps(p + 16, high16(count), value.b);
+}
+
+// Past the caches; p is 64-byte aligned. A fence must follow the last one.
+DSV4_INLINE void stream(bf16* p, Pair value) { _mm512_stream_si512(reinterpret_cast<__m512i*>(p), pack(value)); }
+DSV4_INLINE void stream(float* p, Pair value) {
+  _mm512_stream_ps(p, value.a);
+  _mm512_stream_ps(p + 16, value.b);
+}
+
+// Float32 values in the order in which elements of type X unpack, and back.
+DSV4_INLINE Pair arrange(Pair natural, const bf16*) {
+  const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  const __m512i odd = _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+  return {_mm512_permutex2var_ps(natural.a, even, natural.b), _mm512_permutex2var_ps(natural.a, odd, natural.b)};
+}
+DSV4_INLINE Pair arrange(Pair natural, const float*) { return natural; }
+DSV4_INLINE Pair natural(Pair arranged, const bf16*) {
+  const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  const __m512i second = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+  return {_mm512_permutex2var_ps(arranged.a, first, arranged.b),
+          _mm512_permutex2var_ps(arranged.a, second, arranged.b)};
+}
+DSV4_INLINE Pair natural(Pair arranged, const float*) { return arranged; }
+
+// Elements of a second tensor beside ones of type X, in X's order.
+DSV4_INLINE Pair load_as(const bf16* p, const bf16*) { return load(p); }
+DSV4_INLINE Pair load_as(const float* p, const float*) { return load(p); }
+DSV4_INLINE Pair load_as(const float* p, const bf16* x) { return arrange(load(p), x); }
+DSV4_INLINE Pair load_as(const bf16* p, int64_t count, const bf16*) { return load(p, count); }
+DSV4_INLINE Pair load_as(const float* p, int64_t count, const float*) { return load(p, count); }
+DSV4_INLINE Pair load_as(const float* p, int64_t count, const bf16* x) { return arrange(load(p, count), x); }
+
+// What is left of a value after rounding to X.
+DSV4_INLINE Pair rounded(Pair value, const bf16*) { return unpack(pack(value)); }
+DSV4_INLINE Pair rounded(Pair value, const float*) { return value; }
+
+DSV4_INLINE Pair scaled(Pair x, __m512 factor) { return {_mm512_mul_ps(x.a, factor), _mm512_mul_ps(x.b, factor)}; }
+DSV4_INLINE Pair fma(Pair x, __m512 factor, Pair sum) {
+  return {_mm512_fmadd_ps(x.a, factor, sum.a), _mm512_fmadd_ps(x.b, factor, sum.b)};
+}
+// One accumulator, both halves: a first.
+DSV4_INLINE __m512 dot(Pair x, Pair y, __m512 sum) { return _mm512_fmadd_ps(x.b, y.b, _mm512_fmadd_ps(x.a, y.a, sum)); }
+
+// The sums of 16 registers, in order, by one fixed tree.
+DSV4_INLINE __m512 sums16(const __m512* x) {
+  __m512 quad[4];
+  for (int q = 0; q < 4; ++q) {
+    const __m512 ab =
+        _mm512_add_ps(_mm512_unpacklo_ps(x[4 * q], x[4 * q + 1]), _mm512_unpackhi_ps(x[4 * q], x[4 * q + 1]));
+    const __m512 cd =
+        _mm512_add_ps(_mm512_unpacklo_ps(x[4 * q + 2], x[4 * q + 3]), _mm512_unpackhi_ps(x[4 * q + 2], x[4 * q + 3]));
+    const __m512d lo = _mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+    const __m512d hi = _mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+    quad[q] = _mm512_add_ps(_mm512_castpd_ps(lo), _mm512_castpd_ps(hi));
+  }
+  const __m512 xy =
+      _mm512_add_ps(_mm512_shuffle_f32x4(quad[0], quad[1], 0x88), _mm512_shuffle_f32x4(quad[0], quad[1], 0xDD));
+  const __m512 zw =
+      _mm512_add_ps(_mm512_shuffle_f32x4(quad[2], quad[3], 0x88), _mm512_shuffle_f32x4(quad[2], quad[3], 0xDD));
+  return _mm512_add_ps(_mm512_shuffle_f32x4(xy, zw, 0x88), _mm512_shuffle_f32x4(xy, zw, 0xDD));
+}
+
+// e^x within 1 ulp or so: x = n ln 2 + r, |r| <= ln 2 / 2, and the series of e^r to the seventh power (its remainder is
+// below 6e-9). NaN stays NaN.
+DSV4_INLINE __m512 exp(__m512 x) {
+  x = _mm512_max_ps(_mm512_set1_ps(-104.f), _mm512_min_ps(_mm512_set1_ps(89.f), x));
+  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
+  __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693145752f), x);
+  r = _mm512_fnmadd_ps(n, _mm512_set1_ps(1.42860677e-6f), r);
+  __m512 p = _mm512_set1_ps(1.f / 5040);
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.f / 720));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.f / 120));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.f / 24));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.f / 6));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.5f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.f));
+  return _mm512_scalef_ps(p, n);
+}
+
+DSV4_INLINE __m512 sigmoid(__m512 x) {
+  const __m512 one = _mm512_set1_ps(1.f);
+  return _mm512_div_ps(one, _mm512_add_ps(one, exp(_mm512_sub_ps(_mm512_setzero_ps(), x))));
+}
+
+}  // namespace dsv4::avx512
