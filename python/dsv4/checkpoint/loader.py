@@ -98,7 +98,7 @@ def build(
     if filler.problems:
         raise CheckpointError(f"{place}: holds values no model can have", filler.problems)
     filler.check_complete()
-    model.note = source.note  # type: ignore[assignment]  # nn.Module declares every attribute a module or tensor
+    model.note = source.note
     return model
 
 

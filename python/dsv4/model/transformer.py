@@ -27,9 +27,10 @@ class Transformer(nn.Module):
         dtype: of activations and, in mode "off", of weights and cache.
     """
 
-    def __init__(
-        self, config: Config, quantization: str = "checkpoint", dtype: torch.dtype = torch.bfloat16
-    ):
+    note: str = ""
+    """What the checkpoint says of itself, e.g. that its weights are random."""
+
+    def __init__(self, config: Config, quantization: str = "checkpoint", dtype: torch.dtype = torch.bfloat16):
         super().__init__()
         exact = check_quantization(quantization) == "checkpoint"
         trainable = not exact
