@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import dsv4
 from dsv4.generation import Tokenizer, generate, sample
 from dsv4.generation.encoding import SPECIAL_TOKENS
 from dsv4.generation.tokenizer import TextStream, train_tokenizer
@@ -268,3 +269,46 @@ def test_tokenizer_faults(tmp_path):
     assert "\n" not in str(caught.value)
     with pytest.raises(ValueError, match="vocab_size must be at least 270"):
         train_tokenizer(["x"], 200, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def model():
+    """A real one: two layers with compression, so that generation runs on everything a cache holds."""
+    config = dsv4.Config(
+        vocab_size=300, hidden_size=128, num_hidden_layers=2, num_attention_heads=2, head_dim=128, q_lora_rank=128,
+        o_groups=1, o_lora_rank=128, compress_ratios=(4, 128), n_routed_experts=4, num_experts_per_tok=2,
+        moe_intermediate_size=128, index_n_heads=2, index_topk=4, sliding_window=8,
+    )  # fmt: skip
+    return dsv4.init(config, seed=2)
+
+
+@pytest.mark.parametrize("chunk", [5, 2048])
+def test_model_greedy_is_argmax_of_stateless_logits(model, chunk):
+    prompt = [7 * n % 300 for n in range(21)]
+    tokens = list(prompt)
+    for _ in range(8):
+        tokens.append(int(model(torch.tensor([tokens]))[0, -1].argmax()))
+    cache = model.new_cache()
+    got = list(model.generate(prompt, 8, cache=cache, prefill_chunk=chunk))
+    assert got == tokens[len(prompt) :]
+    assert cache.length == len(tokens) - 1
+    assert cache.token_ids().tolist() == tokens[:-1]
+
+
+def test_model_goes_on_from_a_snapshot_and_after_a_crop(model):
+    prompt = list(range(40))
+    cache = model.new_cache()
+    first = list(model.generate(prompt, 3, cache=cache))
+    branch = cache.snapshot()
+    straight = list(model.generate(first[-1:], 6, cache=cache))
+    assert list(model.generate(first[-1:], 6, cache=branch)) == straight
+    branch.crop(len(prompt) + 2)
+    assert list(model.generate(first[-1:], 6, cache=branch)) == straight
+    assert list(model.generate(prompt, 9)) == first + straight
+
+
+def test_the_cache_goes_on_with_gradients_on(model):
+    """No inference-mode tensor may be left in it: torch refuses to write to those in any other mode."""
+    cache = model.new_cache()
+    token = list(model.generate([1, 2, 3], 2, cache=cache))[-1]
+    assert model(torch.tensor([[token]]), cache=cache).isfinite().all()
