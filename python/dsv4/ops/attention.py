@@ -137,7 +137,7 @@ def _own(pool: _Pool, page: Tensor, offset: Tensor, valid: Tensor) -> _Keys:
 def _shared(pool: _Pool, page: Tensor, offset: Tensor, valid: Tensor) -> list[_Keys]:
     """Keys [n, head_dim] read once for all rows of a block.
 
-    One that is not finite would leak, as zero times NaN, into rows that must not see it, so it goes apart as an own key.
+    One that is not finite would leak, as zero times NaN, into rows that must not see it, so it goes apart as own key.
     """
     keys = pool.read(page, offset, torch.float64)
     valid = valid & (page >= 0)
