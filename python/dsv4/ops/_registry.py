@@ -41,6 +41,7 @@ def register(
     reference: Callable[..., Any],
     *,
     check: Callable[..., None] | None = None,
+    check_values: Callable[..., None] | None = None,
     fake: Callable[..., Any] | None = None,
     backward: Callable[..., Any] | None = None,
     setup_context: Callable[..., None] | None = None,
@@ -54,6 +55,7 @@ def register(
             it, and repeat the defaults of the schema.
         check: raises RuntimeError on arguments that the op does not take. Runs before the reference and the fake
             kernel.
+        check_values: the same for what only the values of a tensor show. Runs before the reference alone.
         fake: allocates the results without computing them. None: the reference itself, which must then not look at
             values.
         backward, setup_context: the gradient, as torch.library.register_autograd takes them.
@@ -64,19 +66,18 @@ def register(
     if not _defined(op):
         _fragment.define(schema)
 
-    def checked(function: Callable[..., Any]) -> Callable[..., Any]:
-        if check is None:
-            return function
-
+    def checked(function: Callable[..., Any], *checks: Callable[..., None] | None) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
-            check(*args, **kwargs)
+            for first in checks:
+                if first is not None:
+                    first(*args, **kwargs)
             return function(*args, **kwargs)
 
         return run
 
-    _fragment.impl(op, checked(reference), "CompositeExplicitAutograd")
+    _fragment.impl(op, checked(reference, check, check_values), "CompositeExplicitAutograd")
     qualified = f"{NAMESPACE}::{op}"
-    torch.library.register_fake(qualified, checked(fake or reference), lib=_fragment)
+    torch.library.register_fake(qualified, checked(fake or reference, check), lib=_fragment)
     if recompute:
         torch.library.register_autograd(
             qualified,

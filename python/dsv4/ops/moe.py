@@ -14,7 +14,13 @@ from dsv4.ops._registry import register
 from dsv4.ops.linear import quantized_activation
 from dsv4.ops.quantize import check_quantized_weight, dequantize_weight_reference
 
-__all__ = ["moe_experts", "moe_experts_reference", "moe_gate", "moe_gate_reference"]
+__all__ = [
+    "moe_experts",
+    "moe_experts_backward_reference",
+    "moe_experts_reference",
+    "moe_gate",
+    "moe_gate_reference",
+]
 
 _SOFTPLUS_THRESHOLD = 20.0
 # Below this softplus(z) equals exp(z) in float64 too, and its root is better taken as exp(z / 2): no underflow, no 0/0
@@ -47,8 +53,8 @@ def moe_gate(
         route_scale: factor of the weights.
     Returns: weights float32 [tokens, top_k], indices int32 [tokens, top_k]; by falling score + bias, or in the order of
         tid2eid. Differentiable in x and weight.
-    Raises: RuntimeError where a shape, dtype or device differs from the above; IndexError for a token id outside
-        tid2eid.
+    Raises: RuntimeError where a shape, dtype or device differs from the above, or a token id or an expert in tid2eid is
+        out of range.
     Source: DeepSeek-V4 report, 2.1; the official inference code.
     """
     return torch.ops.dsv4.moe_gate(x, weight, top_k, bias, token_ids, tid2eid, route_scale)
@@ -100,6 +106,24 @@ def _check_moe_gate(
     check.optional("token_ids", token_ids, INTEGERS, (tokens,))
     check.optional("tid2eid", tid2eid, INTEGERS, ("vocabulary", top_k))
     check.that(bias is None or tid2eid is None, "bias must be None where tid2eid chooses the experts")
+
+
+def _check_moe_gate_values(
+    x: Tensor,
+    weight: Tensor,
+    top_k: int,
+    bias: Tensor | None = None,
+    token_ids: Tensor | None = None,
+    tid2eid: Tensor | None = None,
+    route_scale: float = 1.0,
+) -> None:
+    if tid2eid is None or token_ids is None or token_ids.numel() == 0:
+        return
+    vocabulary, experts = tid2eid.shape[0], weight.shape[0]
+    for name, values, limit in (("token_ids", token_ids, vocabulary), ("tid2eid", tid2eid, experts)):
+        low, high = int(values.min()), int(values.max())
+        if low < 0 or high >= limit:
+            Check("moe_gate").fail(f"{name} must lie in [0, {limit}), got {low if low < 0 else high}")
 
 
 def moe_experts(
@@ -266,7 +290,7 @@ def _check_matrices(
         check.tensor(prefix + name, matrix, (matrix.dtype,), (*leading, out, size // packed))
 
 
-def _moe_experts_backward(
+def moe_experts_backward_reference(
     grad: Tensor,
     x: Tensor,
     weights: Tensor,
@@ -327,7 +351,7 @@ def _expert_backward(
     return d_rows, d_weight, (d_gate.mT @ x, d_up.mT @ x, grad.mT @ hidden)
 
 
-def _moe_experts_backward_fake(
+def _backward_fake(
     grad: Tensor,
     x: Tensor,
     weights: Tensor,
@@ -365,6 +389,7 @@ register(
     " float route_scale=1.0) -> (Tensor, Tensor)",
     moe_gate_reference,
     check=_check_moe_gate,
+    check_values=_check_moe_gate_values,
     recompute=True,
 )
 register(
@@ -379,6 +404,6 @@ register(
 register(
     "moe_experts_backward(Tensor grad, Tensor x, Tensor weights, Tensor indices, Tensor w1, Tensor w3, Tensor w2,"
     " Tensor[] shared, float swiglu_limit) -> Tensor[]",
-    _moe_experts_backward,
-    fake=_moe_experts_backward_fake,
+    moe_experts_backward_reference,
+    fake=_backward_fake,
 )
