@@ -10,13 +10,14 @@ if spec:
 execute_process(COMMAND "${Python_EXECUTABLE}" -I -c "${_query}"
   OUTPUT_VARIABLE _answer ERROR_QUIET OUTPUT_STRIP_TRAILING_WHITESPACE)
 if(NOT _answer)
-  message(FATAL_ERROR "dsv4 needs torch >= ${DSV4_TORCH_FLOOR} in the environment it is installed into; "
-    "run: ${Python_EXECUTABLE} -m pip install -c constraints.txt torch")
+  # A leading blank keeps CMake from breaking the line.
+  message(FATAL_ERROR " dsv4 needs torch >= ${DSV4_TORCH_FLOOR} where it is installed; "
+    "first run: ${Python_EXECUTABLE} -m pip install -c constraints.txt torch")
 endif()
 list(GET _answer 0 DSV4_TORCH_INCLUDE)
 list(GET _answer 1 DSV4_TORCH_VERSION)
 if(DSV4_TORCH_VERSION VERSION_LESS DSV4_TORCH_FLOOR)
-  message(FATAL_ERROR "dsv4 needs torch >= ${DSV4_TORCH_FLOOR}, found ${DSV4_TORCH_VERSION}; "
-    "run: ${Python_EXECUTABLE} -m pip install -c constraints.txt --upgrade torch")
+  message(FATAL_ERROR " dsv4 needs torch >= ${DSV4_TORCH_FLOOR}, found ${DSV4_TORCH_VERSION}; "
+    "first run: ${Python_EXECUTABLE} -m pip install -c constraints.txt --upgrade torch")
 endif()
 message(STATUS "dsv4: torch ${DSV4_TORCH_VERSION} headers in ${DSV4_TORCH_INCLUDE}")
