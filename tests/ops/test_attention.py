@@ -257,7 +257,19 @@ def test_pages_that_are_not_stored_are_left_out(source: str) -> None:
     assert_matches(a)
     assert not torch.equal(call(a)[0], full[0])
     a["window_table"] = a["window_table"][:, :2]  # positions past the table
+    if source != "window":
+        a["compressed_table"] = a["compressed_table"][:, :3]
     assert_matches(a)
+
+
+def test_an_infinite_key_of_weight_zero_spoils_only_its_own_dim() -> None:
+    a = make(source="window", runs=((40, 6),), heads=1, rope_dim=None)
+    a["query"][:, :, 0] = 1.0
+    a["window_pages"][a["window_table"][0, 43 // 16], 43 % 16, 0] = -math.inf
+    out, _ = call(a)
+    torch.testing.assert_close(out, brute_force(a)[0], equal_nan=True)
+    assert out[:, 0, 0].isnan().tolist() == [False] * 3 + [True] * 3
+    assert torch.isfinite(out[:, 0, 1:]).all()
 
 
 @pytest.mark.parametrize("source", ["window", "lengths"])

@@ -276,6 +276,38 @@ def test_blocks_never_change_a_result(monkeypatch: pytest.MonkeyPatch) -> None:
         assert_same_bits(got, want)
 
 
+def golden(case: str, numerics: str, run: str, layer: int, name: str) -> tuple[dict[str, Any], Tensor]:
+    """A call with the input and weights of a golden layer's compressor, plain pages, and the entries it must write."""
+    config = Config.from_file(GOLDEN / case)
+    tensors = load_file(GOLDEN / case / f"intermediates_{numerics}.safetensors")
+    prefix = f"{run}.prefill.layers.{layer}"
+    expected, x = tensors[f"{prefix}.{name}.out"][0], tensors[f"{prefix}.attn.in"][0].double()
+    weights = load_file(GOLDEN / case / "model.safetensors")
+    parts = ("wkv.weight", "wgate.weight", "ape", "norm.weight")
+    own = {part: weights[f"layers.{layer}.attn.{name}.{part}"] for part in parts}
+    tokens, head_dim, ratio = len(x), len(own["norm.weight"]), config.compress_ratios[layer]
+    position = torch.arange(tokens, dtype=torch.int32)
+    frequencies = rope_frequencies(config.qk_rope_head_dim, config.compress_rope_theta, config.rope_scaling)
+    blocks = tokens // 256 + 1
+    call = {
+        "kv": (x @ own["wkv.weight"].double().t()).float(),
+        "gate": (x @ own["wgate.weight"].double().t()).float(),
+        "ape": own["ape"],
+        "norm_weight": own["norm.weight"].to(expected.dtype),
+        "rope": rope_rows(position // ratio * ratio, frequencies),
+        "state": torch.full((1, 2 * ratio, 2, own["ape"].shape[1]), NAN),
+        "pages": torch.full((blocks, 256 // ratio, head_dim), NAN, dtype=expected.dtype),
+        "table": torch.arange(blocks, dtype=torch.int32).flip(0).unsqueeze(0),
+        "sequence": torch.zeros(tokens, dtype=torch.int32),
+        "position": position,
+        "ratio": ratio,
+        "eps": config.rms_norm_eps,
+        "page_size": 256 // ratio,
+        "rotate": name.startswith("indexer"),
+    }
+    return call, expected
+
+
 @pytest.mark.parametrize(
     ("case", "run", "layer", "name"),
     [
@@ -291,46 +323,30 @@ def test_blocks_never_change_a_result(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_golden_entries(case: str, run: str, layer: int, name: str) -> None:
     """Entries of whole layers, FP8 rows and FP4 keys, bit for bit; fed at once and in pieces."""
-    config = Config.from_file(GOLDEN / case)
-    tensors = load_file(GOLDEN / case / "intermediates_quant.safetensors")
-    prefix = f"{run}.prefill.layers.{layer}"
-    ratio = config.compress_ratios[layer]
-    expected, x = tensors[f"{prefix}.{name}.out"][0], tensors[f"{prefix}.attn.in"][0].double()
-    weights = load_file(GOLDEN / case / "model.safetensors")
-    parts = ("wkv.weight", "wgate.weight", "ape", "norm.weight")
-    own = {part: weights[f"layers.{layer}.attn.{name}.{part}"] for part in parts}
-    rotate = name.startswith("indexer")
-    tokens, head_dim, size, rope_dim = len(x), len(own["norm.weight"]), 256 // ratio, config.qk_rope_head_dim
-    position = torch.arange(tokens, dtype=torch.int32)
-    frequencies = rope_frequencies(rope_dim, config.compress_rope_theta, config.rope_scaling)
-    blocks = tokens // 256 + 1
-    a = {
-        "kv": (x @ own["wkv.weight"].double().t()).float(),
-        "gate": (x @ own["wgate.weight"].double().t()).float(),
-        "ape": own["ape"],
-        "norm_weight": own["norm.weight"],
-        "rope": rope_rows(position // ratio * ratio, frequencies),
-        "state": torch.full((1, 2 * ratio, 2, own["ape"].shape[1]), NAN),
-        "pages": allocate_key_pages(blocks, size, head_dim, "fp4")
-        if rotate
-        else allocate_pages(blocks, size, head_dim, rope_dim, "fp8"),
-        "table": torch.arange(blocks, dtype=torch.int32).flip(0).unsqueeze(0),
-        "sequence": torch.zeros(tokens, dtype=torch.int32),
-        "position": position,
-        "ratio": ratio,
-        "eps": config.rms_norm_eps,
-        "page_size": size,
-        "rotate": rotate,
-    }
+    a, expected = golden(case, "quant", run, layer, name)
+    tokens, size, head_dim, count = len(a["kv"]), a["page_size"], expected.shape[1], len(a["pages"])
+    if a["rotate"]:
+        a["pages"] = allocate_key_pages(count, size, head_dim, "fp4")
+    else:
+        a["pages"] = allocate_pages(count, size, head_dim, 64, "fp8")
+    entry = torch.arange(len(expected))
+    page, offset = a["table"][0, entry // size], entry % size
     for cuts in ([[tokens]], [[7], [3], [tokens - 10]], [[1]] * tokens):
         pages, _ = feed(a, cuts)
-        entry = torch.arange(len(expected))
-        page, offset = a["table"][0, entry // size], entry % size
-        if rotate:
+        if a["rotate"]:
             got = read_keys(pages, page, offset, size, head_dim, torch.bfloat16)
         else:
-            got = read_rows(pages, page, offset, size, head_dim, rope_dim, torch.bfloat16)
+            got = read_rows(pages, page, offset, size, head_dim, 64, torch.bfloat16)
         assert_same_bits(got, expected)
+
+
+@pytest.mark.parametrize(("case", "layer"), [("dev_a", 1), ("dev_b", 0), ("dev_c", 1)])
+@pytest.mark.parametrize("name", ["compressor", "indexer.compressor"])
+def test_golden_entries_in_float32(case: str, layer: int, name: str) -> None:
+    a, expected = golden(case, "fp32", "full", layer, name)
+    assert expected.dtype == torch.float32
+    pages, _ = at_once(a)
+    torch.testing.assert_close(stored(a, pages, 0, len(expected)), expected, rtol=1e-5, atol=1e-5)
 
 
 def entries_of(a: dict[str, Any], sequence: int) -> dict[str, Any]:
