@@ -184,3 +184,18 @@ def test_check_op_finds_a_wrong_fake_kernel():
     library.impl("thrice", lambda x: 3 * x, "CompositeExplicitAutograd")
     torch.library.register_fake("dsv4_test::thrice", lambda x: torch.empty_like(x), lib=library)
     check_op(torch.ops.dsv4_test.thrice, torch.randn(3))
+
+
+@pytest.mark.parametrize(
+    ("name", "function", "message"),
+    [
+        ("view", lambda x: x[:1].view(torch.uint8).view(torch.float8_e4m3fn), "shares its memory"),
+        ("write", lambda x: (x.view(torch.uint8).add_(1), x.clone())[1], "argument x: 3 of 3 differ"),
+    ],
+)
+def test_check_op_holds_8_bit_floats_to_the_schema(name, function, message):
+    library = torch.library.Library("dsv4_test", "FRAGMENT")
+    library.define(f"{name}(Tensor x) -> Tensor")
+    library.impl(name, function, "CompositeExplicitAutograd")
+    with pytest.raises(AssertionError, match=message):
+        check_op(getattr(torch.ops.dsv4_test, name), torch.ones(3).to(torch.float8_e4m3fn))

@@ -61,15 +61,34 @@ def implementation_cases(op: str, device: str = "cpu") -> list[Any]:
 def check_op(op: Any, *args: Any) -> None:
     """torch.library.opcheck on `op` (torch.ops.dsv4.<op>): schema, autograd registration, fake kernel, AOT dispatch.
 
-    torch's own schema test cannot compare 8-bit floats, so calls with such tensors, or with such results, go without
-    it.
+    torch's own schema test cannot compare 8-bit floats. Calls with such tensors, or such results, are held to the
+    schema
+    here instead: no argument changes that the schema does not say is written, no result shares memory with an argument.
     """
     from torch.library import opcheck
 
-    result = op(*_pytree.tree_map(lambda value: value.clone() if isinstance(value, Tensor) else value, args))
-    tensors = [value for value in _pytree.tree_leaves((args, result)) if isinstance(value, Tensor)]
-    narrow = any(tensor.dtype in _NARROW for tensor in tensors)
+    copies = _pytree.tree_map(lambda value: value.clone() if isinstance(value, Tensor) else value, args)
+    result = op(*copies)
+    narrow = any(tensor.dtype in _NARROW for tensor in (*_tensors(args), *_tensors(result)))
+    if narrow:
+        _check_schema(op, args, copies, result)
     opcheck(op.default, args, test_utils=_ALL_CHECKS[1:] if narrow else _ALL_CHECKS)
+
+
+def _check_schema(op: Any, args: Sequence[Any], used: Sequence[Any], result: Any) -> None:
+    for declared, before, after in zip(op.default._schema.arguments, args, used, strict=False):
+        if declared.alias_info is not None and declared.alias_info.is_write:
+            continue
+        for a, b in zip(_tensors(before), _tensors(after), strict=True):
+            assert_same_bits(b, a, f"{op}: argument {declared.name}")
+    taken = {tensor.untyped_storage().data_ptr() for tensor in _tensors(used) if tensor.numel()}
+    for tensor in _tensors(result):
+        if tensor.numel() and tensor.untyped_storage().data_ptr() in taken:
+            raise AssertionError(f"{op}: a result shares its memory with an argument")
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    return [value for value in _pytree.tree_leaves(values) if isinstance(value, Tensor)]
 
 
 def assert_rejects(function: Callable[..., Any], arguments: Mapping[str, Any], message: str, **changes: Any) -> None:
