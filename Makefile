@@ -24,6 +24,7 @@ build-tests: $(VENV)/.test
 
 test-native: build-tests
 	$(BIN)/ctest --test-dir $(BUILD) --output-on-failure --no-tests=error -j $(JOBS)
+	@grep -E '^Command: |cases passed' $(BUILD)/Testing/Temporary/LastTest.log | sed 's|^Command: .*/||; s|"$$||'
 
 test-python: build-tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --expect-cases
@@ -55,7 +56,7 @@ $(VENV)/.runtime: constraints.txt
 	touch $@
 
 $(VENV)/.test: $(VENV)/.runtime
-	$(PIP) install --quiet -c constraints.txt pytest pytest-xdist hypothesis transformers
+	$(PIP) install --quiet -c constraints.txt pytest pytest-xdist hypothesis transformers nvidia-cuda-nvdisasm
 	touch $@
 
 $(VENV)/.lint: $(VENV)/.runtime
