@@ -87,6 +87,30 @@ def test_repeated_small_crops_add_up() -> None:
     assert np.array_equal(run(made, [new])[0], expected(config, ids[:580] + new)[580:])
 
 
+def test_rows_written_before_a_crop_count() -> None:
+    """Eight tokens back, one on, eight back: the rings still miss what the tokens first cut off overwrote."""
+    config, ids, new = CONFIGS["all kinds"], tokens(900), tokens(150, seed=2)
+    for length in range(880, 901):
+        made = filled(config, ids[:length])
+        made.crop(length - 8)
+        run(made, [[3]])
+        made.crop(length - 15)
+        got = run(made, [new])[0]
+        assert np.array_equal(got, expected(config, ids[: length - 15] + new)[length - 15 :])
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_crop_after_a_replay(name: str) -> None:
+    """Rows that a replay could not rebuild exactly are not taken for exact by the next one."""
+    config, ids, new = CONFIGS[name], tokens(1300), tokens(150, seed=2)
+    for first, second in ((700, 690), (700, 670), (700, 600), (1010, 1000), (1100, 1070), (600, 520), (530, 515)):
+        made = filled(config, ids)
+        made.crop(first)
+        _pending_spans(made)
+        made.crop(second)
+        assert np.array_equal(run(made, [new])[0], expected(config, ids[:second] + new)[second:])
+
+
 def _pending_spans(made: KVCache) -> list[tuple[int, int, int]]:
     spans = []
     for step in made.pending():
@@ -226,6 +250,21 @@ def test_copies_share_pages_until_written() -> None:
     del made
     gc.collect()
     assert (window.used, compressed.used) == (0, 0)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_copies_go_their_own_ways(name: str) -> None:
+    config, ids = CONFIGS[name], tokens(600)
+    for length in (1, 130, 255, 256, 257, 280, 299, 300, 515, 600):
+        made = filled(config, ids[:length])
+        two = made.fork([0, 0])
+        rows = [ids[:length]] * 3
+        for turn, count in enumerate((25, 1, 90, 150)):
+            new = [tokens(count, seed=100 * turn + place) for place in range(3)]
+            got = [*run(two, new[:2]), *run(made, new[2:])]
+            for place in range(3):
+                rows[place] = rows[place] + new[place]
+                assert np.array_equal(got[place], expected(config, rows[place])[-count:])
 
 
 @pytest.mark.parametrize("ran", [False, True])
