@@ -138,17 +138,25 @@ DSV4_DEVICE void store_shared_float(uint32_t address, float value, Site site = S
 
 // The pointer must be a multiple of 16 bytes.
 DSV4_DEVICE Words4 load_global_16(const void* source, Site site = Site::here()) {
-#if !defined(__CUDACC__)
+#if defined(__CUDACC__)
+  const uint4 value = *static_cast<const uint4*>(source);
+  return {{value.x, value.y, value.z, value.w}};
+#else
   simt::check_aligned(source, 16, site);
-#endif
   return *static_cast<const Words4*>(source);
+#endif
 }
 
 DSV4_DEVICE void store_global_16(void* destination, const Words4& value, Site site = Site::here()) {
-#if !defined(__CUDACC__)
+#if defined(__CUDACC__)
+  // As text: nvcc takes a store of floats through uint4 apart.
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(destination)),
+               "r"(value.word[0]), "r"(value.word[1]), "r"(value.word[2]), "r"(value.word[3])
+               : "memory");
+#else
   simt::check_aligned(destination, 16, site);
-#endif
   *static_cast<Words4*>(destination) = value;
+#endif
 }
 
 // Copies 16 bytes to shared memory while the thread goes on, zeros after the first source_bytes (0 or 16). Visible to the

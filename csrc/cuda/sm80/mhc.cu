@@ -53,10 +53,10 @@ DSV4_KERNEL(kMixThreads, 2) sm80_bf16_mhc_head_mix(const MixArguments a) { mix<b
 DSV4_KERNEL(kMixThreads, 2) sm80_f32_mhc_pre_mix(const MixArguments a) { mix<float, kMixes, false>(a); }
 DSV4_KERNEL(kMixThreads, 2) sm80_f32_mhc_post_pre_mix(const MixArguments a) { mix<float, kMixes, true>(a); }
 DSV4_KERNEL(kMixThreads, 2) sm80_f32_mhc_head_mix(const MixArguments a) { mix<float, kStreams, false>(a); }
-DSV4_KERNEL(kApplyThreads, 8) sm80_bf16_mhc_pre_apply(const ApplyArguments a) { apply<bf16, true>(a); }
-DSV4_KERNEL(kApplyThreads, 8) sm80_f32_mhc_pre_apply(const ApplyArguments a) { apply<float, true>(a); }
-DSV4_KERNEL(kApplyThreads, 8) sm80_bf16_mhc_head_apply(const ApplyArguments a) { apply<bf16, false>(a); }
-DSV4_KERNEL(kApplyThreads, 8) sm80_f32_mhc_head_apply(const ApplyArguments a) { apply<float, false>(a); }
+DSV4_KERNEL(kApplyThreads, 6) sm80_bf16_mhc_pre_apply(const ApplyArguments a) { apply<bf16, true>(a); }
+DSV4_KERNEL(kApplyThreads, 6) sm80_f32_mhc_pre_apply(const ApplyArguments a) { apply<float, true>(a); }
+DSV4_KERNEL(kApplyThreads, 6) sm80_bf16_mhc_head_apply(const ApplyArguments a) { apply<bf16, false>(a); }
+DSV4_KERNEL(kApplyThreads, 6) sm80_f32_mhc_head_apply(const ApplyArguments a) { apply<float, false>(a); }
 
 namespace {
 
