@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -321,14 +322,14 @@ def test_demo(run, monkeypatch):
     assert prompt > window == 128
 
 
-PEAKS = Peaks(Timing(100.0, 1.0), 1e6, Timing(50.0, 1.0), Timing(10.0, 1.0), 1e9)
+PEAKS = Peaks(Timing(130.0, 1.0, 100.0), 1e6, Timing(70.0, 1.0, 50.0), Timing(11.0, 1.0, 10.0), 1e9)
 
 
 @pytest.fixture
 def fast_bench(monkeypatch):
     """The driver with made-up peaks and a stopped clock; the checks are real."""
     monkeypatch.setattr(bench, "measure_peaks", lambda clock: PEAKS)
-    monkeypatch.setattr(Clock, "time", lambda self, run: (run(), Timing(1000.0, 2.0))[1])
+    monkeypatch.setattr(Clock, "time", lambda self, run: (run(), Timing(1000.0, 2.0, 990.0))[1])
 
 
 KEYS = [
@@ -401,3 +402,12 @@ def test_peaks_decide_the_roof():
     assert PEAKS.flops_per_us("bfloat16") == 1e8
     assert PEAKS.flops_per_us("float32") == 5e7  # two BF16 products replace one in float32
     assert PEAKS.roof_us(both) == 1e-4
+
+
+def test_clock():
+    calls = []
+    clock = Clock(torch.device("cpu"), quick=True)
+    timing = clock.time(lambda: calls.append(time.sleep(0.004 if len(calls) % 2 else 0.002)))
+    assert len(calls) == 4, "one to warm up, three that count"
+    assert 2000 <= timing.fastest <= timing.us
+    assert timing.us >= 4000, "the median of 4, 2 and 4 ms"

@@ -100,7 +100,20 @@ def _has_kernels(op: str, clock: Clock) -> bool:
 
 def _peak_results(peaks: Peaks, device: torch.device) -> list[dict[str, Any]]:
     def result(op: str, shape: str, timing: Timing, gflop: float, mbyte: float) -> dict[str, Any]:
-        values = (op, "torch", str(device), shape, timing.us, timing.spread, gflop, mbyte, timing.us, 1.0, 0.0, 0.0)
+        values = (
+            op,
+            "torch",
+            str(device),
+            shape,
+            timing.fastest,
+            timing.spread,
+            gflop,
+            mbyte,
+            timing.fastest,
+            1.0,
+            0.0,
+            0.0,
+        )
         return dict(zip(KEYS, (*values, None, None, None), strict=True))
 
     side = round((peaks.matrix_flops / 2) ** (1 / 3))

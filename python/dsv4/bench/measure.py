@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import statistics
 import threading
 import time
@@ -57,10 +58,11 @@ class Case:
 
 @dataclass(frozen=True)
 class Timing:
-    """Median of the runs, and half the distance between their quartiles, in microseconds."""
+    """Median of the runs, half the distance between their quartiles, and the fastest run, in microseconds."""
 
     us: float
     spread: float
+    fastest: float
 
 
 class Clock:
@@ -68,6 +70,8 @@ class Clock:
 
     def __init__(self, device: torch.device, quick: bool):
         self.device, self.quick = device, quick
+        if device.type == "cpu":
+            _keep_freed_memory()
         self._flush = torch.zeros(_FLUSH_BYTES // 4, dtype=torch.int32, device=device)
 
     def time(self, run: Callable[[], Any]) -> Timing:
@@ -78,7 +82,7 @@ class Clock:
         while len(samples) < least or (sum(samples) < seconds * 1e6 and len(samples) < 200):
             samples.append(self._once(run))
         quartiles = statistics.quantiles(samples, n=4)
-        return Timing(statistics.median(samples), (quartiles[2] - quartiles[0]) / 2)
+        return Timing(statistics.median(samples), (quartiles[2] - quartiles[0]) / 2, min(samples))
 
     def _once(self, run: Callable[[], Any]) -> float:
         self._flush.add_(1)
@@ -94,9 +98,27 @@ class Clock:
         return (time.perf_counter() - started) * 1e6
 
 
+def _keep_freed_memory() -> None:
+    """Let the C library hand out freed memory again, as torch does on a GPU and a server's allocator everywhere.
+
+    Otherwise every large result is new memory, which the kernel clears page by page: for an op bound by bandwidth that
+    takes longer than the op, and longer still for eager torch with its temporaries.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return  # not glibc
+    m_trim_threshold, m_mmap_max = -1, -4
+    mallopt(m_mmap_max, 0)
+    mallopt(m_trim_threshold, 2**31 - 1)
+
+
 @dataclass(frozen=True)
 class Peaks:
-    """What this machine was measured to do: bytes read plus written by a large copy, FLOPs of large matrix products."""
+    """What this machine was measured to do: bytes read plus written by a large copy, FLOPs of large matrix products.
+
+    The fastest run counts: a peak is what the machine can do, not what it does while others use it.
+    """
 
     copy: Timing
     copy_bytes: float
@@ -106,11 +128,11 @@ class Peaks:
 
     @property
     def bytes_per_us(self) -> float:
-        return self.copy_bytes / self.copy.us
+        return self.copy_bytes / self.copy.fastest
 
     def flops_per_us(self, precision: Precision) -> float:
         """float32 operands may be split into two bfloat16 ones, which is faster wherever BF16 is over twice as fast."""
-        bfloat16, float32 = self.matrix_flops / self.bfloat16.us, self.matrix_flops / self.float32.us
+        bfloat16, float32 = self.matrix_flops / self.bfloat16.fastest, self.matrix_flops / self.float32.fastest
         return max(bfloat16, float32) if precision == "bfloat16" else max(float32, bfloat16 / 2)
 
     def roof_us(self, case: Case) -> float:
@@ -125,7 +147,7 @@ def measure_peaks(clock: Clock) -> Peaks:
     copies: list[Callable[[], Any]] = [lambda: target.copy_(source)]
     if clock.device.type == "cpu":
         copies.append(lambda: _threaded_copy(source.numpy(), target.numpy(), torch.get_num_threads()))
-    copy = min((clock.time(run) for run in copies), key=lambda timing: timing.us)
+    copy = min((clock.time(run) for run in copies), key=lambda timing: timing.fastest)
     side = 1024 if clock.quick else 2048 if clock.device.type == "cpu" else 8192
 
     def product(dtype: torch.dtype) -> Timing:
