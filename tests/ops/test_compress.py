@@ -391,9 +391,11 @@ def test_gradients_of_compress_entries(overlap: bool, rotate: bool) -> None:
 
 
 def test_op_registration() -> None:
-    for a in (make(), make(rotate=True)):
+    plain, keys = make(), make(rotate=True)
+    plain["pages"].zero_()
+    keys["pages"] = allocate_key_pages(len(keys["pages"]), keys["page_size"], 32, "fp4")
+    for a in (plain, keys):
         a["state"].zero_()
-        a["pages"].zero_()
         check_op(torch.ops.dsv4.compress, *a.values())
     order = list(compress_entries_reference.__annotations__)[:-1]
     b = entries_of(make(), 0)
