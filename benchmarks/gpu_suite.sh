@@ -1,0 +1,117 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in one command of less than 8 minutes: the device tests, compute-sanitizer on them, the op
+# tests, and the benchmarks with their check. Writes one JSON with the device, driver, date and commit, and ends with 0
+# only if every step that ran passed.
+#
+#   benchmarks/gpu_suite.sh [FILE]     default FILE: docs/results/<date>-<device>.json
+#
+# PYTHON: with a CUDA build of torch (default python3). BUILD: the build folder (default build/make); what is built there
+# is not built again. COMMIT: what is tested, where this is no git clone. No setting of the card is touched.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+PYTHON=${PYTHON:-python3}
+BUILD=${BUILD:-build/make}
+DEVICE_TESTS=$BUILD/tests/cuda_host/device
+LOGS=$(mktemp -d)
+trap 'rm -rf "$LOGS"' EXIT
+started=$SECONDS
+
+if ! device=$(nvidia-smi --query-gpu=name,driver_version --format=csv,noheader 2>/dev/null | head -n 1) || [ -z "$device" ]; then
+  echo "gpu_suite: not run: nvidia-smi finds no GPU" >&2
+  exit 2
+fi
+name=${device%%,*}
+driver=${device##*, }
+commit=${COMMIT:-$(git rev-parse HEAD 2>/dev/null || echo unknown)}
+[ -z "$(git status --porcelain 2>/dev/null)" ] || commit=$commit+changes
+file=${1:-docs/results/$(date -u +%Y-%m-%d)-$(tr -cs 'A-Za-z0-9' '-' <<<"$name" | sed 's/-*$//').json}
+
+# step NAME LIMIT COMMAND...: runs it for at most LIMIT seconds, shows how it ended, and notes it for the JSON. A test
+# program that left something out for want of a GPU has failed here.
+step() {
+  local step_name=$1 limit=$2 begin=$SECONDS left=$((470 - SECONDS + started)) status
+  shift 2
+  timeout $((left < limit ? (left > 1 ? left : 1) : limit)) "$@" >"$LOGS/$step_name.log" 2>&1
+  status=$?
+  ! grep -q '[1-9][0-9]* parts not run' "$LOGS/$step_name.log" || status=not-run
+  printf '%s\t%s\t%s\n' "$step_name" "$status" "$((SECONDS - begin))" >>"$LOGS/steps"
+  if [ $status = 0 ]; then
+    echo "passed  $step_name ($((SECONDS - begin)) s): $(tail -n 1 "$LOGS/$step_name.log")"
+  else
+    echo "FAILED  $step_name ($((SECONDS - begin)) s, status $status):"
+    tail -n 30 "$LOGS/$step_name.log"
+  fi
+}
+
+# not_run NAME WHY
+not_run() {
+  echo "not run $1: $2"
+  printf '%s\tnot run\t%s\n' "$1" "$2" >>"$LOGS/steps"
+}
+
+has_package() { (cd / && "$PYTHON" -c 'import dsv4, sys; sys.exit("sm80" not in dsv4.ops.implementations()["mhc_pre"]["cuda"])') 2>/dev/null; }
+
+if [ ! -x "$DEVICE_TESTS/device_test_ptx" ] || ! has_package; then
+  step build 200 env CMAKE_BUILD_PARALLEL_LEVEL="$(nproc)" "$PYTHON" -m pip install --no-build-isolation --no-deps \
+    --force-reinstall -C build-dir="$BUILD" -C cmake.define.DSV4_CUDA=ON -C cmake.define.DSV4_NATIVE=ON .
+fi
+
+for program in test_ptx test_mhc; do
+  step "device.$program" 60 "$DEVICE_TESTS/device_$program"
+done
+
+sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null)
+if [ -n "$sanitizer" ]; then
+  for tool in memcheck racecheck synccheck initcheck; do
+    step "$tool.test_ptx" 40 "$sanitizer" --tool "$tool" --error-exitcode 9 "$DEVICE_TESTS/device_test_ptx"
+    step "$tool.test_mhc" 60 "$sanitizer" --tool "$tool" --error-exitcode 9 "$DEVICE_TESTS/device_test_mhc" token_counts
+  done
+else
+  not_run sanitizers "no compute-sanitizer"
+fi
+
+if has_package; then
+  step ops 120 "$PYTHON" -m pytest -q -p no:cacheprovider tests/ops/test_mhc.py
+  step bench 120 "$PYTHON" -m dsv4 bench --device cuda --shape v4-flash --shape v4-pro --context 1 --context 64 \
+    --context 4096 --json "$LOGS/bench.jsonl"
+else
+  not_run ops "dsv4 with CUDA kernels does not import"
+  not_run bench "dsv4 with CUDA kernels does not import"
+fi
+
+mkdir -p "$(dirname "$file")"
+NAME=$name DRIVER=$driver COMMIT=$commit SECONDS_TAKEN=$((SECONDS - started)) "$PYTHON" - "$LOGS" "$file" <<'PYTHON'
+import datetime
+import json
+import os
+import pathlib
+import sys
+
+logs, file = pathlib.Path(sys.argv[1]), sys.argv[2]
+steps = []
+for line in (logs / "steps").read_text().splitlines():
+    name, status, note = line.split("\t")
+    if status == "not run":
+        steps.append({"step": name, "result": "not run", "why": note})
+    else:
+        log = (logs / f"{name}.log").read_text(errors="replace").strip().splitlines()
+        result = "passed" if status == "0" else f"failed with {status}"
+        steps.append({"step": name, "result": result, "seconds": int(note), "last_line": log[-1] if log else ""})
+bench = logs / "bench.jsonl"
+results = [json.loads(line) for line in bench.read_text().splitlines()] if bench.exists() else []
+record = {
+    "device": os.environ["NAME"],
+    "driver": os.environ["DRIVER"],
+    "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    "commit": os.environ["COMMIT"],
+    "seconds": int(os.environ["SECONDS_TAKEN"]),
+    "steps": steps,
+    "benchmarks": results,
+}
+pathlib.Path(file).write_text(json.dumps(record, indent=1) + "\n")
+passed = sum(step["result"] == "passed" for step in steps)
+failed = sum(step["result"].startswith("failed") for step in steps)
+print(f"{file}: {len(results)} benchmarks")
+print(f"{passed} passed, {failed} failed, {len(steps) - passed - failed} skipped")
+sys.exit(1 if failed or not passed else 0)
+PYTHON
