@@ -177,6 +177,12 @@ class TestGate:
         tail = torch.tensor([[-120.0], [-122.0]])  # softplus of both is 0 in float32
         weights, _ = ops.moe_gate(torch.ones(1, 1), tail, 2)
         assert weights[0].tolist() == pytest.approx([math.e / (1 + math.e), 1 / (1 + math.e)], rel=1e-6)
+        far = torch.tensor([[-1e4, -800.0, -802.0]], dtype=torch.float64, requires_grad=True)
+        weights, _ = ops.moe_gate(far, torch.eye(3, dtype=torch.float64), 3)  # softplus is 0 in float64 too
+        assert weights[0].tolist() == pytest.approx([math.e / (1 + math.e), 1 / (1 + math.e), 0.0], rel=1e-6)
+        weights[0, 0].backward()
+        assert far.grad.isfinite().all()
+        assert far.grad[0, 1] > 0
         weights, _ = ops.moe_gate(torch.ones(1, 1), torch.full((2, 1), -1e4), 2)
         assert weights.tolist() == [[0.0, 0.0]]
 

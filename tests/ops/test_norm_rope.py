@@ -223,12 +223,22 @@ def test_query_norm_rope(shape, dtype):
 
 def test_query_norm_rounds_at_each_step():
     """Squares, mean, inverse root and product each go through bfloat16, as in the official program."""
-    q = torch.tensor([[[1.0, 1.0 + 2.0**-7]]], dtype=torch.bfloat16)
-    # (1 + 2^-7)^2 = 1 + 2^-6 + 2^-14 -> 1 + 2^-6; mean 1 + 2^-7; rsqrt 0.99612... -> 255/256, times q, rounded.
-    rope = torch.tensor([[[1.0, 0.0]]])
-    root = 255 / 256
-    expected = torch.tensor([root, root * (1 + 2.0**-7)]).bfloat16()
-    assert_same_bits(ops.query_norm_rope(q, rope, 0.0).flatten(), expected)
+    step, still = 1 + 2.0**-7, torch.tensor([[[1.0, 0.0]]])
+    for row, root in (
+        # The square of `step` loses its 2^-14; the mean 1 + 2^-8 is a tie and goes to 1. With the 2^-14 it would go up.
+        ([1, 1, 1, step], 1.0),
+        # The mean 1 + 3 * 2^-8 is a tie and goes up to 1 + 2^-6, whose root is nearest to 254/256; its own, to 255/256.
+        ([1, step, step, step], 254 / 256),
+    ):
+        q = torch.tensor([[row]], dtype=torch.bfloat16)
+        expected = (q.double() * root).bfloat16()
+        assert_same_bits(ops.query_norm_rope(q, still, 0.0), expected)
+
+    q = torch.randn(64, 4, 128).bfloat16()
+    mean = (q.float() * q.float()).bfloat16().double().mean(-1, keepdim=True).bfloat16()
+    root = (1 / (mean.double() + 1e-3).bfloat16().double().sqrt()).bfloat16()
+    still = torch.tensor([1.0, 0.0]).expand(64, 2, 2)
+    assert_same_bits(ops.query_norm_rope(q, still, 1e-3), (q.float() * root.float()).bfloat16())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -79,7 +79,7 @@ def moe_gate_reference(
         ranked = torch.where(ranked.isnan(), -torch.inf, ranked)
         indices = ranked.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
     chosen = score.gather(1, indices).double()
-    total = chosen.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    total = chosen.sum(-1, keepdim=True).clamp_min(torch.finfo(dtype).tiny)
     return (chosen / total * route_scale).to(dtype), indices.to(torch.int32)
 
 
