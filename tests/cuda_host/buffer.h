@@ -1,5 +1,6 @@
 // Memory that kernels read and write, in two bodies like the kernels: on the host model a range that ends where the
-// process may not read, on a GPU device memory with a copy on the host. Both have guard bands and start as NaN patterns.
+// process may not read, on a GPU device memory with a copy on the host. Both have guard bands and start as NaN
+// patterns.
 #pragma once
 
 #include <cstdint>

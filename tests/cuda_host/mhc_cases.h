@@ -63,18 +63,20 @@ struct MhcProblem {
   }
 
   MhcMixing mixing() {
-    return {fn.template const_view<2>(), scale.template const_view<1>(), base.template const_view<1>(), kNormEps, kHcEps,
+    return {fn.template const_view<2>(),
+            scale.template const_view<1>(),
+            base.template const_view<1>(),
+            kNormEps,
+            kHcEps,
             kIterations};
   }
-  Workspace scratch() {
-    return {workspace.device(), sm80::mhc_workspace_bytes(c.tokens, c.hidden)};
-  }
+  Workspace scratch() { return {workspace.device(), sm80::mhc_workspace_bytes(c.tokens, c.hidden)}; }
   MhcPostParams post_params() {
     return {sublayer.template any<2>(), streams.template any<3>(), post_in.template const_view<2>(),
             comb_in.template const_view<3>(), result.template any<3>()};
   }
   MhcPreParams pre_params(DeviceTensor<X>& of) {
-    MhcPreParams p = {of.template any<3>(), mixing(), {}, kRmsEps, input.template any<2>(), post.template view<2>(),
+    MhcPreParams p = {of.template any<3>(),    mixing(), {}, kRmsEps, input.template any<2>(), post.template view<2>(),
                       comb.template view<3>(), scratch()};
     if (c.norm) p.norm_weight = norm_weight.template any<1>();
     return p;
@@ -87,9 +89,9 @@ struct MhcProblem {
     for (DeviceTensor<float>* t : {&post, &comb}) t->download();
   }
   bool intact() {
-    return streams.intact() && sublayer.intact() && result.intact() && input.intact() && fn.intact() && scale.intact() &&
-           base.intact() && norm_weight.intact() && post_in.intact() && comb_in.intact() && post.intact() &&
-           comb.intact() && workspace.intact();
+    return streams.intact() && sublayer.intact() && result.intact() && input.intact() && fn.intact() &&
+           scale.intact() && base.intact() && norm_weight.intact() && post_in.intact() && comb_in.intact() &&
+           post.intact() && comb.intact() && workspace.intact();
   }
 
   static constexpr float kNormEps = 1e-6f, kHcEps = 1e-6f, kRmsEps = 1e-6f;
@@ -168,8 +170,8 @@ Weights weights64(MhcProblem<X>& p, DeviceTensor<X>& r, int64_t token, bool head
   return w;
 }
 
-// What the op made of the problem against float64; a ratio of at most 1 passes. Limits: half a unit in the last place of
-// X for each rounding, and 2e-5 (bfloat16: fn in two parts) or 5e-6 (float32) of the absolute terms.
+// What the op made of the problem against float64; a ratio of at most 1 passes. Limits: half a unit in the last place
+// of X for each rounding, and 2e-5 (bfloat16: fn in two parts) or 5e-6 (float32) of the absolute terms.
 template <class X>
 Worst compare_mhc(MhcProblem<X>& p, MhcOp op) {
   const double unit = sizeof(X) == 2 ? 1.0 / 128 : 1.0 / 8388608;  // spacing of X above 1
@@ -181,9 +183,11 @@ Worst compare_mhc(MhcProblem<X>& p, MhcOp op) {
     if (op == MhcOp::kPost || op == MhcOp::kPostPre) {
       for (int64_t i = 0; i < kStreams * d; ++i) {
         const int64_t o = i / d, column = i % d;
-        double sum = p.post_in.at(t, o) * static_cast<double>(to_float(p.sublayer.at(t, column))), terms = std::abs(sum);
+        double sum = p.post_in.at(t, o) * static_cast<double>(to_float(p.sublayer.at(t, column))),
+               terms = std::abs(sum);
         for (int s = 0; s < kStreams; ++s) {
-          const double term = p.comb_in.at(t, 4 * s + o) * static_cast<double>(to_float(p.streams.at(t, s * d + column)));
+          const double term =
+              p.comb_in.at(t, 4 * s + o) * static_cast<double>(to_float(p.streams.at(t, s * d + column)));
           sum += term;
           terms += std::abs(term);
         }

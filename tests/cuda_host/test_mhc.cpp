@@ -1,6 +1,16 @@
 // The sm80 mHC kernels against float64, and each row against itself in other company. Runs on the host model, and on a
 // GPU where it is built for one.
+#include "cuda/common/launch.h"
+#include "cuda/sm80/mhc_mix.h"
 #include "mhc_cases.h"
+#if !defined(DSV4_ON_GPU)
+#include <sys/mman.h>
+#endif
+
+namespace dsv4::sm80 {
+void sm80_bf16_mhc_pre_mix(MixArguments);
+void sm80_f32_mhc_pre_mix(MixArguments);
+}  // namespace dsv4::sm80
 
 namespace {
 
@@ -108,7 +118,8 @@ void check_fusion(const MhcCase& c) {
   CHECK(sm80::mhc_pre(apart.pre_params(apart.result), context).is_ok());
   CHECK(finish_device());
   apart.download();
-  for (int64_t t = 0; t < c.tokens; ++t) CHECK(bits_of(fused, MhcOp::kPostPre, t) == bits_of(apart, MhcOp::kPostPre, t));
+  for (int64_t t = 0; t < c.tokens; ++t)
+    CHECK(bits_of(fused, MhcOp::kPostPre, t) == bits_of(apart, MhcOp::kPostPre, t));
 }
 
 TEST(the_fused_op_equals_the_two) {
@@ -119,13 +130,129 @@ TEST(the_fused_op_equals_the_two) {
   }
 }
 
+#if !defined(DSV4_ON_GPU)  // a kernel is launched by name where nvcc compiles the test, which it does not
+
+// How many splits a block takes one after another is a matter of speed alone.
+template <class X>
+void check_runs_of_splits(void (*kernel)(sm80::MixArguments)) {
+  using Stage = sm80::MixStage<X, false>;
+  constexpr int64_t kTokens = 5, kHidden = 1096, kSplits = 5;
+  MhcProblem<X> p({kTokens, kHidden}, false);
+  std::vector<std::vector<float>> results;
+  for (const int run : {1, 2, 3, 5}) {
+    DeviceTensor<float> partial({kSplits, kTokens, sm80::kPartialRow});
+    sm80::MixArguments arguments = {};
+    arguments.streams = p.streams.template any<3>();
+    arguments.fn = p.fn.template const_view<2>();
+    arguments.partial = partial.device();
+    arguments.end_token = kTokens;
+    arguments.hidden = kHidden;
+    arguments.splits_per_block = run;
+    arguments.vector = true;
+    cuda::LaunchShape shape;
+    shape.blocks_x = (kTokens + Stage::kTokens - 1) / Stage::kTokens;
+    shape.blocks_y = (kSplits + run - 1) / run;
+    shape.threads = sm80::kMixThreads;
+    shape.shared_bytes = sm80::kMixSharedBytes<X, kMixes, false>;
+    const Status status = cuda::launch("mix", kernel, shape, cuda_context(), arguments);
+    CHECK_MESSAGE(status.is_ok(), status.message());
+    CHECK(partial.intact());
+    results.emplace_back();
+    for (int64_t split = 0; split < kSplits; ++split) {
+      for (int64_t i = 0; i < partial.inner(); ++i) {
+        if (i % sm80::kPartialRow <= sm80::kSquares) results.back().push_back(partial.at(split, i));
+      }
+    }
+    CHECK(results.back() == results.front());
+    for (const float value : results.back()) CHECK(std::isfinite(value));
+  }
+}
+
+TEST(runs_of_splits_change_nothing) {
+  check_runs_of_splits<bf16>(sm80::sm80_bf16_mhc_pre_mix);
+  check_runs_of_splits<float>(sm80::sm80_f32_mhc_pre_mix);
+}
+
+// Three tokens so far apart that the last one's offset is no 32-bit number, in memory that exists only where it is
+// touched.
+template <class X>
+struct FarRows {
+  static constexpr int64_t kStride = int64_t{1} << 30;  // elements
+  static constexpr size_t kBytes = (2 * kStride + 4096) * sizeof(X);
+  X* data;
+  FarRows() {
+    void* memory = mmap(nullptr, kBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (memory == MAP_FAILED) throw std::bad_alloc();
+    data = static_cast<X*>(memory);
+  }
+  ~FarRows() { munmap(data, kBytes); }
+  template <int N>
+  AnyView<N> spread(AnyView<N> view, DeviceTensor<X>* from = nullptr) {
+    for (int64_t t = 0; from != nullptr && t < 3; ++t)
+      memcpy(data + t * kStride, &from->at(t), from->inner() * sizeof(X));
+    view.data = data;
+    view.stride[0] = kStride;
+    return view;
+  }
+};
+
+template <class X>
+void check_far_rows() {
+  const MhcCase c = {3, 40, true};
+  MhcProblem<X> near(c, false), far(c, false);
+  CHECK(run_mhc(near, MhcOp::kPostPre).empty());
+  FarRows<X> sublayer, streams, result, input;
+  MhcPostPreParams p = far.post_pre_params();
+  p.post.sublayer = sublayer.spread(p.post.sublayer, &far.sublayer);
+  p.post.streams = streams.spread(p.post.streams, &far.streams);
+  p.post.result = p.pre.streams = result.spread(p.post.result);
+  p.pre.input = input.spread(p.pre.input);
+  const Status fused = sm80::mhc_post_pre(p, cuda_context());
+  CHECK_MESSAGE(fused.is_ok(), fused.message());
+  const auto check = [&] {
+    for (int64_t t = 0; t < 3; ++t) {
+      CHECK(memcmp(result.data + t * FarRows<X>::kStride, &near.result.at(t), near.result.inner() * sizeof(X)) == 0);
+      CHECK(memcmp(input.data + t * FarRows<X>::kStride, &near.input.at(t), near.input.inner() * sizeof(X)) == 0);
+      memset(result.data + t * FarRows<X>::kStride, 0, near.result.inner() * sizeof(X));
+    }
+  };
+  check();
+  CHECK(sm80::mhc_post(p.post, cuda_context()).is_ok());
+  CHECK(sm80::mhc_pre(p.pre, cuda_context()).is_ok());
+  check();
+}
+
+TEST(offsets_beyond_32_bits) {
+  check_far_rows<bf16>();
+  check_far_rows<float>();
+}
+
+#endif
+
+// The list of candidates leads here.
+TEST(the_op_runs_the_kernel) {
+  if (no_device()) return;
+  const MhcCase c = {4, 48};
+  MhcProblem<bf16> direct(c, false), dispatched(c, false);
+  CHECK(run_mhc(direct, MhcOp::kPostPre).empty());
+  const Context context = cuda_context();
+  CHECK(mhc_pre_workspace_bytes(c.tokens, c.hidden, DType::kBFloat16, context) ==
+        sm80::mhc_workspace_bytes(c.tokens, c.hidden));
+  const Status status = mhc_post_pre(dispatched.post_pre_params(), context);
+  CHECK_MESSAGE(status.is_ok(), status.message());
+  CHECK(finish_device());
+  dispatched.download();
+  for (int64_t t = 0; t < c.tokens; ++t) {
+    CHECK(bits_of(dispatched, MhcOp::kPostPre, t) == bits_of(direct, MhcOp::kPostPre, t));
+  }
+}
+
 TEST(a_small_workspace_is_refused) {
   if (no_device()) return;
   MhcProblem<bf16> p({3, 64}, false);
   MhcPreParams params = p.pre_params(p.streams);
   params.workspace.bytes -= 1;
-  CHECK(std::string(sm80::mhc_pre(params, cuda_context()).message()) ==
-        "mhc_pre: workspace has 383 bytes, needs 384");
+  CHECK(std::string(sm80::mhc_pre(params, cuda_context()).message()) == "mhc_pre: workspace has 383 bytes, needs 384");
 }
 
 }  // namespace

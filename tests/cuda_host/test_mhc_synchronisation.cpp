@@ -40,7 +40,7 @@ TEST(no_alarm_and_the_same_bits_over_seeds) {
   for (const MhcOp op : kOps) {
     check_seeds<bf16>(op, {19, 72, true}, kSeeds);
     check_seeds<float>(op, {35, 72, true}, kSeeds);
-    check_seeds<bf16>(op, {3, 41, true}, 6);    // element by element
+    check_seeds<bf16>(op, {3, 41, true}, 6);     // element by element
     check_seeds<bf16>(op, {130, 296, true}, 3);  // two blocks of tokens, two splits
   }
 }

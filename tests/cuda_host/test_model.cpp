@@ -70,8 +70,9 @@ void exchange(bool before_read, bool before_write, int threads) {
 TEST(a_missing_barrier_is_a_race) {
   for (const int threads : {32, 64, 96}) {
     check_sound([=] { exchange(true, true, threads); }, threads);
-    check_faulty({"RACE: read", "never written", "may still be reading", "RACE: write"},
-                 [=] { exchange(false, true, threads); }, threads);
+    check_faulty(
+        {"RACE: read", "never written", "may still be reading", "RACE: write"}, [=] { exchange(false, true, threads); },
+        threads);
     check_faulty({"may still be reading", "RACE: read"}, [=] { exchange(true, false, threads); }, threads);
   }
 }
@@ -110,13 +111,14 @@ void pass_on(bool sync, bool shuffle) {
 TEST(sync_warp_orders_memory_and_shuffles_do_not) {
   check_sound([] { pass_on(true, false); }, 64);
   check_faulty({"RACE: read", "never written"}, [] { pass_on(false, true); }, 64);
-  check_faulty({"RACE: read", "never written"},
-               [] {
-                 ptx::store_shared_float(word(ptx::thread_index()), 1.0f);
-                 ptx::sync_warp();
-                 ptx::load_shared_float(word(ptx::thread_index() ^ 32));
-               },
-               64);
+  check_faulty(
+      {"RACE: read", "never written"},
+      [] {
+        ptx::store_shared_float(word(ptx::thread_index()), 1.0f);
+        ptx::sync_warp();
+        ptx::load_shared_float(word(ptx::thread_index() ^ 32));
+      },
+      64);
 }
 
 void matrix_of(bool sync) {
@@ -169,7 +171,8 @@ TEST(a_copy_is_there_after_wait_and_barrier_alone) {
   const std::vector<std::string> early = {"on its way", "never written"};
   check_faulty({"on its way"}, [] { copy(false, true, true); }, 64);
   check_faulty({"on its way"}, [] { copy(true, false, true); }, 64);
-  check_faulty({"RACE: read", "on its way", "never written", "may still be reading"}, [] { copy(true, true, false); }, 64);
+  check_faulty(
+      {"RACE: read", "on its way", "never written", "may still be reading"}, [] { copy(true, true, false); }, 64);
 }
 
 TEST(wait_leaves_the_newest_groups_pending) {
@@ -190,23 +193,25 @@ TEST(wait_leaves_the_newest_groups_pending) {
 
 TEST(copies_conflict_with_other_accesses) {
   // Refilled while another thread may still read.
-  check_faulty({"may still be reading", "RACE: read", "on its way", "RACE: write", "never written"},
-               [] {
-                 const int t = ptx::thread_index();
-                 if (t == 0) ptx::store_shared_16(word(0), ptx::Words4{});
-                 ptx::sync_threads();
-                 if (t == 1) ptx::load_shared_16(word(0));
-                 if (t == 0) ptx::cp_async_16(word(0), source, 16);
-                 ptx::cp_async_commit();
-                 ptx::cp_async_wait<0>();
-               },
-               2);
-  check_faulty({"write to smem+0x0 while"},
-               [] {
-                 ptx::cp_async_16(word(0), source, 16);
-                 ptx::store_shared_float(word(0), 1.0f);
-               },
-               1);
+  check_faulty(
+      {"may still be reading", "RACE: read", "on its way", "RACE: write", "never written"},
+      [] {
+        const int t = ptx::thread_index();
+        if (t == 0) ptx::store_shared_16(word(0), ptx::Words4{});
+        ptx::sync_threads();
+        if (t == 1) ptx::load_shared_16(word(0));
+        if (t == 0) ptx::cp_async_16(word(0), source, 16);
+        ptx::cp_async_commit();
+        ptx::cp_async_wait<0>();
+      },
+      2);
+  check_faulty(
+      {"write to smem+0x0 while"},
+      [] {
+        ptx::cp_async_16(word(0), source, 16);
+        ptx::store_shared_float(word(0), 1.0f);
+      },
+      1);
   check_faulty({"did not wait for"}, [] { ptx::cp_async_16(word(0), source, 16); }, 1);
 }
 
@@ -219,44 +224,49 @@ TEST(shared_memory_starts_unwritten_and_has_ends) {
 }
 
 TEST(a_block_that_cannot_go_on_says_who_waits) {
-  check_faulty({"threads 0..31 (32) wait in sync_threads"},
-               [] {
-                 if (ptx::thread_index() < 32) ptx::sync_threads();
-               },
-               64);
+  check_faulty(
+      {"threads 0..31 (32) wait in sync_threads"},
+      [] {
+        if (ptx::thread_index() < 32) ptx::sync_threads();
+      },
+      64);
   check_faulty({"wait in sync_named"}, [] { ptx::sync_named<1, 96>(); }, 64);
-  check_faulty({"wait in shuffle"},
-               [] {
-                 if (ptx::thread_index() != 5) ptx::shuffle_xor(1.0f, 1);
-               },
-               32);
+  check_faulty(
+      {"wait in shuffle"},
+      [] {
+        if (ptx::thread_index() != 5) ptx::shuffle_xor(1.0f, 1);
+      },
+      32);
 }
 
 TEST(lanes_must_meet_at_one_line) {
-  check_faulty({"diverged"},
-               [] {
-                 if (ptx::thread_index() % 2 == 0) {
-                   ptx::shuffle_xor(1.0f, 1);
-                 } else {
-                   ptx::shuffle_xor(1.0f, 2);
-                 }
-               },
-               32);
-  check_faulty({"different barriers"},
-               [] {
-                 if (ptx::thread_index() % 2 == 0) {
-                   ptx::sync_threads();
-                 } else {
-                   ptx::sync_threads();
-                 }
-               },
-               32);
-  check_faulty({"without all its lanes"},
-               [] {
-                 if (ptx::thread_index() % 64 < 48 && ptx::thread_index() / 64 == 0) ptx::sync_named<1, 64>();
-                 if (ptx::thread_index() >= 112) ptx::sync_named<1, 64>();
-               },
-               128);
+  check_faulty(
+      {"diverged"},
+      [] {
+        if (ptx::thread_index() % 2 == 0) {
+          ptx::shuffle_xor(1.0f, 1);
+        } else {
+          ptx::shuffle_xor(1.0f, 2);
+        }
+      },
+      32);
+  check_faulty(
+      {"different barriers"},
+      [] {
+        if (ptx::thread_index() % 2 == 0) {
+          ptx::sync_threads();
+        } else {
+          ptx::sync_threads();
+        }
+      },
+      32);
+  check_faulty(
+      {"without all its lanes"},
+      [] {
+        if (ptx::thread_index() % 64 < 48 && ptx::thread_index() / 64 == 0) ptx::sync_named<1, 64>();
+        if (ptx::thread_index() >= 112) ptx::sync_named<1, 64>();
+      },
+      128);
   check_faulty({"fewer than 32 lanes"}, [] { ptx::shuffle_xor(1.0f, 1); }, 40);
 }
 

@@ -1,5 +1,5 @@
-// Each wrapper of ptx.h against what its instruction is documented to do: on a GPU the instruction's text is under test,
-// on the host model the model is.
+// Each wrapper of ptx.h against what its instruction is documented to do: on a GPU the instruction's text is under
+// test, on the host model the model is.
 #include <array>
 #include <cmath>
 
@@ -194,7 +194,8 @@ DSV4_KERNEL(kThreads, 1) products(const Arguments a) {
   for (int i = 0; i < 4; ++i) a.out[16 * ptx::thread_index() + i] = bits_from_float(d[i]);
 }
 
-// Small integers: exact in any order of summation. Fragments are filled from whole matrices by the documented positions.
+// Small integers: exact in any order of summation. Fragments are filled from whole matrices by the documented
+// positions.
 TEST(mma_multiplies_whole_matrices) {
   if (no_device()) return;
   Random random(6);
@@ -232,7 +233,8 @@ TEST(mma_multiplies_whole_matrices) {
     const size_t row = t % 32 / 4, pair = 2 * (t % 4);
     const auto& d = expected[t / 32];
     CHECK(float_from_bits(out[16 * t]) == d[row][pair] && float_from_bits(out[16 * t + 1]) == d[row][pair + 1]);
-    CHECK(float_from_bits(out[16 * t + 2]) == d[row + 8][pair] && float_from_bits(out[16 * t + 3]) == d[row + 8][pair + 1]);
+    CHECK(float_from_bits(out[16 * t + 2]) == d[row + 8][pair] &&
+          float_from_bits(out[16 * t + 3]) == d[row + 8][pair + 1]);
   }
 }
 
@@ -240,11 +242,9 @@ DSV4_KERNEL(kThreads, 1) arithmetic(const Arguments a) {
   const float* in = reinterpret_cast<const float*>(a.in) + 3 * ptx::thread_index();
   uint32_t* out = a.out + 16 * ptx::thread_index();
   const uint32_t packed = ptx::pack_bf16(in[0], in[1]);
-  const float results[] = {ptx::fma(in[0], in[1], in[2]),  ptx::add(in[0], in[1]),
-                           ptx::multiply(in[0], in[1]),    ptx::divide(in[0], in[1]),
-                           ptx::square_root(fabsf(in[0])), ptx::exponential(in[0]),
-                           ptx::maximum(in[0], in[1]),     ptx::low_bf16(packed),
-                           ptx::high_bf16(packed)};
+  const float results[] = {ptx::fma(in[0], in[1], in[2]), ptx::add(in[0], in[1]),         ptx::multiply(in[0], in[1]),
+                           ptx::divide(in[0], in[1]),     ptx::square_root(fabsf(in[0])), ptx::exponential(in[0]),
+                           ptx::maximum(in[0], in[1]),    ptx::low_bf16(packed),          ptx::high_bf16(packed)};
   for (int i = 0; i < 9; ++i) out[i] = bits_from_float(results[i]);
   out[9] = packed;
 }

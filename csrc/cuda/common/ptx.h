@@ -1,7 +1,8 @@
 // Every PTX instruction and CUDA intrinsic that the kernels use, each behind a small function with two bodies: the
-// instruction under nvcc, and its host model under any other compiler (host_model.h), so that a kernel's own source runs,
-// and is tested, on the CPU. Kernels touch shared memory through these functions alone, by 32-bit address, and put every
-// collective and every synchronisation on a line of its own: the line is how reports and the mutation test name it.
+// instruction under nvcc, and its host model under any other compiler (host_model.h), so that a kernel's own source
+// runs, and is tested, on the CPU. Kernels touch shared memory through these functions alone, by 32-bit address, and
+// put every collective and every synchronisation on a line of its own: the line is how reports and the mutation test
+// name it.
 #pragma once
 
 #include <cmath>
@@ -33,7 +34,9 @@ struct Site {
 };
 #else
 struct Site : simt::Site {
-  static constexpr Site here(const char* file = __builtin_FILE(), int line = __builtin_LINE()) { return {{file, line}}; }
+  static constexpr Site here(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+    return {{file, line}};
+  }
 };
 #endif
 
@@ -159,8 +162,8 @@ DSV4_DEVICE void store_global_16(void* destination, const Words4& value, Site si
 #endif
 }
 
-// Copies 16 bytes to shared memory while the thread goes on, zeros after the first source_bytes (0 or 16). Visible to the
-// thread itself after cp_async_wait, to others after a barrier that follows.
+// Copies 16 bytes to shared memory while the thread goes on, zeros after the first source_bytes (0 or 16). Visible to
+// the thread itself after cp_async_wait, to others after a barrier that follows.
 DSV4_DEVICE void cp_async_16(uint32_t destination, const void* source, int source_bytes, Site site = Site::here()) {
 #if defined(__CUDACC__)
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(destination),
@@ -236,8 +239,8 @@ DSV4_DEVICE float shuffle_xor(float value, int mask, Site site = Site::here()) {
 #endif
 }
 
-// Four 8 x 8 matrices of 16-bit elements. Lane 8 i + r gives the address of row r (16 bytes) of matrix i; lane l receives
-// from matrix i the elements (row l / 4, columns 2 (l % 4) and the next), the lower column in the low half.
+// Four 8 x 8 matrices of 16-bit elements. Lane 8 i + r gives the address of row r (16 bytes) of matrix i; lane l
+// receives from matrix i the elements (row l / 4, columns 2 (l % 4) and the next), the lower column in the low half.
 DSV4_DEVICE void ldmatrix_x4(uint32_t (&matrix)[4], uint32_t address, Site site = Site::here()) {
 #if defined(__CUDACC__)
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -252,10 +255,12 @@ DSV4_DEVICE void ldmatrix_x4(uint32_t (&matrix)[4], uint32_t address, Site site 
 // d [16, 8] += a [16, 16] b [16, 8], bfloat16 in, float32 out. Lane l, register j, element e (low half first):
 //   a: row l / 4 + 8 (j % 2), column 2 (l % 4) + 8 (j / 2) + e     b: column l / 4, row 2 (l % 4) + 8 j + e
 //   d: row l / 4 + 8 (j / 2), column 2 (l % 4) + j % 2
-DSV4_DEVICE void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, Site site = Site::here()) {
+DSV4_DEVICE void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                              Site site = Site::here()) {
 #if defined(__CUDACC__)
   asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+      "%3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 #else

@@ -1,11 +1,10 @@
-// mhc_post: a thread makes one 16-byte piece of the four new streams. 18 D + 80 B a token (bfloat16), 40 D FLOP: bound by
-// bandwidth; below some 500 tokens by launch latency.
-// mhc_pre, mhc_head: the mixing product (mhc_mix.h: 128 tokens x 1024 of K a block, so that fn is read from L2 once for 128
-// tokens), then its use (mhc_apply.h). The streams are read twice: 18 D + 80 B a token and 256 B a split of partial sums,
-// 208 D FLOP; bound by bandwidth on the tensor cores.
-// mhc_post_pre: the first kernel makes the new streams as well, in shared memory, so they are written once and read once:
-// 28 D + 160 B a token against 36 D for the two ops.
-// Few tokens: 4 D / 1024 blocks share the mixing product, which is then bound by reading fn (384 D bytes).
+// mhc_post: a thread makes one 16-byte piece of the four new streams. 18 D + 80 B a token (bfloat16), 40 D FLOP: bound
+// by bandwidth; below some 500 tokens by launch latency. mhc_pre, mhc_head: the mixing product (mhc_mix.h: 128 tokens x
+// 1024 of K a block, so that fn is read from L2 once for 128 tokens), then its use (mhc_apply.h). The streams are read
+// twice: 18 D + 80 B a token and 256 B a split of partial sums, 208 D FLOP; bound by bandwidth on the tensor cores.
+// mhc_post_pre: the first kernel makes the new streams as well, in shared memory, so they are written once and read
+// once: 28 D + 160 B a token against 36 D for the two ops. Few tokens: 4 D / 1024 blocks share the mixing product,
+// which is then bound by reading fn (384 D bytes).
 #include "cuda/common/launch.h"
 #include "cuda/sm80/mhc.h"
 #include "cuda/sm80/mhc_apply.h"
@@ -71,7 +70,8 @@ template <int N>
 bool vector_rows(const AnyView<N>& view) {
   const int64_t elements = 16 / element_bytes(view.dtype);
   bool whole = aligned(view.data) && view.shape[N - 1] % elements == 0;
-  for (int axis = 0; axis + 1 < N; ++axis) whole = whole && (view.stride[axis] % elements == 0 || view.shape[axis] == 1);
+  for (int axis = 0; axis + 1 < N; ++axis)
+    whole = whole && (view.stride[axis] % elements == 0 || view.shape[axis] == 1);
   return whole;
 }
 
@@ -114,7 +114,8 @@ Status run(const Mixing& mixing, MixArguments mix, ApplyArguments apply, const W
   const bool wide = apply.streams.dtype == DType::kFloat32;
   if (tokens == 0) return Status::ok();
   if (workspace.bytes < mhc_workspace_bytes(tokens, hidden)) {
-    return Status::error("%s: workspace has %lld bytes, needs %lld", mixing.name, static_cast<long long>(workspace.bytes),
+    return Status::error("%s: workspace has %lld bytes, needs %lld", mixing.name,
+                         static_cast<long long>(workspace.bytes),
                          static_cast<long long>(mhc_workspace_bytes(tokens, hidden)));
   }
   mix.hidden = apply.hidden = hidden;
@@ -126,7 +127,8 @@ Status run(const Mixing& mixing, MixArguments mix, ApplyArguments apply, const W
     const int64_t count = tokens - first < kTokensAtOnce ? tokens - first : kTokensAtOnce;
     mix.first_token = apply.first_token = first;
     mix.end_token = apply.end_token = first + count;
-    const int64_t token_blocks = ceil_div(count, wide ? MixStage<float, false>::kTokens : MixStage<bf16, false>::kTokens);
+    const int64_t token_blocks =
+        ceil_div(count, wide ? MixStage<float, false>::kTokens : MixStage<bf16, false>::kTokens);
     mix.splits_per_block = static_cast<int>(ceil_div(apply.splits, ceil_div(kMixBlocks, token_blocks)));
     cuda::LaunchShape shape;
     shape.blocks_x = token_blocks;

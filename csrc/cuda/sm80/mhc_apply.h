@@ -1,7 +1,7 @@
-// From the partial sums of the mixing product to mhc_pre's and mhc_head's outputs. Every sum over splits runs from split 0
-// upwards. Blocks of two kinds in one grid: the first ones make post and comb, 16 lanes a token with one element of comb
-// each, so that Sinkhorn's long chain of divisions runs beside the others' reading; each of the rest makes one token's
-// weighted sum of its streams, and its RMSNorm.
+// From the partial sums of the mixing product to mhc_pre's and mhc_head's outputs. Every sum over splits runs from
+// split 0 upwards. Blocks of two kinds in one grid: the first ones make post and comb, 16 lanes a token with one
+// element of comb each, so that Sinkhorn's long chain of divisions runs beside the others' reading; each of the rest
+// makes one token's weighted sum of its streams, and its RMSNorm.
 #pragma once
 
 #include "cuda/sm80/mhc_mix.h"
@@ -73,7 +73,8 @@ DSV4_DEVICE float sinkhorn(float value, float eps, int iterations) {
   return value;
 }
 
-// Post and comb of the tokens of this block. Lanes without a token repeat the last one's work: shuffles need whole warps.
+// Post and comb of the tokens of this block. Lanes without a token repeat the last one's work: shuffles need whole
+// warps.
 DSV4_DEVICE void make_weights(const ApplyArguments& a, int64_t block) {
   const int lane = ptx::thread_index() % 16;
   const int64_t mine = a.first_token + block * kCombTokens + ptx::thread_index() / 16;
@@ -115,7 +116,8 @@ DSV4_DEVICE float sum_of_block(float value) {
   ptx::sync_threads();
   float total = 0.0f;
   DSV4_UNROLL
-  for (int warp = 0; warp < kApplyThreads / 32; ++warp) total = ptx::add(total, ptx::load_shared_float(sums + warp * 4));
+  for (int warp = 0; warp < kApplyThreads / 32; ++warp)
+    total = ptx::add(total, ptx::load_shared_float(sums + warp * 4));
   return total;
 }
 

@@ -1,10 +1,10 @@
-// The mixing product: partial sums of fn r and of r^2 over K = 4 hidden, for blocks of tokens. K is cut into splits of 256
-// columns of each stream, always, whatever the token count: a row's sums, and the order they are added in, never depend on
-// the rows beside it or on how splits are shared among blocks.
-// A block holds two stages of [4 streams, tokens, 32 columns] in shared memory, filled by cp.async; the fused kernel turns
-// a stage into the new streams in place. bfloat16: 128 tokens, a warp owns 16; fn, cut into a high and a low bfloat16 part,
-// and the rows of r go through mma.sync m16n8k16 (fn's relative error 2^-17), and so does r^2, as the diagonal of r rT.
-// float32: 32 tokens, a lane owns one and a warp 3 of the 24 rows of fn, by FMA.
+// The mixing product: partial sums of fn r and of r^2 over K = 4 hidden, for blocks of tokens. K is cut into splits of
+// 256 columns of each stream, always, whatever the token count: a row's sums, and the order they are added in, never
+// depend on the rows beside it or on how splits are shared among blocks. A block holds two stages of [4 streams,
+// tokens, 32 columns] in shared memory, filled by cp.async; the fused kernel turns a stage into the new streams in
+// place. bfloat16: 128 tokens, a warp owns 16; fn, cut into a high and a low bfloat16 part, and the rows of r go
+// through mma.sync m16n8k16 (fn's relative error 2^-17), and so does r^2, as the diagonal of r rT. float32: 32 tokens,
+// a lane owns one and a warp 3 of the 24 rows of fn, by FMA.
 #pragma once
 
 #include "cuda/sm80/mhc_rows.h"
@@ -12,20 +12,20 @@
 namespace dsv4::sm80 {
 
 struct MixArguments {
-  AnyView<3> streams;         // [T, 4, D]; not read by the fused kernel, which has post.streams and makes post.result
-  MhcPostParams post;         // read by the fused kernel alone
-  View<const float, 2> fn;    // [kMixes, 4 D]
-  float* partial;             // [splits, end_token - first_token, kPartialRow]
+  AnyView<3> streams;       // [T, 4, D]; not read by the fused kernel, which has post.streams and makes post.result
+  MhcPostParams post;       // read by the fused kernel alone
+  View<const float, 2> fn;  // [kMixes, 4 D]
+  float* partial;           // [splits, end_token - first_token, kPartialRow]
   int64_t first_token, end_token, hidden;
   int splits_per_block;
-  bool vector;                // every row is made of whole, 16-byte aligned pieces
+  bool vector;  // every row is made of whole, 16-byte aligned pieces
 };
 
 inline constexpr int kMixThreads = 256;
-inline constexpr int kChunk = 32;           // columns of each stream in a stage
+inline constexpr int kChunk = 32;  // columns of each stream in a stage
 inline constexpr int kChunksPerSplit = 8;
-inline constexpr int kPartialRow = 32;      // floats: 24 products, the sum of squares, padding to a 128-byte line
-inline constexpr int kSquares = 24;         // where the sum of squares is in it
+inline constexpr int kPartialRow = 32;  // floats: 24 products, the sum of squares, padding to a 128-byte line
+inline constexpr int kSquares = 24;     // where the sum of squares is in it
 inline constexpr int kFnRowBytes = 4 * kChunk * 2;  // of a bfloat16 part in shared memory
 
 template <class X, bool kPost>
@@ -36,7 +36,8 @@ struct MixStage {
   static constexpr int kRows = kPost ? kStreams + 1 : kStreams;  // the fused kernel also holds the sublayer's output
   static constexpr int kBytes = kRows * kTokens * kPieces * 16;
 
-  // Pieces of a row are permuted so that eight rows' same piece, which one ldmatrix phase reads, lie in different banks.
+  // Pieces of a row are permuted so that eight rows' same piece, which one ldmatrix phase reads, lie in different
+  // banks.
   static DSV4_DEVICE uint32_t address(uint32_t stage, int row, int token, int piece) {
     const int permuted = piece ^ (kPieces == 4 ? (token >> 1) & 3 : token & 7);
     return stage + static_cast<uint32_t>(((row * kTokens + token) * kPieces + permuted) * 16);
@@ -85,10 +86,10 @@ struct FnChunk {
       for (int j = 0; j < 2; ++j) {
         const float a = value[2 * j], b = value[2 * j + 1];
         high.word[j] = ptx::pack_bf16(a, b);
-        low.word[j] = ptx::pack_bf16(ptx::add(a, -ptx::low_bf16(high.word[j])), ptx::add(b, -ptx::high_bf16(high.word[j])));
+        low.word[j] =
+            ptx::pack_bf16(ptx::add(a, -ptx::low_bf16(high.word[j])), ptx::add(b, -ptx::high_bf16(high.word[j])));
       }
-      const uint32_t address =
-          fn + static_cast<uint32_t>(row * kFnRowBytes + (piece ^ (row & 7)) * 16 + index % 2 * 8);
+      const uint32_t address = fn + static_cast<uint32_t>(row * kFnRowBytes + (piece ^ (row & 7)) * 16 + index % 2 * 8);
       ptx::store_shared_8(address, high);
       ptx::store_shared_8(address + kFnRows<X, kMixes> * kFnRowBytes, low);
     }
@@ -218,9 +219,7 @@ struct MixBlock {
 
   DSV4_DEVICE int token(int i) const { return (ptx::thread_index() + i * kMixThreads) / Stage::kPieces; }
   DSV4_DEVICE int piece() const { return ptx::thread_index() % Stage::kPieces; }
-  DSV4_DEVICE int64_t column(int chunk) const {
-    return static_cast<int64_t>(chunk) * kChunk + piece() * kElements<X>;
-  }
+  DSV4_DEVICE int64_t column(int chunk) const { return static_cast<int64_t>(chunk) * kChunk + piece() * kElements<X>; }
   DSV4_DEVICE bool exists(int chunk, int i) const {
     return first_token + token(i) < a.end_token && column(chunk) < a.hidden;
   }
@@ -274,7 +273,8 @@ DSV4_DEVICE void mix(const MixArguments& a) {
   const uint32_t fn = stages + 2 * Stage::kBytes;
   const int chunks = static_cast<int>((a.hidden + kChunk - 1) / kChunk);
   const int first = static_cast<int>(ptx::block_index_y()) * a.splits_per_block * kChunksPerSplit;
-  const int end = first + a.splits_per_block * kChunksPerSplit < chunks ? first + a.splits_per_block * kChunksPerSplit : chunks;
+  const int end =
+      first + a.splits_per_block * kChunksPerSplit < chunks ? first + a.splits_per_block * kChunksPerSplit : chunks;
   const MixBlock<X, kPost, kVector> block{a, a.first_token + ptx::block_index_x() * Stage::kTokens};
   const int64_t tokens = a.end_token - block.first_token;
 

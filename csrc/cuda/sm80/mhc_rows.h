@@ -124,7 +124,8 @@ struct PostWeights {
   }
 };
 
-// One piece of a token's streams and of the sublayer's output. Named one by one: nvcc keeps an array of pieces in memory.
+// One piece of a token's streams and of the sublayer's output. Named one by one: nvcc keeps an array of pieces in
+// memory.
 struct TokenPiece {
   Words4 r0, r1, r2, r3, y;
 };

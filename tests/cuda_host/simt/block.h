@@ -1,8 +1,9 @@
 // The block that runs: its threads, their clocks, its shared memory. Internal to the model.
 //
 // Races are found by vector clocks. A thread's clock holds, for every thread of the block, up to where it knows that
-// thread's doings to be over. Barriers and sync_warp join the clocks of those who meet; shuffles, ldmatrix and mma, which
-// order no memory, do not. An access is compared with the last write of each byte and the last read of each 16 bytes.
+// thread's doings to be over. Barriers and sync_warp join the clocks of those who meet; shuffles, ldmatrix and mma,
+// which order no memory, do not. An access is compared with the last write of each byte and the last read of each 16
+// bytes.
 #pragma once
 
 #include <functional>
@@ -35,10 +36,10 @@ struct Thread {
 
 // What the lanes of a warp bring to an operation that they do together.
 struct Lane {
-  uint32_t value = 0;           // shuffles; ldmatrix: the address
-  int operand = 0;              // shuffles: the source lane
-  uint32_t* result = nullptr;   // shuffles: 1 word; ldmatrix: 4
-  float* d = nullptr;           // mma
+  uint32_t value = 0;          // shuffles; ldmatrix: the address
+  int operand = 0;             // shuffles: the source lane
+  uint32_t* result = nullptr;  // shuffles: 1 word; ldmatrix: 4
+  float* d = nullptr;          // mma
   const uint32_t* a = nullptr;
   const uint32_t* b = nullptr;
 };

@@ -65,12 +65,12 @@ void Fiber::start(void (*entry)(void*), void* argument) {
   *--top = nullptr;
   *--top = nullptr;  // two: the stack is 16-byte aligned at the call
   *--top = reinterpret_cast<void*>(&dsv4_start_fiber);
-  *--top = nullptr;                             // rbp
-  *--top = nullptr;                             // rbx
-  *--top = reinterpret_cast<void*>(entry);      // r12
-  *--top = argument;                            // r13
-  *--top = nullptr;                             // r14
-  *--top = nullptr;                             // r15
+  *--top = nullptr;                         // rbp
+  *--top = nullptr;                         // rbx
+  *--top = reinterpret_cast<void*>(entry);  // r12
+  *--top = argument;                        // r13
+  *--top = nullptr;                         // r14
+  *--top = nullptr;                         // r15
   fiber_context_ = top;
 }
 
@@ -82,7 +82,8 @@ void Fiber::leave() { dsv4_switch_context(&fiber_context_, scheduler_context_); 
 namespace {
 void start_context(unsigned entry_high, unsigned entry_low, unsigned argument_high, unsigned argument_low) {
   const auto join = [](unsigned high, unsigned low) { return static_cast<uintptr_t>(high) << 32 | low; };
-  reinterpret_cast<void (*)(void*)>(join(entry_high, entry_low))(reinterpret_cast<void*>(join(argument_high, argument_low)));
+  reinterpret_cast<void (*)(void*)>(join(entry_high, entry_low))(
+      reinterpret_cast<void*>(join(argument_high, argument_low)));
 }
 }  // namespace
 

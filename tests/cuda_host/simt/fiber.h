@@ -12,8 +12,8 @@ class Fiber {
   Fiber(const Fiber&) = delete;
   Fiber& operator=(const Fiber&) = delete;
 
-  // Makes the next enter() call entry(argument) on a fresh stack; what the fiber did before is abandoned. entry must end
-  // in leave(), not return.
+  // Makes the next enter() call entry(argument) on a fresh stack; what the fiber did before is abandoned. entry must
+  // end in leave(), not return.
   void start(void (*entry)(void*), void* argument);
   void enter();  // from the scheduler: runs the fiber until it leaves
   void leave();  // from the fiber: back to the scheduler

@@ -19,7 +19,8 @@ void multiply(Warp& warp) {
   float a[16][16], b[16][8];
   for (int l = 0; l < 32; ++l) {
     for (int e = 0; e < 2; ++e) {
-      for (int j = 0; j < 4; ++j) a[l / 4 + 8 * (j % 2)][2 * (l % 4) + 8 * (j / 2) + e] = bf16_half(warp.lane[l].a[j], e);
+      for (int j = 0; j < 4; ++j)
+        a[l / 4 + 8 * (j % 2)][2 * (l % 4) + 8 * (j / 2) + e] = bf16_half(warp.lane[l].a[j], e);
       for (int j = 0; j < 2; ++j) b[2 * (l % 4) + 8 * j + e][l / 4] = bf16_half(warp.lane[l].b[j], e);
     }
   }

@@ -7,8 +7,8 @@ namespace dsv4::simt {
 namespace {
 
 constexpr int kGranule = 16;
-// As float32 and as two bfloat16: signalling NaN. Reading what was never written is a fault in itself; this shows up where
-// such bytes leave through a copy that the model does not follow.
+// As float32 and as two bfloat16: signalling NaN. Reading what was never written is a fault in itself; this shows up
+// where such bytes leave through a copy that the model does not follow.
 constexpr uint32_t kPoison = 0x7FA17FA1u;
 
 std::string hex(uint32_t offset) {
@@ -43,11 +43,12 @@ std::string SharedMemory::check_load(int thread, const uint32_t* clock, uint32_t
   if (!wrong.empty()) return wrong;
   for (int i = 0; i < bytes; ++i) {
     const Write& w = writes_[address - base_ + i];
-    if (w.state == State::kInFlight) return "read of " + hex(address - base_ + i) + " while an asynchronous copy is on its way";
+    if (w.state == State::kInFlight)
+      return "read of " + hex(address - base_ + i) + " while an asynchronous copy is on its way";
     if (w.state == State::kNeverWritten) return "read of " + hex(address - base_ + i) + ", which was never written";
     if (w.thread != thread && clock[w.thread] < w.time) {
-      return "RACE: read of " + hex(address - base_ + i) + " without a barrier after thread " + std::to_string(w.thread) +
-             " wrote it";
+      return "RACE: read of " + hex(address - base_ + i) + " without a barrier after thread " +
+             std::to_string(w.thread) + " wrote it";
     }
   }
   return "";
@@ -73,7 +74,8 @@ std::string SharedMemory::check_store(int thread, const uint32_t* clock, uint32_
     const Write& w = writes_[offset + i];
     if (w.state == State::kInFlight) return "write to " + hex(offset + i) + " while an asynchronous copy is on its way";
     if (w.state == State::kWritten && w.thread != thread && clock[w.thread] < w.time) {
-      return "RACE: write to " + hex(offset + i) + " without a barrier after thread " + std::to_string(w.thread) + " wrote it";
+      return "RACE: write to " + hex(offset + i) + " without a barrier after thread " + std::to_string(w.thread) +
+             " wrote it";
     }
   }
   const uint32_t mask = ((1u << bytes) - 1u) << (offset % kGranule);
