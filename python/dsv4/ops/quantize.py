@@ -189,7 +189,8 @@ def dequantize_weight_reference(weight: Tensor, scale: Tensor, dtype: torch.dtyp
     if weight.dtype != E4M3:
         return dequantize_fp4_reference(weight, scale, 32, dtype)
     rows = scale.repeat_interleave(128, -2)[..., : weight.shape[-2], :]
-    return dequantize_fp8_reference(weight, rows, 128, dtype)
+    table = torch.arange(256, dtype=torch.uint8, device=weight.device).view(E4M3).to(_wide_for(dtype))
+    return _scaled(_blocks(_look_up(table, weight), 128), rows, weight, dtype)
 
 
 def _check_dequantize_weight(weight: Tensor, scale: Tensor, dtype: torch.dtype = torch.bfloat16) -> None:
@@ -250,10 +251,15 @@ def fp4_round_trip(x: Tensor, block: int = 32) -> Tensor:
 
 def unpack_fp4(codes: Tensor, dtype: torch.dtype) -> Tensor:
     """The e2m1 values of packed codes, low nibble first: [..., n / 2] -> [..., n]."""
-    codes = codes.view(torch.uint8)
-    table = torch.tensor(_E2M1_VALUES, dtype=dtype, device=codes.device)
-    nibbles = torch.stack((codes & 15, codes >> 4), -1).flatten(-2)
-    return table[nibbles.int()]
+    values = torch.tensor(_E2M1_VALUES, dtype=dtype, device=codes.device)
+    pairs = torch.stack((values.repeat(16), values.repeat_interleave(16)), -1)  # [byte, (low, high)]
+    return _look_up(pairs, codes).flatten(-2)
+
+
+def _look_up(table: Tensor, codes: Tensor) -> Tensor:
+    """table[byte] of every 8-bit code. On a CPU several times faster than converting the codes, or than indexing."""
+    found = table.index_select(0, codes.contiguous().view(torch.uint8).flatten().int())
+    return found.view(*codes.shape, *table.shape[1:])
 
 
 def _check_result_dtype(check: Check, dtype: torch.dtype) -> None:
