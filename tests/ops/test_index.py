@@ -126,6 +126,20 @@ def test_all_scores_equal() -> None:
     assert_matches(a)
 
 
+def test_scores_are_rounded_to_float32_before_they_are_compared() -> None:
+    a = make(lengths=((2,),), heads=1, k=1)
+    a["query"].fill_(1.0)
+    a["weights"].fill_(1.0)
+    keys = a["pages"][a["table"][0, 0]]
+    keys[:2] = 0.0
+    keys[:2, 0] = 1.0
+    keys[1, 1] = 2.0**-30
+    assert index_topk(**a).tolist() == [[0]]
+    for name in ("query", "weights", "pages"):
+        a[name] = a[name].double()
+    assert index_topk(**a).tolist() == [[1]]
+
+
 def test_nan_and_infinite_scores() -> None:
     a = make(lengths=((30, 12), (9,)), k=8)
     for entry, value in ((0, NAN), (3, NAN), (5, float("inf")), (7, NAN), (11, -float("inf"))):
@@ -155,6 +169,8 @@ def test_entries_that_are_not_stored() -> None:
     assert not torch.equal(index_topk(**a), full)
     a["table"] = a["table"][:, :3]
     assert_matches(a)
+    expected = index_topk(**{**a, "lengths": torch.full_like(a["lengths"], 12)})
+    assert_same_bits(index_topk(**{**a, "lengths": torch.full_like(a["lengths"], 2**31 - 1)}), expected)
     a["table"].fill_(-1)
     assert (index_topk(**a) == -1).all()
     assert (index_topk(**{**a, "table": a["table"][:, :0]}) == -1).all()
