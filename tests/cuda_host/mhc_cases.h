@@ -14,7 +14,8 @@ namespace dsv4::testing {
 struct MhcCase {
   int64_t tokens, hidden;
   bool norm = false;
-  int64_t pad = 0;  // elements between one token's rows and the next's
+  int64_t pad = 0;           // elements between one token's rows and the next's
+  bool narrow_norm = false;  // the norm's weight in the streams' type, not float32
   uint64_t seed = 1;
 };
 
@@ -22,7 +23,7 @@ struct MhcCase {
 template <class X>
 struct MhcProblem {
   MhcCase c;
-  DeviceTensor<X> streams, sublayer, result, input;
+  DeviceTensor<X> streams, sublayer, result, input, narrow_norm_weight;
   DeviceTensor<float> fn, scale, base, norm_weight, post_in, comb_in, post, comb;
   DeviceBytes workspace;
 
@@ -33,6 +34,7 @@ struct MhcProblem {
         sublayer({c.tokens, c.hidden}, c.pad),
         result({c.tokens, kStreams, c.hidden}, c.pad),
         input({c.tokens, c.hidden}, c.pad),
+        narrow_norm_weight({c.hidden}),
         fn({head ? kStreams : kMixes, kStreams * c.hidden}),
         scale({head ? 1 : 3}),
         base({head ? kStreams : kMixes}),
@@ -59,7 +61,9 @@ struct MhcProblem {
     fn.fill(random, -spread, spread);
     scale.fill(random, 0.5f, 1.5f);
     base.fill(random, -1, 1);
-    norm_weight.fill(random, 0.5f, 1.5f);
+    narrow_norm_weight.fill(random, 0.5f, 1.5f);
+    for (int64_t i = 0; i < c.hidden; ++i) norm_weight.at(i) = to_float(narrow_norm_weight.at(i));
+    norm_weight.upload();
   }
 
   MhcMixing mixing() {
@@ -78,7 +82,7 @@ struct MhcProblem {
   MhcPreParams pre_params(DeviceTensor<X>& of) {
     MhcPreParams p = {of.template any<3>(),    mixing(), {}, kRmsEps, input.template any<2>(), post.template view<2>(),
                       comb.template view<3>(), scratch()};
-    if (c.norm) p.norm_weight = norm_weight.template any<1>();
+    if (c.norm) p.norm_weight = c.narrow_norm ? narrow_norm_weight.template any<1>() : norm_weight.template any<1>();
     return p;
   }
   MhcPostPreParams post_pre_params() { return {post_params(), pre_params(result)}; }
@@ -90,8 +94,8 @@ struct MhcProblem {
   }
   bool intact() {
     return streams.intact() && sublayer.intact() && result.intact() && input.intact() && fn.intact() &&
-           scale.intact() && base.intact() && norm_weight.intact() && post_in.intact() && comb_in.intact() &&
-           post.intact() && comb.intact() && workspace.intact();
+           scale.intact() && base.intact() && norm_weight.intact() && narrow_norm_weight.intact() && post_in.intact() &&
+           comb_in.intact() && post.intact() && comb.intact() && workspace.intact();
   }
 
   static constexpr float kNormEps = 1e-6f, kHcEps = 1e-6f, kRmsEps = 1e-6f;

@@ -54,6 +54,74 @@ TEST(hidden_sizes) {
 }
 
 // Rows whose length or start is no multiple of 16 bytes go element by element.
+TEST(released_widths) {
+  if (no_device()) return;
+  check_case({2, 4096, true});
+  check_case({1, 7168});
+}
+
+TEST(norm_weight_in_the_type_of_the_streams) {
+  if (no_device()) return;
+  check_case({3, 48, true, 0, true});
+  check_case({3, 50, true, 0, true});
+}
+
+// Rows that start at no multiple of 16 bytes: the same sums by single elements, so the same bits.
+template <class X>
+void check_slices(MhcOp op) {
+  const MhcCase c = {5, 328, true}, wide = {5, 336, true};
+  const bool head = op == MhcOp::kHead;
+  MhcProblem<X> whole(c, head), around(wide, head), sliced(c, head);
+  CHECK(run_mhc(whole, op).empty());
+  const auto slice = [&](auto view, DeviceTensor<X>& storage, DeviceTensor<X>* from) {
+    const int64_t rows = storage.inner() / wide.hidden;
+    for (int64_t t = 0; from != nullptr && t < c.tokens; ++t) {
+      for (int64_t i = 0; i < rows * c.hidden; ++i) {
+        storage.at(t, i / c.hidden * wide.hidden + 1 + i % c.hidden) = from->at(t, i);
+      }
+    }
+    storage.upload();
+    view.data = storage.device() + 1;
+    view.stride[0] = rows * wide.hidden;
+    if (rows > 1) view.stride[1] = wide.hidden;
+    return view;
+  };
+  MhcPostPreParams p = sliced.post_pre_params();
+  p.post.streams = slice(p.post.streams, around.streams, &sliced.streams);
+  p.post.sublayer = slice(p.post.sublayer, around.sublayer, &sliced.sublayer);
+  p.post.result = slice(p.post.result, around.result, nullptr);
+  p.pre.input = slice(p.pre.input, around.input, nullptr);
+  p.pre.streams = op == MhcOp::kPre ? p.post.streams : p.post.result;
+  const MhcHeadParams for_head = {p.post.streams, p.pre.mixing, p.pre.input, p.pre.workspace};
+  const Context context = cuda_context();
+  const Status status = op == MhcOp::kPost      ? sm80::mhc_post(p.post, context)
+                        : op == MhcOp::kPre     ? sm80::mhc_pre(p.pre, context)
+                        : op == MhcOp::kPostPre ? sm80::mhc_post_pre(p, context)
+                                                : sm80::mhc_head(for_head, context);
+  CHECK_MESSAGE(status.is_ok(), status.message());
+  CHECK(finish_device());
+  around.download();
+  sliced.download();
+  const auto gather = [&](DeviceTensor<X>& storage, DeviceTensor<X>& to) {
+    for (int64_t t = 0; t < c.tokens; ++t) {
+      for (int64_t i = 0; i < to.inner(); ++i)
+        to.at(t, i) = storage.at(t, i / c.hidden * wide.hidden + 1 + i % c.hidden);
+    }
+  };
+  gather(around.result, sliced.result);
+  gather(around.input, sliced.input);
+  for (int64_t t = 0; t < c.tokens; ++t) CHECK(bits_of(sliced, op, t) == bits_of(whole, op, t));
+  CHECK(around.intact());
+}
+
+TEST(rows_may_start_anywhere) {
+  if (no_device()) return;
+  for (const MhcOp op : kOps) {
+    check_slices<bf16>(op);
+    check_slices<float>(op);
+  }
+}
+
 TEST(odd_hidden_sizes) {
   if (no_device()) return;
   for (const int64_t hidden : {1, 3, 7, 12, 33, 100, 259}) check_case({2, hidden, hidden % 2 != 0});
