@@ -95,6 +95,13 @@ def _number(kind: type, least: float, most: float, what: str) -> Callable[[str],
     return parse
 
 
+def _token_list(text: str) -> list[int]:
+    parts = text.replace(",", " ").split()
+    if not parts or not all(part.isascii() and part.isdecimal() for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r} must be token numbers, such as 1,2,3")
+    return [int(part) for part in parts]
+
+
 def _context(text: str) -> int:
     try:
         return parse_context(text)
@@ -117,6 +124,8 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", metavar="TEXT", help="the prompt")
     prompt.add_argument("--prompt-file", metavar="FILE", help="read the prompt from a UTF-8 file; - is standard input")
+    prompt.add_argument("--tokens", type=_token_list, metavar="IDS",
+                        help="the prompt as token numbers (1,2,3); gives numbers, needs no tokenizer")  # fmt: skip
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--chat", dest="mode", action="store_const", const="chat", help="answer directly (default)")
     mode.add_argument("--thinking", dest="mode", action="store_const", const="thinking", help="reason first")
@@ -143,13 +152,19 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
 
 
 def _generate(options: argparse.Namespace) -> int:
-    text = options.prompt if options.prompt is not None else _read_text(options.prompt_file)
-    if options.system is not None and options.mode == "raw":
-        raise ValueError("--system needs --chat or --thinking: a raw prompt has no messages")
+    if options.system is not None and (options.mode == "raw" or options.tokens is not None):
+        raise ValueError("--system needs --chat or --thinking and a text: a raw prompt has no messages")
+    text = _read_text(options.prompt_file) if options.prompt_file is not None else options.prompt
     model, tokenizer = _load(options)
     if model.note:
         say(f"note: {options.model} has {model.note}; its text means nothing")
-    ids = tokenizer.encode(_prompt_text(text, options.mode, options.system))
+    ids = options.tokens or tokenizer.encode(_prompt_text(text, options.mode, options.system))
+    most = model.config.max_position_embeddings
+    if len(ids) + options.max_new_tokens > most:
+        raise ValueError(
+            f"a prompt of {len(ids):,} tokens and --max-new-tokens {options.max_new_tokens:,} exceed the {most:,} "
+            "positions of the model"
+        )
     run = Run(model, tokenizer, ids)
     try:
         run.stream(
@@ -186,7 +201,7 @@ def _prompt_text(text: str, mode: str, system: str | None) -> str:
 
 
 def _load(options: argparse.Namespace) -> tuple[Any, Any]:
-    """(model, tokenizer); the tokenizer first, since reading it takes no time and it may be missing."""
+    """(model, tokenizer or None); the tokenizer first, since reading it takes no time and it may be missing."""
     import torch
 
     from dsv4 import checkpoint
@@ -195,7 +210,7 @@ def _load(options: argparse.Namespace) -> tuple[Any, Any]:
     folder = checkpoint.resolve(options.model)
     if not (folder / "config.json").is_file():
         raise ValueError(f"{options.model}: no config.json; a model is a folder with config.json and safetensors files")
-    tokenizer = Tokenizer(folder)
+    tokenizer = Tokenizer(folder) if options.tokens is None else None
     dtype = getattr(torch, options.dtype)
     return checkpoint.load(folder, _device(options.device), options.quantization, dtype), tokenizer
 

@@ -19,10 +19,20 @@ def end_tokens(config: Config) -> tuple[int, ...]:
     return () if found is None else found if isinstance(found, tuple) else (found,)
 
 
-class Run:
-    """One generation: streams its text and keeps what is to be said about it."""
+class Numbers:
+    """In place of a `TextStream`: tokens as numbers."""
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer, ids: list[int]):
+    def push(self, token: int) -> str:
+        return f"{token} "
+
+    def flush(self) -> str:
+        return ""
+
+
+class Run:
+    """One generation: streams its text (without a tokenizer, its numbers) and keeps what is to be said about it."""
+
+    def __init__(self, model: Transformer, tokenizer: Tokenizer | None, ids: list[int]):
         self.model, self.tokenizer, self.ids = model, tokenizer, ids
         self.cache: Any = None
         self.tokens = 0
@@ -31,7 +41,7 @@ class Run:
     def stream(self, max_new_tokens: int, stop_tokens: Sequence[int], **settings: Any) -> None:
         """Write the text to standard output. After an interrupt what was written stands, and its line is ended."""
         self.cache = self.model.new_cache(max_seq_len=len(self.ids) + max_new_tokens)
-        text = self.tokenizer.stream()
+        text = self.tokenizer.stream() if self.tokenizer is not None else Numbers()
         with _PromptBar(len(self.ids)) as bar:
             tokens = generate(
                 self.model,
@@ -54,7 +64,7 @@ class Run:
         finally:
             write(text.flush() + "\n")
 
-    def _put(self, text: TextStream, token: int, stop_tokens: Sequence[int]) -> None:
+    def _put(self, text: TextStream | Numbers, token: int, stop_tokens: Sequence[int]) -> None:
         self.tokens += 1
         if token not in stop_tokens:
             write(text.push(token))

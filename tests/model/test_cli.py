@@ -178,6 +178,14 @@ def test_sampling_settings_reach_the_loop(run, folder):
     assert text("--temperature", 2, "--seed", 1, "--top-p", 1e-6) == text()
 
 
+def test_tokens_need_no_tokenizer(run, folder, tmp_path):
+    path = broken(folder, tmp_path, lambda path: (path / "tokenizer.json").unlink())
+    code, out, _ = run("generate", path, "--tokens", "5, 6 7", "--max-new-tokens", 4, "--ignore-eos")
+    expected = list(dsv4.load(folder).generate([5, 6, 7], 4))
+    assert code == 0
+    assert [int(part) for part in out.split()] == expected
+
+
 def test_prompt_from_a_file(run, folder, tmp_path):
     file = tmp_path / "prompt.txt"
     file.write_bytes("naïve 为".encode())
@@ -239,7 +247,11 @@ def test_no_tokenizer(run, folder, tmp_path):
     ("arguments", "words"),
     [
         (["generate", "nowhere", "--prompt", "x"], "nowhere: no such folder, nor a bundled model (nano)"),
-        (["generate", "nano"], "one of the arguments --prompt --prompt-file is required"),
+        (["generate", "nano"], "one of the arguments --prompt --prompt-file --tokens is required"),
+        (["generate", "nano", "--tokens", "1,x"], "'1,x' must be token numbers, such as 1,2,3"),
+        (["generate", "nano", "--tokens", "1,512"], "must lie in [0, 512), got 1 to 512"),
+        (["generate", "nano", "--tokens", "1", "--system", "y"], "--system needs --chat or --thinking"),
+        (["generate", "nano", "--tokens", "1", "--max-new-tokens", str(1 << 20)], "exceed the 1,048,576 positions"),
         (["generate", "nano", "--prompt", "x", "--max-new-tokens", "0"], "'0' must be a whole number from 1 on"),
         (["generate", "nano", "--prompt", "x", "--max-new-tokens", "many"], "'many' must be a whole number"),
         (["generate", "nano", "--prompt", "x", "--temperature", "-1"], "'-1' must be a number from 0 on"),

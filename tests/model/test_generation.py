@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import dsv4
+from dsv4.checkpoint import resolve
 from dsv4.generation import Tokenizer, generate, sample
-from dsv4.generation.encoding import SPECIAL_TOKENS
+from dsv4.generation.encoding import ASSISTANT, BOS, EOS, SPECIAL_TOKENS, THINK_OPEN
 from dsv4.generation.tokenizer import TextStream, train_tokenizer
 
 VOCAB = 11
@@ -312,3 +313,15 @@ def test_the_cache_goes_on_with_gradients_on(model):
     cache = model.new_cache()
     token = list(model.generate([1, 2, 3], 2, cache=cache))[-1]
     assert model(torch.tensor([[token]]), cache=cache).isfinite().all()
+
+
+def test_bundled_tokenizer_fits_its_model():
+    config = dsv4.Config.preset("nano")
+    tokenizer = Tokenizer(resolve("nano"))
+    assert len(tokenizer) == config.vocab_size
+    assert tokenizer.token(BOS) == config.bos_token_id
+    assert tokenizer.token(EOS) == config.eos_token_id
+    assert all(tokenizer.decode([token]) for token in range(config.vocab_size)), "every token has a text"
+    prompt = dsv4.encode_messages([{"role": "user", "content": "naïve 为什么?"}], "thinking")
+    assert tokenizer.decode(tokenizer.encode(prompt)) == prompt
+    assert tokenizer.encode(prompt)[-2:] == [tokenizer.token(ASSISTANT), tokenizer.token(THINK_OPEN)]
