@@ -6,6 +6,7 @@ the wrong place changes it. `expected` computes the same from the token ids alon
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 
 import numpy as np
@@ -25,8 +26,28 @@ def toy_config(ratios: Sequence[int], window: int, csa_ratio: int = 4) -> Config
     )  # fmt: skip
 
 
+# Overlapping, heavy, alone; a ratio that does not divide 256; one above it; a window of one token.
+CONFIGS = {
+    "all kinds": toy_config((0, 4, 128, 4), 16),
+    "no plain layer": toy_config((128, 4), 8),
+    "window alone": toy_config((0, 0, 0), 20),
+    "odd ratios": toy_config((4, 100, 3, 300), 5),
+    "overlap of 8": toy_config((8, 16, 0), 1, csa_ratio=8),
+}
+
+
+def tokens(count: int, seed: int = 0) -> list[int]:
+    return random.Random(seed).choices(range(97), k=count)
+
+
 def toy_cache(config: Config, batch_size: int = 1, **options: int) -> KVCache:
     return KVCache(config, batch_size, quantization="off", dtype=torch.float64, **options)
+
+
+def filled(config: Config, ids: list[int], **options: int) -> KVCache:
+    made = toy_cache(config, **options)
+    run(made, [ids])
+    return made
 
 
 def _mix(*parts: np.ndarray | int) -> np.ndarray:
