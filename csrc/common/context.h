@@ -25,6 +25,12 @@ struct Context {
   int device_index = 0;                // CUDA
 };
 
+// Scratch memory that a call needs: 64-byte aligned, uninitialised, not shared with a call that may run meanwhile.
+struct Workspace {
+  void* data = nullptr;
+  int64_t bytes = 0;  // at least what the op's workspace function says
+};
+
 // parallel_for with a callable. Results must not depend on how [0, count) is cut.
 template <class Body>
 void parallel(const Context& context, int64_t count, const Body& body) {

@@ -35,12 +35,6 @@ struct MhcMixing {
   int sinkhorn_iterations;     // >= 1; not read by mhc_head
 };
 
-// Scratch memory that a call needs: 64-byte aligned, uninitialised, not shared with a call that may run meanwhile.
-struct Workspace {
-  void* data = nullptr;
-  int64_t bytes = 0;  // at least what the op's workspace function says
-};
-
 // The weights of this sublayer from the streams before it, and the sublayer's input.
 struct MhcPreParams {
   AnyView<3> streams;  // X [T, 4, D]

@@ -64,6 +64,20 @@ class Check {
 
 Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype, const Tensor& device_of);
 
+// Scratch memory of a call.
+class Scratch {
+ public:
+  Scratch(int64_t bytes, const Tensor& on) : bytes_(bytes), memory_(empty({bytes}, ScalarType::Byte, on)) {}
+  operator Workspace() const {
+    if (bytes_ == 0) return {};
+    return {memory_.mutable_data_ptr(), bytes_};
+  }
+
+ private:
+  int64_t bytes_;
+  Tensor memory_;
+};
+
 // The tensor itself where its last `axes` axes lie densely in memory, else a contiguous copy.
 Tensor dense(const Tensor& tensor, int axes = 1);
 std::optional<Tensor> dense(const std::optional<Tensor>& tensor);

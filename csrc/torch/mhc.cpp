@@ -66,20 +66,6 @@ void check_norm(Check& check, const std::optional<Tensor>& weight, const Sizes& 
   }
 }
 
-// Scratch memory of a call.
-class Scratch {
- public:
-  Scratch(int64_t bytes, const Tensor& on) : bytes_(bytes), memory_(empty({bytes}, ScalarType::Byte, on)) {}
-  operator Workspace() const {
-    if (bytes_ == 0) return {};
-    return {memory_.mutable_data_ptr(), bytes_};
-  }
-
- private:
-  int64_t bytes_;
-  Tensor memory_;
-};
-
 Tensor float_tensor(std::initializer_list<int64_t> sizes, const Tensor& on) {
   return empty(sizes, ScalarType::Float, on);
 }

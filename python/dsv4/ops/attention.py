@@ -22,6 +22,7 @@ _DECODED_ELEMENTS = 1 << 26
 _ROPE_DIM = 64
 _TENSORS = 11  # arguments of the op that are tensors; they come first
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+_KERNEL_FLOATS = (torch.bfloat16, torch.float32)
 _WIDE = (torch.float32, torch.float64)
 
 
@@ -81,7 +82,9 @@ def sparse_attention(
     numerators for unrounded.
     Source: DeepSeek-V4 report, 2.3; the official inference code (sparse_attn); FlashMLA for lse and empty rows.
     """
-    return torch.ops.dsv4.sparse_attention(
+    pools = (window_pages,) if compressed_pages is None else (window_pages, compressed_pages)
+    op = _op(query, pools, (sink,) if rope is None else (sink, rope))
+    return op(
         query,
         window_pages,
         window_table,
@@ -99,6 +102,14 @@ def sparse_attention(
         page_size,
         rope_dim,
     )
+
+
+def _op(query: Tensor, pools: tuple[Tensor, ...], wide: tuple[Tensor, ...]) -> Any:
+    """The op that takes these dtypes: the one with kernels, or the reference for float16 and float64."""
+    kernel = query.dtype in _KERNEL_FLOATS and all(x.dtype == torch.float32 for x in wide)
+    if kernel and all(x.dtype in (*_KERNEL_FLOATS, torch.uint8) for x in pools):
+        return torch.ops.dsv4.sparse_attention
+    return torch.ops.dsv4._sparse_attention_reference
 
 
 class _Pool(NamedTuple):
@@ -465,14 +476,15 @@ _ARGUMENTS = (
     "Tensor sequence, Tensor position, Tensor? indices, Tensor? lengths, Tensor sink, Tensor? rope, int window, "
     "float scale, int window_page_size=256, int page_size=64, int? rope_dim=None"
 )
-register(
-    f"sparse_attention({_ARGUMENTS}) -> (Tensor, Tensor)",
-    sparse_attention_reference,
-    check=_check,
-    fake=_fake,
-    backward=_backward,
-    setup_context=_setup_context,
-)
+for _name in ("sparse_attention", "_sparse_attention_reference"):
+    register(
+        f"{_name}({_ARGUMENTS}) -> (Tensor, Tensor)",
+        sparse_attention_reference,
+        check=_check,
+        fake=_fake,
+        backward=_backward,
+        setup_context=_setup_context,
+    )
 register(
     f"sparse_attention_backward(Tensor grad_out, Tensor grad_lse, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)",
     sparse_attention_backward_reference,

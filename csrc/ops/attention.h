@@ -1,0 +1,55 @@
+// Attention of each row over a window of raw rows and compressed entries, under one softmax with a sink. T rows of
+// queries, H heads, D head_dim. Keys and values are the same rows, shared by all heads, in pages (common/pages.h).
+// X, the type of query and out, is bfloat16 or float32. The last axis of every tensor is contiguous.
+#pragma once
+
+#include "common/context.h"
+#include "common/status.h"
+#include "common/view.h"
+
+namespace dsv4 {
+
+// A pool of rows, in one of two forms, and where a sequence's rows are: row e of sequence s lies in page
+// table[s, e / page_size] at offset e % page_size; a page outside the pool (-1), or
+// an entry past the table: not stored.
+struct RowPool {
+  AnyView<3> plain;  // bfloat16 or float32 [pages, page_size, D], or:
+  AnyView<2> bytes;  // uint8 [pages, fp8_page_bytes(page_size, D, rope_dim)]
+  AnyView<2> table;  // int32 [sequences, blocks]
+  int64_t page_size;
+
+  DSV4_HOST_DEVICE bool given() const { return plain.given() || bytes.given(); }
+};
+
+// With s_j = scale * query . key_j over the row's keys, lse = log sum_j exp(s_j) and
+// out = sum_j exp(s_j) key_j / (exp(sink) + sum_j exp(s_j)), rounded to X; then the rotation of `rope` is undone on the
+// last dims, in float32, and the result rounded again. Where X is bfloat16, the numerators exp(s_j - max s) are rounded
+// to it before the product with the values; the denominator sums unrounded ones. Keys of row t: positions position[t] -
+// window + 1 ... position[t] of the window pool (from 0 on); entries indices[t] of the compressed pool that lie in [0,
+// lengths[t]), or without indices all entries below lengths[t]. What is not stored is left out. No other memory has any
+// influence. A row without keys: out 0, lse +inf.
+struct SparseAttentionParams {
+  AnyView<3> query;     // X [T, H, D]
+  RowPool window_pool;  //
+  RowPool compressed;   // optional; its table has as many sequences as window_pool's
+  AnyView<1> sequence;  // int32 [T], a row of the tables
+  AnyView<1> position;  // int32 [T]
+  AnyView<2> indices;   // int32 [T, k], optional; any order, each entry at most once, any value elsewhere
+  AnyView<1> lengths;   // int32 [T], given with compressed
+  AnyView<1> sink;      // float32 [H]
+  AnyView<3> rope;      // float32 [T, R / 2, 2], (cos, sin); optional
+  int64_t rope_dim;     // bfloat16 dims at the end of an FP8 row
+  int64_t window;       // >= 1
+  float scale;
+  AnyView<3> out;  // X [T, H, D]
+  AnyView<2> lse;  // float32 [T, H]
+  Workspace workspace;
+};
+
+// What the call needs in workspace.bytes under this context; out, lse and workspace are not read. 0 for parameters that
+// are not valid.
+int64_t sparse_attention_workspace_bytes(const SparseAttentionParams&, const Context&);
+
+Status sparse_attention(const SparseAttentionParams&, const Context&);
+
+}  // namespace dsv4
