@@ -1,4 +1,4 @@
-"""The cache under the real model, mode checkpoint: after a cut, a failure, a copy or a file, logits are the same bits."""
+"""The cache under the real model, mode checkpoint: after a cut, a failure, a copy or a file, logits keep every bit."""
 
 from __future__ import annotations
 
