@@ -56,7 +56,7 @@ $(VENV)/.runtime: constraints.txt
 	touch $@
 
 $(VENV)/.test: $(VENV)/.runtime
-	$(PIP) install --quiet -c constraints.txt pytest pytest-xdist hypothesis transformers nvidia-cuda-nvdisasm
+	$(PIP) install --quiet -c constraints.txt pytest pytest-xdist hypothesis transformers matplotlib nvidia-cuda-nvdisasm
 	touch $@
 
 $(VENV)/.lint: $(VENV)/.runtime
