@@ -301,7 +301,7 @@ class KVCache:
             for sequence in [s for s in todo if at[s] == self._progress[s].length]:
                 progress, plan = self._progress[sequence], todo.pop(sequence)
                 progress.high = progress.length
-                progress.floor = max(plan.floor, self._first_stored(sequence))
+                progress.floor = max(plan.floor, self.settings.first_window_block(progress.length) * BLOCK)
 
     def commit(self, step: Step) -> None:
         """Takes the rows of a step over: lengths grow, window pages out of reach go back.
@@ -313,12 +313,14 @@ class KVCache:
             raise ValueError("cache: commit takes the step that begin returned last, once, before any other change")
         self._open = None
         for sequence, start, count in step.spans:
-            progress = self._progress[sequence]
+            # What lay further back went when earlier rows were committed.
+            first, last = (self.settings.first_window_block(at) for at in (start, start + count))
+            if first < last:
+                self._tables.drop(_WINDOW, sequence, slice(first, last))
             if not step.replay:
+                progress = self._progress[sequence]
                 progress.length = start + count
-            self._tables.drop(_WINDOW, sequence, slice(0, self.settings.first_window_block(start + count)))
-            if not step.replay:
-                progress.floor = max(progress.floor, self._first_stored(sequence))
+                progress.floor = max(progress.floor, last * BLOCK)
 
     # Copies and cuts
 
@@ -451,11 +453,6 @@ class KVCache:
     def _is_behind(self, sequence: int) -> bool:
         progress = self._progress[sequence]
         return progress.high - progress.length > self.settings.rollback and progress.length > 0
-
-    def _first_stored(self, sequence: int) -> int:
-        """First position whose window page is there; the length where none is."""
-        stored = (self._tables.columns[_WINDOW][sequence] >= 0).nonzero()
-        return int(stored[0]) * BLOCK if len(stored) else self._progress[sequence].length
 
     def _abandon(self) -> None:
         """Forgets a step that was not committed. What it wrote lies past the lengths, except in rings: see `high`."""
