@@ -17,6 +17,7 @@ _F32 = (torch.float32,)
 
 def _check_streams(check: Check, streams: Tensor) -> tuple[int, int]:
     tokens, _, hidden = check.tensor("streams", streams, (torch.bfloat16, torch.float32), ("*", STREAMS, "*"))
+    check.that(hidden >= 1, f"hidden must be at least 1, got {hidden}")
     return tokens, hidden
 
 

@@ -1,0 +1,676 @@
+"""mHC: every implementation that this machine has against the float64 definition, its gradients, its refusals."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+import dsv4.ops as ops
+from dsv4 import _library
+from dsv4.ops import _mhc_checks as checks
+from dsv4.testing import (
+    Guarded,
+    assert_no_worse,
+    assert_rejects,
+    assert_rows_independent,
+    assert_same_bits,
+    check_op,
+    grid,
+    implementation_cases,
+    max_isa,
+    strided,
+)
+
+GOLDEN = Path(__file__).parent.parent / "data" / "golden"
+X = torch.bfloat16
+EPS = {"norm_eps": 1e-6, "hc_eps": 1e-6}
+
+
+# The same maths in eager torch, in the dtype of the streams: what the error of a kernel is measured against.
+
+
+def eager_mixes(streams, fn, norm_eps):
+    flat = streams.flatten(1).to(fn.dtype)
+    return F.linear(flat, fn) * torch.rsqrt(flat.square().mean(-1, keepdim=True) + norm_eps)
+
+
+def eager_pre(streams, fn, scale, base, norm_weight=None, norm_eps=1e-6, hc_eps=1e-6, rounds=20, rms_eps=1e-6):
+    mixes = eager_mixes(streams, fn, norm_eps)
+    pre, post, comb = ops.mhc_weights_reference(mixes, scale, base, hc_eps, rounds)
+    mixed = (pre.unsqueeze(-1) * streams.to(fn.dtype)).sum(1).to(streams.dtype)
+    if norm_weight is not None:
+        wide = mixed.to(fn.dtype)
+        mixed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + rms_eps) * norm_weight.to(fn.dtype)
+    return mixed.to(streams.dtype), post, comb
+
+
+def eager_post(sublayer, streams, post, comb):
+    mixed = comb.transpose(1, 2) @ streams.to(comb.dtype)
+    return (post.unsqueeze(-1) * sublayer.unsqueeze(1).to(comb.dtype) + mixed).to(streams.dtype)
+
+
+def eager_post_pre(sublayer, streams, post, comb, *mixing):
+    new = eager_post(sublayer, streams, post, comb)
+    return (new, *eager_pre(new, *mixing))
+
+
+def eager_head(streams, fn, scale, base, norm_eps=1e-6, hc_eps=1e-6):
+    pre = (eager_mixes(streams, fn, norm_eps) * scale + base).sigmoid() + hc_eps
+    return (pre.unsqueeze(-1) * streams.to(fn.dtype)).sum(1).to(streams.dtype)
+
+
+EAGER = {"mhc_pre": eager_pre, "mhc_post": eager_post, "mhc_post_pre": eager_post_pre, "mhc_head": eager_head}
+
+
+def arguments(op, tokens, hidden, dtype=X, norm=None):
+    """Random arguments of an op by name, in the order of its signature; norm: dtype of the norm weight."""
+    mixes, scales = (4, 1) if op == "mhc_head" else (24, 3)
+    mixing = {
+        "fn": torch.randn(mixes, 4 * hidden) / (4 * hidden) ** 0.5,
+        "scale": torch.rand(scales) + 0.5,
+        "base": torch.randn(mixes) * 0.5,
+    }
+    before = {
+        "sublayer": torch.randn(tokens, hidden).to(dtype),
+        "streams": torch.randn(tokens, 4, hidden).to(dtype),
+        "post": 2 * torch.rand(tokens, 4),
+        "comb": torch.rand(tokens, 4, 4),
+    }
+    if op == "mhc_post":
+        return before
+    if op == "mhc_head":
+        return {"streams": before["streams"], **mixing}
+    mixing["norm_weight"] = None if norm is None else (torch.rand(hidden) + 0.5).to(norm)
+    return {**before, **mixing} if op == "mhc_post_pre" else {"streams": before["streams"], **mixing}
+
+
+def shuffled(names, values, tokens, hidden):
+    """The values with tokens and hidden elements in another order: the same problem, other orders of summation."""
+
+    def one(name, x):
+        if x is None or name in ("scale", "base"):
+            return x
+        if name == "fn":
+            return x.unflatten(1, (4, -1))[..., hidden].flatten(1)
+        if name == "norm_weight":
+            return x[hidden]
+        return x[tokens] if name in ("post", "comb") else x[tokens][..., hidden]
+
+    return [one(name, x) for name, x in zip(names, values, strict=True)]
+
+
+OUTPUTS = {
+    "mhc_pre": ("input", "post", "comb"),
+    "mhc_post": ("streams",),
+    "mhc_post_pre": ("streams", "input", "post", "comb"),
+    "mhc_head": ("input",),
+}
+
+
+def eager_draws(op, names, values, compute):
+    """compute(shuffle) of the eager op in four orders of summation, results in the original order. The error of one order may
+    be small by luck, in a gradient of three elements say; to be as good as torch is to be as good as one of them."""
+    tokens, hidden = (torch.arange(size) for size in (values[0].shape[0], values[0].shape[-1]))
+    for draw in range(4):
+        if draw:
+            tokens, hidden = torch.randperm(len(tokens)), torch.randperm(len(hidden))
+        result_names, result = compute(lambda n, v, t=tokens, h=hidden: shuffled(n, v, t, h))
+        yield shuffled(result_names, result, tokens.argsort(), hidden.argsort())
+
+
+def double(values):
+    return [value.double() if isinstance(value, torch.Tensor) else value for value in values]
+
+
+def results(value):
+    return value if isinstance(value, tuple) else (value,)
+
+
+def padded(x):
+    """The same values, every row followed by NaN that no kernel may read."""
+    if x.dim() < 2:
+        return x
+    memory = torch.full((*x.shape[:-1], x.shape[-1] + 37), torch.nan).to(x.dtype)
+    view = memory[..., : x.shape[-1]]
+    view.copy_(x)
+    return view
+
+
+LAYOUTS = {"contiguous": lambda x: x, "padded": padded, "strided": strided}
+NORMS = [None, "own", torch.float32]
+
+
+def norm_dtype(norm, dtype):
+    return dtype if norm == "own" else norm
+
+
+def assert_accurate(implementation, actual, baseline, exact):
+    """assert_no_worse; the tiles' bfloat16 high + low adds up to 4e-6 to float32 results."""
+    if implementation == "amx" and actual.dtype == torch.float32:
+        assert torch.isfinite(actual).all()
+        assert (actual - exact).abs().max() <= 2 * (baseline - exact).abs().max() + 4e-6 * exact.abs().max()
+    else:
+        assert_no_worse(actual, baseline, exact)
+
+
+def assert_one_draw(implementation, actual, draws, exact):
+    """Every result is no worse than in one of the draws."""
+    left = list(range(len(actual)))
+    for number, baseline in enumerate(draws):
+        for index in tuple(left):
+            a, b, e = actual[index], baseline[index], exact[index]
+            assert a.dtype == b.dtype
+            try:
+                if a.numel():
+                    assert_accurate(implementation, a, b, e)
+                left.remove(index)
+            except AssertionError:
+                if number == 3:
+                    raise
+        if not left:
+            return
+
+
+def check_forward(op, implementation, values, layout):
+    given = [value if value is None else LAYOUTS[layout](value) for value in values]
+    before = [value if value is None else value.clone() for value in given]
+    with max_isa(implementation):
+        actual = results(getattr(ops, op)(*given))
+        if _library.last_implementation(op) != implementation:
+            assert implementation == "amx" and values[0].dtype == torch.float32
+    for value, kept in zip(given, before, strict=True):
+        assert value is None or torch.equal(value, kept)
+    exact = results(getattr(ops, f"{op}_reference")(*double(values)))
+    for a, e in zip(actual, exact, strict=True):
+        assert a.shape == e.shape and a.is_contiguous()
+    if op == "mhc_post_pre":
+        # the streams are rounded before they are read again: it must equal the two ops, whose error is checked
+        with max_isa(implementation):
+            new = ops.mhc_post(*given[:4])
+            for a, b in zip(actual, (new, *ops.mhc_pre(new, *given[4:])), strict=True):
+                assert_same_bits(a, b)
+        return
+    names = list(arguments(op, 1, 1))
+    draws = eager_draws(op, names, values, lambda order: (OUTPUTS[op], results(EAGER[op](*order(names, values)))))
+    assert_one_draw(implementation, actual, draws, exact)
+
+
+CASES = grid(
+    tokens=[0, 1, 2, 15, 16, 17, 33],
+    hidden=[1, 31, 32, 33, 64, 192],
+    dtype=[torch.bfloat16, torch.float32],
+    layout=list(LAYOUTS),
+)
+WIDE = grid(tokens=[1, 3, 13], hidden=[4096, 7168, 511, 1025], dtype=[torch.bfloat16, torch.float32], layout=["padded"])
+
+
+@pytest.mark.parametrize("case", CASES + WIDE)
+@pytest.mark.parametrize("implementation", implementation_cases("mhc_pre"))
+def test_mhc_pre(implementation, case):
+    norm = norm_dtype(NORMS[(case["tokens"] + case["hidden"]) % 3], case["dtype"])
+    values = list(arguments("mhc_pre", case["tokens"], case["hidden"], case["dtype"], norm).values())
+    check_forward("mhc_pre", implementation, values, case["layout"])
+
+
+@pytest.mark.parametrize("case", CASES + WIDE)
+@pytest.mark.parametrize("implementation", implementation_cases("mhc_post"))
+def test_mhc_post(implementation, case):
+    values = list(arguments("mhc_post", case["tokens"], case["hidden"], case["dtype"]).values())
+    check_forward("mhc_post", implementation, values, case["layout"])
+
+
+@pytest.mark.parametrize("case", CASES + WIDE)
+@pytest.mark.parametrize("implementation", implementation_cases("mhc_post_pre"))
+def test_mhc_post_pre(implementation, case):
+    norm = norm_dtype(NORMS[(case["tokens"] + case["hidden"]) % 3], case["dtype"])
+    values = list(arguments("mhc_post_pre", case["tokens"], case["hidden"], case["dtype"], norm).values())
+    check_forward("mhc_post_pre", implementation, values, case["layout"])
+
+
+@pytest.mark.parametrize("case", CASES + WIDE)
+@pytest.mark.parametrize("implementation", implementation_cases("mhc_head"))
+def test_mhc_head(implementation, case):
+    values = list(arguments("mhc_head", case["tokens"], case["hidden"], case["dtype"]).values())
+    check_forward("mhc_head", implementation, values, case["layout"])
+
+
+@pytest.mark.parametrize("eps", [1e-6, 1e-3, 0.0])
+@pytest.mark.parametrize("rounds", [1, 2, 7, 20, 40])
+@pytest.mark.parametrize("implementation", implementation_cases("mhc_pre"))
+def test_settings(implementation, rounds, eps):
+    values = list(arguments("mhc_pre", 9, 96, torch.float32, torch.float32).values())
+    settings = (10 * eps, eps, rounds, 3 * eps)
+    with max_isa(implementation):
+        actual = ops.mhc_pre(*values, *settings)
+    exact = ops.mhc_pre_reference(*double(values), *settings)
+    names = list(arguments("mhc_pre", 1, 1))
+    draws = eager_draws(
+        "mhc_pre", names, values, lambda order: (OUTPUTS["mhc_pre"], eager_pre(*order(names, values), *settings))
+    )
+    assert_one_draw(implementation, actual, draws, exact)
+
+
+@pytest.mark.parametrize("op", list(EAGER))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("implementation", implementation_cases("mhc_pre"))
+def test_rows_are_independent(implementation, dtype, op):
+    if op == "mhc_post" and implementation == "amx":
+        pytest.skip("not run: mhc_post has no amx implementation")
+    values = arguments(op, 41, 160, dtype, dtype)
+    rows = {name: value for name, value in values.items() if name in ("sublayer", "streams", "post", "comb")}
+    fixed = {name: value for name, value in values.items() if name not in rows}
+
+    def run(*parts):
+        return getattr(ops, op)(**dict(zip(rows, parts, strict=True)), **fixed)
+
+    with max_isa(implementation):
+        assert_rows_independent(run, list(rows.values()), cuts=(1, 2, 16, 17, 5))
+        one = results(run(*rows.values()))
+        threads = torch.get_num_threads()
+        try:
+            for count in (1, 2, 3):
+                torch.set_num_threads(count)
+                for a, b in zip(results(run(*rows.values())), one, strict=True):
+                    assert_same_bits(a, b)
+        finally:
+            torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("op", list(EAGER))
+@pytest.mark.parametrize("implementation", implementation_cases("mhc_pre"))
+def test_a_token_of_nan_stays_alone_and_nothing_is_written_beside_inputs(implementation, op):
+    values = arguments(op, 19, 70, X, X)
+    with max_isa(implementation):
+        clean = results(getattr(ops, op)(**values))
+        guards = {name: Guarded(value) for name, value in values.items()}
+        poisoned = {name: guard.tensor for name, guard in guards.items()}
+        poisoned["streams"][7] = torch.nan
+        poisoned["streams"][8, 2, 3] = torch.inf
+        actual = results(getattr(ops, op)(**poisoned))
+    for guard in guards.values():
+        guard.check()
+    others = [t for t in range(19) if t not in (7, 8)]
+    for a, b in zip(actual, clean, strict=True):
+        assert_same_bits(a[others], b[others])
+        assert torch.isnan(a[7]).any()
+
+
+@pytest.mark.parametrize("op", ["mhc_pre", "mhc_post", "mhc_head"])
+@pytest.mark.parametrize("implementation", implementation_cases("mhc_head"))
+def test_offsets_beyond_31_bits(implementation, op):
+    stride = 74_899 * 4 * 7168  # elements between two tokens: beyond 2^31; only their own pages exist
+    memory = torch.empty(stride + 4 * 7168, dtype=X)
+    values = arguments(op, 2, 7168)
+    far = memory.as_strided((2, 4, 7168), (stride, 7168, 1))
+    far.copy_(values["streams"])
+    with max_isa(implementation):
+        near = results(getattr(ops, op)(**values))
+        for a, b in zip(results(getattr(ops, op)(**{**values, "streams": far})), near, strict=True):
+            assert_same_bits(a, b)
+
+
+# Golden data.
+
+
+@pytest.mark.parametrize(
+    ("name", "rounds", "eps"), [("it1_eps1e-2", 1, 1e-2), ("it7_eps1e-3", 7, 1e-3), ("it20_eps1e-6", 20, 1e-6)]
+)
+@pytest.mark.parametrize("implementation", ["reference", *implementation_cases("mhc_pre")])
+def test_sinkhorn_of_the_official_program(implementation, name, rounds, eps):
+    golden = load_file(GOLDEN / "ops" / "ops.safetensors")
+    mixes, scale, base = golden["sinkhorn.mixes"][0], golden["sinkhorn.scale"], golden["sinkhorn.base"]
+    pre, post, comb = (golden[f"sinkhorn.{name}.{part}"][0] for part in ("pre", "post", "comb"))
+    if implementation == "reference":
+        result = ops.mhc_weights_reference(mixes, scale, base, eps, rounds)
+        for actual, expected in zip(result, (pre, post, comb), strict=True):
+            assert (actual - expected).abs().max() <= 1e-6
+        return
+    # Streams of 28 values whose root mean square is 1: the 24 mixes, shrunk to leave room, and what fills up the rest.
+    # fn undoes the shrinking, so that fn r / rms(r) are the mixes.
+    shrink = 0.9 * 28**0.5 / mixes.double().norm(dim=-1).max()
+    small = mixes.double() * shrink
+    fill = ((28 - small.square().sum(-1, keepdim=True)) / 4).sqrt().expand(-1, 4)
+    streams = torch.cat([small, fill], -1).float().view(-1, 4, 7)
+    fn = torch.cat([torch.eye(24), torch.zeros(24, 4)], -1) / shrink.float()
+    with max_isa(implementation):
+        mixed, actual_post, actual_comb = ops.mhc_pre(streams, fn, scale, base, None, 0.0, eps, rounds)
+    assert (actual_post - post).abs().max() <= 1e-6
+    assert (actual_comb - comb).abs().max() <= 1e-6
+    assert (mixed - (pre.unsqueeze(-1) * streams).sum(1)).abs().max() <= 2e-6
+
+
+@pytest.mark.parametrize("case", ["dev_a", "dev_b", "dev_c"])
+@pytest.mark.parametrize("implementation", implementation_cases("mhc_pre"))
+def test_a_block_of_the_official_program(implementation, case):
+    config = json.loads((GOLDEN / case / "config.json").read_text())
+    weights = load_file(GOLDEN / case / "model.safetensors")
+    golden = load_file(GOLDEN / case / "intermediates_fp32.safetensors")
+
+    def values(name):
+        return golden[f"full.prefill.layers.0.{name}"][0]
+
+    def mixing(part):
+        names = [f"layers.0.hc_{part}_{name}" for name in ("fn", "scale", "base")]
+        return [*(weights[name].float() for name in names), weights[f"layers.0.{part}_norm.weight"].float()]
+
+    eps = config["rms_norm_eps"]
+    settings = (eps, config["hc_eps"], config["hc_sinkhorn_iters"], eps)
+    with max_isa(implementation):
+        ids = load_file(GOLDEN / case / "inputs.safetensors")["full.input_ids"][0, : len(values("attn.in"))].long()
+        streams = weights["embed.weight"][ids].float().unsqueeze(1).repeat(1, 4, 1)
+        attn_in, post, comb = ops.mhc_pre(streams, *mixing("attn"), *settings)
+        torch.testing.assert_close(post, values("hc_attn.post"), rtol=0, atol=2e-6)
+        torch.testing.assert_close(comb, values("hc_attn.comb"), rtol=0, atol=2e-6)
+        torch.testing.assert_close(attn_in, values("attn.in"), rtol=1e-5, atol=1e-5)
+        streams, ffn_in, post, comb = ops.mhc_post_pre(
+            values("attn.out"), streams, post, comb, *mixing("ffn"), *settings
+        )
+        torch.testing.assert_close(ffn_in, values("ffn.in"), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(comb, values("hc_ffn.comb"), rtol=0, atol=2e-6)
+        out = ops.mhc_post(values("ffn.out"), streams, post, comb)
+        torch.testing.assert_close(out, values("block_out"), rtol=1e-5, atol=1e-5)
+
+
+# Gradients.
+
+
+def gradients(function, values, grads):
+    leaves = [None if v is None else v.detach().clone().requires_grad_() for v in values]
+    out = results(function(*leaves))
+    wanted = [leaf for leaf in leaves if leaf is not None]
+    return torch.autograd.grad(out, wanted, [g.to(o.dtype) for g, o in zip(grads, out, strict=True)])
+
+
+def pooled(names, grads):
+    """Gradients of scale and base as one result: single sums over all tokens, whose errors mean little one by one."""
+    rest = [g for name, g in zip(names, grads, strict=True) if name not in ("scale", "base")]
+    small = [g for name, g in zip(names, grads, strict=True) if name in ("scale", "base")]
+    return [*rest, torch.cat(small)] if small else rest
+
+
+def check_gradients(op, implementation, values):
+    names = list(arguments(op, 1, 1))
+    wanted = [name for name, value in zip(names, values, strict=True) if value is not None]
+    grads = [torch.randn_like(o) for o in results(EAGER[op](*values))]
+    with max_isa(implementation):
+        actual = gradients(getattr(ops, op), values, grads)
+        # mhc_post_pre leaves its own streams' gradient to the op of the half it came through last
+        backward = {"mhc_post_pre": "mhc_post"}.get(op, op) + "_backward"
+        assert _library.last_implementation(backward) == implementation
+    exact = gradients(getattr(ops, f"{op}_reference"), double(values), double(grads))
+
+    def eager(order):
+        return wanted, gradients(EAGER[op], order(names, values), order(OUTPUTS[op], grads))
+
+    draws = (pooled(wanted, draw) for draw in eager_draws(op, names, values, eager))
+    assert_one_draw(implementation, pooled(wanted, actual), draws, pooled(wanted, exact))
+
+
+GRADIENT_CASES = grid(
+    tokens=[0, 1, 2, 15, 16, 17, 33, 70],
+    hidden=[31, 32, 33, 96, 272],
+    dtype=[torch.bfloat16, torch.float32],
+    draw=[0, 1, 2],
+)
+
+
+@pytest.mark.parametrize("case", GRADIENT_CASES)
+@pytest.mark.parametrize("implementation", implementation_cases("mhc_pre_backward"))
+def test_mhc_pre_backward(implementation, case):
+    norm = norm_dtype(NORMS[case["draw"]], case["dtype"])
+    check_gradients(
+        "mhc_pre",
+        implementation,
+        list(arguments("mhc_pre", case["tokens"], case["hidden"], case["dtype"], norm).values()),
+    )
+
+
+@pytest.mark.parametrize("case", GRADIENT_CASES)
+@pytest.mark.parametrize("implementation", implementation_cases("mhc_post_backward"))
+def test_mhc_post_backward(implementation, case):
+    values = arguments("mhc_post", case["tokens"], case["hidden"], case["dtype"])
+    check_gradients("mhc_post", implementation, list(values.values()))
+
+
+@pytest.mark.parametrize("case", GRADIENT_CASES)
+@pytest.mark.parametrize("implementation", implementation_cases("mhc_head_backward"))
+def test_mhc_head_backward(implementation, case):
+    values = arguments("mhc_head", case["tokens"], case["hidden"], case["dtype"])
+    check_gradients("mhc_head", implementation, list(values.values()))
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("tokens", [1, 17, 70])
+@pytest.mark.parametrize("implementation", implementation_cases("mhc_pre_backward"))
+def test_mhc_post_pre_gradients_equal_the_two_ops(implementation, tokens, norm):
+    values = list(arguments("mhc_post_pre", tokens, 96, X, norm_dtype(norm, X)).values())
+    grads = [torch.randn_like(o) for o in eager_post_pre(*values)]
+
+    def separate(sublayer, streams, post, comb, *mixing):
+        new = ops.mhc_post(sublayer, streams, post, comb)
+        return (new, *ops.mhc_pre(new, *mixing))
+
+    with max_isa(implementation):
+        fused, apart = gradients(ops.mhc_post_pre, values, grads), gradients(separate, values, grads)
+    for a, b in zip(fused, apart, strict=True):
+        # the fused op adds the two gradients of the new streams before it rounds them
+        torch.testing.assert_close(a.float(), b.float(), rtol=0, atol=float(b.abs().max()) * 2**-6)
+    # in float32 nothing is rounded in between
+    wide = [None if v is None else v.float() for v in values]
+    with max_isa(implementation):
+        check_gradients("mhc_post_pre", implementation, wide)
+
+
+@pytest.mark.parametrize("implementation", implementation_cases("mhc_pre_backward"))
+def test_gradients_do_not_depend_on_threads(implementation):
+    threads = torch.get_num_threads()
+    for op in ("mhc_pre", "mhc_post", "mhc_head"):
+        values = list(arguments(op, 77, 600, X, X).values())
+        grads = [torch.randn_like(o) for o in results(EAGER[op](*values))]
+        with max_isa(implementation):
+            expected = gradients(getattr(ops, op), values, grads)
+            try:
+                for count in (1, 2, 3):
+                    torch.set_num_threads(count)
+                    for a, b in zip(gradients(getattr(ops, op), values, grads), expected, strict=True):
+                        assert_same_bits(a, b)
+            finally:
+                torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("rounds", [1, 33, 70])
+@pytest.mark.parametrize("implementation", implementation_cases("mhc_pre_backward"))
+def test_gradients_through_few_and_many_sinkhorn_rounds(implementation, rounds):
+    values = list(arguments("mhc_pre", 9, 40, torch.float32).values())
+    grads = [torch.randn_like(o) for o in eager_pre(*values)]
+    settings = (1e-6, 1e-3, rounds, 1e-6)
+    with max_isa(implementation):
+        actual = gradients(lambda *v: ops.mhc_pre(*v, *settings), values, grads)
+    exact = gradients(lambda *v: ops.mhc_pre_reference(*v, *settings), double(values), double(grads))
+    for a, e in zip(actual, exact, strict=True):
+        torch.testing.assert_close(a.double(), e, rtol=0, atol=2e-6 * float(e.abs().max()))
+
+
+@pytest.mark.parametrize("norm", [None, torch.float64])
+@pytest.mark.parametrize("op", list(EAGER))
+def test_references_are_differentiable(op, norm):
+    values = [v if v is None else v.double() for v in arguments(op, 3, 5, torch.float64, norm).values()]
+    leaves = [None if v is None else v.requires_grad_() for v in values]
+    function = getattr(ops, f"{op}_reference")
+    assert torch.autograd.gradcheck(lambda *v: function(*v), leaves)
+
+
+@pytest.mark.parametrize("norm", [None, torch.float64])
+def test_gradient_formulas_equal_autograd(norm):
+    mixing = arguments("mhc_pre", 3, 5, torch.float64, norm)
+    values = [v if v is None else v.double() for v in mixing.values()]
+    grads = [torch.randn(3, 5), torch.randn(3, 4), torch.randn(3, 4, 4)]
+    residual = torch.randn(3, 4, 5).double()
+    settings = (1e-5, 1e-3, 4, 1e-4)
+    expected = gradients(lambda *v: ops.mhc_pre_reference(*v, *settings), values, double(grads))
+    actual = ops.mhc_pre_backward_reference(*double(grads), residual, *values, *settings)
+    torch.testing.assert_close(actual[0] - residual, expected[0])
+    for a, e in zip(actual[1:], expected[1:], strict=False):
+        torch.testing.assert_close(a, e)
+    for op in ("mhc_post", "mhc_head"):
+        values = double(arguments(op, 3, 5, torch.float64).values())
+        grad = torch.randn_like(EAGER[op](*values))
+        tail = () if op == "mhc_post" else (1e-6, 1e-6)
+        expected = gradients(getattr(ops, f"{op}_reference"), values, [grad])
+        for a, e in zip(getattr(ops, f"{op}_backward_reference")(grad, *values, *tail), expected, strict=True):
+            torch.testing.assert_close(a, e)
+
+
+def test_second_derivatives_are_refused():
+    values = [v.requires_grad_() for v in arguments("mhc_post", 2, 8, torch.float32).values()]
+    (grad,) = torch.autograd.grad(ops.mhc_post(*values).square().sum(), values[:1], create_graph=True)
+    with pytest.raises(RuntimeError, match="mhc_post_backward: has no gradient"):
+        grad.sum().backward()
+
+
+# What the ops refuse, in these words. The fake kernels, here on the meta device, say the same.
+
+
+def bad_streams(op):
+    wanted = f"{op}: streams must be bfloat16 or float32 [*, 4, *], got"
+    return [
+        ({"streams": torch.randn(9, 3, 8).to(X)}, f"{wanted} bfloat16 [9, 3, 8]"),
+        ({"streams": torch.randn(9, 4, 8).double()}, f"{wanted} float64 [9, 4, 8]"),
+        ({"streams": torch.randn(9, 32).to(X)}, f"{wanted} bfloat16 [9, 32]"),
+    ]
+
+
+def bad_post(op):
+    return [
+        ({"sublayer": torch.randn(9, 7).to(X)}, f"{op}: sublayer must be bfloat16 [9, 8], got bfloat16 [9, 7]"),
+        ({"sublayer": torch.randn(9, 8)}, f"{op}: sublayer must be bfloat16 [9, 8], got float32 [9, 8]"),
+        ({"post": torch.rand(9, 4).to(X)}, f"{op}: post must be float32 [9, 4], got bfloat16 [9, 4]"),
+        ({"post": torch.rand(8, 4)}, f"{op}: post must be float32 [9, 4], got float32 [8, 4]"),
+        ({"comb": torch.rand(9, 16)}, f"{op}: comb must be float32 [9, 4, 4], got float32 [9, 16]"),
+        ({"comb": torch.rand(9, 4, 4).half()}, f"{op}: comb must be float32 [9, 4, 4], got float16 [9, 4, 4]"),
+    ]
+
+
+def bad_mixing(op):
+    mixes, scales = (4, 1) if op == "mhc_head" else (24, 3)
+    return [
+        ({"fn": torch.randn(mixes, 8)}, f"{op}: fn must be float32 [{mixes}, 32], got float32 [{mixes}, 8]"),
+        ({"fn": torch.randn(mixes, 32).to(X)}, f"{op}: fn must be float32 [{mixes}, 32], got bfloat16 [{mixes}, 32]"),
+        ({"scale": torch.rand(4)}, f"{op}: scale must be float32 [{scales}], got float32 [4]"),
+        ({"base": torch.rand(mixes).int()}, f"{op}: base must be float32 [{mixes}], got int32 [{mixes}]"),
+        ({"hc_eps": -1.0}, f"{op}: hc_eps must be finite and not negative, got -1"),
+        ({"norm_eps": float("inf")}, f"{op}: norm_eps must be finite and not negative, got inf"),
+    ]
+
+
+def bad_norm(op):
+    return [
+        ({"norm_weight": torch.rand(9)}, f"{op}: norm_weight must be bfloat16 or float32 [8], got float32 [9]"),
+        ({"sinkhorn_iterations": 0}, f"{op}: sinkhorn_iterations must be at least 1, got 0"),
+        ({"rms_eps": -2.5}, f"{op}: rms_eps must be finite and not negative, got -2.5"),
+    ]
+
+
+BAD = {
+    "mhc_pre": [*bad_streams("mhc_pre"), *bad_mixing("mhc_pre"), *bad_norm("mhc_pre")],
+    "mhc_post": [*bad_streams("mhc_post"), *bad_post("mhc_post")],
+    "mhc_post_pre": [
+        *bad_streams("mhc_post_pre"), *bad_post("mhc_post_pre"), *bad_mixing("mhc_post_pre"), *bad_norm("mhc_post_pre"),
+    ],
+    "mhc_head": [*bad_streams("mhc_head"), *bad_mixing("mhc_head")],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize(
+    ("op", "changes", "message"), [pytest.param(op, c, m, id=m) for op, cases in BAD.items() for c, m in cases]
+)
+def test_refusals(op, changes, message, device):
+    def place(values):
+        return {name: v.to(device) if isinstance(v, torch.Tensor) else v for name, v in values.items()}
+
+    assert_rejects(getattr(ops, op), place(arguments(op, 9, 8, X, X)), message, **place(changes))
+
+
+def test_backward_refusals():
+    values = arguments("mhc_pre", 9, 8)
+    grads = {"grad_input": torch.randn(9, 8).to(X), "grad_post": torch.randn(9, 4), "grad_comb": torch.randn(9, 4, 4)}
+    settings = {**EPS, "sinkhorn_iterations": 20, "rms_eps": 1e-6}
+    for device in ("cpu", "meta"):
+        good = {**grads, "grad_residual": None, **values, **settings}
+        good = {name: v.to(device) if isinstance(v, torch.Tensor) else v for name, v in good.items()}
+        for name, bad, message in (
+            ("grad_input", torch.randn(9, 8), "grad_input must be bfloat16 [9, 8], got float32 [9, 8]"),
+            ("grad_post", torch.randn(9, 5), "grad_post must be float32 [9, 4], got float32 [9, 5]"),
+            ("grad_comb", torch.randn(8, 4, 4), "grad_comb must be float32 [9, 4, 4], got float32 [8, 4, 4]"),
+            ("grad_residual", torch.randn(9, 4, 8), "grad_residual must be bfloat16 [9, 4, 8], got float32 [9, 4, 8]"),
+        ):
+            message = f"mhc_pre_backward: {message}"
+            assert_rejects(torch.ops.dsv4.mhc_pre_backward, good, message, **{name: bad.to(device)})
+
+
+def test_no_hidden_width_is_refused():
+    for device in ("cpu", "meta"):
+        values = [v.to(device) for v in arguments("mhc_post", 2, 0).values()]
+        with pytest.raises(RuntimeError, match="mhc_post: hidden must be at least 1, got 0"):
+            ops.mhc_post(*values)
+
+
+# torch's own machinery.
+
+REGISTERED = ("mhc_pre", "mhc_post", "mhc_post_pre", "mhc_head")
+REGISTERED_BACKWARD = ("mhc_pre_backward", "mhc_post_backward", "mhc_head_backward")
+
+
+@pytest.mark.parametrize("norm", [None, X, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("op", REGISTERED)
+def test_opcheck(op, dtype, norm):
+    if norm == X and dtype == torch.float32:
+        norm = torch.float32
+    values = arguments(op, 5, 24, dtype, norm).values()
+    check_op(getattr(torch.ops.dsv4, op), *[v if v is None else v.requires_grad_() for v in values])
+    check_op(getattr(torch.ops.dsv4, op), *[v if v is None else v.detach() for v in values])
+
+
+@pytest.mark.parametrize("op", REGISTERED_BACKWARD)
+def test_opcheck_backward(op):
+    grads = [torch.randn(5, 24).to(X)]
+    forward = op.removesuffix("_backward")
+    tail = [*EPS.values()]
+    if op == "mhc_post_backward":
+        grads, tail = [torch.randn(5, 4, 24).to(X)], []
+    if op == "mhc_pre_backward":
+        grads += [torch.randn(5, 4), torch.randn(5, 4, 4), torch.randn(5, 4, 24).to(X)]
+        tail += [20, 1e-6]
+    check_op(getattr(torch.ops.dsv4, op), *grads, *arguments(forward, 5, 24, X, X).values(), *tail)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_block_equals_eager(backend):
+    linear = torch.nn.Linear(64, 64, dtype=X)
+    values = arguments("mhc_pre", 11, 64, X, X)
+    streams, mixing = values.pop("streams"), list(values.values())
+
+    def block(streams):
+        mixed, post, comb = ops.mhc_pre(streams, *mixing)
+        streams, mixed, post, comb = ops.mhc_post_pre(linear(mixed), streams, post, comb, *mixing)
+        return ops.mhc_post(linear(mixed), streams, post, comb)
+
+    compiled = torch.compile(block, fullgraph=True, backend=backend)
+    grads = []
+    for function in (block, compiled):
+        leaf = streams.clone().requires_grad_()
+        out = function(leaf)
+        out.square().sum().backward()
+        grads.append((out.detach(), leaf.grad))
+    for a, b in zip(*grads, strict=True):
+        assert_same_bits(a, b)
+    torch._dynamo.reset()
+
+
+def test_python_checks_know_every_op():
+    assert {f"check_{op.removeprefix('mhc_')}" for op in (*REGISTERED, *REGISTERED_BACKWARD)} <= set(dir(checks))
