@@ -156,7 +156,7 @@ ApplyArguments apply_arguments(const MhcPreParams& p) {
   apply.output = p.input;
   apply.post = p.post;
   apply.comb = p.comb;
-  apply.vector = vector_rows(p.streams) && vector_rows(p.input);
+  apply.vector = vector_rows(p.streams) && vector_rows(p.input) && aligned(p.norm_weight.data);
   return apply;
 }
 
@@ -191,7 +191,7 @@ Status mhc_post_pre(const MhcPostPreParams& p, const Context& context) {
   mix.fn = p.pre.mixing.fn;
   ApplyArguments apply = apply_arguments(p.pre);
   apply.streams = p.post.result;
-  apply.vector = vector_post(p.post) && vector_rows(p.pre.input);
+  apply.vector = apply.vector && vector_post(p.post);
   return run(kPostPre, mix, apply, p.pre.workspace, context);
 }
 

@@ -121,10 +121,28 @@ DSV4_DEVICE float sum_of_block(float value) {
   return total;
 }
 
+// The norm's weights at one piece, in X or float32.
 template <class X>
-DSV4_DEVICE float norm_weight_at(const AnyView<1>& weight, int64_t column) {
-  return weight.dtype == DType::kFloat32 ? static_cast<const float*>(weight.data)[column]
-                                         : to_float(static_cast<const X*>(weight.data)[column]);
+DSV4_DEVICE void load_norm_weight(const ApplyArguments& a, int64_t column, float (&weight)[kElements<X>]) {
+  const float* wide = static_cast<const float*>(a.norm_weight.data) + column;
+  const X* narrow = static_cast<const X*>(a.norm_weight.data) + column;
+  const bool is_wide = a.norm_weight.dtype == DType::kFloat32;
+  if (a.vector && !is_wide) {
+    unpack(ptx::load_global_16(narrow), weight);
+  } else if (a.vector) {
+    DSV4_UNROLL
+    for (int e = 0; e < kElements<X>; e += 4) {
+      float part[4];
+      unpack(ptx::load_global_16(wide + e), part);
+      DSV4_UNROLL
+      for (int i = 0; i < 4; ++i) weight[e + i] = part[i];
+    }
+  } else {
+    DSV4_UNROLL
+    for (int e = 0; e < kElements<X>; ++e) {
+      weight[e] = column + e >= a.hidden ? 0.0f : is_wide ? wide[e] : to_float(narrow[e]);
+    }
+  }
 }
 
 // The four streams' pieces at one column.
@@ -167,13 +185,11 @@ DSV4_DEVICE void make_output(const ApplyArguments& a, int64_t token) {
   if (!a.norm_weight.given()) return;
   const float inverse = inverse_rms(sum_of_block(squares), a.hidden, a.rms_eps);
   for (int64_t column = start; column < a.hidden; column += kApplyThreads * n) {
-    float value[n];
+    float value[n], weight[n];
+    load_norm_weight<X>(a, column, weight);
     unpack(load_piece(output, column, a.hidden, a.vector), value);  // what this thread wrote
     DSV4_UNROLL
-    for (int e = 0; e < n; ++e) {
-      const float weight = column + e < a.hidden ? norm_weight_at<X>(a.norm_weight, column + e) : 0.0f;
-      value[e] = ptx::multiply(ptx::multiply(value[e], inverse), weight);
-    }
+    for (int e = 0; e < n; ++e) value[e] = ptx::multiply(ptx::multiply(value[e], inverse), weight[e]);
     store_piece(output, column, a.hidden, a.vector, pack(value));
   }
 }
