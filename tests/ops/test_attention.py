@@ -389,23 +389,25 @@ def test_a_block_of_rows_never_changes_a_result(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("source", ["window", "indices", "lengths"])
-def test_fp8_pools_equal_plain_pools_of_their_values(attend: Attend, source: str) -> None:
-    a = attend.make(source=source, head_dim=192, rope_dim=64, dtype=torch.bfloat16, page_size=5)
+@pytest.mark.parametrize("rope_dim", [64, 32])
+def test_fp8_pools_equal_plain_pools_of_their_values(attend: Attend, source: str, rope_dim: int) -> None:
+    a = attend.make(source=source, head_dim=192, rope_dim=rope_dim, dtype=torch.bfloat16, page_size=5)
     plain = dict(a)
     for name, size in (("window_pages", a["window_page_size"]), ("compressed_pages", a["page_size"])):
         if a[name] is None:
             continue
         count = len(a[name])
         where = torch.arange(count * size)
-        a[name] = allocate_pages(count, size, 192, 64, "fp8")
-        write_rows(a[name], plain[name].flatten(0, 1), where // size, where % size, size, 64)
-        rows = read_rows(a[name], where // size, where % size, size, 192, 64, torch.bfloat16)
+        a[name] = allocate_pages(count, size, 192, rope_dim, "fp8")
+        write_rows(a[name], plain[name].flatten(0, 1), where // size, where % size, size, rope_dim)
+        rows = read_rows(a[name], where // size, where % size, size, 192, rope_dim, torch.bfloat16)
         plain[name] = rows.view(count, size, 192)
     for x, y in zip(attend(a), attend(plain), strict=True):
         assert_same_bits(x, y)
     assert_matches(attend, {**a, **{n: plain[n] for n in ("window_pages", "compressed_pages")}})
     # Without a rotation to undo, the width of the bfloat16 part is the argument's, 64 unless given.
-    for x, y in zip(attend({**a, "rope": None}), attend({**plain, "rope": None, "rope_dim": 64}), strict=True):
+    bare = {**a, "rope": None, "rope_dim": None if rope_dim == 64 else rope_dim}
+    for x, y in zip(attend(bare), attend({**plain, "rope": None}), strict=True):
         assert_same_bits(x, y)
 
 
