@@ -246,6 +246,15 @@ def test_copies_go_their_own_ways(name: str) -> None:
                 assert np.array_equal(got[place], expected(config, rows[place])[-count:])
 
 
+def test_copies_keep_their_ids() -> None:
+    made = filled(CONFIGS["all kinds"], tokens(700))
+    copy = made.snapshot()
+    copy.crop(695)
+    run(copy, [[1, 2, 3]])
+    assert made.token_ids().tolist() == tokens(700)
+    assert copy.token_ids().tolist() == [*tokens(695), 1, 2, 3]
+
+
 @pytest.mark.parametrize("ran", [False, True])
 def test_snapshot_during_a_step(ran: bool) -> None:
     config, ids, new = CONFIGS["all kinds"], tokens(700), tokens(200, seed=3)
