@@ -1,10 +1,13 @@
 // mhc_post: a thread makes one 16-byte piece of the four new streams. 18 D + 80 B a token (bfloat16), 40 D FLOP: bound
-// by bandwidth; below some 500 tokens by launch latency. mhc_pre, mhc_head: the mixing product (mhc_mix.h: 128 tokens x
-// 1024 of K a block, so that fn is read from L2 once for 128 tokens), then its use (mhc_apply.h). The streams are read
-// twice: 18 D + 80 B a token and 256 B a split of partial sums, 208 D FLOP; bound by bandwidth on the tensor cores.
+// by bandwidth; below some 500 tokens by launch latency.
+//
+// mhc_pre, mhc_head: the mixing product (mhc_mix.h: 128 tokens x 1024 of K a block, so that fn is read from L2 once for
+// 128 tokens), then its use (mhc_apply.h). The streams are read twice: 18 D + 80 B a token and 256 B a split of partial
+// sums, 208 D FLOP; bound by bandwidth on the tensor cores. Few tokens: 4 D / 1024 blocks share the product, which is
+// then bound by reading fn (384 D bytes).
+//
 // mhc_post_pre: the first kernel makes the new streams as well, in shared memory, so they are written once and read
-// once: 28 D + 160 B a token against 36 D for the two ops. Few tokens: 4 D / 1024 blocks share the mixing product,
-// which is then bound by reading fn (384 D bytes).
+// once: 28 D + 160 B a token against 36 D for the two ops.
 #include "cuda/common/launch.h"
 #include "cuda/sm80/mhc.h"
 #include "cuda/sm80/mhc_apply.h"

@@ -1,10 +1,13 @@
 // The mixing product: partial sums of fn r and of r^2 over K = 4 hidden, for blocks of tokens. K is cut into splits of
 // 256 columns of each stream, always, whatever the token count: a row's sums, and the order they are added in, never
-// depend on the rows beside it or on how splits are shared among blocks. A block holds two stages of [4 streams,
-// tokens, 32 columns] in shared memory, filled by cp.async; the fused kernel turns a stage into the new streams in
-// place. bfloat16: 128 tokens, a warp owns 16; fn, cut into a high and a low bfloat16 part, and the rows of r go
-// through mma.sync m16n8k16 (fn's relative error 2^-17), and so does r^2, as the diagonal of r rT. float32: 32 tokens,
-// a lane owns one and a warp 3 of the 24 rows of fn, by FMA.
+// depend on the rows beside it or on how splits are shared among blocks.
+//
+// A block holds two stages of [4 streams, tokens, 32 columns] in shared memory, filled by cp.async; the fused kernel
+// turns a stage into the new streams in place.
+// - bfloat16: 128 tokens, 16 a warp. fn, cut into a high and a low bfloat16 part (relative error 2^-17), and the rows
+// of
+//   r go through mma.sync m16n8k16; so does r^2, as the diagonal of r rT.
+// - float32: 32 tokens, one a lane; a warp has 3 of the 24 rows of fn. By FMA.
 #pragma once
 
 #include "cuda/sm80/mhc_rows.h"
