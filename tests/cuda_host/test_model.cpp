@@ -9,6 +9,7 @@
 #include "buffer.h"
 #include "cuda/common/launch.h"
 #include "cuda/common/ptx.h"
+#include "simt/block.h"
 #include "simt/control.h"
 
 namespace {
@@ -98,6 +99,34 @@ TEST(neighbours_in_a_piece_do_not_race) {
         ptx::store_shared_float(word(t), 2.0f);
       },
       64);
+}
+
+// Every reader since the last write counts, also when others of its warp read the same bytes after it.
+TEST(a_writer_waits_for_every_reader) {
+  std::mt19937_64 random(1);
+  simt::SharedMemory memory;
+  memory.reset(64, random);
+  const uint32_t address = memory.base();
+  float value = 1.0f;
+  uint32_t clock[4] = {1, 1, 1, 1};  // of a thread that knows all before time 1 to be over
+  CHECK(memory.store(3, clock, address, &value, 4).empty());
+  uint32_t late[3] = {2, 2, 2};
+  for (int thread = 0; thread < 3; ++thread) {
+    uint32_t reader[4] = {1, 1, 1, 1};
+    reader[thread] = late[thread];
+    CHECK(memory.load(thread, reader, address, &value, 4).empty());
+  }
+  for (int missing = 0; missing < 3; ++missing) {
+    uint32_t writer[4] = {2, 2, 2, 5};
+    writer[missing] = 1;
+    CHECK(memory.store(3, writer, address, &value, 4).find("may still be reading") != std::string::npos);
+    CHECK(memory.store(3, writer, address + 4, &value, 4).empty());
+  }
+  uint32_t writer[4] = {2, 2, 2, 5};
+  CHECK(memory.store(3, writer, address, &value, 4).empty());
+  // Someone who comes after that write need not know of the reads before it.
+  uint32_t next[4] = {0, 0, 0, 5};
+  CHECK(memory.store(2, next, address, &value, 4).empty());
 }
 
 void pass_on(bool sync, bool shuffle) {

@@ -4,9 +4,8 @@
 //
 // A block holds two stages of [4 streams, tokens, 32 columns] in shared memory, filled by cp.async; the fused kernel
 // turns a stage into the new streams in place.
-// - bfloat16: 128 tokens, 16 a warp. fn, cut into a high and a low bfloat16 part (relative error 2^-17), and the rows
-// of
-//   r go through mma.sync m16n8k16; so does r^2, as the diagonal of r rT.
+// - bfloat16: 128 tokens, 16 a warp. fn, cut into a high and a low bfloat16 part (relative error 2^-17), and the
+//   rows of r go through mma.sync m16n8k16; so does r^2, as the diagonal of r rT.
 // - float32: 32 tokens, one a lane; a warp has 3 of the 24 rows of fn. By FMA.
 #pragma once
 

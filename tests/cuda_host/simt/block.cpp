@@ -70,7 +70,7 @@ std::string Block::run(const std::function<void()>& body, int64_t x, int64_t y) 
   index_[1] = y;
   fault_.clear();
   const int count = static_cast<int>(threads_.size());
-  shared_.reset(shared_bytes_, count, random_);
+  shared_.reset(shared_bytes_, random_);
   clocks_.assign(threads_.size() * threads_.size(), 0);
   warps_.assign(warps_.size(), Warp());
   barriers_.assign(barriers_.size(), Barrier());

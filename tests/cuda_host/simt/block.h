@@ -60,7 +60,7 @@ struct Barrier {
 
 class SharedMemory {
  public:
-  void reset(int bytes, int threads, std::mt19937_64& random);
+  void reset(int bytes, std::mt19937_64& random);
   uint32_t base() const { return base_; }
 
   // Each returns an empty string or what is wrong. clock: of the thread that accesses.
@@ -83,15 +83,15 @@ class SharedMemory {
     uint16_t thread = 0;
     uint16_t bytes = 0;  // mask of the 16
   };
+  void forget_reads(uint32_t address, int bytes);
   std::string check_bounds(uint32_t address, int bytes) const;
   std::string check_store(int thread, const uint32_t* clock, uint32_t address, int bytes) const;
 
   uint32_t base_ = 0;
   int bytes_ = 0;
-  int warps_ = 0;
   std::vector<uint8_t> data_;
-  std::vector<Write> writes_;  // a byte
-  std::vector<Read> reads_;    // 16 bytes and a warp
+  std::vector<Write> writes_;             // of each byte
+  std::vector<std::vector<Read>> reads_;  // of each 16 bytes, since they were written
 };
 
 // One block from start to end. A fault ends it: the first message stands, and the fibers are left where they are.

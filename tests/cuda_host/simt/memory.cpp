@@ -1,4 +1,5 @@
-// Shared memory with a shadow: who wrote each byte and read each 16 bytes last, and when.
+// Shared memory with a shadow: who wrote each byte last and who has read it since, and when.
+#include <algorithm>
 #include <cstring>
 
 #include "simt/block.h"
@@ -19,14 +20,14 @@ std::string hex(uint32_t offset) {
 
 }  // namespace
 
-void SharedMemory::reset(int bytes, int threads, std::mt19937_64& random) {
+void SharedMemory::reset(int bytes, std::mt19937_64& random) {
   base_ = 1024 + static_cast<uint32_t>(random() % 64) * 128;  // no kernel may count on where it starts
   bytes_ = bytes;
-  warps_ = (threads + 31) / 32;
   data_.resize(static_cast<size_t>(bytes));
   for (int i = 0; i < bytes; ++i) data_[i] = static_cast<uint8_t>(kPoison >> (i % 4 * 8));
   writes_.assign(static_cast<size_t>(bytes), Write());
-  reads_.assign(static_cast<size_t>((bytes + kGranule - 1) / kGranule) * warps_, Read());
+  reads_.resize(static_cast<size_t>((bytes + kGranule - 1) / kGranule));
+  for (std::vector<Read>& reads : reads_) reads.clear();
 }
 
 std::string SharedMemory::check_bounds(uint32_t address, int bytes) const {
@@ -59,10 +60,14 @@ std::string SharedMemory::load(int thread, const uint32_t* clock, uint32_t addre
   if (!wrong.empty()) return wrong;
   const uint32_t offset = address - base_;
   memcpy(value, &data_[offset], static_cast<size_t>(bytes));
-  Read& r = reads_[static_cast<size_t>(offset / kGranule) * warps_ + thread / 32];
   const uint16_t mask = static_cast<uint16_t>(((1u << bytes) - 1u) << (offset % kGranule));
-  const bool same = r.thread == thread && r.time == clock[thread];
-  r = Read{clock[thread], static_cast<uint16_t>(thread), static_cast<uint16_t>(same ? r.bytes | mask : mask)};
+  std::vector<Read>& reads = reads_[offset / kGranule];
+  for (Read& r : reads) {
+    if (r.thread != thread || r.bytes != mask) continue;
+    r.time = clock[thread];  // its earlier read is over when this one is
+    return "";
+  }
+  reads.push_back(Read{clock[thread], static_cast<uint16_t>(thread), mask});
   return "";
 }
 
@@ -79,8 +84,7 @@ std::string SharedMemory::check_store(int thread, const uint32_t* clock, uint32_
     }
   }
   const uint32_t mask = ((1u << bytes) - 1u) << (offset % kGranule);
-  for (int warp = 0; warp < warps_; ++warp) {
-    const Read& r = reads_[static_cast<size_t>(offset / kGranule) * warps_ + warp];
+  for (const Read& r : reads_[offset / kGranule]) {
     if ((r.bytes & mask) != 0 && r.thread != thread && clock[r.thread] < r.time) {
       return "RACE: write to " + hex(offset) + ", which thread " + std::to_string(r.thread) + " may still be reading";
     }
@@ -88,10 +92,19 @@ std::string SharedMemory::check_store(int thread, const uint32_t* clock, uint32_
   return "";
 }
 
+// Reads of bytes that are now written anew: whoever comes after the write comes after them too.
+void SharedMemory::forget_reads(uint32_t address, int bytes) {
+  const uint32_t offset = address - base_, mask = ((1u << bytes) - 1u) << (offset % kGranule);
+  std::vector<Read>& reads = reads_[offset / kGranule];
+  for (Read& r : reads) r.bytes = static_cast<uint16_t>(r.bytes & ~mask);
+  reads.erase(std::remove_if(reads.begin(), reads.end(), [](const Read& r) { return r.bytes == 0; }), reads.end());
+}
+
 std::string SharedMemory::store(int thread, const uint32_t* clock, uint32_t address, const void* value, int bytes) {
   std::string wrong = check_store(thread, clock, address, bytes);
   if (!wrong.empty()) return wrong;
   memcpy(&data_[address - base_], value, static_cast<size_t>(bytes));
+  forget_reads(address, bytes);
   for (int i = 0; i < bytes; ++i) {
     writes_[address - base_ + i] = Write{clock[thread], static_cast<uint16_t>(thread), State::kWritten};
   }
@@ -101,6 +114,7 @@ std::string SharedMemory::store(int thread, const uint32_t* clock, uint32_t addr
 std::string SharedMemory::begin_copy(int thread, const uint32_t* clock, uint32_t address) {
   std::string wrong = check_store(thread, clock, address, kGranule);
   if (!wrong.empty()) return wrong;
+  forget_reads(address, kGranule);
   for (int i = 0; i < kGranule; ++i) {
     data_[address - base_ + i] = static_cast<uint8_t>(kPoison >> (i % 4 * 8));
     writes_[address - base_ + i] = Write{clock[thread], static_cast<uint16_t>(thread), State::kInFlight};
