@@ -5,7 +5,20 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
+from mhc_cases import (
+    EAGER,
+    LAYOUTS,
+    NORMS,
+    OUTPUTS,
+    X,
+    arguments,
+    assert_one_draw,
+    double,
+    eager_draws,
+    eager_pre,
+    norm_dtype,
+    results,
+)
 from safetensors.torch import load_file
 
 import dsv4.ops as ops
@@ -13,7 +26,6 @@ from dsv4 import _library
 from dsv4.ops import _mhc_checks as checks
 from dsv4.testing import (
     Guarded,
-    assert_no_worse,
     assert_rejects,
     assert_rows_independent,
     assert_same_bits,
@@ -21,157 +33,10 @@ from dsv4.testing import (
     grid,
     implementation_cases,
     max_isa,
-    strided,
 )
 
 GOLDEN = Path(__file__).parent.parent / "data" / "golden"
-X = torch.bfloat16
 EPS = {"norm_eps": 1e-6, "hc_eps": 1e-6}
-
-
-# The same maths in eager torch, in the dtype of the streams: what the error of a kernel is measured against.
-
-
-def eager_mixes(streams, fn, norm_eps):
-    flat = streams.flatten(1).to(fn.dtype)
-    return F.linear(flat, fn) * torch.rsqrt(flat.square().mean(-1, keepdim=True) + norm_eps)
-
-
-def eager_pre(streams, fn, scale, base, norm_weight=None, norm_eps=1e-6, hc_eps=1e-6, rounds=20, rms_eps=1e-6):
-    mixes = eager_mixes(streams, fn, norm_eps)
-    pre, post, comb = ops.mhc_weights_reference(mixes, scale, base, hc_eps, rounds)
-    mixed = (pre.unsqueeze(-1) * streams.to(fn.dtype)).sum(1).to(streams.dtype)
-    if norm_weight is not None:
-        wide = mixed.to(fn.dtype)
-        mixed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + rms_eps) * norm_weight.to(fn.dtype)
-    return mixed.to(streams.dtype), post, comb
-
-
-def eager_post(sublayer, streams, post, comb):
-    mixed = comb.transpose(1, 2) @ streams.to(comb.dtype)
-    return (post.unsqueeze(-1) * sublayer.unsqueeze(1).to(comb.dtype) + mixed).to(streams.dtype)
-
-
-def eager_post_pre(sublayer, streams, post, comb, *mixing):
-    new = eager_post(sublayer, streams, post, comb)
-    return (new, *eager_pre(new, *mixing))
-
-
-def eager_head(streams, fn, scale, base, norm_eps=1e-6, hc_eps=1e-6):
-    pre = (eager_mixes(streams, fn, norm_eps) * scale + base).sigmoid() + hc_eps
-    return (pre.unsqueeze(-1) * streams.to(fn.dtype)).sum(1).to(streams.dtype)
-
-
-EAGER = {"mhc_pre": eager_pre, "mhc_post": eager_post, "mhc_post_pre": eager_post_pre, "mhc_head": eager_head}
-
-
-def arguments(op, tokens, hidden, dtype=X, norm=None):
-    """Random arguments of an op by name, in the order of its signature; norm: dtype of the norm weight."""
-    mixes, scales = (4, 1) if op == "mhc_head" else (24, 3)
-    mixing = {
-        "fn": torch.randn(mixes, 4 * hidden) / (4 * hidden) ** 0.5,
-        "scale": torch.rand(scales) + 0.5,
-        "base": torch.randn(mixes) * 0.5,
-    }
-    before = {
-        "sublayer": torch.randn(tokens, hidden).to(dtype),
-        "streams": torch.randn(tokens, 4, hidden).to(dtype),
-        "post": 2 * torch.rand(tokens, 4),
-        "comb": torch.rand(tokens, 4, 4),
-    }
-    if op == "mhc_post":
-        return before
-    if op == "mhc_head":
-        return {"streams": before["streams"], **mixing}
-    mixing["norm_weight"] = None if norm is None else (torch.rand(hidden) + 0.5).to(norm)
-    return {**before, **mixing} if op == "mhc_post_pre" else {"streams": before["streams"], **mixing}
-
-
-def shuffled(names, values, tokens, hidden):
-    """The values with tokens and hidden elements in another order: the same problem, other orders of summation."""
-
-    def one(name, x):
-        if x is None or name in ("scale", "base"):
-            return x
-        if name == "fn":
-            return x.unflatten(1, (4, -1))[..., hidden].flatten(1)
-        if name == "norm_weight":
-            return x[hidden]
-        return x[tokens] if name in ("post", "comb") else x[tokens][..., hidden]
-
-    return [one(name, x) for name, x in zip(names, values, strict=True)]
-
-
-OUTPUTS = {
-    "mhc_pre": ("input", "post", "comb"),
-    "mhc_post": ("streams",),
-    "mhc_post_pre": ("streams", "input", "post", "comb"),
-    "mhc_head": ("input",),
-}
-
-
-def eager_draws(op, names, values, compute):
-    """compute(shuffle) of the eager op in four orders of summation, results in the original order. The error of one order may
-    be small by luck, in a gradient of three elements say; to be as good as torch is to be as good as one of them."""
-    tokens, hidden = (torch.arange(size) for size in (values[0].shape[0], values[0].shape[-1]))
-    for draw in range(4):
-        if draw:
-            tokens, hidden = torch.randperm(len(tokens)), torch.randperm(len(hidden))
-        result_names, result = compute(lambda n, v, t=tokens, h=hidden: shuffled(n, v, t, h))
-        yield shuffled(result_names, result, tokens.argsort(), hidden.argsort())
-
-
-def double(values):
-    return [value.double() if isinstance(value, torch.Tensor) else value for value in values]
-
-
-def results(value):
-    return value if isinstance(value, tuple) else (value,)
-
-
-def padded(x):
-    """The same values, every row followed by NaN that no kernel may read."""
-    if x.dim() < 2:
-        return x
-    memory = torch.full((*x.shape[:-1], x.shape[-1] + 37), torch.nan).to(x.dtype)
-    view = memory[..., : x.shape[-1]]
-    view.copy_(x)
-    return view
-
-
-LAYOUTS = {"contiguous": lambda x: x, "padded": padded, "strided": strided}
-NORMS = [None, "own", torch.float32]
-
-
-def norm_dtype(norm, dtype):
-    return dtype if norm == "own" else norm
-
-
-def assert_accurate(implementation, actual, baseline, exact):
-    """assert_no_worse; the tiles' bfloat16 high + low adds up to 4e-6 to float32 results."""
-    if implementation == "amx" and actual.dtype == torch.float32:
-        assert torch.isfinite(actual).all()
-        assert (actual - exact).abs().max() <= 2 * (baseline - exact).abs().max() + 4e-6 * exact.abs().max()
-    else:
-        assert_no_worse(actual, baseline, exact)
-
-
-def assert_one_draw(implementation, actual, draws, exact):
-    """Every result is no worse than in one of the draws."""
-    left = list(range(len(actual)))
-    for number, baseline in enumerate(draws):
-        for index in tuple(left):
-            a, b, e = actual[index], baseline[index], exact[index]
-            assert a.dtype == b.dtype
-            try:
-                if a.numel():
-                    assert_accurate(implementation, a, b, e)
-                left.remove(index)
-            except AssertionError:
-                if number == 3:
-                    raise
-        if not left:
-            return
 
 
 def check_forward(op, implementation, values, layout):
@@ -372,163 +237,6 @@ def test_a_block_of_the_official_program(implementation, case):
         torch.testing.assert_close(comb, values("hc_ffn.comb"), rtol=0, atol=2e-6)
         out = ops.mhc_post(values("ffn.out"), streams, post, comb)
         torch.testing.assert_close(out, values("block_out"), rtol=1e-5, atol=1e-5)
-
-
-# Gradients.
-
-
-def gradients(function, values, grads):
-    leaves = [None if v is None else v.detach().clone().requires_grad_() for v in values]
-    out = results(function(*leaves))
-    wanted = [leaf for leaf in leaves if leaf is not None]
-    return torch.autograd.grad(out, wanted, [g.to(o.dtype) for g, o in zip(grads, out, strict=True)])
-
-
-def pooled(names, grads):
-    """Gradients of scale and base as one result: single sums over all tokens, whose errors mean little one by one."""
-    rest = [g for name, g in zip(names, grads, strict=True) if name not in ("scale", "base")]
-    small = [g for name, g in zip(names, grads, strict=True) if name in ("scale", "base")]
-    return [*rest, torch.cat(small)] if small else rest
-
-
-def check_gradients(op, implementation, values):
-    names = list(arguments(op, 1, 1))
-    wanted = [name for name, value in zip(names, values, strict=True) if value is not None]
-    grads = [torch.randn_like(o) for o in results(EAGER[op](*values))]
-    with max_isa(implementation):
-        actual = gradients(getattr(ops, op), values, grads)
-        # mhc_post_pre leaves its own streams' gradient to the op of the half it came through last
-        backward = {"mhc_post_pre": "mhc_post"}.get(op, op) + "_backward"
-        assert _library.last_implementation(backward) == implementation
-    exact = gradients(getattr(ops, f"{op}_reference"), double(values), double(grads))
-
-    def eager(order):
-        return wanted, gradients(EAGER[op], order(names, values), order(OUTPUTS[op], grads))
-
-    draws = (pooled(wanted, draw) for draw in eager_draws(op, names, values, eager))
-    assert_one_draw(implementation, pooled(wanted, actual), draws, pooled(wanted, exact))
-
-
-GRADIENT_CASES = grid(
-    tokens=[0, 1, 2, 15, 16, 17, 33, 70],
-    hidden=[31, 32, 33, 96, 272],
-    dtype=[torch.bfloat16, torch.float32],
-    draw=[0, 1, 2],
-)
-
-
-@pytest.mark.parametrize("case", GRADIENT_CASES)
-@pytest.mark.parametrize("implementation", implementation_cases("mhc_pre_backward"))
-def test_mhc_pre_backward(implementation, case):
-    norm = norm_dtype(NORMS[case["draw"]], case["dtype"])
-    check_gradients(
-        "mhc_pre",
-        implementation,
-        list(arguments("mhc_pre", case["tokens"], case["hidden"], case["dtype"], norm).values()),
-    )
-
-
-@pytest.mark.parametrize("case", GRADIENT_CASES)
-@pytest.mark.parametrize("implementation", implementation_cases("mhc_post_backward"))
-def test_mhc_post_backward(implementation, case):
-    values = arguments("mhc_post", case["tokens"], case["hidden"], case["dtype"])
-    check_gradients("mhc_post", implementation, list(values.values()))
-
-
-@pytest.mark.parametrize("case", GRADIENT_CASES)
-@pytest.mark.parametrize("implementation", implementation_cases("mhc_head_backward"))
-def test_mhc_head_backward(implementation, case):
-    values = arguments("mhc_head", case["tokens"], case["hidden"], case["dtype"])
-    check_gradients("mhc_head", implementation, list(values.values()))
-
-
-@pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("tokens", [1, 17, 70])
-@pytest.mark.parametrize("implementation", implementation_cases("mhc_pre_backward"))
-def test_mhc_post_pre_gradients_equal_the_two_ops(implementation, tokens, norm):
-    values = list(arguments("mhc_post_pre", tokens, 96, X, norm_dtype(norm, X)).values())
-    grads = [torch.randn_like(o) for o in eager_post_pre(*values)]
-
-    def separate(sublayer, streams, post, comb, *mixing):
-        new = ops.mhc_post(sublayer, streams, post, comb)
-        return (new, *ops.mhc_pre(new, *mixing))
-
-    with max_isa(implementation):
-        fused, apart = gradients(ops.mhc_post_pre, values, grads), gradients(separate, values, grads)
-    for a, b in zip(fused, apart, strict=True):
-        # the fused op adds the two gradients of the new streams before it rounds them
-        torch.testing.assert_close(a.float(), b.float(), rtol=0, atol=float(b.abs().max()) * 2**-6)
-    # in float32 nothing is rounded in between
-    wide = [None if v is None else v.float() for v in values]
-    with max_isa(implementation):
-        check_gradients("mhc_post_pre", implementation, wide)
-
-
-@pytest.mark.parametrize("implementation", implementation_cases("mhc_pre_backward"))
-def test_gradients_do_not_depend_on_threads(implementation):
-    threads = torch.get_num_threads()
-    for op in ("mhc_pre", "mhc_post", "mhc_head"):
-        values = list(arguments(op, 77, 600, X, X).values())
-        grads = [torch.randn_like(o) for o in results(EAGER[op](*values))]
-        with max_isa(implementation):
-            expected = gradients(getattr(ops, op), values, grads)
-            try:
-                for count in (1, 2, 3):
-                    torch.set_num_threads(count)
-                    for a, b in zip(gradients(getattr(ops, op), values, grads), expected, strict=True):
-                        assert_same_bits(a, b)
-            finally:
-                torch.set_num_threads(threads)
-
-
-@pytest.mark.parametrize("rounds", [1, 33, 70])
-@pytest.mark.parametrize("implementation", implementation_cases("mhc_pre_backward"))
-def test_gradients_through_few_and_many_sinkhorn_rounds(implementation, rounds):
-    values = list(arguments("mhc_pre", 9, 40, torch.float32).values())
-    grads = [torch.randn_like(o) for o in eager_pre(*values)]
-    settings = (1e-6, 1e-3, rounds, 1e-6)
-    with max_isa(implementation):
-        actual = gradients(lambda *v: ops.mhc_pre(*v, *settings), values, grads)
-    exact = gradients(lambda *v: ops.mhc_pre_reference(*v, *settings), double(values), double(grads))
-    for a, e in zip(actual, exact, strict=True):
-        torch.testing.assert_close(a.double(), e, rtol=0, atol=2e-6 * float(e.abs().max()))
-
-
-@pytest.mark.parametrize("norm", [None, torch.float64])
-@pytest.mark.parametrize("op", list(EAGER))
-def test_references_are_differentiable(op, norm):
-    values = [v if v is None else v.double() for v in arguments(op, 3, 5, torch.float64, norm).values()]
-    leaves = [None if v is None else v.requires_grad_() for v in values]
-    function = getattr(ops, f"{op}_reference")
-    assert torch.autograd.gradcheck(lambda *v: function(*v), leaves)
-
-
-@pytest.mark.parametrize("norm", [None, torch.float64])
-def test_gradient_formulas_equal_autograd(norm):
-    mixing = arguments("mhc_pre", 3, 5, torch.float64, norm)
-    values = [v if v is None else v.double() for v in mixing.values()]
-    grads = [torch.randn(3, 5), torch.randn(3, 4), torch.randn(3, 4, 4)]
-    residual = torch.randn(3, 4, 5).double()
-    settings = (1e-5, 1e-3, 4, 1e-4)
-    expected = gradients(lambda *v: ops.mhc_pre_reference(*v, *settings), values, double(grads))
-    actual = ops.mhc_pre_backward_reference(*double(grads), residual, *values, *settings)
-    torch.testing.assert_close(actual[0] - residual, expected[0])
-    for a, e in zip(actual[1:], expected[1:], strict=False):
-        torch.testing.assert_close(a, e)
-    for op in ("mhc_post", "mhc_head"):
-        values = double(arguments(op, 3, 5, torch.float64).values())
-        grad = torch.randn_like(EAGER[op](*values))
-        tail = () if op == "mhc_post" else (1e-6, 1e-6)
-        expected = gradients(getattr(ops, f"{op}_reference"), values, [grad])
-        for a, e in zip(getattr(ops, f"{op}_backward_reference")(grad, *values, *tail), expected, strict=True):
-            torch.testing.assert_close(a, e)
-
-
-def test_second_derivatives_are_refused():
-    values = [v.requires_grad_() for v in arguments("mhc_post", 2, 8, torch.float32).values()]
-    (grad,) = torch.autograd.grad(ops.mhc_post(*values).square().sum(), values[:1], create_graph=True)
-    with pytest.raises(RuntimeError, match="mhc_post_backward: has no gradient"):
-        grad.sum().backward()
 
 
 # What the ops refuse, in these words. The fake kernels, here on the meta device, say the same.

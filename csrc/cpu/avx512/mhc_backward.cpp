@@ -205,11 +205,7 @@ DSV4_INLINE void streams_step(const Problem<X>& p, int64_t first, const NormGrad
   for (int i = 0; i < kStreams; ++i) {
     Pair sum[kTokens];
 #pragma GCC unroll 4
-    for (int n = 0; n < kTokens; ++n) {
-      const MhcTokenGradient& t = p.tokens[first + n];
-      const Pair r = get<kPart>(Problem<X>::r(p, first + n, i) + d, count);
-      sum[n] = fma(r, _mm512_set1_ps(-along[n]), scaled(grad[n], _mm512_set1_ps(t.pre[i])));
-    }
+    for (int n = 0; n < kTokens; ++n) sum[n] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
     for (int group = 0; group < kGroups; ++group) {
       const float* fn = static_cast<const float*>(p.packed) + ((i * kGroups + group) * all + step) * kColumns * kStep;
 #pragma GCC unroll 4
@@ -225,6 +221,10 @@ DSV4_INLINE void streams_step(const Problem<X>& p, int64_t first, const NormGrad
     }
 #pragma GCC unroll 4
     for (int n = 0; n < kTokens; ++n) {
+      // The largest terms come last: they would round the small ones.
+      const Pair r = get<kPart>(Problem<X>::r(p, first + n, i) + d, count);
+      sum[n] = fma(r, _mm512_set1_ps(-along[n]), sum[n]);
+      sum[n] = fma(grad[n], _mm512_set1_ps(p.tokens[first + n].pre[i]), sum[n]);
       if (p.grad_residual.given()) {
         const X* residual = static_cast<const X*>(p.grad_residual.data) + (first + n) * p.grad_residual.stride[0] +
                             i * p.grad_residual.stride[1] + d;

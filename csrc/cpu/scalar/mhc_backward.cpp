@@ -129,8 +129,9 @@ void token_backward(const Problem& p, int64_t token, float* grad) {
   for (int64_t d = 0; d < hidden; ++d) {
     const float g = grad_mixed<T>(p, token, d, weights.pre, norm);
     for (int i = 0; i < kStreams; ++i) {
-      float sum = weights.pre[i] * g - along * to_float(*streams.at(token, i, d));
+      float sum = 0;  // the largest terms come last: they would round the small ones
       for (int j = 0; j < p.mixes; ++j) sum += out.product[j] * *p.mixing.fn.at(j, i * hidden + d);
+      sum += weights.pre[i] * g - along * to_float(*streams.at(token, i, d));
       if (p.grad_residual.given()) sum += to_float(*p.grad_residual.as<const T>().at(token, i, d));
       *grad_streams.at(token, i, d) = from_float<T>(sum);
     }
