@@ -18,6 +18,7 @@ bool whole_steps(const SparseAttentionParams& p) { return p.query.size(2) % 32 =
 }
 
 constexpr Candidate<SparseAttentionParams> kSparseAttention[] = {
+    {"avx512", Isa::kAvx512, DSV4_AVX512(avx512::sparse_attention), whole_steps},
     {"scalar", Isa::kScalar, DSV4_SCALAR(scalar::sparse_attention)},
 };
 const Op sparse_attention_op("sparse_attention", kSparseAttention);
@@ -94,10 +95,16 @@ int64_t sparse_attention_workspace_bytes(const SparseAttentionParams& p, const C
   Validator v("sparse_attention");
   validate_arguments(v, p);
   if (!v.status().is_ok()) return 0;
+  // The largest need of the implementations that this library may choose: which one runs is the candidate list's
+  // business.
   int64_t bytes = 0;
+  [[maybe_unused]] const auto at_least = [&](int64_t needed) { bytes = needed > bytes ? needed : bytes; };
   if (context.device == Device::kCpu) {
 #if defined(DSV4_WITH_CPU)
-    bytes = scalar::sparse_attention_workspace_bytes(p, context);
+    at_least(scalar::sparse_attention_workspace_bytes(p, context));
+#endif
+#if defined(DSV4_WITH_AVX512)
+    if (context.best >= Isa::kAvx512 && whole_steps(p)) at_least(avx512::sparse_attention_workspace_bytes(p, context));
 #endif
   }
   return bytes;

@@ -23,33 +23,6 @@ constexpr int kA = 3, kB = 4;        // tiles: 0 to 2 results, 3 streams, 4 to 6
 constexpr int kChunk = 8;            // steps whose fn is packed on the way
 constexpr int kTileWords = 16 * 16;  // 32-bit words of a tile of fn: a pair of elements, a column
 
-// Transposes 16 x 16 words.
-DSV4_INLINE void transpose(__m512i* x) {
-  __m512i y[16];
-  for (int i = 0; i < 16; i += 2) {
-    y[i] = _mm512_unpacklo_epi32(x[i], x[i + 1]);
-    y[i + 1] = _mm512_unpackhi_epi32(x[i], x[i + 1]);
-  }
-  for (int i = 0; i < 16; i += 4) {
-    x[i] = _mm512_unpacklo_epi64(y[i], y[i + 2]);
-    x[i + 1] = _mm512_unpackhi_epi64(y[i], y[i + 2]);
-    x[i + 2] = _mm512_unpacklo_epi64(y[i + 1], y[i + 3]);
-    x[i + 3] = _mm512_unpackhi_epi64(y[i + 1], y[i + 3]);
-  }
-  for (int i = 0; i < 4; ++i) {
-    y[i] = _mm512_shuffle_i32x4(x[i], x[i + 4], 0x88);
-    y[i + 4] = _mm512_shuffle_i32x4(x[i], x[i + 4], 0xDD);
-    y[i + 8] = _mm512_shuffle_i32x4(x[i + 8], x[i + 12], 0x88);
-    y[i + 12] = _mm512_shuffle_i32x4(x[i + 8], x[i + 12], 0xDD);
-  }
-  for (int i = 0; i < 4; ++i) {
-    x[i] = _mm512_shuffle_i32x4(y[i], y[i + 8], 0x88);
-    x[i + 4] = _mm512_shuffle_i32x4(y[i + 4], y[i + 12], 0x88);
-    x[i + 8] = _mm512_shuffle_i32x4(y[i], y[i + 8], 0xDD);
-    x[i + 12] = _mm512_shuffle_i32x4(y[i + 4], y[i + 12], 0xDD);
-  }
-}
-
 struct Product {
   static constexpr int kParts = 4 * kStreams;
 
@@ -83,7 +56,7 @@ struct Product {
           const float* row = fn.data + j * fn.stride[0] + stream * hidden + s * kStep;
           words[n] = split(left >= kStep ? avx512::load(row) : avx512::load(row, left), column >= kOutputs);
         }
-        transpose(words);
+        avx512::transpose(words);
         for (int k = 0; k < 16; ++k) _mm512_storeu_si512(out + 16 * k, words[k]);
       }
     }

@@ -1,0 +1,363 @@
+// sparse_attention for any way to multiply: the AVX-512 and the AMX kernels share all but the two products.
+//
+// A row lists its keys, then goes twice over them in tiles: scores, and after the maximum over all keys is known the
+// numerators and their product with the values. Decoding a key again costs less than moving it decoded through memory.
+// The keys are cut into parts of at most 512, by their number alone, and the sums of the parts are added in order; so
+// the parts of few rows can go to different threads, and give the bits that one thread gives.
+#pragma once
+
+#include "cpu/avx512/attention_tiles.h"
+
+namespace dsv4::avx512 {
+namespace {
+
+inline constexpr int64_t kMostPartKeys = 512;
+inline constexpr int64_t kFinishHeads = 16;  // heads that are finished together
+
+struct Plan {
+  int64_t keys, part_keys, parts;
+
+  explicit Plan(int64_t count) : keys(count), part_keys(kGroup), parts(0) {
+    if (count == 0) return;
+    const int64_t wanted = (count + kMostPartKeys - 1) / kMostPartKeys;
+    part_keys = round_up((count + wanted - 1) / wanted, kGroup);
+    parts = (count + part_keys - 1) / part_keys;
+  }
+  int64_t begin(int64_t part) const { return part * part_keys; }
+  int64_t end(int64_t part) const { return smaller(keys, (part + 1) * part_keys); }
+};
+
+// Floats from the scores of one head to the next: not a power of two, as of a tile's groups.
+DSV4_INLINE int64_t score_stride(int64_t keys) { return round_up(keys, kGroup) + 16; }
+
+// Hands out pieces of a memory.
+struct Arena {
+  uint8_t* base;  // null: only counts
+  int64_t used = 0;
+
+  template <class T>
+  DSV4_INLINE T* take(Arena& arena, int64_t count) {
+    const uintptr_t at = reinterpret_cast<uintptr_t>(arena.base) + static_cast<uintptr_t>(arena.used);
+    arena.used += round_up(count * static_cast<int64_t>(sizeof(T)), 64);
+    return reinterpret_cast<T*>(at);
+  }
+};
+
+// What one row's work leaves between its steps.
+template <class X>
+struct RowMemory {
+  Key* keys;  // [most keys]
+  KeyCounts* count;
+  X* query;       // [H, D], where it is not used as it lies
+  float* scores;  // [H, stride]; then the numerators, elements of type X from the begin of each part
+  float* maxima;  // [parts, H]
+  float* totals;  // [parts, H]
+  float* sums;    // [parts kept, H, D]
+
+  static int64_t bytes(const SparseAttentionParams& p, int64_t most, int64_t sums_kept) {
+    Arena arena{nullptr};
+    RowMemory(p, most, sums_kept, arena);
+    return arena.used;
+  }
+
+  RowMemory(const SparseAttentionParams& p, int64_t most, int64_t sums_kept, Arena& arena) {
+    const int64_t heads = p.query.size(1), head_dim = p.query.size(2), parts = Plan(most).parts;
+    keys = Arena::take<Key>(arena, most);
+    count = Arena::take<KeyCounts>(arena, 1);
+    query = Arena::take<X>(arena, p.query.dtype == DType::kBFloat16 && sizeof(X) == 4 ? heads * head_dim : 0);
+    scores = Arena::take<float>(arena, heads * score_stride(most));
+    maxima = Arena::take<float>(arena, parts * heads);
+    totals = Arena::take<float>(arena, parts * heads);
+    sums = Arena::take<float>(arena, sums_kept * heads * head_dim);
+  }
+};
+
+// The keys after the last of a part's group have no score.
+DSV4_INLINE void settle_scores(float* scores, int64_t keys, float scale, __m512& most) {
+  const __m512 factor = _mm512_set1_ps(scale), none = _mm512_set1_ps(-__builtin_inff());
+  for (int64_t key = 0; key < keys; key += 16) {
+    const __mmask16 valid = low16(smaller(keys - key, 16));
+    const __m512 score = _mm512_mask_mul_ps(none, valid, _mm512_loadu_ps(scores + key), factor);
+    _mm512_storeu_ps(scores + key, score);
+    most = _mm512_max_ps(most, score);
+  }
+  for (int64_t key = round_up(keys, 16); key < round_up(keys, kGroup); key += 16) _mm512_storeu_ps(scores + key, none);
+}
+
+DSV4_INLINE void put_numerators(Pair x, bf16* to) {
+  _mm512_storeu_si512(to, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(x.b, x.a)));
+}
+DSV4_INLINE void put_numerators(Pair x, float* to) { store(to, x); }
+
+// Numerators over `keys` scores, in place, and their sum. What is below e^-104 is 0.
+template <class X>
+static float weigh(float* scores, int64_t keys, float maximum) {
+  const __m512 most = _mm512_set1_ps(maximum), least = _mm512_set1_ps(-104.f);
+  __m512 totals[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+  X* to = reinterpret_cast<X*>(scores);
+  for (int64_t key = 0; key < keys; key += kGroup) {
+    const __m512 a = _mm512_sub_ps(_mm512_loadu_ps(scores + key), most);
+    const __m512 b = _mm512_sub_ps(_mm512_loadu_ps(scores + key + 16), most);
+    const Pair numerators = {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a, least, _CMP_NLT_UQ), exp(a)),
+                             _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(b, least, _CMP_NLT_UQ), exp(b))};
+    totals[0] = _mm512_add_ps(totals[0], numerators.a);
+    totals[1] = _mm512_add_ps(totals[1], numerators.b);
+    put_numerators(numerators, to + key);
+  }
+  return _mm512_reduce_add_ps(_mm512_add_ps(totals[0], totals[1]));
+}
+
+// Undoes the rotation of pairs at the end of a head.
+template <class X>
+DSV4_INLINE void rotate_back(X* x, const float* rope, int64_t width) {
+  const bf16* kPairs = nullptr;  // even and odd elements apart
+  for (int64_t d = 0; d < width; d += kStep) {
+    const int64_t count = smaller(width - d, kStep);
+    const Pair turn = arrange(load(rope + d, count), kPairs);
+    Pair value = load(x + d, count);
+    if constexpr (sizeof(X) == 4) value = arrange(value, kPairs);
+    Pair turned = {_mm512_fmadd_ps(value.b, turn.b, _mm512_mul_ps(value.a, turn.a)),
+                   _mm512_fmsub_ps(value.b, turn.a, _mm512_mul_ps(value.a, turn.b))};
+    if constexpr (sizeof(X) == 4) turned = natural(turned, kPairs);
+    store(x + d, turned, count);
+  }
+}
+
+// One row of queries with elements of type X, multiplied as elements of type M.
+template <class Product, class X, class M>
+class RowWork {
+ public:
+  RowWork(const SparseAttentionParams& p, const E4m3Table& table, int64_t row, const RowMemory<M>& memory)
+      : p_(p),
+        row_(row),
+        heads_(p.query.size(1)),
+        head_dim_(p.query.size(2)),
+        memory_(memory),
+        plan_(memory.count->all),
+        stride_(score_stride(memory.count->all)),
+        reader_(p, table, memory.keys, *memory.count) {
+    if constexpr (sizeof(X) == sizeof(M)) {
+      query_ = reinterpret_cast<const M*>(p.query.as<const X>().at(row));
+      query_stride_ = p.query.stride[1];
+    } else {
+      query_ = memory.query;
+      query_stride_ = head_dim_;
+    }
+  }
+
+  // The part of a row's work that is done once, before any part.
+  static void prepare(const SparseAttentionParams& p, int64_t row, const RowMemory<M>& memory) {
+    if constexpr (sizeof(X) != sizeof(M)) {
+      const int64_t head_dim = p.query.size(2);
+      for (int64_t h = 0; h < p.query.size(1); ++h) {
+        widen(p.query.as<const X>().at(row, h), head_dim, memory.query + h * head_dim);
+      }
+    }
+    *memory.count = list_keys(p, row, memory.keys);
+  }
+
+  int64_t parts() const { return plan_.parts; }
+
+  void score(int64_t part, const TileMemory<M>& tiles) const {
+    const int64_t end = plan_.end(part);
+    float* maxima = memory_.maxima + part * heads_;
+    for (int64_t begin = plan_.begin(part); begin < end; begin += kTileKeys) {
+      const int64_t keys = smaller(end - begin, kTileKeys);
+      tile_for_scores(reader_, begin, begin + keys, head_dim_, tiles);
+      float* scores = memory_.scores + begin;
+      Product::template score<M>(query_, query_stride_, heads_, tiles.tile, (keys + kGroup - 1) / kGroup, head_dim_,
+                                 scores, stride_);
+      for (int64_t h = 0; h < heads_; ++h) {
+        __m512 most = _mm512_set1_ps(begin == plan_.begin(part) ? -__builtin_inff() : maxima[h]);
+        settle_scores(scores + h * stride_, keys, p_.scale, most);
+        maxima[h] = _mm512_reduce_max_ps(most);
+      }
+    }
+  }
+
+  // After all parts have their scores. `sums` receives this part's.
+  void mix(int64_t part, float* sums, const TileMemory<M>& tiles) const {
+    const int64_t first = plan_.begin(part), end = plan_.end(part);
+    for (int64_t h = 0; h < heads_; ++h) {
+      memory_.totals[part * heads_ + h] =
+          weigh<M>(memory_.scores + h * stride_ + first, round_up(end - first, kGroup), maximum(h));
+    }
+    const M* weights = reinterpret_cast<const M*>(memory_.scores + first);
+    for (int64_t begin = first; begin < end; begin += kTileKeys) {
+      const int64_t keys = smaller(end - begin, kTileKeys);
+      tile_for_values(reader_, begin, begin + keys, head_dim_, tiles);
+      Product::template mix<M>(weights + (begin - first), stride_ * kWordElements<M>, heads_, tiles.tile,
+                               round_up(keys, kGroup) / kWordElements<M>, head_dim_, begin == first, sums);
+    }
+  }
+
+  static void add(float* to, const float* more, int64_t count) {
+    for (int64_t i = 0; i < count; i += 16) {
+      _mm512_storeu_ps(to + i, _mm512_add_ps(_mm512_loadu_ps(to + i), _mm512_loadu_ps(more + i)));
+    }
+  }
+
+  // out and lse of some heads from the sums of the whole row.
+  void finish(int64_t first_head, int64_t end_head, const float* sums) const {
+    for (int64_t h = first_head; h < end_head; ++h) {
+      X* out = p_.out.as<X>().at(row_, h);
+      float* lse = p_.lse.as<float>().at(row_, h);
+      if (plan_.parts == 0) {
+        memset(out, 0, static_cast<size_t>(head_dim_) * sizeof(X));
+        *lse = __builtin_inff();
+        continue;
+      }
+      float total = 0, most = maximum(h);
+      for (int64_t part = 0; part < plan_.parts; ++part) total += memory_.totals[part * heads_ + h];
+      *lse = static_cast<float>(static_cast<double>(most) + __builtin_log(static_cast<double>(total)));
+      const float sink = _mm512_cvtss_f32(exp(_mm512_set1_ps(*p_.sink.as<const float>().at(h) - most)));
+      const __m512 factor = _mm512_set1_ps(1.f / (total + sink));
+      for (int64_t d = 0; d < head_dim_; d += kGroup) {
+        const Pair x = scaled(value_order(sums + h * head_dim_ + d, static_cast<const M*>(nullptr)), factor);
+        store(out + d, arrange(x, static_cast<const X*>(nullptr)));
+      }
+      const int64_t width = 2 * p_.rope.size(1);
+      if (p_.rope.given()) rotate_back(out + head_dim_ - width, p_.rope.as<const float>().at(row_), width);
+    }
+  }
+
+ private:
+  float maximum(int64_t head) const {
+    float most = memory_.maxima[head];
+    for (int64_t part = 1; part < plan_.parts; ++part) {
+      const float other = memory_.maxima[part * heads_ + head];
+      most = other > most ? other : most;
+    }
+    return most;
+  }
+
+  const SparseAttentionParams& p_;
+  int64_t row_, heads_, head_dim_;
+  RowMemory<M> memory_;
+  Plan plan_;
+  int64_t stride_;
+  KeyReader<M> reader_;
+  const M* query_;
+  int64_t query_stride_;
+};
+
+// How a call is spread over threads; results do not depend on it.
+struct Schedule {
+  int64_t most, slots;  // keys of a row; pieces of work at a time
+  bool by_parts;        // rows are cut into their parts; else each stays whole
+
+  Schedule(const SparseAttentionParams& p, const Context& context)
+      : most(most_keys_of_any_row(p)), slots(context.threads) {
+    const int64_t rows = p.query.size(0);
+    by_parts = slots > 1 && rows < 4 * slots && Plan(most).parts > 1;
+    if (!by_parts) slots = smaller(slots, rows);
+  }
+  int64_t row_memories(int64_t rows) const { return by_parts ? rows : slots; }
+  int64_t sums_kept() const { return by_parts ? Plan(most).parts : 2; }
+};
+
+// Runs body(slot, item) for every item, each once, on whatever slot is free.
+template <class Body>
+DSV4_INLINE void spread(const Context& context, int64_t slots, int64_t items, const Body& body) {
+  int64_t next = 0;
+  parallel(context, smaller(slots, items), [&](int64_t begin, int64_t end) {
+    for (int64_t slot = begin; slot < end; ++slot) {
+      for (;;) {
+        const int64_t item = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
+        if (item >= items) break;
+        body(slot, item);
+      }
+    }
+  });
+}
+
+template <class X, class M>
+class Call {
+ public:
+  Call(const SparseAttentionParams& p, const Context& context)
+      : p_(p),
+        context_(context),
+        schedule_(p, context),
+        row_bytes_(RowMemory<M>::bytes(p, schedule_.most, schedule_.sums_kept())),
+        tile_bytes_(round_up(TileMemory<M>::bytes(p.query.size(2)), 64)),
+        table_(e4m3_table()) {}
+
+  int64_t bytes() const {
+    return schedule_.row_memories(p_.query.size(0)) * row_bytes_ + schedule_.slots * tile_bytes_;
+  }
+
+  template <class Product>
+  void run() const {
+    if (schedule_.by_parts) {
+      run_parts<Product>();
+    } else {
+      run_rows<Product>();
+    }
+  }
+
+ private:
+  uint8_t* base() const { return static_cast<uint8_t*>(p_.workspace.data); }
+  RowMemory<M> row_memory(int64_t index) const {
+    Arena arena{base() + schedule_.slots * tile_bytes_ + index * row_bytes_};
+    return RowMemory<M>(p_, schedule_.most, schedule_.sums_kept(), arena);
+  }
+  TileMemory<M> tile_memory(int64_t slot) const { return TileMemory<M>(base() + slot * tile_bytes_, p_.query.size(2)); }
+
+  template <class Product>
+  void run_rows() const {
+    using Work = RowWork<Product, X, M>;
+    const int64_t heads = p_.query.size(1), elements = heads * p_.query.size(2);
+    spread(context_, schedule_.slots, p_.query.size(0), [&](int64_t slot, int64_t row) {
+      const RowMemory<M> memory = row_memory(slot);
+      const TileMemory<M> tiles = tile_memory(slot);
+      Work::prepare(p_, row, memory);
+      const Work work(p_, table_, row, memory);
+      for (int64_t part = 0; part < work.parts(); ++part) work.score(part, tiles);
+      for (int64_t part = 0; part < work.parts(); ++part) {
+        work.mix(part, memory.sums + (part == 0 ? 0 : elements), tiles);
+        if (part > 0) Work::add(memory.sums, memory.sums + elements, elements);
+      }
+      work.finish(0, heads, memory.sums);
+    });
+  }
+
+  template <class Product>
+  void run_parts() const {
+    using Work = RowWork<Product, X, M>;
+    const int64_t rows = p_.query.size(0), heads = p_.query.size(1), head_dim = p_.query.size(2),
+                  slots = schedule_.slots;
+    const int64_t parts = Plan(schedule_.most).parts, blocks = (heads + kFinishHeads - 1) / kFinishHeads;
+    const auto work_of = [&](int64_t row) { return Work(p_, table_, row, row_memory(row)); };
+    spread(context_, slots, rows, [&](int64_t, int64_t row) { Work::prepare(p_, row, row_memory(row)); });
+    spread(context_, slots, rows * parts, [&](int64_t slot, int64_t item) {
+      const Work work = work_of(item / parts);
+      if (item % parts < work.parts()) work.score(item % parts, tile_memory(slot));
+    });
+    spread(context_, slots, rows * parts, [&](int64_t slot, int64_t item) {
+      const int64_t part = item % parts;
+      const Work work = work_of(item / parts);
+      if (part < work.parts()) {
+        work.mix(part, row_memory(item / parts).sums + part * heads * head_dim, tile_memory(slot));
+      }
+    });
+    spread(context_, slots, rows * blocks, [&](int64_t, int64_t item) {
+      const int64_t row = item / blocks, first = item % blocks * kFinishHeads,
+                    end = smaller(heads, first + kFinishHeads);
+      const Work work = work_of(row);
+      float* sums = row_memory(row).sums;
+      for (int64_t part = 1; part < work.parts(); ++part) {
+        Work::add(sums + first * head_dim, sums + (part * heads + first) * head_dim, (end - first) * head_dim);
+      }
+      work.finish(first, end, sums);
+    });
+  }
+
+  const SparseAttentionParams& p_;
+  const Context& context_;
+  Schedule schedule_;
+  int64_t row_bytes_, tile_bytes_;
+  E4m3Table table_;
+};
+
+}  // namespace
+}  // namespace dsv4::avx512

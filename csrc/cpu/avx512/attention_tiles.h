@@ -1,0 +1,197 @@
+// Keys in tiles for sparse_attention: rows of FP8 or plain pages as elements of type X, the type of the products, laid
+// out in 32-bit words (two bfloat16 or one float32) as the multiplications read them.
+#pragma once
+
+#include "common/pages.h"
+#include "cpu/attention_keys.h"
+#include "cpu/avx512/lanes.h"
+
+namespace dsv4::avx512 {
+namespace {
+
+inline constexpr int64_t kGroup = 32;      // keys of a group of scores, dims of a group of values
+inline constexpr int64_t kTileKeys = 128;  // keys decoded at a time: 128 KiB at head_dim 512 in bfloat16
+inline constexpr int64_t kBatch = 16;      // rows decoded before they go to their places
+
+template <class X>
+constexpr int64_t kWordElements = 4 / static_cast<int64_t>(sizeof(X));
+
+// bfloat16 bits of the 128 e4m3 magnitudes, high and low bytes apart, as byte permutations read them.
+struct E4m3Table {
+  __m512i high[2], low[2];
+};
+
+DSV4_INLINE E4m3Table e4m3_table() {
+  alignas(64) uint8_t high[128], low[128];
+  for (int code = 0; code < 128; ++code) {
+    const uint16_t bits = bf16_from_float(e4m3_value(static_cast<uint8_t>(code))).bits;
+    high[code] = static_cast<uint8_t>(bits >> 8);
+    low[code] = static_cast<uint8_t>(bits);
+  }
+  return {{_mm512_load_si512(high), _mm512_load_si512(high + 64)},
+          {_mm512_load_si512(low), _mm512_load_si512(low + 64)}};
+}
+
+// 32 bfloat16, as they are or widened.
+DSV4_INLINE void put(__m512i words, bf16* to, int64_t count) { _mm512_mask_storeu_epi16(to, mask32(count), words); }
+DSV4_INLINE void put(__m512i words, float* to, int64_t count) {
+  const __m512i first = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(words));
+  const __m512i second = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(words, 1));
+  _mm512_mask_storeu_epi32(to, low16(count), _mm512_slli_epi32(first, 16));
+  _mm512_mask_storeu_epi32(to + 16, high16(count), _mm512_slli_epi32(second, 16));
+}
+
+// Up to 64 codes that share a scale: their magnitudes from the table, then the scale's exponent added. That holds while
+// no code is NaN and no result leaves the range of normal numbers; what is left goes one by one.
+template <class X>
+DSV4_INLINE void decode_block(const uint8_t* codes, uint8_t scale, int64_t count, const E4m3Table& table, X* to) {
+  constexpr uint8_t kLeast = 10, kMost = 246;  // 2^-9 and 448 times these scales are normal
+  const __mmask64 mask = count == kRowBlock ? ~__mmask64{0} : (__mmask64{1} << count) - 1;
+  __m512i code = _mm512_maskz_loadu_epi8(mask, codes);
+  const __m512i nan = _mm512_set1_epi8(0x7F);
+  if (scale < kLeast || scale > kMost || _mm512_cmpeq_epi8_mask(_mm512_and_si512(code, nan), nan) != 0) {
+    for (int64_t d = 0; d < count; ++d) to[d] = from_float<X>(e4m3_value(codes[d]) * e8m0_value(scale));
+    return;
+  }
+  // Bytes unpack within lanes of 16: quarters of 8 in this order come out in theirs.
+  code = _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7), code);
+  const __m512i sign = _mm512_andnot_si512(nan, code);
+  const __m512i high = _mm512_or_si512(_mm512_permutex2var_epi8(table.high[0], code, table.high[1]), sign);
+  const __m512i low = _mm512_permutex2var_epi8(table.low[0], code, table.low[1]);
+  const __m512i magnitude = _mm512_set1_epi16(0x7FFF),
+                shift = _mm512_set1_epi16(static_cast<int16_t>((scale - 127) * 128));
+  __m512i first = _mm512_unpacklo_epi8(low, high), second = _mm512_unpackhi_epi8(low, high);
+  first = _mm512_mask_add_epi16(first, _mm512_test_epi16_mask(first, magnitude), first, shift);
+  second = _mm512_mask_add_epi16(second, _mm512_test_epi16_mask(second, magnitude), second, shift);
+  put(first, to, smaller(count, 32));
+  if (count > 32) put(second, to + 32, count - 32);
+}
+
+template <class X>
+DSV4_INLINE void widen(const bf16* from, int64_t count, X* to) {
+  for (int64_t d = 0; d < count; d += 32) {
+    const int64_t left = smaller(count - d, 32);
+    put(_mm512_maskz_loadu_epi16(mask32(left), from + d), to + d, left);
+  }
+}
+
+// Reads the keys of a row's list.
+template <class X>
+class KeyReader {
+ public:
+  KeyReader(const SparseAttentionParams& p, const E4m3Table& table, const Key* keys, KeyCounts count)
+      : table_(table),
+        keys_(keys),
+        count_(count),
+        head_dim_(p.query.size(2)),
+        rope_dim_(p.rope_dim),
+        window_wide_(p.window_pool.plain.dtype == DType::kFloat32),
+        compressed_wide_(p.compressed.plain.dtype == DType::kFloat32) {}
+
+  // A key's elements: where they lie, or decoded into `row`.
+  DSV4_INLINE const X* read(const KeyReader& r, int64_t j, X* row) {
+    const Key& key = r.keys_[j];
+    const bool wide = j < r.count_.window ? r.window_wide_ : r.compressed_wide_;
+    if (key.scales == nullptr) {
+      if (wide == (sizeof(X) == 4)) return reinterpret_cast<const X*>(key.data);
+      widen(reinterpret_cast<const bf16*>(key.data), r.head_dim_, row);
+      return row;
+    }
+    const int64_t codes = r.head_dim_ - r.rope_dim_;
+    for (int64_t d = 0; d < codes; d += kRowBlock) {
+      decode_block(key.data + d, key.scales[d / kRowBlock], smaller(codes - d, kRowBlock), r.table_, row + d);
+    }
+    widen(reinterpret_cast<const bf16*>(key.data + codes), r.rope_dim_, row + codes);
+    return row;
+  }
+
+ private:
+  const E4m3Table& table_;
+  const Key* keys_;
+  KeyCounts count_;
+  int64_t head_dim_, rope_dim_;
+  bool window_wide_, compressed_wide_;
+};
+
+// A thread's memory for tiles.
+template <class X>
+struct TileMemory {
+  static constexpr int64_t kBytes = sizeof(X);
+
+  uint32_t* tile;
+  X *rows, *zeros;  // [kBatch, D]; [D], zero
+
+  static int64_t bytes(int64_t head_dim) { return 4 * tile_words(head_dim) + (kBatch + 1) * head_dim * kBytes; }
+  static int64_t tile_words(int64_t head_dim) { return kTileKeys * head_dim * kBytes / 4 + head_dim; }
+
+  TileMemory(uint8_t* memory, int64_t head_dim)
+      : tile(reinterpret_cast<uint32_t*>(memory)),
+        rows(reinterpret_cast<X*>(tile + tile_words(head_dim))),
+        zeros(rows + kBatch * head_dim) {
+    memset(zeros, 0, static_cast<size_t>(head_dim) * sizeof(X));
+  }
+};
+
+// Keys [begin, end), zeros up to a multiple of 32, for scores: [group of 32 keys][word of a row][32 keys].
+template <class X>
+static __attribute__((noinline)) void tile_for_scores(const KeyReader<X>& reader, int64_t begin, int64_t end,
+                                                      int64_t head_dim, const TileMemory<X>& memory) {
+  const int64_t words = head_dim / kWordElements<X>;
+  for (int64_t first = begin; first < begin + round_up(end - begin, kGroup); first += kBatch) {
+    const X* rows[kBatch];
+    for (int64_t i = 0; i < kBatch; ++i) {
+      rows[i] = first + i < end ? KeyReader<X>::read(reader, first + i, memory.rows + i * head_dim) : memory.zeros;
+    }
+    const int64_t group = (first - begin) / kGroup, half = (first - begin) % kGroup;
+    uint32_t* to = memory.tile + group * words * kGroup + half;
+    for (int64_t word = 0; word < words; word += 16) {
+      __m512i x[16];
+      for (int i = 0; i < 16; ++i) x[i] = _mm512_loadu_si512(reinterpret_cast<const uint8_t*>(rows[i]) + 4 * word);
+      transpose(x);
+      for (int i = 0; i < 16; ++i) _mm512_storeu_si512(to + (word + i) * kGroup, x[i]);
+    }
+  }
+}
+
+// Words from one group of values to the next: not a power of two, or all groups would fall into the same sets of a
+// cache.
+constexpr int64_t group_stride(int64_t steps) { return (steps + 1) * kGroup; }
+
+// The same keys as values: [group of 32 dims][step][32 words]. A step is one key, or two whose bfloat16 elements stand
+// together in words; these unpack within lanes, so the dims of a group come in the order of `value_order`.
+template <class X>
+static __attribute__((noinline)) void tile_for_values(const KeyReader<X>& reader, int64_t begin, int64_t end,
+                                                      int64_t head_dim, const TileMemory<X>& memory) {
+  const int64_t keys = round_up(end - begin, kGroup), steps = keys / kWordElements<X>;
+  for (int64_t step = 0; step < steps; ++step) {
+    const X* rows[kWordElements<X>];
+    for (int64_t i = 0; i < kWordElements<X>; ++i) {
+      const int64_t key = begin + step * kWordElements<X> + i;
+      rows[i] = key < end ? KeyReader<X>::read(reader, key, memory.rows + i * head_dim) : memory.zeros;
+    }
+    for (int64_t group = 0; group < head_dim / kGroup; ++group) {
+      uint32_t* to = memory.tile + group * group_stride(steps) + step * kGroup;
+      if constexpr (sizeof(X) == 2) {
+        const __m512i a = _mm512_loadu_si512(rows[0] + group * kGroup),
+                      b = _mm512_loadu_si512(rows[1] + group * kGroup);
+        _mm512_storeu_si512(to, _mm512_unpacklo_epi16(a, b));
+        _mm512_storeu_si512(to + 16, _mm512_unpackhi_epi16(a, b));
+      } else {
+        _mm512_storeu_ps(to, _mm512_loadu_ps(rows[0] + group * kGroup));
+        _mm512_storeu_ps(to + 16, _mm512_loadu_ps(rows[0] + group * kGroup + 16));
+      }
+    }
+  }
+}
+
+// 32 sums of a group, in the order of their dims.
+DSV4_INLINE Pair value_order(const float* sums, const bf16*) {
+  const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+  const __m512i second = _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
+  const Pair x = load(sums);
+  return {_mm512_permutex2var_ps(x.a, first, x.b), _mm512_permutex2var_ps(x.a, second, x.b)};
+}
+DSV4_INLINE Pair value_order(const float* sums, const float*) { return load(sums); }
+
+}  // namespace
+}  // namespace dsv4::avx512
