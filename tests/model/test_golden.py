@@ -23,7 +23,6 @@ SCHEDULES = {
 }
 
 
-
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("run", RUNS, ids=str)
 @torch.no_grad()
@@ -152,7 +151,11 @@ def attention_errors(
         tables = (step.window_table, step.compressed_table, step.write_table)
         rows = Rows(step.sequence, step.position, shipped.frequencies, *tables)
         selected: list[Tensor] = []
-        hook = block.attn.indexer.register_forward_hook(lambda *a: selected.append(a[-1])) if block.attn.indexer else None
+        hook = (
+            block.attn.indexer.register_forward_hook(lambda *a, into=selected: into.append(a[-1]))
+            if block.attn.indexer
+            else None
+        )
         got = block.attn(recorded[f"{key}.attn.in"].flatten(0, 1), rows, cache.layers[layer])
         cache.commit(step)
         same = torch.ones(len(got), dtype=torch.bool)
@@ -163,7 +166,10 @@ def attention_errors(
                 expected = recorded[f"{key}.indexer.topk_idxs"].flatten(0, -2).long()
                 expected = torch.where(expected < 0, expected, expected - offset)
                 same = torch.tensor(
-                    [set(e.tolist()) - {-1} == set(g.tolist()) - {-1} for e, g in zip(expected, selected[0], strict=True)]
+                    [
+                        set(e.tolist()) - {-1} == set(g.tolist()) - {-1}
+                        for e, g in zip(expected, selected[0], strict=True)
+                    ]
                 )
         assert same.float().mean() >= 0.5
         compared.append(rel_rms(got, recorded[f"{key}.attn.out"].flatten(0, 1))[same])

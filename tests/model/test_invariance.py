@@ -19,7 +19,11 @@ LENGTH = 300
 def deep_model() -> dsv4.Transformer:
     """More layers than the golden cases have, of every kind, with a selection that selects."""
     config = replace(
-        dsv4.Config.preset("nano"), num_hidden_layers=5, compress_ratios=(0, 4, 128, 4, 128), index_topk=16, num_hash_layers=1
+        dsv4.Config.preset("nano"),
+        num_hidden_layers=5,
+        compress_ratios=(0, 4, 128, 4, 128),
+        index_topk=16,
+        num_hash_layers=1,
     )
     return dsv4.init(config, seed=7)
 

@@ -104,7 +104,7 @@ def test_hyper_connection(dtype: torch.dtype) -> None:
     out = module(streams, inner)
     assert out.shape == streams.shape and out.dtype == dtype
     out.float().pow(2).sum().backward()
-    for tensor in (streams, module.fn, module.base, module.scale, inner.weight):
+    for tensor in (streams, module.hc_fn, module.hc_base, module.hc_scale, inner.weight):
         assert tensor.grad is not None and torch.isfinite(tensor.grad).all() and tensor.grad.abs().sum() > 0
 
 
@@ -132,3 +132,33 @@ def test_model_gradients() -> None:
     for name, parameter in model.named_parameters():
         reached = parameter.grad is not None and bool(parameter.grad.abs().sum() > 0)
         assert reached != (".indexer." in name or "tid2eid" in name or name.endswith("gate.bias")), name
+
+
+def test_model_arguments() -> None:
+    """What a call refuses, and that a refused call leaves the cache as it was."""
+    model = dsv4.init(replace(CONFIG, num_hidden_layers=1, compress_ratios=(0,), num_hash_layers=0), 0, "off")
+    other = dsv4.init(replace(CONFIG, num_hidden_layers=2, compress_ratios=(0, 4), num_hash_layers=0), 0, "off")
+    cache = model.new_cache(1, 8)
+    ids = torch.zeros(1, 4, dtype=torch.long)
+    model(ids, cache=cache)
+    vocab = CONFIG.vocab_size
+    refused = {
+        r"input_ids must be integer \[batch, seq\], got torch.float32 \[1, 4\]": lambda: model(ids.float()),
+        r"input_ids must be integer \[batch, seq\], got torch.int64 \[4\]": lambda: model(ids[0]),
+        rf"input_ids must lie in \[0, {vocab}\), got {vocab} to {vocab}": lambda: model(ids + vocab, cache=cache),
+        rf"input_ids must lie in \[0, {vocab}\), got -1 to -1": lambda: model(ids - 1, cache=cache),
+        r"the cache holds 1 sequences, input_ids has 2 rows": lambda: model(ids.repeat(2, 1), cache=cache),
+        r"num_tokens must be 1 counts of 0 to 4, got \[5\]": lambda: model(ids, cache=cache, num_tokens=[5]),
+        r"num_tokens must be 1 counts of 0 to 4, got \[1, 1\]": lambda: model(ids, cache=cache, num_tokens=[1, 1]),
+        r"max_seq_len": lambda: model(ids.repeat(1, 2), cache=cache),
+        r"the cache belongs to another model: make one with this model's new_cache": lambda: other(ids, cache=cache),
+        r"the model has 0 multi-token prediction blocks, asked for number 0": lambda: model.predict_next(
+            model.hidden_streams(ids), ids
+        ),
+    }
+    for message, call in refused.items():
+        with pytest.raises(ValueError, match=message):
+            call()
+        assert cache.length == 4
+    assert model(ids, cache=cache).shape == (1, 4, vocab)
+    assert model(ids[:, :0]).shape == (1, 0, vocab)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from dsv4.cache import LayerCache
 from dsv4.model.config import Config
 from dsv4.nn.attention import attention
-from dsv4.nn.hyper_connection import MIXES, MixingSettings, mixing_parameters
+from dsv4.nn.hyper_connection import MIXES, MixingSettings, add_mixing_parameters, mixing_weights
 from dsv4.nn.linear import RMSNorm
 from dsv4.nn.moe import MixtureOfExperts
 from dsv4.nn.rows import Rows
@@ -33,19 +33,13 @@ class Block(nn.Module):
         self.attn = attention(config, ratio, quantization, dtype)
         self.ffn = MixtureOfExperts(config, hash_routing, quantization, dtype)
         for site in ("hc_attn", "hc_ffn"):
-            fn, base, scale = mixing_parameters(config.hidden_size, MIXES, 3, mixing_dtype, trainable)
-            self.register_parameter(f"{site}_fn", fn)
-            self.register_parameter(f"{site}_base", base)
-            self.register_parameter(f"{site}_scale", scale)
+            add_mixing_parameters(self, site, config.hidden_size, MIXES, 3, mixing_dtype, trainable)
 
     def forward(self, streams: Tensor, rows: Rows, layer: LayerCache | None) -> Tensor:
         """streams [tokens, 4, hidden] -> the same; appends the rows to the layer's cache."""
-        wide = torch.promote_types(streams.dtype, torch.float32)
-        attn_mixing = [p.to(wide) for p in (self.hc_attn_fn, self.hc_attn_scale, self.hc_attn_base)]
-        ffn_mixing = [p.to(wide) for p in (self.hc_ffn_fn, self.hc_ffn_scale, self.hc_ffn_base)]
-        x, post, comb = self.mixing.pre(streams, *attn_mixing, self.attn_norm.weight)
+        before = mixing_weights(self, "hc_attn", streams.dtype)
+        between = mixing_weights(self, "hc_ffn", streams.dtype)
+        x, post, comb = self.mixing.pre(streams, before, self.attn_norm.weight)
         attended = self.attn(x, rows, layer)
-        streams, x, post, comb = self.mixing.post_pre(
-            attended, streams, post, comb, *ffn_mixing, self.ffn_norm.weight
-        )
+        streams, x, post, comb = self.mixing.post_pre(attended, streams, post, comb, between, self.ffn_norm.weight)
         return self.mixing.post(self.ffn(x, rows.token_ids), streams, post, comb)

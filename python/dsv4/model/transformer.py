@@ -12,17 +12,18 @@ from torch import Tensor, nn
 from dsv4.cache import KVCache, Step
 from dsv4.model.block import Block
 from dsv4.model.config import Config
-from dsv4.nn.hyper_connection import STREAMS, MixingSettings, mixing_parameters
+from dsv4.nn.hyper_connection import STREAMS, MixingSettings, add_mixing_parameters, mixing_weights
 from dsv4.nn.linear import Linear, RMSNorm, check_quantization, empty_parameter, linear
 from dsv4.nn.rows import RopeFrequencies, Rows
+
 
 class Transformer(nn.Module):
     """DeepSeek-V4: embedding, layers over 4 residual streams, head, and the multi-token prediction blocks.
 
     Args:
         config: of the model.
-        quantization: "checkpoint": weights as released (FP8, FP4), activations and cache rounded where the checkpoint was
-            trained with it. "off": plain weights and cache of `dtype`; equals transformers' implementation to rounding;
+        quantization: "checkpoint": weights as released (FP8, FP4), activations and cache rounded where the checkpoint
+            was trained with it. "off": plain weights and cache of `dtype`; equals transformers' implementation to rounding;
             differentiable.
         dtype: of activations and, in mode "off", of weights and cache.
     """
@@ -37,22 +38,15 @@ class Transformer(nn.Module):
         self.config, self.quantization, self.dtype = config, quantization, dtype
         self.frequencies = RopeFrequencies(config)
         self.mixing = MixingSettings.of(config)
-        self.embed = nn.Module()
-        self.embed.weight = empty_parameter(config.vocab_size, config.hidden_size, dtype=dtype, trainable=trainable)
-        if not self.embed.weight.is_meta:
-            nn.init.normal_(self.embed.weight)
+        self.embed = Embedding(config.vocab_size, config.hidden_size, dtype, trainable)
         self.layers = nn.ModuleList(
             Block(config, config.layer_ratio(index), index < config.num_hash_layers, quantization, dtype)
             for index in range(config.num_hidden_layers)
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, trainable)
-        self.head = Linear(
-            config.hidden_size, config.vocab_size, dtype, wide=True, exact=exact, trainable=trainable
-        )
+        self.head = Linear(config.hidden_size, config.vocab_size, dtype, wide=True, exact=exact, trainable=trainable)
         mixing_dtype = dtype if trainable else torch.float32
-        self.hc_head_fn, self.hc_head_base, self.hc_head_scale = mixing_parameters(
-            config.hidden_size, STREAMS, 1, mixing_dtype, trainable
-        )
+        add_mixing_parameters(self, "hc_head", config.hidden_size, STREAMS, 1, mixing_dtype, trainable)
         self.mtp = nn.ModuleList(
             MultiTokenPrediction(config, config.layer_ratio(config.num_hidden_layers + index), quantization, dtype)
             for index in range(config.num_nextn_predict_layers)
@@ -98,9 +92,8 @@ class Transformer(nn.Module):
         batch, length = ids.shape
         if cache is None:
             used = torch.tensor(counts, device=ids.device)[:, None] > torch.arange(length, device=ids.device)
-            rows = Rows.whole_sequences(batch, length, self.frequencies, ids.device, ids.reshape(-1))
-            streams = self._layers(rows, None)  # padding stands right of what counts, so nothing that counts sees it
-            return self._logits(streams.view(batch, length, STREAMS, -1), used, logits_to_keep)
+            flat = self._layers(self._whole_sequences(ids), None)  # padding stands to the right, where nothing sees it
+            return self._logits(flat.unflatten(0, (batch, length)), used, logits_to_keep)
         for step in cache.pending():
             self._run(cache, step)
         step = cache.begin([row[:count] for row, count in zip(ids, counts, strict=True)])
@@ -132,29 +125,27 @@ class Transformer(nn.Module):
         return streams
 
     def _embed(self, token_ids: Tensor) -> Tensor:
-        return F.embedding(token_ids, self.embed.weight).to(self.dtype)
+        return self.embed(token_ids).to(self.dtype)
 
     def _logits(self, streams: Tensor, used: Tensor, keep: int) -> Tensor:
         """streams [batch, length, 4, hidden] -> [batch, kept, vocab]; 0 where `used` is False."""
         if keep:
             streams, used = streams[:, -keep:], used[:, -keep:]
-        hidden = self._collapse(streams[used], self.hc_head_fn, self.hc_head_scale, self.hc_head_base, self.norm)
-        logits = self.head(hidden)
+        logits = self.head(self.norm(self._collapse(self, streams[used])))
         if bool(used.all()):
-            return logits.view(*used.shape, -1)
+            return logits.unflatten(0, used.shape)
         out = logits.new_zeros(*used.shape, logits.shape[-1])
         out[used] = logits
         return out
 
-    def _collapse(self, streams: Tensor, fn: Tensor, scale: Tensor, base: Tensor, norm: RMSNorm) -> Tensor:
-        wide = torch.promote_types(streams.dtype, torch.float32)
-        return norm(self.mixing.head(streams, fn.to(wide), scale.to(wide), base.to(wide)))
+    def _collapse(self, module: nn.Module, streams: Tensor) -> Tensor:
+        """[tokens, 4, hidden] -> [tokens, hidden], with the head mixing weights of `module`."""
+        return self.mixing.head(streams, mixing_weights(module, "hc_head", streams.dtype))
 
     def hidden_streams(self, input_ids: Tensor) -> Tensor:
         """Residual streams after the last layer, [batch, seq, 4, hidden]: what multi-token prediction starts from."""
         ids, _ = self._check_ids(input_ids, None, None)
-        rows = Rows.whole_sequences(*ids.shape, self.frequencies, ids.device, ids.reshape(-1))
-        return self._layers(rows, None).unflatten(0, ids.shape)
+        return self._layers(self._whole_sequences(ids), None).unflatten(0, ids.shape)
 
     def predict_next(self, streams: Tensor, next_ids: Tensor, block: int = 0) -> Tensor:
         """Logits of the token after next, by a multi-token prediction block.
@@ -168,32 +159,53 @@ class Transformer(nn.Module):
         if not 0 <= block < len(self.mtp):
             raise ValueError(f"the model has {len(self.mtp)} multi-token prediction blocks, asked for number {block}")
         ids, _ = self._check_ids(next_ids, None, None)
-        rows = Rows.whole_sequences(*ids.shape, self.frequencies, ids.device, ids.reshape(-1))
         module = self.mtp[block]
-        hidden = module(streams.flatten(0, 1), self._embed(rows.token_ids), rows)
-        collapsed = self._collapse(
-            hidden, module.hc_head_fn, module.hc_head_scale, module.hc_head_base, module.norm
-        )
-        return self.head(collapsed).unflatten(0, ids.shape)
+        assert isinstance(module, MultiTokenPrediction)
+        hidden = module(streams.flatten(0, 1), self._embed(ids.flatten()), self._whole_sequences(ids))
+        return self.head(module.norm(self._collapse(module, hidden))).unflatten(0, ids.shape)
+
+    def _whole_sequences(self, ids: Tensor) -> Rows:
+        batch, length = ids.shape
+        return Rows.whole_sequences(batch, length, self.frequencies, ids.device, ids.flatten())
+
+    def _check_cache(self, cache: KVCache) -> None:
+        theirs = (cache.settings.config, cache.settings.quantization, cache.settings.dtype)
+        if theirs != (self.config, self.quantization, self.dtype):
+            raise ValueError("the cache belongs to another model: make one with this model's new_cache")
+        if (cache.device.type, cache.device.index or 0) != (self.device.type, self.device.index or 0):
+            raise ValueError(f"the cache is on {cache.device}, the model on {self.device}: load it with device=")
 
     def _check_ids(
         self, input_ids: Tensor, cache: KVCache | None, num_tokens: Sequence[int] | None
     ) -> tuple[Tensor, list[int]]:
         if input_ids.dim() != 2 or input_ids.dtype.is_floating_point or input_ids.dtype == torch.bool:
-            raise ValueError(
-                f"input_ids must be integer [batch, seq], got {input_ids.dtype} {list(input_ids.shape)}"
-            )
+            raise ValueError(f"input_ids must be integer [batch, seq], got {input_ids.dtype} {list(input_ids.shape)}")
         ids = input_ids.to(device=self.device, dtype=torch.int64)
         if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= self.config.vocab_size):
             raise ValueError(
                 f"input_ids must lie in [0, {self.config.vocab_size}), got {int(ids.min())} to {int(ids.max())}"
             )
+        if cache is not None:
+            self._check_cache(cache)
         if cache is not None and cache.batch_size != ids.shape[0]:
             raise ValueError(f"the cache holds {cache.batch_size} sequences, input_ids has {ids.shape[0]} rows")
         counts = [ids.shape[1]] * ids.shape[0] if num_tokens is None else [int(n) for n in num_tokens]
         if len(counts) != ids.shape[0] or any(not 0 <= n <= ids.shape[1] for n in counts):
             raise ValueError(f"num_tokens must be {ids.shape[0]} counts of 0 to {ids.shape[1]}, got {counts}")
         return ids, counts
+
+
+class Embedding(nn.Module):
+    """Rows of a table [vocab, hidden] by token id."""
+
+    def __init__(self, vocab_size: int, hidden: int, dtype: torch.dtype, trainable: bool):
+        super().__init__()
+        self.weight = empty_parameter(vocab_size, hidden, dtype=dtype, trainable=trainable)
+        if not self.weight.is_meta:
+            nn.init.normal_(self.weight)
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        return F.embedding(token_ids, self.weight)
 
 
 class MultiTokenPrediction(Block):
@@ -212,9 +224,7 @@ class MultiTokenPrediction(Block):
         self.hnorm = RMSNorm(hidden, eps, dtype, trainable)
         self.norm = RMSNorm(hidden, eps, dtype, trainable)
         mixing_dtype = dtype if trainable else torch.float32
-        self.hc_head_fn, self.hc_head_base, self.hc_head_scale = mixing_parameters(
-            hidden, STREAMS, 1, mixing_dtype, trainable
-        )
+        add_mixing_parameters(self, "hc_head", config.hidden_size, STREAMS, 1, mixing_dtype, trainable)
 
     def forward(self, streams: Tensor, embedded: Tensor, rows: Rows) -> Tensor:  # type: ignore[override]
         """streams [tokens, 4, hidden], embedded [tokens, hidden] -> [tokens, 4, hidden]."""

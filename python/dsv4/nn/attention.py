@@ -44,8 +44,8 @@ class Attention(nn.Module):
         self.wq_b = linear(config.q_lora_rank, self.heads * self.head_dim, quantization, dtype)
         self.wkv = linear(config.hidden_size, self.head_dim, quantization, dtype)
         self.kv_norm = RMSNorm(self.head_dim, self.eps, dtype, trainable)
-        group_width = self.heads * self.head_dim // self.groups
-        self.wo_a = GroupedLinear(self.groups, group_width, config.o_lora_rank, quantization, dtype)
+        self.group_width = self.heads * self.head_dim // self.groups
+        self.wo_a = GroupedLinear(self.groups, self.group_width, config.o_lora_rank, quantization, dtype)
         self.wo_b = linear(self.groups * config.o_lora_rank, config.hidden_size, quantization, dtype)
         sink_dtype = torch.float32 if self.quantized else dtype
         self.attn_sink = empty_parameter(self.heads, dtype=sink_dtype, trainable=trainable)
@@ -55,9 +55,7 @@ class Attention(nn.Module):
             self.compressor = Compressor(
                 config, ratio, self.head_dim, rotate=False, quantization=quantization, dtype=dtype
             )
-        self.indexer = (
-            Indexer(config, quantization=quantization, dtype=dtype) if ratio == config.csa_ratio else None
-        )
+        self.indexer = Indexer(config, quantization=quantization, dtype=dtype) if ratio == config.csa_ratio else None
 
     def forward(self, x: Tensor, rows: Rows | None = None, layer: LayerCache | None = None) -> Tensor:
         """Attends, appending the rows to the layer's cache.
@@ -96,7 +94,7 @@ class Attention(nn.Module):
             scale=self.head_dim**-0.5,
             page_size=entries_per_page(self.ratio),
         )
-        return self.wo_b(self.wo_a(out.reshape(x.shape[0], self.groups, -1)).flatten(1))
+        return self.wo_b(self.wo_a(out.reshape(x.shape[0], self.groups, self.group_width)).flatten(1))
 
     def _append(
         self, x: Tensor, query_latent: Tensor, rows: Rows, layer: LayerCache
@@ -121,9 +119,7 @@ class Attention(nn.Module):
         self.indexer.compressor(x, rows, layer.index_state, layer.index_pages, page_size)
         return layer.window_pages, layer.pages, self.indexer(x, query_latent, rows, layer.index_pages, page_size)
 
-    def _rows_alone(
-        self, x: Tensor, query_latent: Tensor, rows: Rows
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def _rows_alone(self, x: Tensor, query_latent: Tensor, rows: Rows) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """The same for whole sequences without a cache: pages that autograd sees through."""
         batch = rows.window_table.shape[0]
         window = ops.kv_norm_rope(self.wkv(x), self.kv_norm.weight, rows.rope(self.ratio > 0), self.eps)
@@ -154,7 +150,7 @@ class SlidingWindowAttention(Attention):
 
 
 class CompressedSparseAttention(Attention):
-    """CSA: every `csa_ratio` (4) tokens make one entry, an indexer picks the `index_topk` entries that each query attends to."""
+    """CSA: every `csa_ratio` (4) tokens make one entry, an indexer picks the `index_topk` entries a query attends to."""
 
     def __init__(self, config: Config, quantization: str = "checkpoint", dtype: torch.dtype = torch.bfloat16):
         super().__init__(config, config.csa_ratio, quantization, dtype)

@@ -10,10 +10,12 @@ from dsv4.model.config import Config
 from dsv4.nn.linear import Linear, RMSNorm, empty_parameter, linear
 from dsv4.nn.rows import Rows
 
+
 class Compressor(nn.Module):
     """Pools every `ratio` tokens to one entry: softmax over the window of gate + position bias, weighting the values.
 
-    The pooled row is normalised, rotated at the window's first position and stored. Projections and pooling are float32.
+    The pooled row is normalised, rotated at the window's first position and stored. Projections and pooling are
+    float32.
     Source: DeepSeek-V4 report, 2.3; the official inference code.
 
     Args:
@@ -76,8 +78,9 @@ class Compressor(nn.Module):
 class Indexer(nn.Module):
     """Lightning indexer: scores every visible entry with a few cheap heads and keeps the best.
 
-    score[t, j] = sum_h weights[t, h] * relu(query[t, h] . key[j]). Queries and keys are rotated (RoPE, Hadamard) and, in
-    mode `checkpoint`, rounded to FP4. Source: DeepSeek-V4 report, 2.3.1; the official inference code.
+    score[t, j] = sum_h weights[t, h] * relu(query[t, h] . key[j]). Queries and keys are rotated by RoPE and, in mode
+    `checkpoint`, by a Hadamard transform and rounded to FP4.
+    Source: DeepSeek-V4 report, 2.3.1; the official inference code.
     """
 
     def __init__(self, config: Config, *, quantization: str, dtype: torch.dtype):

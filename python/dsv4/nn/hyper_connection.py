@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +17,17 @@ STREAMS = 4
 MIXES = 2 * STREAMS + STREAMS * STREAMS  # pre, post, comb
 
 
+class MixingWeights(NamedTuple):
+    """fn [mixes, 4 hidden], scale, base [mixes]: float32, or float64 with float64 streams."""
+
+    fn: Tensor
+    scale: Tensor
+    base: Tensor
+
+
 @dataclass(frozen=True)
 class MixingSettings:
-    """The scalars every mHC op takes."""
+    """The scalars that every mHC op of a model takes, and the ops with them. float64 streams go to the references."""
 
     norm_eps: float
     hc_eps: float
@@ -26,25 +35,21 @@ class MixingSettings:
 
     @classmethod
     def of(cls, config: Config) -> MixingSettings:
-        if config.hc_mult != STREAMS:
-            raise ValueError(f"hc_mult must be {STREAMS}, got {config.hc_mult}")
         return cls(config.rms_norm_eps, config.hc_eps, config.hc_sinkhorn_iters)
 
+    def _pre_options(self) -> dict[str, Any]:
+        return {
+            "norm_eps": self.norm_eps,
+            "hc_eps": self.hc_eps,
+            "sinkhorn_iterations": self.sinkhorn_iterations,
+            "rms_eps": self.norm_eps,
+        }
+
     def pre(
-        self, streams: Tensor, fn: Tensor, scale: Tensor, base: Tensor, norm_weight: Tensor | None = None
+        self, streams: Tensor, weights: MixingWeights, norm_weight: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         op = ops.mhc_pre_reference if streams.dtype == torch.float64 else ops.mhc_pre
-        return op(
-            streams,
-            fn,
-            scale,
-            base,
-            norm_weight,
-            norm_eps=self.norm_eps,
-            hc_eps=self.hc_eps,
-            sinkhorn_iterations=self.sinkhorn_iterations,
-            rms_eps=self.norm_eps,
-        )
+        return op(streams, *weights, norm_weight, **self._pre_options())
 
     def post(self, sublayer: Tensor, streams: Tensor, post: Tensor, comb: Tensor) -> Tensor:
         op = ops.mhc_post_reference if streams.dtype == torch.float64 else ops.mhc_post
@@ -56,36 +61,21 @@ class MixingSettings:
         streams: Tensor,
         post: Tensor,
         comb: Tensor,
-        fn: Tensor,
-        scale: Tensor,
-        base: Tensor,
+        weights: MixingWeights,
         norm_weight: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         op = ops.mhc_post_pre_reference if streams.dtype == torch.float64 else ops.mhc_post_pre
-        return op(
-            sublayer,
-            streams,
-            post,
-            comb,
-            fn,
-            scale,
-            base,
-            norm_weight,
-            norm_eps=self.norm_eps,
-            hc_eps=self.hc_eps,
-            sinkhorn_iterations=self.sinkhorn_iterations,
-            rms_eps=self.norm_eps,
-        )
+        return op(sublayer, streams, post, comb, *weights, norm_weight, **self._pre_options())
 
-    def head(self, streams: Tensor, fn: Tensor, scale: Tensor, base: Tensor) -> Tensor:
+    def head(self, streams: Tensor, weights: MixingWeights) -> Tensor:
         op = ops.mhc_head_reference if streams.dtype == torch.float64 else ops.mhc_head
-        return op(streams, fn, scale, base, norm_eps=self.norm_eps, hc_eps=self.hc_eps)
+        return op(streams, *weights, norm_eps=self.norm_eps, hc_eps=self.hc_eps)
 
 
-def mixing_parameters(
-    hidden: int, mixes: int, scales: int, dtype: torch.dtype, trainable: bool
-) -> tuple[nn.Parameter, nn.Parameter, nn.Parameter]:
-    """fn [mixes, 4 hidden], base [mixes], scale [scales], as the release stores them."""
+def add_mixing_parameters(
+    module: nn.Module, site: str, hidden: int, mixes: int, scales: int, dtype: torch.dtype, trainable: bool
+) -> None:
+    """Registers `<site>_fn` [mixes, 4 hidden], `<site>_base` [mixes] and `<site>_scale` [scales]: released names."""
     fn = empty_parameter(mixes, STREAMS * hidden, dtype=dtype, trainable=trainable)
     base = empty_parameter(mixes, dtype=dtype, trainable=trainable)
     scale = empty_parameter(scales, dtype=dtype, trainable=trainable)
@@ -93,7 +83,14 @@ def mixing_parameters(
         nn.init.normal_(fn, std=(STREAMS * hidden) ** -0.5)
         nn.init.zeros_(base)
         nn.init.ones_(scale)
-    return fn, base, scale
+    for name, parameter in (("fn", fn), ("base", base), ("scale", scale)):
+        module.register_parameter(f"{site}_{name}", parameter)
+
+
+def mixing_weights(module: nn.Module, site: str, streams: torch.dtype) -> MixingWeights:
+    """The parameters of a site in the precision that mixing computes in."""
+    wide = torch.promote_types(streams, torch.float32)
+    return MixingWeights(*(module.get_parameter(f"{site}_{name}").to(wide) for name in MixingWeights._fields))
 
 
 class HyperConnection(nn.Module):
@@ -109,11 +106,11 @@ class HyperConnection(nn.Module):
     def __init__(self, config: Config, dtype: torch.dtype = torch.float32):
         super().__init__()
         self.settings = MixingSettings.of(config)
-        self.fn, self.base, self.scale = mixing_parameters(config.hidden_size, MIXES, 3, dtype, True)
+        add_mixing_parameters(self, "hc", config.hidden_size, MIXES, 3, dtype, True)
 
     def forward(self, streams: Tensor, sublayer: Callable[[Tensor], Tensor]) -> Tensor:
         """streams [..., 4, hidden]; sublayer maps [..., hidden] to [..., hidden]. Returns the new streams."""
         flat = streams.reshape(-1, STREAMS, streams.shape[-1])
-        mixed, post, comb = self.settings.pre(flat, self.fn, self.scale, self.base)
+        mixed, post, comb = self.settings.pre(flat, mixing_weights(self, "hc", streams.dtype))
         out = sublayer(mixed.view(*streams.shape[:-2], streams.shape[-1]))
         return self.settings.post(out.reshape(mixed.shape), flat, post, comb).view(streams.shape)

@@ -18,8 +18,8 @@ _MATRICES = ("w1", "w3", "w2")  # gate, up, down
 class Router(nn.Module):
     """Chooses `num_experts_per_tok` experts a token from sqrt(softplus(x W^T)), in float32.
 
-    Hash layers look the experts up by token id (`tid2eid`); the others add `bias` to the scores for the choice alone. The
-    weights are the chosen scores, normalised and scaled.
+    Hash layers look the experts up by token id (`tid2eid`); the others add `bias` to the scores for the choice alone.
+    The weights are the chosen scores, normalised and scaled.
     """
 
     def __init__(self, config: Config, hash_routing: bool, *, trainable: bool, dtype: torch.dtype):
@@ -58,8 +58,8 @@ class Router(nn.Module):
 class Experts(nn.Module):
     """Weights of all routed experts, stacked: w1 (gate) and w3 (up) [E, inter, hidden], w2 (down) [E, hidden, inter].
 
-    As released, FP4 (two codes a byte along the input, one scale per 32 inputs) or FP8 (128 x 128 blocks); plain in mode
-    "off".
+    As released, FP4 (two codes a byte along the input, one scale per 32 inputs) or FP8 (128 x 128 blocks); plain in
+    mode "off".
     """
 
     def __init__(self, config: Config, quantization: str, dtype: torch.dtype):

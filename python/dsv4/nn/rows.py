@@ -11,6 +11,7 @@ from dsv4 import ops
 from dsv4.cache import BLOCK
 from dsv4.model.config import Config
 
+
 class RopeFrequencies:
     """The two rotary embeddings of a model.
 
@@ -60,7 +61,12 @@ class Rows:
 
     @classmethod
     def whole_sequences(
-        cls, batch: int, length: int, frequencies: RopeFrequencies, device: torch.device, token_ids: Tensor | None = None
+        cls,
+        batch: int,
+        length: int,
+        frequencies: RopeFrequencies,
+        device: torch.device,
+        token_ids: Tensor | None = None,
     ) -> Rows:
         """Rows of `batch` sequences of `length` tokens from position 0, each with pages of its own, in order."""
         blocks = -(-length // BLOCK)
