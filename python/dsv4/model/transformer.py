@@ -23,8 +23,8 @@ class Transformer(nn.Module):
     Args:
         config: of the model.
         quantization: "checkpoint": weights as released (FP8, FP4), activations and cache rounded where the checkpoint
-            was trained with it. "off": plain weights and cache of `dtype`; equals transformers' implementation to rounding;
-            differentiable.
+            was trained with it. "off": plain weights and cache of `dtype`; differentiable; equals transformers'
+            implementation to rounding.
         dtype: of activations and, in mode "off", of weights and cache.
     """
 

@@ -150,7 +150,7 @@ class SlidingWindowAttention(Attention):
 
 
 class CompressedSparseAttention(Attention):
-    """CSA: every `csa_ratio` (4) tokens make one entry, an indexer picks the `index_topk` entries a query attends to."""
+    """CSA: every `csa_ratio` (4) tokens make one entry, an indexer picks `index_topk` of them for each query."""
 
     def __init__(self, config: Config, quantization: str = "checkpoint", dtype: torch.dtype = torch.bfloat16):
         super().__init__(config, config.csa_ratio, quantization, dtype)
