@@ -89,12 +89,13 @@ DSV4_INLINE void put_numerators(Pair x, bf16* to) {
 }
 DSV4_INLINE void put_numerators(Pair x, float* to) { store(to, x); }
 
-// Numerators over `keys` scores, in place, and their sum. What is below e^-104 is 0.
-template <class X>
+// Numerators over `keys` scores, in place, rounded to X and stored as M, and the sum of those not rounded. What is
+// below e^-104 is 0.
+template <class X, class M>
 static float weigh(float* scores, int64_t keys, float maximum) {
   const __m512 most = _mm512_set1_ps(maximum), least = _mm512_set1_ps(-104.f);
   __m512 totals[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
-  X* to = reinterpret_cast<X*>(scores);
+  M* to = reinterpret_cast<M*>(scores);
   for (int64_t key = 0; key < keys; key += kGroup) {
     const __m512 a = _mm512_sub_ps(_mm512_loadu_ps(scores + key), most);
     const __m512 b = _mm512_sub_ps(_mm512_loadu_ps(scores + key + 16), most);
@@ -102,7 +103,7 @@ static float weigh(float* scores, int64_t keys, float maximum) {
                              _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(b, least, _CMP_NLT_UQ), exp(b))};
     totals[0] = _mm512_add_ps(totals[0], numerators.a);
     totals[1] = _mm512_add_ps(totals[1], numerators.b);
-    put_numerators(numerators, to + key);
+    put_numerators(sizeof(X) == sizeof(M) ? numerators : rounded(numerators, static_cast<const X*>(nullptr)), to + key);
   }
   return _mm512_reduce_add_ps(_mm512_add_ps(totals[0], totals[1]));
 }
@@ -180,7 +181,7 @@ class RowWork {
     const int64_t first = plan_.begin(part), end = plan_.end(part);
     for (int64_t h = 0; h < heads_; ++h) {
       memory_.totals[part * heads_ + h] =
-          weigh<M>(memory_.scores + h * stride_ + first, round_up(end - first, kGroup), maximum(h));
+          weigh<X, M>(memory_.scores + h * stride_ + first, round_up(end - first, kGroup), maximum(h));
     }
     const M* weights = reinterpret_cast<const M*>(memory_.scores + first);
     for (int64_t begin = first; begin < end; begin += kTileKeys) {
