@@ -31,7 +31,12 @@ DSV4_HOST_DEVICE int64_t fp8_scales_at(int64_t offset, int64_t page_size, int64_
   return page_size * fp8_row_bytes(head_dim, rope_dim) + offset * fp8_row_scale_bytes(head_dim, rope_dim);
 }
 
-// The values of an e4m3 code (0x7F and 0xFF are NaN) and of an e8m0 scale (0xFF is NaN).
+// The values of an e2m1 code, of an e4m3 code (0x7F and 0xFF are NaN) and of an e8m0 scale (0xFF is NaN).
+DSV4_HOST_DEVICE float e2m1_value(uint8_t code) {
+  const int magnitude = code & 7;
+  const float value = magnitude < 4 ? 0.5f * static_cast<float>(magnitude) : magnitude == 7 ? 6.0f : magnitude - 2.0f;
+  return code & 8 ? -value : value;
+}
 DSV4_HOST_DEVICE float e4m3_value(uint8_t code) {
   const uint32_t magnitude = code & 0x7Fu, sign = static_cast<uint32_t>(code & 0x80u) << 24;
   if (magnitude == 0x7Fu) return float_from_bits(sign | 0x7FC00000u);

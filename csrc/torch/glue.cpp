@@ -42,11 +42,13 @@ const char* dtype_name(ScalarType dtype) {
 }
 
 template <class Sizes>
-std::string shape_text(const Sizes& sizes) {
+std::string shape_text(const Sizes& sizes, std::initializer_list<const char*> labels = {}) {
   std::string text = "[";
+  auto label = labels.begin();
   for (const int64_t size : sizes) {
+    const char* named = label == labels.end() ? nullptr : *label++;
     if (text.size() > 1) text += ", ";
-    text += size == kAny ? "*" : std::to_string(size);
+    text += named != nullptr ? named : size == kAny ? "*" : std::to_string(size);
   }
   return text + "]";
 }
@@ -84,7 +86,7 @@ DType dtype_of(const Tensor& tensor) {
 }
 
 std::vector<int64_t> Check::tensor(const char* name, const Tensor& tensor, std::initializer_list<int64_t> sizes,
-                                   std::initializer_list<ScalarType> dtypes) {
+                                   std::initializer_list<ScalarType> dtypes, const Words& words) {
   const auto actual = tensor.sizes();
   bool fits = actual.size() == sizes.size();
   for (size_t axis = 0; fits && axis < sizes.size(); ++axis) {
@@ -95,7 +97,8 @@ std::vector<int64_t> Check::tensor(const char* name, const Tensor& tensor, std::
   if (!fits || !dtype_fits) {
     std::string wanted;
     for (const ScalarType dtype : dtypes) wanted += (wanted.empty() ? "" : " or ") + std::string(dtype_name(dtype));
-    require(false, std::string(name) + " must be " + wanted + " " + shape_text(sizes) + ", got " +
+    if (words.dtypes != nullptr) wanted = words.dtypes;
+    require(false, std::string(name) + " must be " + wanted + " " + shape_text(sizes, words.axes) + ", got " +
                        dtype_name(tensor.scalar_type()) + " " + shape_text(actual));
   }
   const std::string device = device_text(tensor);

@@ -28,6 +28,13 @@ inline constexpr int64_t kAny = -1;  // a size that may be anything
 
 DType dtype_of(const Tensor& tensor);
 
+// What a message says a tensor must be, where that is more than its sizes and dtypes: the dtypes, including those that
+// only Python's formulas take, and a label for each axis (null: the size).
+struct Words {
+  const char* dtypes = nullptr;
+  std::initializer_list<const char*> axes = {};
+};
+
 // The checks of one call. Messages name the op, the argument, what it must be and what it is; they reach Python as
 // RuntimeError. Tensors must share the device of the first one checked.
 class Check {
@@ -37,7 +44,7 @@ class Check {
   // The sizes of a tensor that must have `sizes.size()` dimensions, each of the given size or kAny, and one of
   // `dtypes`.
   std::vector<int64_t> tensor(const char* name, const Tensor& tensor, std::initializer_list<int64_t> sizes,
-                              std::initializer_list<ScalarType> dtypes);
+                              std::initializer_list<ScalarType> dtypes, const Words& words = {});
 
   // Throws "<op>: <message>" unless the condition holds.
   void require(bool condition, const std::string& message) const;

@@ -257,7 +257,8 @@ def test_golden_selections(case: str, layer: int, format: str) -> None:
 
 def test_op_registration() -> None:
     a = make()
-    check_op(torch.ops.dsv4.index_topk, *a.values())
+    for op in (torch.ops.dsv4.index_topk, torch.ops.dsv4._index_topk_reference):
+        check_op(op, *a.values())
     expected = index_topk(**a)
     compiled = torch.compile(lambda q: index_topk(**{**a, "query": q}) + 1, fullgraph=True, backend="aot_eager")
     assert_same_bits(compiled(a["query"]), expected + 1)

@@ -15,6 +15,7 @@ __all__ = ["index_topk", "index_topk_reference"]
 _BLOCK_ELEMENTS = 1 << 22
 _KEYS_PER_BLOCK = 8192
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+_KERNEL_FLOATS = (torch.bfloat16, torch.float32)
 
 
 def index_topk(
@@ -29,10 +30,11 @@ def index_topk(
 ) -> Tensor:
     """The k compressed entries of each row's sequence with the highest index scores.
 
-    `score[t, j] = sum_h weights[t, h] * relu(query[t, h] . key_j)`, accumulated in float64 and rounded
-    to float32 (not rounded where query is float64). Of equal scores the lower entry wins. An entry whose score is NaN
-    is never taken, nor one that is not stored (table entry -1, or past the table) or not below `lengths[t]`; the
-    memory of those has no influence, whatever it holds.
+    `score[t, j] = sum_h weights[t, h] * relu(query[t, h] . key_j)`. The definition accumulates in float64 and rounds
+    to float32 (not where query is float64); kernels accumulate in float32, in an order that depends on the row and the
+    key alone, so entries whose scores are that close may change places. The selection is exact: of equal scores the
+    lower entry wins. An entry whose score is NaN is never taken, nor one that is not stored (table entry -1, or past
+    the table) or not below `lengths[t]`; the memory of those has no influence, whatever it holds.
 
     Args:
         query: [tokens, index_heads, dim] float, rotated (rope, then Hadamard) and, in mode checkpoint, rounded to FP4.
@@ -50,7 +52,10 @@ def index_topk(
     Source: DeepSeek-V4 report, 2.3.1; the official inference code (Indexer), whose scores are bfloat16;
         ties are rarer here.
     """
-    return torch.ops.dsv4.index_topk(query, weights, pages, table, sequence, lengths, k, page_size)
+    floats = query.dtype in _KERNEL_FLOATS and weights.dtype == torch.float32
+    kernel = floats and pages.dtype in (*_KERNEL_FLOATS, torch.uint8)
+    op = torch.ops.dsv4.index_topk if kernel else torch.ops.dsv4._index_topk_reference
+    return op(query, weights, pages, table, sequence, lengths, k, page_size)
 
 
 def index_topk_reference(
@@ -148,12 +153,13 @@ def _fake(
 
 _backward, _setup_context = no_gradient("index_topk", "detach query and weights")
 
-register(
-    "index_topk(Tensor query, Tensor weights, Tensor pages, Tensor table, Tensor sequence, Tensor lengths, int k, "
-    "int page_size=64) -> Tensor",
-    index_topk_reference,
-    check=_check,
-    fake=_fake,
-    backward=_backward,
-    setup_context=_setup_context,
-)
+for _name in ("index_topk", "_index_topk_reference"):  # the second takes float16 and float64, which kernels do not
+    register(
+        f"{_name}(Tensor query, Tensor weights, Tensor pages, Tensor table, Tensor sequence, Tensor lengths, int k, "
+        "int page_size=64) -> Tensor",
+        index_topk_reference,
+        check=_check,
+        fake=_fake,
+        backward=_backward,
+        setup_context=_setup_context,
+    )

@@ -1,0 +1,21 @@
+// The index_topk kernels of each CPU instruction set. ops/index.cpp chooses among them and has checked the parameters.
+#pragma once
+
+#include "ops/index.h"
+
+namespace dsv4::scalar {
+int64_t index_topk_workspace_bytes(const IndexTopkParams&, const Context&);
+Status index_topk(const IndexTopkParams&, const Context&);
+}  // namespace dsv4::scalar
+
+// D a multiple of 32.
+namespace dsv4::avx512 {
+int64_t index_topk_workspace_bytes(const IndexTopkParams&, const Context&);
+Status index_topk(const IndexTopkParams&, const Context&);
+}  // namespace dsv4::avx512
+
+// D a multiple of 32, a bfloat16 query, keys that are exact in bfloat16 (all but float32).
+namespace dsv4::amx {
+int64_t index_topk_workspace_bytes(const IndexTopkParams&, const Context&);
+Status index_topk(const IndexTopkParams&, const Context&);
+}  // namespace dsv4::amx
