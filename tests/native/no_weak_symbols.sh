@@ -5,7 +5,8 @@
 nm=$1
 shift
 [ $# -gt 0 ] || { echo "no objects given"; exit 1; }
-found=$("$nm" -C --defined-only "$@" | grep -E ' [WVu] ')
+symbols=$("$nm" -C --defined-only "$@") || exit 1
+found=$(printf '%s\n' "$symbols" | grep -E ' [WVu] ')
 [ -z "$found" ] && { echo "$# objects, no weak symbols"; exit 0; }
 echo "weak symbols in objects with their own instruction set:"
 echo "$found"
