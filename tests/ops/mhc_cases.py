@@ -129,28 +129,33 @@ def norm_dtype(norm, dtype):
     return dtype if norm == "own" else norm
 
 
-def assert_accurate(implementation, actual, baseline, exact):
+def assert_accurate(implementation, actual, baseline, exact, factor):
     """assert_no_worse; the tiles' bfloat16 high + low adds up to 4e-6 to float32 results."""
     if implementation == "amx" and actual.dtype == torch.float32:
         assert torch.isfinite(actual).all()
-        assert (actual - exact).abs().max() <= 2 * (baseline - exact).abs().max() + 4e-6 * exact.abs().max()
+        assert (actual - exact).abs().max() <= factor * (baseline - exact).abs().max() + 4e-6 * exact.abs().max()
     else:
-        assert_no_worse(actual, baseline, exact)
+        assert_no_worse(actual, baseline, exact, factor)
 
 
-def assert_one_draw(implementation, actual, draws, exact):
-    """Every result is no worse than in one of the draws, or within two float32 roundings of its largest value."""
+def nearly_exact(implementation, actual, exact):
+    """Within two float32 roundings of the largest value; a few more where fewer than 8 elements may all be small."""
+    eps, floor = (torch.finfo(actual.dtype).eps, 1e-5 if implementation == "amx" else 2e-6)
+    if actual.numel() < 8:
+        return bool(((actual - exact).abs() <= floor + max(eps, 2e-6) * exact.abs()).all())
+    return actual.dtype == torch.float32 and bool((actual - exact).abs().max() <= 2.4e-7 * exact.abs().max())
+
+
+def assert_one_draw(implementation, actual, draws, exact, factor=2.0):
+    """Every result is nearly exact, or no worse than in one of the draws."""
     left = list(range(len(actual)))
     for number, baseline in enumerate(draws):
         for index in tuple(left):
             a, b, e = actual[index], baseline[index], exact[index]
             assert a.dtype == b.dtype
             try:
-                if a.numel() < 8:  # too few for a comparison of errors
-                    eps = max(torch.finfo(a.dtype).eps, 2e-6)
-                    torch.testing.assert_close(a.double(), e, rtol=eps, atol=1e-5 if implementation == "amx" else 2e-6)
-                elif a.dtype == torch.bfloat16 or (a - e).abs().max() > 2.4e-7 * e.abs().max():
-                    assert_accurate(implementation, a, b, e)
+                if not nearly_exact(implementation, a, e):
+                    assert_accurate(implementation, a, b, e, factor)
                 left.remove(index)
             except AssertionError:
                 if number == 3:

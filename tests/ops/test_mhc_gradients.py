@@ -51,7 +51,9 @@ def check_gradients(op, implementation, values):
         return wanted, gradients(EAGER[op], order(names, values), order(OUTPUTS[op], grads))
 
     draws = (pooled(wanted, draw) for draw in eager_draws(op, names, values, eager))
-    assert_one_draw(implementation, pooled(wanted, actual), draws, pooled(wanted, exact))
+    # The norm's input was rounded: an error that all orders of summation share, and that the exact gradient lacks.
+    factor = 3.0 if "norm_weight" in wanted and values[0].dtype == X else 2.0
+    assert_one_draw(implementation, pooled(wanted, actual), draws, pooled(wanted, exact), factor)
 
 
 GRADIENT_CASES = grid(
