@@ -12,12 +12,13 @@ namespace {
 bool whole_steps(const SparseAttentionParams& p) { return p.query.size(2) % 32 == 0; }
 
 // The tile kernel multiplies bfloat16.
-[[maybe_unused]] bool in_bf16(const SparseAttentionParams& p) {
+bool in_bf16(const SparseAttentionParams& p) {
   return whole_steps(p) && p.query.dtype == DType::kBFloat16 && p.window_pool.plain.dtype != DType::kFloat32 &&
          p.compressed.plain.dtype != DType::kFloat32;
 }
 
 constexpr Candidate<SparseAttentionParams> kSparseAttention[] = {
+    {"amx", Isa::kAmx, DSV4_AMX(amx::sparse_attention), in_bf16},
     {"avx512", Isa::kAvx512, DSV4_AVX512(avx512::sparse_attention), whole_steps},
     {"scalar", Isa::kScalar, DSV4_SCALAR(scalar::sparse_attention)},
 };
@@ -105,6 +106,9 @@ int64_t sparse_attention_workspace_bytes(const SparseAttentionParams& p, const C
 #endif
 #if defined(DSV4_WITH_AVX512)
     if (context.best >= Isa::kAvx512 && whole_steps(p)) at_least(avx512::sparse_attention_workspace_bytes(p, context));
+#endif
+#if defined(DSV4_WITH_AMX)
+    if (context.best >= Isa::kAmx && in_bf16(p)) at_least(amx::sparse_attention_workspace_bytes(p, context));
 #endif
   }
   return bytes;
