@@ -173,15 +173,24 @@ DSV4_KERNEL(kThreads, 1) matrices(const Arguments a) {
   uint32_t matrix[4];
   ptx::ldmatrix_x4(matrix, base + static_cast<uint32_t>(lane * 5 % 32 * 16));
   for (int i = 0; i < 4; ++i) a.out[16 * t + i] = matrix[i];
+  ptx::ldmatrix_x4_transposed(matrix, base + static_cast<uint32_t>(lane * 5 % 32 * 16));
+  for (int i = 0; i < 4; ++i) a.out[16 * t + 4 + i] = matrix[i];
 }
 
-TEST(ldmatrix_hands_out_rows) {
+TEST(ldmatrix_hands_out_rows_and_columns) {
   if (no_device()) return;
   const auto in = random_words(4 * kThreads, 5), out = run(matrices, in);
   for (size_t t = 0; t < kThreads; ++t) {
     const size_t warp = t / 32 * 32, lane = t % 32;
     // Word w of a row holds columns 2 w and 2 w + 1.
-    for (size_t i = 0; i < 4; ++i) CHECK(out[16 * t + i] == in[4 * (warp + 8 * i + lane / 4) + lane % 4]);
+    const auto element = [&](size_t i, size_t row, size_t column) {
+      return in[4 * (warp + 8 * i + row) + column / 2] >> (column % 2 * 16) & 0xFFFFu;
+    };
+    for (size_t i = 0; i < 4; ++i) {
+      CHECK(out[16 * t + i] == in[4 * (warp + 8 * i + lane / 4) + lane % 4]);
+      const uint32_t low = element(i, lane % 4 * 2, lane / 4), high = element(i, lane % 4 * 2 + 1, lane / 4);
+      CHECK(out[16 * t + 4 + i] == (low | high << 16));
+    }
   }
 }
 
@@ -244,9 +253,10 @@ DSV4_KERNEL(kThreads, 1) arithmetic(const Arguments a) {
   const uint32_t packed = ptx::pack_bf16(in[0], in[1]);
   const float results[] = {ptx::fma(in[0], in[1], in[2]), ptx::add(in[0], in[1]),         ptx::multiply(in[0], in[1]),
                            ptx::divide(in[0], in[1]),     ptx::square_root(fabsf(in[0])), ptx::exponential(in[0]),
-                           ptx::maximum(in[0], in[1]),    ptx::low_bf16(packed),          ptx::high_bf16(packed)};
-  for (int i = 0; i < 9; ++i) out[i] = bits_from_float(results[i]);
-  out[9] = packed;
+                           ptx::maximum(in[0], in[1]),    ptx::low_bf16(packed),          ptx::high_bf16(packed),
+                           ptx::logarithm(fabsf(in[0]))};
+  for (int i = 0; i < 10; ++i) out[i] = bits_from_float(results[i]);
+  out[10] = packed;
 }
 
 TEST(arithmetic_rounds_as_it_says) {
@@ -270,7 +280,9 @@ TEST(arithmetic_rounds_as_it_says) {
     CHECK(got(6) == std::fmax(a, b));
     CHECK(got(7) == to_float(bf16_from_float(a)));
     CHECK(got(8) == to_float(bf16_from_float(b)));
-    CHECK(out[16 * t + 9] == (bf16_from_float(a).bits | static_cast<uint32_t>(bf16_from_float(b).bits) << 16));
+    const double log = std::log(std::fabs(static_cast<double>(a)));
+    CHECK(std::fabs(got(9) - log) <= 1.5e-7 * std::fabs(log));
+    CHECK(out[16 * t + 10] == (bf16_from_float(a).bits | static_cast<uint32_t>(bf16_from_float(b).bits) << 16));
   }
 }
 

@@ -26,6 +26,7 @@ void sync_warp(Site site);
 uint32_t shuffle(uint32_t value, int source_lane, Site site);
 uint32_t shuffle_xor(uint32_t value, int mask, Site site);
 void ldmatrix_x4(uint32_t address, uint32_t matrices[4], Site site);
+void ldmatrix_x4_transposed(uint32_t address, uint32_t matrices[4], Site site);
 void mma_m16n8k16_bf16(float d[4], const uint32_t a[4], const uint32_t b[2], Site site);
 
 void cp_async_16(uint32_t destination, const void* source, int source_bytes, Site site);

@@ -44,7 +44,7 @@ struct Lane {
   const uint32_t* b = nullptr;
 };
 
-enum class Collective { kNone, kSyncWarp, kShuffle, kLdmatrix, kMma };
+enum class Collective { kNone, kSyncWarp, kShuffle, kLdmatrix, kLdmatrixTransposed, kMma };
 
 struct Warp {
   Collective kind = Collective::kNone;
@@ -122,6 +122,7 @@ class Block {
   int pick();
   void join_clocks(const std::vector<int>& threads);
   void perform(Warp& warp, int first_thread, int lanes);
+  void load_matrix(Warp& warp, int first_thread, int matrix);
   std::string deadlock() const;
 
   const Options& options_;

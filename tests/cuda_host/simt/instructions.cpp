@@ -44,21 +44,29 @@ void Block::perform(Warp& warp, int first, int lanes) {
     for (int l = 0; l < lanes; ++l) *warp.lane[l].result = warp.lane[warp.lane[l].operand & 31].value;
   } else if (warp.kind == Collective::kMma) {
     multiply(warp);
-  } else if (warp.kind == Collective::kLdmatrix) {
-    for (int matrix = 0; matrix < 4; ++matrix) {
-      int rows_in_bank[8] = {};
-      for (int row = 0; row < 8; ++row) {
-        const int owner = 8 * matrix + row;
-        const uint32_t address = warp.lane[owner].value;
-        uint32_t words[4];
-        check(*this, warp.site, shared_.load(first + owner, clock(first + owner), address, words, 16));
-        for (int l = 4 * row; l < 4 * row + 4; ++l) {
-          check(*this, warp.site, shared_.check_load(first + l, clock(first + l), address, 16));
-          warp.lane[l].result[matrix] = words[l % 4];
-        }
-        counters().bank_conflicts += rows_in_bank[address / 16 % 8]++ > 0;
-      }
+  } else if (warp.kind == Collective::kLdmatrix || warp.kind == Collective::kLdmatrixTransposed) {
+    for (int matrix = 0; matrix < 4; ++matrix) load_matrix(warp, first, matrix);
+  }
+}
+
+void Block::load_matrix(Warp& warp, int first, int matrix) {
+  const bool transposed = warp.kind == Collective::kLdmatrixTransposed;
+  int rows_in_bank[8] = {};
+  uint32_t words[8][4];  // word w of a row: its columns 2 w and 2 w + 1
+  for (int row = 0; row < 8; ++row) {
+    const int owner = 8 * matrix + row;
+    const uint32_t address = warp.lane[owner].value;
+    check(*this, warp.site, shared_.load(first + owner, clock(first + owner), address, words[row], 16));
+    for (int l = 0; l < 32; ++l) {
+      if ((transposed ? l % 4 : l / 4) != (transposed ? row / 2 : row)) continue;  // gets none of this row
+      check(*this, warp.site, shared_.check_load(first + l, clock(first + l), address, 16));
     }
+    counters().bank_conflicts += rows_in_bank[address / 16 % 8]++ > 0;
+  }
+  const auto element = [&](int row, int column) { return words[row][column / 2] >> (column % 2 * 16) & 0xFFFFu; };
+  for (int l = 0; l < 32; ++l) {
+    const int row = l / 4, pair = l % 4 * 2;
+    warp.lane[l].result[matrix] = transposed ? element(pair, row) | element(pair + 1, row) << 16 : words[row][pair / 2];
   }
 }
 
@@ -114,6 +122,13 @@ void ldmatrix_x4(uint32_t address, uint32_t matrices[4], Site site) {
   lane.value = address;
   lane.result = matrices;
   block().collective(Collective::kLdmatrix, "ldmatrix", site, lane);
+}
+
+void ldmatrix_x4_transposed(uint32_t address, uint32_t matrices[4], Site site) {
+  Lane lane;
+  lane.value = address;
+  lane.result = matrices;
+  block().collective(Collective::kLdmatrixTransposed, "ldmatrix.trans", site, lane);
 }
 
 void mma_m16n8k16_bf16(float d[4], const uint32_t a[4], const uint32_t b[2], Site site) {
