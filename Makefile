@@ -24,7 +24,8 @@ build-tests: $(VENV)/.test
 
 test-native: build-tests
 	$(BIN)/ctest --test-dir $(BUILD) --output-on-failure --no-tests=error -j $(JOBS)
-	@grep -E '^Command: |cases passed' $(BUILD)/Testing/Temporary/LastTest.log | sed 's|^Command: .*/||; s|"$$||'
+	@awk '/^Command: /{sub(".*/", ""); sub("\"$$", ""); name = $$0} /cases passed/{print name ": " $$0}' \
+		$(BUILD)/Testing/Temporary/LastTest.log
 
 test-python: build-tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --expect-cases

@@ -44,22 +44,30 @@ void not_run(const char* reason) {
 
 int main(int argc, char** argv) {
   using namespace dsv4::testing;
-  int ran = 0, failed = 0;
+  int passed_cases = 0, failed = 0, cases_not_run = 0;
   for (const Entry& entry : entries()) {
     if (argc > 1 && std::strstr(entry.name, argv[1]) == nullptr) continue;
     const int64_t checks_before = checks, failures_before = failures;
     const int parts_before = parts_not_run;
     reported = 0;
     entry.run();
-    const bool empty = checks == checks_before && parts_not_run == parts_before;
-    if (empty) std::printf("  %s checked nothing\n", entry.name);
-    const bool passed = failures == failures_before && !empty;
-    std::printf("%s %s (%lld checks)\n", passed ? "passed" : "FAILED", entry.name,
-                static_cast<long long>(checks - checks_before));
-    ++ran;
-    failed += passed ? 0 : 1;
+    const int64_t done = checks - checks_before;
+    const bool left_out = parts_not_run > parts_before;
+    if (done == 0 && !left_out) std::printf("  %s checked nothing\n", entry.name);
+    const char* result = "passed";
+    if (failures > failures_before || (done == 0 && !left_out)) {
+      result = "FAILED";
+      ++failed;
+    } else if (done == 0) {
+      result = "not run";
+      ++cases_not_run;
+    } else {
+      ++passed_cases;
+    }
+    std::printf("%s %s (%lld checks)\n", result, entry.name, static_cast<long long>(done));
   }
-  std::printf("%d cases passed, %d failed, %lld checks, %d parts not run\n", ran - failed, failed,
-              static_cast<long long>(checks), parts_not_run);
-  return ran > 0 && failed == 0 ? 0 : 1;
+  std::printf("%d cases passed, %d failed, %d not run, %lld checks, %d parts not run\n", passed_cases, failed,
+              cases_not_run, static_cast<long long>(checks), parts_not_run);
+  if (failed == 0 && passed_cases == 0 && cases_not_run > 0) return 77;
+  return failed == 0 && passed_cases > 0 ? 0 : 1;
 }
