@@ -8,7 +8,11 @@
 namespace dsv4 {
 namespace {
 
+// The vector kernels work on 32 dims at a time.
+[[maybe_unused]] bool whole_steps(const IndexTopkParams& p) { return p.query.size(2) % 32 == 0; }
+
 constexpr Candidate<IndexTopkParams> kIndexTopk[] = {
+    {"avx512", Isa::kAvx512, DSV4_AVX512(avx512::index_topk), whole_steps},
     {"scalar", Isa::kScalar, DSV4_SCALAR(scalar::index_topk)},
 };
 const Op index_topk_op("index_topk", kIndexTopk);
@@ -75,9 +79,13 @@ int64_t index_topk_workspace_bytes(const IndexTopkParams& p, const Context& cont
   validate_arguments(v, p);
   if (!v.status().is_ok()) return 0;
   int64_t bytes = 0;
+  [[maybe_unused]] const auto at_least = [&](int64_t needed) { bytes = needed > bytes ? needed : bytes; };
   if (context.device == Device::kCpu) {
 #if defined(DSV4_WITH_CPU)
-    bytes = scalar::index_topk_workspace_bytes(p, context);
+    at_least(scalar::index_topk_workspace_bytes(p, context));
+#endif
+#if defined(DSV4_WITH_AVX512)
+    if (context.best >= Isa::kAvx512 && whole_steps(p)) at_least(avx512::index_topk_workspace_bytes(p, context));
 #endif
   }
   return bytes;
