@@ -23,12 +23,11 @@ struct Plan {
     part_keys = round_up((count + wanted - 1) / wanted, kGroup);
     parts = (count + part_keys - 1) / part_keys;
   }
+  // Floats from the scores of one head to the next within a part: not a power of two, as of a tile's groups.
+  int64_t stride() const { return part_keys + 16; }
   int64_t begin(int64_t part) const { return part * part_keys; }
   int64_t end(int64_t part) const { return smaller(keys, (part + 1) * part_keys); }
 };
-
-// Floats from the scores of one head to the next: not a power of two, as of a tile's groups.
-DSV4_INLINE int64_t score_stride(int64_t keys) { return round_up(keys, kGroup) + 16; }
 
 // Hands out pieces of a memory.
 struct Arena {
@@ -49,7 +48,7 @@ struct RowMemory {
   Key* keys;  // [most keys]
   KeyCounts* count;
   X* query;       // [H, D], where it is not used as it lies
-  float* scores;  // [H, stride]; then the numerators, elements of type X from the begin of each part
+  float* scores;  // [parts, H, stride]; then the numerators, elements of type X from the begin of each head
   float* maxima;  // [parts, H]
   float* totals;  // [parts, H]
   float* sums;    // [parts kept, H, D]
@@ -62,10 +61,11 @@ struct RowMemory {
 
   RowMemory(const SparseAttentionParams& p, int64_t most, int64_t sums_kept, Arena& arena) {
     const int64_t heads = p.query.size(1), head_dim = p.query.size(2), parts = Plan(most).parts;
+    // No smaller number of keys needs more.
     keys = Arena::take<Key>(arena, most);
     count = Arena::take<KeyCounts>(arena, 1);
     query = Arena::take<X>(arena, p.query.dtype == DType::kBFloat16 && sizeof(X) == 4 ? heads * head_dim : 0);
-    scores = Arena::take<float>(arena, heads * score_stride(most));
+    scores = Arena::take<float>(arena, parts * heads * Plan(most).stride());
     maxima = Arena::take<float>(arena, parts * heads);
     totals = Arena::take<float>(arena, parts * heads);
     sums = Arena::take<float>(arena, sums_kept * heads * head_dim);
@@ -135,7 +135,7 @@ class RowWork {
         head_dim_(p.query.size(2)),
         memory_(memory),
         plan_(memory.count->all),
-        stride_(score_stride(memory.count->all)),
+        stride_(plan_.stride()),
         reader_(p, table, memory.keys, *memory.count) {
     if constexpr (sizeof(X) == sizeof(M)) {
       query_ = reinterpret_cast<const M*>(p.query.as<const X>().at(row));
@@ -161,11 +161,10 @@ class RowWork {
 
   void score(int64_t part, const TileMemory<M>& tiles) const {
     const int64_t end = plan_.end(part);
-    float* maxima = memory_.maxima + part * heads_;
+    float *maxima = memory_.maxima + part * heads_, *scores = part_scores(part);
     for (int64_t begin = plan_.begin(part); begin < end; begin += kTileKeys) {
       const int64_t keys = smaller(end - begin, kTileKeys);
-      tile_for_scores(reader_, begin, begin + keys, head_dim_, tiles);
-      float* scores = memory_.scores + begin;
+      tile_for_scores(reader_, begin, begin + keys, end, head_dim_, tiles);
       Product::template score<M>(query_, query_stride_, heads_, tiles.tile, (keys + kGroup - 1) / kGroup, head_dim_,
                                  scores, stride_);
       for (int64_t h = 0; h < heads_; ++h) {
@@ -173,20 +172,21 @@ class RowWork {
         settle_scores(scores + h * stride_, keys, p_.scale, most);
         maxima[h] = _mm512_reduce_max_ps(most);
       }
+      scores += keys;
     }
   }
 
   // After all parts have their scores. `sums` receives this part's.
   void mix(int64_t part, float* sums, const TileMemory<M>& tiles) const {
     const int64_t first = plan_.begin(part), end = plan_.end(part);
+    float* scores = part_scores(part);
     for (int64_t h = 0; h < heads_; ++h) {
-      memory_.totals[part * heads_ + h] =
-          weigh<X, M>(memory_.scores + h * stride_ + first, round_up(end - first, kGroup), maximum(h));
+      memory_.totals[part * heads_ + h] = weigh<X, M>(scores + h * stride_, round_up(end - first, kGroup), maximum(h));
     }
-    const M* weights = reinterpret_cast<const M*>(memory_.scores + first);
+    const M* weights = reinterpret_cast<const M*>(scores);
     for (int64_t begin = first; begin < end; begin += kTileKeys) {
       const int64_t keys = smaller(end - begin, kTileKeys);
-      tile_for_values(reader_, begin, begin + keys, head_dim_, tiles);
+      tile_for_values(reader_, begin, begin + keys, end, head_dim_, tiles);
       Product::template mix<M>(weights + (begin - first), stride_ * kWordElements<M>, heads_, tiles.tile,
                                round_up(keys, kGroup) / kWordElements<M>, head_dim_, begin == first, sums);
     }
@@ -223,6 +223,8 @@ class RowWork {
   }
 
  private:
+  float* part_scores(int64_t part) const { return memory_.scores + part * heads_ * stride_; }
+
   float maximum(int64_t head) const {
     float most = memory_.maxima[head];
     for (int64_t part = 1; part < plan_.parts; ++part) {

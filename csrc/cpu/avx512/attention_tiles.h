@@ -41,38 +41,46 @@ DSV4_INLINE void put(__m512i words, float* to, int64_t count) {
   _mm512_mask_storeu_epi32(to + 16, high16(count), _mm512_slli_epi32(second, 16));
 }
 
-// Up to 64 codes that share a scale: their magnitudes from the table, then the scale's exponent added. That holds while
-// no code is NaN and no result leaves the range of normal numbers; what is left goes one by one.
+DSV4_INLINE void put(__m512i words, bf16* to) { _mm512_storeu_si512(to, words); }
+DSV4_INLINE void put(__m512i words, float* to) {
+  const __m512i first = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(words));
+  const __m512i second = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(words, 1));
+  _mm512_storeu_si512(to, _mm512_slli_epi32(first, 16));
+  _mm512_storeu_si512(to + 16, _mm512_slli_epi32(second, 16));
+}
+
+template <class X>
+static __attribute__((noinline)) void decode_slowly(const uint8_t* codes, uint8_t scale, int64_t count, X* to) {
+  for (int64_t d = 0; d < count; ++d) to[d] = from_float<X>(e4m3_value(codes[d]) * e8m0_value(scale));
+}
+
+// 64 codes that share a scale: their magnitudes from the table, then the scale's exponent added. That holds while no
+// code is NaN and no result leaves the range of normal numbers; what is left goes one by one, and so does a shorter
+// block.
 template <class X>
 DSV4_INLINE void decode_block(const uint8_t* codes, uint8_t scale, int64_t count, const E4m3Table& table, X* to) {
-  constexpr uint8_t kLeast = 10, kMost = 246;  // 2^-9 and 448 times these scales are normal
-  const __mmask64 mask = count == kRowBlock ? ~__mmask64{0} : (__mmask64{1} << count) - 1;
-  __m512i code = _mm512_maskz_loadu_epi8(mask, codes);
-  const __m512i nan = _mm512_set1_epi8(0x7F);
-  if (scale < kLeast || scale > kMost || _mm512_cmpeq_epi8_mask(_mm512_and_si512(code, nan), nan) != 0) {
-    for (int64_t d = 0; d < count; ++d) to[d] = from_float<X>(e4m3_value(codes[d]) * e8m0_value(scale));
-    return;
-  }
+  constexpr unsigned kLeast = 10, kMost = 246;  // 2^-9 and 448 times these scales are normal
+  if (count < kRowBlock || scale - kLeast > kMost - kLeast) return decode_slowly(codes, scale, count, to);
+  const __m512i stored = _mm512_loadu_si512(codes), nan = _mm512_set1_epi8(0x7F);
+  if (_mm512_cmpeq_epi8_mask(_mm512_and_si512(stored, nan), nan) != 0) return decode_slowly(codes, scale, count, to);
   // Bytes unpack within lanes of 16: quarters of 8 in this order come out in theirs.
-  code = _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7), code);
-  const __m512i sign = _mm512_andnot_si512(nan, code);
-  const __m512i high = _mm512_or_si512(_mm512_permutex2var_epi8(table.high[0], code, table.high[1]), sign);
+  const __m512i code = _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7), stored);
+  const __m512i high =
+      _mm512_ternarylogic_epi32(nan, _mm512_permutex2var_epi8(table.high[0], code, table.high[1]), code,
+                                0xCA);  // the sign of the code
   const __m512i low = _mm512_permutex2var_epi8(table.low[0], code, table.low[1]);
-  const __m512i magnitude = _mm512_set1_epi16(0x7FFF),
-                shift = _mm512_set1_epi16(static_cast<int16_t>((scale - 127) * 128));
-  __m512i first = _mm512_unpacklo_epi8(low, high), second = _mm512_unpackhi_epi8(low, high);
-  first = _mm512_mask_add_epi16(first, _mm512_test_epi16_mask(first, magnitude), first, shift);
-  second = _mm512_mask_add_epi16(second, _mm512_test_epi16_mask(second, magnitude), second, shift);
-  put(first, to, smaller(count, 32));
-  if (count > 32) put(second, to + 32, count - 32);
+  const __m512i magnitude = _mm512_set1_epi16(0x7FFF);
+  const __m512i shift = _mm512_set1_epi16(static_cast<int16_t>((scale - 127) * 128));
+  const __m512i first = _mm512_unpacklo_epi8(low, high), second = _mm512_unpackhi_epi8(low, high);
+  put(_mm512_mask_add_epi16(first, _mm512_test_epi16_mask(first, magnitude), first, shift), to);
+  put(_mm512_mask_add_epi16(second, _mm512_test_epi16_mask(second, magnitude), second, shift), to + 32);
 }
 
 template <class X>
 DSV4_INLINE void widen(const bf16* from, int64_t count, X* to) {
-  for (int64_t d = 0; d < count; d += 32) {
-    const int64_t left = smaller(count - d, 32);
-    put(_mm512_maskz_loadu_epi16(mask32(left), from + d), to + d, left);
-  }
+  int64_t d = 0;
+  for (; d + 32 <= count; d += 32) put(_mm512_loadu_si512(from + d), to + d);
+  if (d < count) put(_mm512_maskz_loadu_epi16(mask32(count - d), from + d), to + d, count - d);
 }
 
 // Reads the keys of a row's list.
@@ -89,7 +97,7 @@ class KeyReader {
         compressed_wide_(p.compressed.plain.dtype == DType::kFloat32) {}
 
   // A key's elements: where they lie, or decoded into `row`.
-  DSV4_INLINE const X* read(const KeyReader& r, int64_t j, X* row) {
+  DSV4_INLINE const X* read(const KeyReader& r, const E4m3Table& table, int64_t j, X* row) {
     const Key& key = r.keys_[j];
     const bool wide = j < r.count_.window ? r.window_wide_ : r.compressed_wide_;
     if (key.scales == nullptr) {
@@ -99,13 +107,27 @@ class KeyReader {
     }
     const int64_t codes = r.head_dim_ - r.rope_dim_;
     for (int64_t d = 0; d < codes; d += kRowBlock) {
-      decode_block(key.data + d, key.scales[d / kRowBlock], smaller(codes - d, kRowBlock), r.table_, row + d);
+      decode_block(key.data + d, key.scales[d / kRowBlock], smaller(codes - d, kRowBlock), table, row + d);
     }
     widen(reinterpret_cast<const bf16*>(key.data + codes), r.rope_dim_, row + codes);
     return row;
   }
 
+  const E4m3Table& table() const { return table_; }
+
+  // Asks for a key's memory ahead of its use: rows lie scattered, so the processor does not foresee them.
+  DSV4_INLINE void prefetch(const KeyReader& r, int64_t j) {
+    const Key& key = r.keys_[j];
+    for (int64_t at = 0; at < r.row_bytes(j); at += 64) __builtin_prefetch(key.data + at);
+    if (key.scales != nullptr) __builtin_prefetch(key.scales);
+  }
+
  private:
+  int64_t row_bytes(int64_t j) const {
+    if (keys_[j].scales != nullptr) return fp8_row_bytes(head_dim_, rope_dim_);
+    return head_dim_ * ((j < count_.window ? window_wide_ : compressed_wide_) ? 4 : 2);
+  }
+
   const E4m3Table& table_;
   const Key* keys_;
   KeyCounts count_;
@@ -132,15 +154,19 @@ struct TileMemory {
   }
 };
 
-// Keys [begin, end), zeros up to a multiple of 32, for scores: [group of 32 keys][word of a row][32 keys].
+// Keys [begin, end), with a look at those up to `ahead`, zeros up to a multiple of 32, for scores: [group of 32
+// keys][word of a row][32 keys].
 template <class X>
 static __attribute__((noinline)) void tile_for_scores(const KeyReader<X>& reader, int64_t begin, int64_t end,
-                                                      int64_t head_dim, const TileMemory<X>& memory) {
+                                                      int64_t ahead, int64_t head_dim, const TileMemory<X>& memory) {
   const int64_t words = head_dim / kWordElements<X>;
+  const E4m3Table table = reader.table();
   for (int64_t first = begin; first < begin + round_up(end - begin, kGroup); first += kBatch) {
     const X* rows[kBatch];
     for (int64_t i = 0; i < kBatch; ++i) {
-      rows[i] = first + i < end ? KeyReader<X>::read(reader, first + i, memory.rows + i * head_dim) : memory.zeros;
+      const int64_t key = first + i;
+      if (key + kBatch < ahead) KeyReader<X>::prefetch(reader, key + kBatch);
+      rows[i] = key < end ? KeyReader<X>::read(reader, table, key, memory.rows + i * head_dim) : memory.zeros;
     }
     const int64_t group = (first - begin) / kGroup, half = (first - begin) % kGroup;
     uint32_t* to = memory.tile + group * words * kGroup + half;
@@ -161,13 +187,15 @@ constexpr int64_t group_stride(int64_t steps) { return (steps + 1) * kGroup; }
 // together in words; these unpack within lanes, so the dims of a group come in the order of `value_order`.
 template <class X>
 static __attribute__((noinline)) void tile_for_values(const KeyReader<X>& reader, int64_t begin, int64_t end,
-                                                      int64_t head_dim, const TileMemory<X>& memory) {
+                                                      int64_t ahead, int64_t head_dim, const TileMemory<X>& memory) {
   const int64_t keys = round_up(end - begin, kGroup), steps = keys / kWordElements<X>;
+  const E4m3Table table = reader.table();
   for (int64_t step = 0; step < steps; ++step) {
     const X* rows[kWordElements<X>];
     for (int64_t i = 0; i < kWordElements<X>; ++i) {
       const int64_t key = begin + step * kWordElements<X> + i;
-      rows[i] = key < end ? KeyReader<X>::read(reader, key, memory.rows + i * head_dim) : memory.zeros;
+      if (key + kBatch < ahead) KeyReader<X>::prefetch(reader, key + kBatch);
+      rows[i] = key < end ? KeyReader<X>::read(reader, table, key, memory.rows + i * head_dim) : memory.zeros;
     }
     for (int64_t group = 0; group < head_dim / kGroup; ++group) {
       uint32_t* to = memory.tile + group * group_stride(steps) + step * kGroup;
