@@ -1,12 +1,11 @@
 // mhc_pre, mhc_head: fn r by float32 FMA, 12 rows of fn x 2 tokens in 24 accumulators; fn packed once a call into
 // blocks of 12 rows x 32 elements that the kernel reads straight through. Tiles of up to 16 tokens stay in the
-// second-level cache, so the weighted sum finds their streams there and memory is read once: 10 D + 80 bytes a token for
-// bfloat16. Against that stand 208 D FLOPs: with one FMA unit a core (Zen 4) they bind, at less than half of the copy
-// bandwidth; 80 % of the FMA peak expected. fn as bfloat16 high + low would not help: vdpbf16ps does two products for
-// one FMA at best, and needs both halves.
-// mhc_post: one pass, 40 D FLOPs for 18 D + 80 bytes a token: bound by memory. Results of more than kStreamBytes bypass
-// the caches, which saves reading what is about to be overwritten. mhc_post_pre makes a tile's streams just before it
-// reads them.
+// second-level cache, so the weighted sum finds their streams there and memory is read once: 10 D + 80 bytes a token
+// for bfloat16. Against that stand 208 D FLOPs: with one FMA unit a core (Zen 4) they bind, at less than half of the
+// copy bandwidth; 80 % of the FMA peak expected. fn as bfloat16 high + low would not help: vdpbf16ps does two products
+// for one FMA at best, and needs both halves. mhc_post: one pass, 40 D FLOPs for 18 D + 80 bytes a token: bound by
+// memory. Results of more than kStreamBytes bypass the caches, which saves reading what is about to be overwritten.
+// mhc_post_pre makes a tile's streams just before it reads them.
 #include "cpu/mhc.h"
 
 #include "cpu/avx512/mhc_product.h"
