@@ -68,6 +68,8 @@ DSV4_INLINE void multiply_heads(const X* left, int64_t left_stride, int64_t head
 }
 
 struct Product {
+  static constexpr int64_t kKeptBytes = 256 << 10;  // of 1 MiB of second-level cache
+
   // scores[h][key] = query[h] . key, for whole groups of keys.
   template <class X>
   DSV4_INLINE void score(const X* query, int64_t query_stride, int64_t heads, const uint32_t* tile, int64_t groups,
@@ -97,11 +99,11 @@ bool in_bf16(const SparseAttentionParams& p) {
 template <class Body>
 DSV4_INLINE void with_types(const SparseAttentionParams& p, const Context& context, const Body& body) {
   if (p.query.dtype == DType::kFloat32) {
-    body(Call<float, float>(p, context));
+    body(Call<Product, float, float>(p, context));
   } else if (in_bf16(p)) {
-    body(Call<bf16, bf16>(p, context));
+    body(Call<Product, bf16, bf16>(p, context));
   } else {
-    body(Call<bf16, float>(p, context));
+    body(Call<Product, bf16, float>(p, context));
   }
 }
 
@@ -114,7 +116,7 @@ int64_t sparse_attention_workspace_bytes(const SparseAttentionParams& p, const C
 }
 
 Status sparse_attention(const SparseAttentionParams& p, const Context& context) {
-  with_types(p, context, [](const auto& call) { call.template run<Product>(); });
+  with_types(p, context, [](const auto& call) { call.run(); });
   return Status::ok();
 }
 

@@ -47,23 +47,28 @@ template <class X>
 struct RowMemory {
   Key* keys;  // [most keys]
   KeyCounts* count;
+  X* rows;        // [keys kept, D], decoded
   X* query;       // [H, D], where it is not used as it lies
   float* scores;  // [parts, H, stride]; then the numerators, elements of type X from the begin of each head
   float* maxima;  // [parts, H]
   float* totals;  // [parts, H]
   float* sums;    // [parts kept, H, D]
 
-  static int64_t bytes(const SparseAttentionParams& p, int64_t most, int64_t sums_kept) {
+  int64_t most_kept;
+
+  static int64_t bytes(const SparseAttentionParams& p, int64_t most, int64_t kept_bytes, int64_t sums_kept) {
     Arena arena{nullptr};
-    RowMemory(p, most, sums_kept, arena);
+    RowMemory(p, most, kept_bytes, sums_kept, arena);
     return arena.used;
   }
 
-  RowMemory(const SparseAttentionParams& p, int64_t most, int64_t sums_kept, Arena& arena) {
+  RowMemory(const SparseAttentionParams& p, int64_t most, int64_t kept_bytes, int64_t sums_kept, Arena& arena)
+      : most_kept(kept_bytes / (p.query.size(2) * static_cast<int64_t>(sizeof(X)))) {
     const int64_t heads = p.query.size(1), head_dim = p.query.size(2), parts = Plan(most).parts;
     // No smaller number of keys needs more.
     keys = Arena::take<Key>(arena, most);
     count = Arena::take<KeyCounts>(arena, 1);
+    rows = Arena::take<X>(arena, smaller(most, most_kept) * head_dim);
     query = Arena::take<X>(arena, p.query.dtype == DType::kBFloat16 && sizeof(X) == 4 ? heads * head_dim : 0);
     scores = Arena::take<float>(arena, parts * heads * Plan(most).stride());
     maxima = Arena::take<float>(arena, parts * heads);
@@ -136,7 +141,7 @@ class RowWork {
         memory_(memory),
         plan_(memory.count->all),
         stride_(plan_.stride()),
-        reader_(p, table, memory.keys, *memory.count) {
+        reader_(p, table, memory.keys, *memory.count, plan_.keys <= memory.most_kept ? memory.rows : nullptr) {
     if constexpr (sizeof(X) == sizeof(M)) {
       query_ = reinterpret_cast<const M*>(p.query.as<const X>().at(row));
       query_stride_ = p.query.stride[1];
@@ -274,14 +279,14 @@ DSV4_INLINE void spread(const Context& context, int64_t slots, int64_t items, co
   });
 }
 
-template <class X, class M>
+template <class Product, class X, class M>
 class Call {
  public:
   Call(const SparseAttentionParams& p, const Context& context)
       : p_(p),
         context_(context),
         schedule_(p, context),
-        row_bytes_(RowMemory<M>::bytes(p, schedule_.most, schedule_.sums_kept())),
+        row_bytes_(RowMemory<M>::bytes(p, schedule_.most, Product::kKeptBytes, schedule_.sums_kept())),
         tile_bytes_(round_up(TileMemory<M>::bytes(p.query.size(2)), 64)),
         table_(e4m3_table()) {}
 
@@ -289,26 +294,25 @@ class Call {
     return schedule_.row_memories(p_.query.size(0)) * row_bytes_ + schedule_.slots * tile_bytes_;
   }
 
-  template <class Product>
   void run() const {
     if (schedule_.by_parts) {
-      run_parts<Product>();
+      run_parts();
     } else {
-      run_rows<Product>();
+      run_rows();
     }
   }
 
  private:
+  using Work = RowWork<Product, X, M>;
+
   uint8_t* base() const { return static_cast<uint8_t*>(p_.workspace.data); }
   RowMemory<M> row_memory(int64_t index) const {
     Arena arena{base() + schedule_.slots * tile_bytes_ + index * row_bytes_};
-    return RowMemory<M>(p_, schedule_.most, schedule_.sums_kept(), arena);
+    return RowMemory<M>(p_, schedule_.most, Product::kKeptBytes, schedule_.sums_kept(), arena);
   }
   TileMemory<M> tile_memory(int64_t slot) const { return TileMemory<M>(base() + slot * tile_bytes_, p_.query.size(2)); }
 
-  template <class Product>
   void run_rows() const {
-    using Work = RowWork<Product, X, M>;
     const int64_t heads = p_.query.size(1), elements = heads * p_.query.size(2);
     spread(context_, schedule_.slots, p_.query.size(0), [&](int64_t slot, int64_t row) {
       const RowMemory<M> memory = row_memory(slot);
@@ -324,9 +328,7 @@ class Call {
     });
   }
 
-  template <class Product>
   void run_parts() const {
-    using Work = RowWork<Product, X, M>;
     const int64_t rows = p_.query.size(0), heads = p_.query.size(1), head_dim = p_.query.size(2),
                   slots = schedule_.slots;
     const int64_t parts = Plan(schedule_.most).parts, blocks = (heads + kFinishHeads - 1) / kFinishHeads;

@@ -83,25 +83,31 @@ DSV4_INLINE void widen(const bf16* from, int64_t count, X* to) {
   if (d < count) put(_mm512_maskz_loadu_epi16(mask32(count - d), from + d), to + d, count - d);
 }
 
-// Reads the keys of a row's list.
+// Reads the keys of a row's list, for scores first and then for values. A short list is kept decoded in between, in
+// `kept` [keys, D]; a longer one would leave the second-level cache, and is decoded again.
 template <class X>
 class KeyReader {
  public:
-  KeyReader(const SparseAttentionParams& p, const E4m3Table& table, const Key* keys, KeyCounts count)
+  KeyReader(const SparseAttentionParams& p, const E4m3Table& table, const Key* keys, KeyCounts count, X* kept)
       : table_(table),
         keys_(keys),
         count_(count),
+        kept_(kept),
         head_dim_(p.query.size(2)),
         rope_dim_(p.rope_dim),
         window_wide_(p.window_pool.plain.dtype == DType::kFloat32),
         compressed_wide_(p.compressed.plain.dtype == DType::kFloat32) {}
 
-  // A key's elements: where they lie, or decoded into `row`.
+  // A key's elements: where they lie, or decoded into `row` or into what is kept.
+  template <bool kAgain>
   DSV4_INLINE const X* read(const KeyReader& r, const E4m3Table& table, int64_t j, X* row) {
     const Key& key = r.keys_[j];
-    const bool wide = j < r.count_.window ? r.window_wide_ : r.compressed_wide_;
+    if (r.fits(j)) return reinterpret_cast<const X*>(key.data);
+    if (r.kept_ != nullptr) {
+      row = r.kept_ + j * r.head_dim_;
+      if (kAgain) return row;
+    }
     if (key.scales == nullptr) {
-      if (wide == (sizeof(X) == 4)) return reinterpret_cast<const X*>(key.data);
       widen(reinterpret_cast<const bf16*>(key.data), r.head_dim_, row);
       return row;
     }
@@ -116,21 +122,26 @@ class KeyReader {
   const E4m3Table& table() const { return table_; }
 
   // Asks for a key's memory ahead of its use: rows lie scattered, so the processor does not foresee them.
+  template <bool kAgain>
   DSV4_INLINE void prefetch(const KeyReader& r, int64_t j) {
     const Key& key = r.keys_[j];
+    if (kAgain && r.kept_ != nullptr && !r.fits(j)) return;
     for (int64_t at = 0; at < r.row_bytes(j); at += 64) __builtin_prefetch(key.data + at);
     if (key.scales != nullptr) __builtin_prefetch(key.scales);
   }
 
  private:
+  bool wide(int64_t j) const { return j < count_.window ? window_wide_ : compressed_wide_; }
+  // Whether the elements lie in memory as they are multiplied.
+  bool fits(int64_t j) const { return keys_[j].scales == nullptr && wide(j) == (sizeof(X) == 4); }
   int64_t row_bytes(int64_t j) const {
-    if (keys_[j].scales != nullptr) return fp8_row_bytes(head_dim_, rope_dim_);
-    return head_dim_ * ((j < count_.window ? window_wide_ : compressed_wide_) ? 4 : 2);
+    return keys_[j].scales != nullptr ? fp8_row_bytes(head_dim_, rope_dim_) : head_dim_ * (wide(j) ? 4 : 2);
   }
 
   const E4m3Table& table_;
   const Key* keys_;
   KeyCounts count_;
+  X* kept_;
   int64_t head_dim_, rope_dim_;
   bool window_wide_, compressed_wide_;
 };
@@ -165,8 +176,9 @@ static __attribute__((noinline)) void tile_for_scores(const KeyReader<X>& reader
     const X* rows[kBatch];
     for (int64_t i = 0; i < kBatch; ++i) {
       const int64_t key = first + i;
-      if (key + kBatch < ahead) KeyReader<X>::prefetch(reader, key + kBatch);
-      rows[i] = key < end ? KeyReader<X>::read(reader, table, key, memory.rows + i * head_dim) : memory.zeros;
+      if (key + kBatch < ahead) KeyReader<X>::template prefetch<false>(reader, key + kBatch);
+      rows[i] =
+          key < end ? KeyReader<X>::template read<false>(reader, table, key, memory.rows + i * head_dim) : memory.zeros;
     }
     const int64_t group = (first - begin) / kGroup, half = (first - begin) % kGroup;
     uint32_t* to = memory.tile + group * words * kGroup + half;
@@ -194,8 +206,9 @@ static __attribute__((noinline)) void tile_for_values(const KeyReader<X>& reader
     const X* rows[kWordElements<X>];
     for (int64_t i = 0; i < kWordElements<X>; ++i) {
       const int64_t key = begin + step * kWordElements<X> + i;
-      if (key + kBatch < ahead) KeyReader<X>::prefetch(reader, key + kBatch);
-      rows[i] = key < end ? KeyReader<X>::read(reader, table, key, memory.rows + i * head_dim) : memory.zeros;
+      if (key + kBatch < ahead) KeyReader<X>::template prefetch<true>(reader, key + kBatch);
+      rows[i] =
+          key < end ? KeyReader<X>::template read<true>(reader, table, key, memory.rows + i * head_dim) : memory.zeros;
     }
     for (int64_t group = 0; group < head_dim / kGroup; ++group) {
       uint32_t* to = memory.tile + group * group_stride(steps) + step * kGroup;
