@@ -28,7 +28,7 @@ test-native: build-tests
 		$(BUILD)/Testing/Temporary/LastTest.log
 
 test-python: build-tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --expect-cases
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n $(JOBS) --expect-cases
 
 bench: build-tests
 	for program in $(BUILD)/benchmarks/native/bench_*; do [ ! -x $$program ] || $$program || exit 1; done

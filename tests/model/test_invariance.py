@@ -7,10 +7,11 @@ from functools import cache
 
 import pytest
 import torch
-from golden import feed, model, random_cuts
+from golden import feed, model, random_cuts, rel_rms
 from torch import Tensor
 
 import dsv4
+from dsv4.testing import implementation_cases, max_isa
 
 LENGTH = 300
 
@@ -97,3 +98,28 @@ def test_crop_and_continue(length: int) -> None:
     cache.crop(length)
     got = torch.cat([checked(piece, cache=cache) for piece in ids[:1, length:].split(37, dim=1)], dim=1)
     assert torch.equal(got, expected[:1, length:])
+
+
+@torch.no_grad()
+def test_threads() -> None:
+    checked = subject("deep")
+    ids, expected = whole("deep")
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            assert torch.equal(feed(checked, ids[:1, :150], [131, 1, 1, 17]), expected[:1, :150]), count
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("isa", implementation_cases("mhc_pre"))
+@torch.no_grad()
+def test_chunks_on_every_instruction_set(isa: str) -> None:
+    """The kernels of a lower instruction set keep the rule too, and stay near the best ones."""
+    checked = subject("dev_b")
+    ids, best = whole("dev_b")
+    with max_isa(isa):
+        expected = feed(checked, ids[:1], [LENGTH])
+        assert torch.equal(feed(checked, ids[:1], random_cuts(LENGTH, 5)), expected)
+    assert rel_rms(expected, best[:1]).median() <= 0.10
