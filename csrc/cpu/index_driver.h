@@ -8,6 +8,7 @@
 //   static int64_t memory(const IndexTopkParams&)   scratch memory of one, bytes
 //   Kernel(const IndexTopkParams&, uint8_t* memory)  64-byte aligned
 //   void prepare(const IndexKey* keys, int64_t count)   up to kChunk keys; those not stored score anything
+//   void expect(const IndexKey* keys, int64_t count)   those of the next chunk, which it may fetch meanwhile
 //   void score(int64_t row, int64_t count, float* scores)  of the first `count` keys; may write up to the next multiple
 //   of 64 static void offer(Selection&, const float* scores, const uint16_t* stored, int64_t count, int64_t first)
 #pragma once
@@ -45,12 +46,14 @@ struct IndexPlan {
     ranges = ranges < most_ranges ? ranges : most_ranges < 1 ? 1 : most_ranges;
     const int64_t pieces = blocks * ranges;
     slots = pieces < context.threads ? pieces : context.threads;
-    capacity = Selection::capacity(keep, longest);
+    capacity = Selection<PortableLanes>::capacity(keep, longest);
   }
 };
 
 template <class Kernel>
 class IndexCall {
+  using Best = Selection<typename Kernel::Lanes>;
+
  public:
   IndexCall(const IndexTopkParams& p, const Context& context)
       : p_(p),
@@ -59,7 +62,7 @@ class IndexCall {
         pool_(p),
         sequence_(p.sequence.as<const int32_t>()),
         lengths_(p.lengths.as<const int32_t>()),
-        selection_bytes_(round_up(Selection::bytes(plan_.capacity), 64)),
+        selection_bytes_(round_up(Best::bytes(plan_.capacity), 64)),
         slot_bytes_(kIndexRows * selection_bytes_ + round_up(Kernel::memory(p), 64)),
         part_bytes_(round_up((2 * plan_.keep + 1) * static_cast<int64_t>(sizeof(int32_t)), 64)) {}
 
@@ -103,8 +106,8 @@ class IndexCall {
   }
 
   uint8_t* slot_memory(int64_t slot) const { return static_cast<uint8_t*>(p_.workspace.data) + slot * slot_bytes_; }
-  Selection selection(int64_t slot, int64_t index) const {
-    return Selection(slot_memory(slot) + index * selection_bytes_, plan_.capacity, plan_.keep);
+  Best selection(int64_t slot, int64_t index) const {
+    return Best(slot_memory(slot) + index * selection_bytes_, plan_.capacity, plan_.keep);
   }
   int32_t* part(int64_t row, int64_t range) const {
     uint8_t* parts = slot_memory(plan_.slots);
@@ -117,23 +120,30 @@ class IndexCall {
 
   // Rows of one sequence, over one range of their entries.
   void select(Kernel& kernel, int64_t slot, int64_t row, int64_t end, int64_t range) const {
-    Selection best[kIndexRows] = {selection(slot, 0),  selection(slot, 1),  selection(slot, 2),  selection(slot, 3),
-                                  selection(slot, 4),  selection(slot, 5),  selection(slot, 6),  selection(slot, 7),
-                                  selection(slot, 8),  selection(slot, 9),  selection(slot, 10), selection(slot, 11),
-                                  selection(slot, 12), selection(slot, 13), selection(slot, 14), selection(slot, 15)};
+    Best best[kIndexRows] = {selection(slot, 0),  selection(slot, 1),  selection(slot, 2),  selection(slot, 3),
+                             selection(slot, 4),  selection(slot, 5),  selection(slot, 6),  selection(slot, 7),
+                             selection(slot, 8),  selection(slot, 9),  selection(slot, 10), selection(slot, 11),
+                             selection(slot, 12), selection(slot, 13), selection(slot, 14), selection(slot, 15)};
     int64_t longest = 0;
     for (int64_t r = row; r < end; ++r) longest = length(r) > longest ? length(r) : longest;
     const int64_t width = round_up(index_ceil(longest, plan_.ranges), kIndexChunk);
     const int64_t first = range * width, last = first + width < longest ? first + width : longest;
-    for (int64_t at = first; at < last; at += kIndexChunk) {
+    IndexKey keys[2][kIndexChunk];
+    const auto locate = [&](int64_t at, IndexKey* to) {
       const int64_t count = last - at < kIndexChunk ? last - at : kIndexChunk;
-      IndexKey keys[kIndexChunk];
+      if (count > 0) pool_.locate(*sequence_.at(row), at, count, to);
+      return count > 0 ? count : 0;
+    };
+    int64_t count = locate(first, keys[0]);
+    for (int64_t at = first, turn = 0; at < last; at += kIndexChunk, turn = 1 - turn) {
       uint16_t stored[kIndexChunk / 16] = {};
-      pool_.locate(*sequence_.at(row), at, count, keys);
       for (int64_t i = 0; i < count; ++i) {
-        stored[i / 16] = static_cast<uint16_t>(stored[i / 16] | (keys[i].values != nullptr ? 1u << (i % 16) : 0u));
+        stored[i / 16] =
+            static_cast<uint16_t>(stored[i / 16] | (keys[turn][i].values != nullptr ? 1u << (i % 16) : 0u));
       }
-      kernel.prepare(keys, count);
+      kernel.prepare(keys[turn], count);
+      const int64_t following = locate(at + kIndexChunk, keys[1 - turn]);
+      kernel.expect(keys[1 - turn], following);
       for (int64_t r = row; r < end; ++r) {
         const int64_t visible = length(r) - at < count ? length(r) - at : count;
         if (visible <= 0) continue;
@@ -141,9 +151,10 @@ class IndexCall {
         kernel.score(r, visible, scores);
         Kernel::offer(best[r - row], scores, stored, visible, at);
       }
+      count = following;
     }
     for (int64_t r = row; r < end; ++r) {
-      Selection& chosen = best[r - row];
+      Best& chosen = best[r - row];
       chosen.finish();
       if (plan_.ranges == 1) {
         write(chosen, r);
@@ -160,7 +171,7 @@ class IndexCall {
 
   // The best of what a row's ranges left.
   void join(int64_t slot, int64_t row) const {
-    Selection chosen = selection(slot, 0);
+    Best chosen = selection(slot, 0);
     for (int64_t range = 0; range < plan_.ranges; ++range) {
       const int32_t* from = part(row, range);
       for (int64_t i = 0; i < from[0]; ++i) chosen.add(from[1 + i], from[1 + plan_.keep + i]);
@@ -169,7 +180,7 @@ class IndexCall {
     write(chosen, row);
   }
 
-  void write(const Selection& chosen, int64_t row) const {
+  void write(const Best& chosen, int64_t row) const {
     int32_t* result = p_.result.as<int32_t>().at(row);
     for (int64_t i = 0; i < chosen.count(); ++i) result[i] = chosen.entries()[i];
     for (int64_t i = chosen.count(); i < p_.k; ++i) result[i] = -1;

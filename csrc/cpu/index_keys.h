@@ -49,6 +49,11 @@ class IndexKeyPool {
 
   DSV4_HOST_DEVICE IndexKeyFormat format() const { return format_; }
   DSV4_HOST_DEVICE int64_t dim() const { return dim_; }
+  // Of the values of a key.
+  DSV4_HOST_DEVICE int64_t value_bytes() const {
+    const bool wide = format_ == IndexKeyFormat::kFloat32, half = format_ == IndexKeyFormat::kBFloat16;
+    return format_ == IndexKeyFormat::kFp4 ? dim_ / 2 : dim_ * (wide ? 4 : half ? 2 : 1);
+  }
   // Entries that a sequence can have.
   DSV4_HOST_DEVICE int64_t entries() const { return blocks_ * page_size_; }
 

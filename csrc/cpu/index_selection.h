@@ -19,6 +19,40 @@ DSV4_HOST_DEVICE int32_t score_key(float score) {
   return bits ^ ((bits >> 31) & 0x7FFFFFFF);
 }
 
+// What a selection does to whole lists of candidates. A kernel may bring its own.
+struct PortableLanes {
+  // The lowest and the highest of them.
+  static void range(const int32_t* keys, int64_t count, int32_t* low, int32_t* high) {
+    *low = INT32_MAX, *high = INT32_MIN;
+    for (int64_t i = 0; i < count; ++i) {
+      *low = keys[i] < *low ? keys[i] : *low;
+      *high = keys[i] > *high ? keys[i] : *high;
+    }
+  }
+
+  // How many are at least `value`.
+  static int64_t reaching(const int32_t* keys, int64_t count, int32_t value) {
+    int32_t found = 0;
+    for (int64_t i = 0; i < count; ++i) found += keys[i] >= value ? 1 : 0;
+    return found;
+  }
+
+  // Leaves those above `value` and the first `room` of those at it, in their order; how many they are.
+  static int64_t keep(int32_t* keys, int32_t* entries, int64_t count, int32_t value, int64_t room) {
+    int64_t kept = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      const int32_t key = keys[i], entry = entries[i];
+      const bool level = key == value && room > 0;
+      keys[kept] = key;
+      entries[kept] = entry;
+      kept += key > value || level ? 1 : 0;
+      room -= level ? 1 : 0;
+    }
+    return kept;
+  }
+};
+
+template <class Lanes>
 class Selection {
  public:
   // Candidates to hold for the best `keep` of `stream` scores.
@@ -67,23 +101,14 @@ class Selection {
   }
 
  private:
-  static int64_t at_least(const int32_t* keys, int64_t count, int32_t value) {
-    int32_t found = 0;
-    for (int64_t i = 0; i < count; ++i) found += keys[i] >= value ? 1 : 0;
-    return found;
-  }
-
   // A value that exactly keep_ candidates reach, or else the keep_-th highest.
   int32_t cut() const {
-    int32_t least = INT32_MAX, most = INT32_MIN;
-    for (int64_t i = 0; i < count_; ++i) {
-      least = keys_[i] < least ? keys_[i] : least;
-      most = keys_[i] > most ? keys_[i] : most;
-    }
+    int32_t least, most;
+    Lanes::range(keys_, count_, &least, &most);
     int64_t low = least, high = most;  // at least keep_ candidates reach low, fewer reach high + 1
     while (low < high) {
       const int64_t middle = low + (high - low + 1) / 2;
-      const int64_t reaching = at_least(keys_, count_, static_cast<int32_t>(middle));
+      const int64_t reaching = Lanes::reaching(keys_, count_, static_cast<int32_t>(middle));
       if (reaching == keep_) return static_cast<int32_t>(middle);
       if (reaching > keep_) {
         low = middle;
@@ -96,18 +121,8 @@ class Selection {
 
   __attribute__((noinline)) void shrink() {
     const int32_t value = cut();
-    int64_t above = 0;
-    for (int64_t i = 0; i < count_; ++i) above += keys_[i] > value ? 1 : 0;
-    int64_t room = keep_ - above, kept = 0;  // for candidates at the cut
-    for (int64_t i = 0; i < count_; ++i) {
-      const int32_t key = keys_[i], entry = entries_[i];
-      const bool level = key == value && room > 0;
-      keys_[kept] = key;
-      entries_[kept] = entry;
-      kept += key > value || level ? 1 : 0;
-      room -= level ? 1 : 0;
-    }
-    count_ = kept;
+    const int64_t above = value == INT32_MAX ? 0 : Lanes::reaching(keys_, count_, value + 1);
+    count_ = Lanes::keep(keys_, entries_, count_, value, keep_ - above);
     bound_ = value;
   }
 

@@ -54,6 +54,8 @@ static __attribute__((noinline)) void index_tile(const T* query, int64_t head_st
 template <class T>
 class Kernel {
  public:
+  using Lanes = IndexLanes;
+
   static int64_t memory(const IndexTopkParams& p) { return query_bytes(p) + IndexKeys<T>::bytes(p); }
 
   Kernel(const IndexTopkParams& p, uint8_t* memory)
@@ -61,7 +63,9 @@ class Kernel {
 
   void prepare(const IndexKey* keys, int64_t count) { keys_.prepare(keys, count); }
 
-  void score(int64_t row, int64_t count, float* scores) const {
+  void expect(const IndexKey* keys, int64_t count) { keys_.expect(keys, count); }
+
+  void score(int64_t row, int64_t count, float* scores) {
     const T* query;
     int64_t head_stride;
     if constexpr (std::is_same_v<T, float>) {
@@ -74,13 +78,14 @@ class Kernel {
     const float* weights = p_.weights.at(row);
     int64_t first = 0;
     for (; first + 2 * kIndexLanes < count; first += 3 * kIndexLanes) {
+      keys_.fetch(3 * kIndexLanes);
       heads<3>(query, head_stride, weights, first, scores + first);
     }
     for (; first < count; first += kIndexLanes) heads<1>(query, head_stride, weights, first, scores + first);
     keys_.scale(count, scores);
   }
 
-  static void offer(Selection& best, const float* scores, const uint16_t* stored, int64_t count, int64_t first) {
+  static void offer(Selection<Lanes>& best, const float* scores, const uint16_t* stored, int64_t count, int64_t first) {
     index_offer(best, scores, stored, count, first);
   }
 

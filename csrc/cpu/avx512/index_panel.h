@@ -124,6 +124,14 @@ class IndexPanel {
     index_store(out + pair * kElementsOfPair, dims, static_cast<const T*>(nullptr));
   }
 
+  // The bits of each word from bit `low` on in its lower half, those from bit `high` on in its upper: 8 bits of each,
+  // and others above them.
+  static __attribute__((always_inline)) __m512i spread(__m512i words, int low, int high) {
+    const uint64_t from =
+        0x0000000100000001ull * static_cast<uint64_t>(low | high << 16) + (uint64_t{32} << 32 | uint64_t{32} << 48);
+    return _mm512_multishift_epi64_epi8(_mm512_set1_epi64(static_cast<int64_t>(from)), words);
+  }
+
   // A word holds 8 codes, the lower nibble of each byte first; four words share a scale.
   __attribute__((noinline)) void pack_fp4(const IndexKey* keys, Element* out) const {
     const __m512i values = _mm512_load_si512(tables_.e2m1);
@@ -137,14 +145,11 @@ class IndexPanel {
         const IndexScales scales(
             _mm512_and_si512(_mm512_srl_epi32(exponents, _mm_cvtsi32_si128(2 * w)), _mm512_set1_epi32(0xFF)));
         for (int v = w; v < w + 4; ++v) {
-          const auto pair = [&](__m512i low, __m512i high, int byte) __attribute__((always_inline)) {
-            const __m512i codes = index_merge(low, high);
+#pragma GCC unroll 4
+          for (int byte = 0; byte < 4; ++byte) {
+            const __m512i codes = spread(x[v], 8 * byte, 8 * byte + 4);
             store(out, (word + v) * 4 + byte, scales.apply(_mm512_permutexvar_epi16(codes, values)));
-          };
-          pair(x[v], _mm512_slli_epi32(x[v], 12), 0);
-          pair(_mm512_srli_epi32(x[v], 8), _mm512_slli_epi32(x[v], 4), 1);
-          pair(_mm512_srli_epi32(x[v], 16), _mm512_srli_epi32(x[v], 4), 2);
-          pair(_mm512_srli_epi32(x[v], 24), _mm512_srli_epi32(x[v], 12), 3);
+          }
         }
       }
     }
@@ -190,10 +195,8 @@ class IndexPanel {
       __m512i x[16];
       index_words(keys, 4 * word, here, x);
       for (int w = 0; w < here; ++w) {
-        const __m512i low = index_merge(x[w], _mm512_slli_epi32(x[w], 8));
-        const __m512i high = index_merge(_mm512_srli_epi32(x[w], 16), _mm512_srli_epi32(x[w], 8));
-        store(out, (word + w) * 2, pair(low));
-        store(out, (word + w) * 2 + 1, pair(high));
+        store(out, (word + w) * 2, pair(spread(x[w], 0, 8)));
+        store(out, (word + w) * 2 + 1, pair(spread(x[w], 16, 24)));
       }
     }
   }

@@ -25,6 +25,7 @@ class IndexKeys {
   IndexKeys(const IndexTopkParams& p, uint8_t* memory)
       : panel_(IndexKeyPool(p).format(), p.query.size(2)),
         group_(IndexPanel<T>::group_elements(p.query.size(2))),
+        value_bytes_(IndexKeyPool(p).value_bytes()),
         elements_(reinterpret_cast<Element*>(memory)) {}
 
   void prepare(const IndexKey* keys, int64_t count) {
@@ -37,6 +38,20 @@ class IndexKeys {
       IndexKey last[kIndexLanes] = {};
       for (int64_t i = first; i < count; ++i) last[i - first] = keys[i];
       panel_.pack(last, out, scales_ + first);
+    }
+  }
+
+  // Keys lie page by page anywhere in memory. Those of the next chunk are fetched a few at a time while this one is
+  // scored, since preparing them is all of the reading and little of the work.
+  void expect(const IndexKey* keys, int64_t count) { next_ = keys, next_count_ = count, fetched_ = 0; }
+  void fetch(int64_t count) {
+    const int64_t end = fetched_ + count < next_count_ ? fetched_ + count : next_count_;
+    for (; fetched_ < end; ++fetched_) {
+      const uint8_t* values = next_[fetched_].values;
+      if (fetched_ % kIndexLanes == 0) _mm_prefetch(reinterpret_cast<const char*>(next_[fetched_].scales), _MM_HINT_T1);
+      for (int64_t at = 0; values != nullptr && at < value_bytes_; at += 64) {
+        _mm_prefetch(reinterpret_cast<const char*>(values + at), _MM_HINT_T1);
+      }
     }
   }
 
@@ -54,13 +69,65 @@ class IndexKeys {
 
  private:
   IndexPanel<T> panel_;
-  int64_t group_;
+  int64_t group_, value_bytes_;
   Element* elements_;
+  const IndexKey* next_ = nullptr;
+  int64_t next_count_ = 0, fetched_ = 0;
   alignas(64) float scales_[kIndexChunk];
 };
 
+struct IndexLanes {
+  static __mmask16 valid(int64_t left) { return low16(left < kIndexLanes ? left : kIndexLanes); }
+
+  static void range(const int32_t* keys, int64_t count, int32_t* low, int32_t* high) {
+    __m512i least = _mm512_set1_epi32(INT32_MAX), most = _mm512_set1_epi32(INT32_MIN);
+    for (int64_t i = 0; i < count; i += kIndexLanes) {
+      const __mmask16 mask = valid(count - i);
+      const __m512i key = _mm512_maskz_loadu_epi32(mask, keys + i);
+      least = _mm512_mask_min_epi32(least, mask, least, key);
+      most = _mm512_mask_max_epi32(most, mask, most, key);
+    }
+    *low = _mm512_reduce_min_epi32(least);
+    *high = _mm512_reduce_max_epi32(most);
+  }
+
+  static int64_t reaching(const int32_t* keys, int64_t count, int32_t value) {
+    const __m512i bound = _mm512_set1_epi32(value), one = _mm512_set1_epi32(1);
+    __m512i found = _mm512_setzero_si512(), others = _mm512_setzero_si512();
+    const auto add = [&](__m512i sum, int64_t i, __mmask16 mask) __attribute__((always_inline)) {
+      const __m512i key = _mm512_maskz_loadu_epi32(mask, keys + i);
+      return _mm512_mask_add_epi32(sum, _mm512_mask_cmpge_epi32_mask(mask, key, bound), sum, one);
+    };
+    int64_t i = 0;
+    for (; i + 2 * kIndexLanes <= count; i += 2 * kIndexLanes) {
+      found = add(found, i, 0xFFFF);
+      others = add(others, i + kIndexLanes, 0xFFFF);
+    }
+    for (; i < count; i += kIndexLanes) found = add(found, i, valid(count - i));
+    return _mm512_reduce_add_epi32(_mm512_add_epi32(found, others));
+  }
+
+  static int64_t keep(int32_t* keys, int32_t* entries, int64_t count, int32_t value, int64_t room) {
+    const __m512i bound = _mm512_set1_epi32(value);
+    int64_t kept = 0;
+    for (int64_t i = 0; i < count; i += kIndexLanes) {
+      const __mmask16 mask = valid(count - i);
+      const __m512i key = _mm512_maskz_loadu_epi32(mask, keys + i), entry = _mm512_maskz_loadu_epi32(mask, entries + i);
+      uint32_t level = _mm512_mask_cmpeq_epi32_mask(mask, key, bound);
+      while (__builtin_popcount(level) > room) level &= ~(0x80000000u >> __builtin_clz(level));
+      room -= __builtin_popcount(level);
+      const __mmask16 taken = _mm512_mask_cmpgt_epi32_mask(mask, key, bound) | static_cast<__mmask16>(level);
+      // Never past lane i + 15, which has been read.
+      _mm512_storeu_si512(keys + kept, _mm512_maskz_compress_epi32(taken, key));
+      _mm512_storeu_si512(entries + kept, _mm512_maskz_compress_epi32(taken, entry));
+      kept += __builtin_popcount(taken);
+    }
+    return kept;
+  }
+};
+
 // Sixteen at a time, most of which fail the bound together.
-DSV4_INLINE void index_offer(Selection& best, const float* scores, const uint16_t* stored, int64_t count,
+DSV4_INLINE void index_offer(Selection<IndexLanes>& best, const float* scores, const uint16_t* stored, int64_t count,
                              int64_t first) {
   const __m512i step = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   __m512i bound = _mm512_set1_epi32(best.bound());

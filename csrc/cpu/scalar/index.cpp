@@ -9,6 +9,8 @@ namespace {
 
 class Kernel {
  public:
+  using Lanes = PortableLanes;
+
   static int64_t memory(const IndexTopkParams& p) {
     return kIndexChunk * p.query.size(2) * static_cast<int64_t>(sizeof(float));
   }
@@ -23,6 +25,8 @@ class Kernel {
     stored_ = keys;
   }
 
+  void expect(const IndexKey*, int64_t) {}
+
   void score(int64_t row, int64_t count, float* scores) const {
     for (int64_t i = 0; i < count; ++i) {
       if (stored_[i].values == nullptr) continue;
@@ -31,7 +35,7 @@ class Kernel {
     }
   }
 
-  static void offer(Selection& best, const float* scores, const uint16_t* stored, int64_t count, int64_t first) {
+  static void offer(Selection<Lanes>& best, const float* scores, const uint16_t* stored, int64_t count, int64_t first) {
     for (int64_t i = 0; i < count; ++i) {
       if ((stored[i / 16] >> (i % 16) & 1) == 0 || scores[i] != scores[i]) continue;
       best.add(score_key(scores[i]), static_cast<int32_t>(first + i));
