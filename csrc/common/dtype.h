@@ -53,4 +53,36 @@ DSV4_HOST_DEVICE bf16 from_float<bf16>(float value) {
   return bf16_from_float(value);
 }
 
+// The quantisers' block scale, from the bits of the largest magnitude (an unsigned maximum of bits without their signs,
+// so that a NaN or an infinity wins): 2^ceil(log2(max(amax, floor) * inverse_largest)) as e8m0, 255 (NaN) where amax is
+// not finite. FP8: floor 1e-4, largest 448; FP4: floor 6 * 2^-126, largest 6.
+DSV4_HOST_DEVICE uint8_t e8m0_scale(uint32_t amax_bits, float floor, float inverse_largest) {
+  if (amax_bits >= 0x7F800000u) return 255;
+  const float amax = float_from_bits(amax_bits);
+  const uint32_t ratio = bits_from_float((amax < floor ? floor : amax) * inverse_largest);  // never denormal
+  return static_cast<uint8_t>((ratio >> 23) + ((ratio & 0x7FFFFFu) != 0));
+}
+DSV4_HOST_DEVICE uint8_t fp8_scale(uint32_t amax_bits) { return e8m0_scale(amax_bits, 1e-4f, 1.0f / 448); }
+DSV4_HOST_DEVICE uint8_t fp4_scale(uint32_t amax_bits) { return e8m0_scale(amax_bits, 6 * 0x1p-126f, 1.0f / 6); }
+// 1 / scale of those, exact; not for 255.
+DSV4_HOST_DEVICE float inverse_scale(uint8_t scale) { return float_from_bits((254u - scale) << 23); }
+
+// e4m3 of a finite value: clamped to +-448, rounded to nearest even.
+DSV4_HOST_DEVICE uint8_t e4m3_code(float value) {
+  const uint32_t bits = bits_from_float(value), magnitude = bits & 0x7FFFFFFFu, most = 0x43E00000u;  // 448
+  const uint32_t clamped = magnitude < most ? magnitude : most;
+  const uint32_t rounded = ((clamped + 0x7FFFFu + ((clamped >> 20) & 1u)) >> 20) - 960;
+  const uint32_t denormal = bits_from_float(float_from_bits(clamped) + 16384.f) - 0x46800000u;  // units of 2^-9
+  return static_cast<uint8_t>((clamped < 0x3C800000u ? denormal : rounded) | (bits >> 24 & 0x80u));
+}
+
+// e2m1 of a finite value: magnitudes 0, .5, 1, 1.5, 2, 3, 4, 6, clamped, rounded to nearest even; the sign of zero is
+// kept.
+DSV4_HOST_DEVICE uint8_t e2m1_code(float value) {
+  const uint32_t bits = bits_from_float(value);
+  const float x = float_from_bits(bits & 0x7FFFFFFFu);
+  const int magnitude = (x > 0.25f) + (x >= 0.75f) + (x > 1.25f) + (x >= 1.75f) + (x > 2.5f) + (x >= 3.5f) + (x > 5.f);
+  return static_cast<uint8_t>(static_cast<uint32_t>(magnitude) | (bits >> 28 & 8u));
+}
+
 }  // namespace dsv4

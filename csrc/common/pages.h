@@ -31,6 +31,16 @@ DSV4_HOST_DEVICE int64_t fp8_scales_at(int64_t offset, int64_t page_size, int64_
   return page_size * fp8_row_bytes(head_dim, rope_dim) + offset * fp8_row_scale_bytes(head_dim, rope_dim);
 }
 
+// Index keys of `dim` dims: codes of all keys of a page, then their scales. FP4: e2m1 codes, even dim in the low nibble,
+// one e8m0 scale for 32; FP8: e4m3 codes, one float32 scale.
+inline constexpr int64_t kIndexScaleDims = 32;
+DSV4_HOST_DEVICE int64_t fp4_key_bytes(int64_t dim) { return dim / 2 + dim / kIndexScaleDims; }
+DSV4_HOST_DEVICE int64_t fp8_key_bytes(int64_t dim) { return dim + 4; }
+// Tells FP4 from FP8 by the size of a page; of a page that is neither it says FP8.
+DSV4_HOST_DEVICE bool holds_fp4_keys(int64_t page_bytes, int64_t page_size, int64_t dim) {
+  return dim % kIndexScaleDims == 0 && page_bytes == page_size * fp4_key_bytes(dim);
+}
+
 // The values of an e2m1 code, of an e4m3 code (0x7F and 0xFF are NaN) and of an e8m0 scale (0xFF is NaN).
 DSV4_HOST_DEVICE float e2m1_value(uint8_t code) {
   const int magnitude = code & 7;

@@ -10,19 +10,10 @@ namespace dsv4 {
 
 enum class IndexKeyFormat : int8_t { kFloat32, kBFloat16, kFp8, kFp4 };
 
-inline constexpr int64_t kIndexScaleDims = 32;  // FP4 codes that share one scale
-
 struct IndexKey {
   const uint8_t* values;  // null: not stored
   const uint8_t* scales;  // FP4, FP8
 };
-
-// Tells FP4 from FP8 by the size of a page; of a page that is neither it says FP8.
-DSV4_HOST_DEVICE int64_t fp4_key_bytes(int64_t dim) { return dim / 2 + dim / kIndexScaleDims; }
-DSV4_HOST_DEVICE int64_t fp8_key_bytes(int64_t dim) { return dim + 4; }
-DSV4_HOST_DEVICE bool holds_fp4_keys(int64_t page_bytes, int64_t page_size, int64_t dim) {
-  return dim % kIndexScaleDims == 0 && page_bytes == page_size * fp4_key_bytes(dim);
-}
 
 class IndexKeyPool {
  public:

@@ -6,20 +6,9 @@
 #include "common/context.h"
 #include "common/status.h"
 #include "common/view.h"
+#include "ops/pool.h"
 
 namespace dsv4 {
-
-// A pool of rows, in one of two forms, and where a sequence's rows are: row e of sequence s lies in page
-// table[s, e / page_size] at offset e % page_size; a page outside the pool (-1), or
-// an entry past the table: not stored.
-struct RowPool {
-  AnyView<3> plain;  // bfloat16 or float32 [pages, page_size, D], or:
-  AnyView<2> bytes;  // uint8 [pages, fp8_page_bytes(page_size, D, rope_dim)]
-  AnyView<2> table;  // int32 [sequences, blocks]
-  int64_t page_size;
-
-  DSV4_HOST_DEVICE bool given() const { return plain.given() || bytes.given(); }
-};
 
 // With s_j = scale * query . key_j over the row's keys, lse = log sum_j exp(s_j) and
 // out = sum_j exp(s_j) key_j / (exp(sink) + sum_j exp(s_j)), rounded to X; then the rotation of `rope` is undone on the

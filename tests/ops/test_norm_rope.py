@@ -397,11 +397,13 @@ def test_opcheck():
     check_op(dsv4.apply_rope, real(3, 2, 8), rope)
     check_op(dsv4.apply_rope, torch.randn(3, 8).bfloat16(), rope, True)
     check_op(dsv4.query_norm_rope, real(3, 2, 8), rope)
+    check_op(dsv4._query_norm_rope_reference, real(3, 2, 8).double(), rope)
     check_op(dsv4.kv_norm_rope, real(3, 8), real(8), rope)
     for pages in (torch.zeros(4, 4, 128), allocate_pages(4, 4, 128, 64, "fp8")):
         a = window_arguments(pages)
         page_size = a.pop("page_size")
         check_op(dsv4.store_window, *a.values(), 1e-6, page_size)
+        check_op(dsv4._store_window_reference, *a.values(), 1e-6, page_size)
 
 
 def test_compiles_without_graph_breaks():

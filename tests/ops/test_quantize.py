@@ -12,12 +12,15 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import dsv4.ops as ops
+from dsv4 import _library
 from dsv4.testing import (
     assert_rejects,
     assert_rows_independent,
     assert_same_bits,
     check_op,
     grid,
+    implementation_cases,
+    max_isa,
     strided,
     ulp_distance,
 )
@@ -249,6 +252,42 @@ def test_hadamard_is_the_sylvester_matrix(n):
         assert (error <= torch.finfo(dtype).eps / 2 * exact.abs() * 1.001 + 1e-14).all()  # one rounding
 
 
+HADAMARDS = grid(
+    rows=[(), (0,), (1,), (5,), (2, 3)], size=[1, 2, 16, 32, 64, 128, 512, 8192], dtype=[torch.bfloat16, torch.float32],
+    layout=["contiguous", "strided"],
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("implementation", implementation_cases("hadamard"))
+@pytest.mark.parametrize("case", HADAMARDS)
+def test_hadamard_kernels_give_the_definition_s_bits(implementation, case):
+    scale = torch.randint(-9, 9, (case["size"],)).exp2()
+    x = (scale * torch.randn(*case["rows"], case["size"])).to(case["dtype"])
+    given_x = strided(x) if case["layout"] == "strided" else x.clone()
+    with max_isa(implementation):
+        y = ops.hadamard(given_x)
+    if implementation != "reference":
+        whole = case["size"] % 32 == 0
+        assert _library.last_implementation("hadamard") == (implementation if whole else "scalar")
+    assert y.is_contiguous()
+    assert_same_bits(given_x.contiguous(), x)
+    assert_same_bits(y, ops.hadamard_reference(x))
+
+
+@pytest.mark.parametrize("implementation", implementation_cases("hadamard"))
+def test_hadamard_company_and_threads(implementation):
+    x = torch.randn(37, 128).bfloat16()
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            with max_isa(implementation):
+                assert_rows_independent(ops.hadamard, [x])
+                assert_same_bits(ops.hadamard(x), ops.hadamard_reference(x))
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_hadamard_gradient():
     x = torch.randn(3, 16, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(ops.hadamard, (x,))
@@ -296,6 +335,7 @@ def test_opcheck():
     check_op(dsv4.dequantize_weight, weight, torch.rand(2, 2))
     check_op(dsv4.dequantize_weight, packed.view(torch.int8), packed_scale.float())
     check_op(dsv4.hadamard, torch.randn(3, 8, requires_grad=True))
+    check_op(dsv4._hadamard_reference, torch.randn(3, 8, dtype=torch.float64, requires_grad=True))
 
 
 def test_compiles_without_graph_breaks():

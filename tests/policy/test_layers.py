@@ -92,7 +92,7 @@ C_INCLUDES = {
     "cpu": ("cpu/", "common/", "ops/"),
     "cuda": ("cuda/", "common/", "ops/"),
     "ops": ("ops/", "cpu/", "cuda/", "common/"),
-    "torch": ("torch/glue.h", "ops/", "common/"),
+    "torch": ("torch/", "ops/", "common/"),
     "module.cpp": ("common/",),
 }
 INCLUDE = re.compile(r'^\s*#\s*include\s*([<"])([^>"]+)[>"]', re.MULTILINE)

@@ -17,6 +17,7 @@ __all__ = ["compress", "compress_entries", "compress_entries_reference", "compre
 _BLOCK_ELEMENTS = 1 << 22
 _WIDE = (torch.float32, torch.float64)
 _WEIGHTS = (torch.bfloat16, torch.float32, torch.float64)
+_KERNEL_FLOATS = (torch.bfloat16, torch.float32)
 
 
 def compress(
@@ -65,9 +66,14 @@ def compress(
     Raises: RuntimeError naming the argument, what it must be and what it was.
     Source: DeepSeek-V4 report, 2.3; the official inference code (Compressor).
     """
-    torch.ops.dsv4.compress(
-        kv, gate, ape, norm_weight, rope, state, pages, table, sequence, position, ratio, eps, page_size, rotate
+    kernel = (
+        kv.dtype == torch.float32
+        and norm_weight.dtype in _KERNEL_FLOATS
+        and rope.dtype == torch.float32
+        and pages.dtype in (torch.uint8, *_KERNEL_FLOATS)
     )
+    op = torch.ops.dsv4.compress if kernel else torch.ops.dsv4._compress_reference
+    op(kv, gate, ape, norm_weight, rope, state, pages, table, sequence, position, ratio, eps, page_size, rotate)
 
 
 def compress_entries(
@@ -279,14 +285,15 @@ def _check_entries(
     _check_rope(check, rope, kv.shape[0] // ratio, head_dim, rotate)
 
 
-register(
-    "compress(Tensor kv, Tensor gate, Tensor ape, Tensor norm_weight, Tensor rope, Tensor(a!) state, Tensor(b!) pages, "
-    "Tensor table, Tensor sequence, Tensor position, int ratio, float eps=1e-06, int page_size=64, bool rotate=False) "
-    "-> ()",
-    compress_reference,
-    check=_check,
-    fake=lambda *args, **kwargs: None,
-)
+for _name in ("compress", "_compress_reference"):
+    register(
+        f"{_name}(Tensor kv, Tensor gate, Tensor ape, Tensor norm_weight, Tensor rope, Tensor(a!) state, "
+        "Tensor(b!) pages, Tensor table, Tensor sequence, Tensor position, int ratio, float eps=1e-06, "
+        "int page_size=64, bool rotate=False) -> ()",
+        compress_reference,
+        check=_check,
+        fake=lambda *args, **kwargs: None,
+    )
 register(
     "compress_entries(Tensor kv, Tensor gate, Tensor ape, Tensor norm_weight, Tensor rope, int ratio, float eps=1e-06, "
     "bool rotate=False) -> Tensor",

@@ -34,6 +34,7 @@ __all__ = [
 ]
 
 _ROPE_DTYPES = (torch.float32, torch.float64)
+_KERNEL_FLOATS = (torch.bfloat16, torch.float32)
 
 
 class Yarn(Protocol):
@@ -159,7 +160,9 @@ def query_norm_rope(q: Tensor, rope: Tensor, eps: float = 1e-6) -> Tensor:
     Raises: RuntimeError where a shape, dtype or device differs from the above.
     Source: the official inference code.
     """
-    return torch.ops.dsv4.query_norm_rope(q, rope, eps)
+    if q.dtype in _KERNEL_FLOATS and rope.dtype == torch.float32:
+        return torch.ops.dsv4.query_norm_rope(q, rope, eps)
+    return torch.ops.dsv4._query_norm_rope_reference(q, rope, eps)
 
 
 def query_norm_rope_reference(q: Tensor, rope: Tensor, eps: float = 1e-6) -> Tensor:
@@ -227,7 +230,16 @@ def store_window(
         position: [tokens] int32, from 0.
     Raises: RuntimeError where a shape, dtype or device differs from the above, or a sequence is not a row of the table.
     """
-    torch.ops.dsv4.store_window(kv, weight, rope, pages, table, sequence, position, eps, page_size)
+    kernel = (
+        kv.dtype in _KERNEL_FLOATS
+        and weight.dtype in _KERNEL_FLOATS
+        and rope.dtype == torch.float32
+        and pages.dtype in (torch.uint8, *_KERNEL_FLOATS)
+        and sequence.dtype == torch.int32
+        and position.dtype == torch.int32
+    )
+    op = torch.ops.dsv4.store_window if kernel else torch.ops.dsv4._store_window_reference
+    op(kv, weight, rope, pages, table, sequence, position, eps, page_size)
 
 
 def store_window_reference(
@@ -302,22 +314,24 @@ register(
     backward=_apply_rope_backward,
     setup_context=_apply_rope_context,
 )
-register(
-    "query_norm_rope(Tensor q, Tensor rope, float eps=1e-06) -> Tensor",
-    query_norm_rope_reference,
-    check=_check_query_norm_rope,
-    recompute=True,
-)
+for _name in ("query_norm_rope", "_query_norm_rope_reference"):
+    register(
+        f"{_name}(Tensor q, Tensor rope, float eps=1e-06) -> Tensor",
+        query_norm_rope_reference,
+        check=_check_query_norm_rope,
+        recompute=True,
+    )
 register(
     "kv_norm_rope(Tensor kv, Tensor weight, Tensor rope, float eps=1e-06) -> Tensor",
     kv_norm_rope_reference,
     check=_check_kv_norm_rope,
     recompute=True,
 )
-register(
-    "store_window(Tensor kv, Tensor weight, Tensor rope, Tensor(a!) pages, Tensor table, Tensor sequence,"
-    " Tensor position, float eps=1e-06, int page_size=256) -> ()",
-    store_window_reference,
-    check=_check_store_window,
-    fake=lambda *args, **kwargs: None,
-)
+for _name in ("store_window", "_store_window_reference"):
+    register(
+        f"{_name}(Tensor kv, Tensor weight, Tensor rope, Tensor(a!) pages, Tensor table, Tensor sequence, "
+        "Tensor position, float eps=1e-06, int page_size=256) -> ()",
+        store_window_reference,
+        check=_check_store_window,
+        fake=lambda *args, **kwargs: None,
+    )

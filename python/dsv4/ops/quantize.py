@@ -33,6 +33,8 @@ E8M0 = torch.float8_e8m0fnu
 SCALES = (E8M0, torch.float32)
 PACKED = (torch.uint8, torch.int8)
 
+_KERNEL_FLOATS = (torch.bfloat16, torch.float32)
+
 _E4M3_MAX = 448.0
 _E2M1_MAX = 6.0
 _FP8_FLOOR = 1e-4
@@ -219,7 +221,8 @@ def hadamard(x: Tensor) -> Tensor:
     Raises: RuntimeError on another dtype or n.
     Source: rotate_activation of the official inference code (index queries and keys).
     """
-    return torch.ops.dsv4.hadamard(x)
+    op = torch.ops.dsv4.hadamard if x.dtype in _KERNEL_FLOATS else torch.ops.dsv4._hadamard_reference
+    return op(x)
 
 
 def hadamard_reference(x: Tensor) -> Tensor:
@@ -317,10 +320,11 @@ register(
     dequantize_weight_reference,
     check=_check_dequantize_weight,
 )
-register(
-    "hadamard(Tensor x) -> Tensor",
-    hadamard_reference,
-    check=_check_hadamard,
-    backward=lambda ctx, grad: hadamard(grad),
-    setup_context=lambda ctx, inputs, output: None,
-)
+for _name in ("hadamard", "_hadamard_reference"):
+    register(
+        f"{_name}(Tensor x) -> Tensor",
+        hadamard_reference,
+        check=_check_hadamard,
+        backward=lambda ctx, grad: hadamard(grad),
+        setup_context=lambda ctx, inputs, output: None,
+    )

@@ -1,0 +1,15 @@
+// hadamard: a row at a time in the first-level cache, n log2 n additions in float64 registers of eight; 4 n bytes a row
+// of bfloat16. At n = 128, 14 additions a byte written: bound by them.
+#include "cpu/quantize.h"
+
+#include "cpu/avx512/rows.h"
+#include "cpu/hadamard_rows.h"
+
+namespace dsv4::avx512 {
+
+Status hadamard(const HadamardParams& p, const Context& context) {
+  return p.x.dtype == DType::kBFloat16 ? hadamard_rows<bf16>(Lanes(), p, context)
+                                       : hadamard_rows<float>(Lanes(), p, context);
+}
+
+}  // namespace dsv4::avx512

@@ -1,0 +1,241 @@
+// Arithmetic on rows of float32 in steps of 32: what cpu/page_writer.h and cpu/compressor.h are made of. Float64
+// inside, eight to a register; a float64 result reaches a narrower type by way of float32, as torch converts it.
+#pragma once
+
+#include "cpu/avx512/lanes.h"
+#include "cpu/compress.h"
+
+namespace dsv4::avx512 {
+namespace {
+
+DSV4_INLINE __m512d low(__m512 x) { return _mm512_cvtps_pd(_mm512_castps512_ps256(x)); }
+DSV4_INLINE __m512d high(__m512 x) { return _mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1)); }
+DSV4_INLINE __m512 join(__m512d first, __m512d second) {
+  return _mm512_insertf32x8(_mm512_castps256_ps512(_mm512_cvtpd_ps(first)), _mm512_cvtpd_ps(second), 1);
+}
+
+DSV4_INLINE __m512 load16(const float* p) { return _mm512_loadu_ps(p); }
+DSV4_INLINE __m512 load16(const bf16* p) {
+  const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(words), 16));
+}
+DSV4_INLINE void store16(float* p, __m512 x) { _mm512_storeu_ps(p, x); }
+DSV4_INLINE void store16(bf16* p, __m512 x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x)));
+}
+DSV4_INLINE __m512 rounded16(__m512 x, const float*) { return x; }
+DSV4_INLINE __m512 rounded16(__m512 x, const bf16*) {
+  const __m256i words = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(words), 16));
+}
+
+// Rotates 16 pairs, their even and odd elements apart, by 16 (cos, sin). Products of a float32 are exact in float64.
+DSV4_INLINE Pair rotated(Pair x, const float* rope) {
+  const Pair turn = arrange(load(rope), static_cast<const bf16*>(nullptr));
+  const __m512d even0 = low(x.a), even1 = high(x.a), odd0 = low(x.b), odd1 = high(x.b);
+  const __m512d cos0 = low(turn.a), cos1 = high(turn.a), sin0 = low(turn.b), sin1 = high(turn.b);
+  return {join(_mm512_fmsub_pd(even0, cos0, _mm512_mul_pd(odd0, sin0)),
+               _mm512_fmsub_pd(even1, cos1, _mm512_mul_pd(odd1, sin1))),
+          join(_mm512_fmadd_pd(even0, sin0, _mm512_mul_pd(odd0, cos0)),
+               _mm512_fmadd_pd(even1, sin1, _mm512_mul_pd(odd1, cos1)))};
+}
+
+// e^x for x <= 0, to a few units of the last place: x = n ln 2 + r and the series of e^r to the twelfth power (its
+// remainder is below 2e-16). NaN stays NaN.
+DSV4_INLINE __m512d exp(__m512d x) {
+  constexpr double kFactors[] = {
+      1.0 / 479001600, 1.0 / 39916800, 1.0 / 3628800, 1.0 / 362880, 1.0 / 40320, 1.0 / 5040, 1.0 / 720,
+      1.0 / 120,       1.0 / 24,       1.0 / 6,       1.0 / 2,      1.0,         1.0};
+  x = _mm512_max_pd(_mm512_set1_pd(-746), x);
+  const __m512d n = _mm512_roundscale_pd(_mm512_mul_pd(x, _mm512_set1_pd(1.4426950408889634)), 0);
+  __m512d r = _mm512_fnmadd_pd(n, _mm512_set1_pd(0x1.62e42fee00000p-1), x);
+  r = _mm512_fnmadd_pd(n, _mm512_set1_pd(0x1.a39ef35793c76p-33), r);
+  __m512d sum = _mm512_set1_pd(kFactors[0]);
+  for (int i = 1; i < 13; ++i) sum = _mm512_fmadd_pd(sum, r, _mm512_set1_pd(kFactors[i]));
+  return _mm512_scalef_pd(sum, n);
+}
+
+// e4m3 of 16 finite values, one a 32-bit lane; see e4m3_code.
+DSV4_INLINE __m512i e4m3_codes(__m512 value) {
+  const __m512i bits = _mm512_castps_si512(value);
+  const __m512i clamped =
+      _mm512_min_epu32(_mm512_and_si512(bits, _mm512_set1_epi32(0x7FFFFFFF)), _mm512_set1_epi32(0x43E00000));
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(clamped, 20), _mm512_set1_epi32(1));
+  const __m512i half = _mm512_add_epi32(_mm512_add_epi32(clamped, _mm512_set1_epi32(0x7FFFF)), odd);
+  const __m512i normal = _mm512_sub_epi32(_mm512_srli_epi32(half, 20), _mm512_set1_epi32(960));
+  const __m512 units = _mm512_add_ps(_mm512_castsi512_ps(clamped), _mm512_set1_ps(16384.f));
+  const __m512i denormal = _mm512_sub_epi32(_mm512_castps_si512(units), _mm512_set1_epi32(0x46800000));
+  const __mmask16 small = _mm512_cmplt_epu32_mask(clamped, _mm512_set1_epi32(0x3C800000));
+  const __m512i sign = _mm512_and_si512(_mm512_srli_epi32(bits, 24), _mm512_set1_epi32(0x80));
+  return _mm512_or_si512(_mm512_mask_mov_epi32(normal, small, denormal), sign);
+}
+
+// e2m1 of 16 finite values, one a 32-bit lane; see e2m1_code.
+DSV4_INLINE __m512i e2m1_codes(__m512 value) {
+  const __m512 x = _mm512_abs_ps(value);
+  const __m512i one = _mm512_set1_epi32(1);
+  __m512i code = _mm512_and_si512(_mm512_srli_epi32(_mm512_castps_si512(value), 28), _mm512_set1_epi32(8));
+  code = _mm512_mask_add_epi32(code, _mm512_cmp_ps_mask(x, _mm512_set1_ps(0.25f), _CMP_GT_OQ), code, one);
+  code = _mm512_mask_add_epi32(code, _mm512_cmp_ps_mask(x, _mm512_set1_ps(0.75f), _CMP_GE_OQ), code, one);
+  code = _mm512_mask_add_epi32(code, _mm512_cmp_ps_mask(x, _mm512_set1_ps(1.25f), _CMP_GT_OQ), code, one);
+  code = _mm512_mask_add_epi32(code, _mm512_cmp_ps_mask(x, _mm512_set1_ps(1.75f), _CMP_GE_OQ), code, one);
+  code = _mm512_mask_add_epi32(code, _mm512_cmp_ps_mask(x, _mm512_set1_ps(2.5f), _CMP_GT_OQ), code, one);
+  code = _mm512_mask_add_epi32(code, _mm512_cmp_ps_mask(x, _mm512_set1_ps(3.5f), _CMP_GE_OQ), code, one);
+  return _mm512_mask_add_epi32(code, _mm512_cmp_ps_mask(x, _mm512_set1_ps(5.f), _CMP_GT_OQ), code, one);
+}
+
+// Counts are multiples of 32.
+struct Lanes {
+  DSV4_INLINE double square_root(double x) { return _mm_cvtsd_f64(_mm_sqrt_sd(_mm_setzero_pd(), _mm_set_sd(x))); }
+
+  template <class T>
+  DSV4_INLINE void load(const T* from, int64_t count, float* row) {
+    for (int64_t d = 0; d < count; d += 16) store16(row + d, load16(from + d));
+  }
+
+  template <class T>
+  DSV4_INLINE void store(const float* row, int64_t count, T* to) {
+    for (int64_t d = 0; d < count; d += 16) store16(to + d, load16(row + d));
+  }
+
+  DSV4_INLINE double sum_of_squares(const float* row, int64_t count) {
+    __m512d sums[4] = {_mm512_setzero_pd(), _mm512_setzero_pd(), _mm512_setzero_pd(), _mm512_setzero_pd()};
+    for (int64_t d = 0; d < count; d += kStep) {
+      const __m512 a = load16(row + d), b = load16(row + d + 16);
+      sums[0] = _mm512_fmadd_pd(low(a), low(a), sums[0]);
+      sums[1] = _mm512_fmadd_pd(high(a), high(a), sums[1]);
+      sums[2] = _mm512_fmadd_pd(low(b), low(b), sums[2]);
+      sums[3] = _mm512_fmadd_pd(high(b), high(b), sums[3]);
+    }
+    return _mm512_reduce_add_pd(_mm512_add_pd(_mm512_add_pd(sums[0], sums[2]), _mm512_add_pd(sums[1], sums[3])));
+  }
+
+  template <class N, class W>
+  DSV4_INLINE void scale(float* row, int64_t count, double root, const W* weight) {
+    const __m512d factor = _mm512_set1_pd(root);
+    for (int64_t d = 0; d < count; d += 16) {
+      const __m512 x = load16(row + d), w = load16(weight + d);
+      const __m512 y = join(_mm512_mul_pd(_mm512_mul_pd(low(x), factor), low(w)),
+                            _mm512_mul_pd(_mm512_mul_pd(high(x), factor), high(w)));
+      store16(row + d, rounded16(y, static_cast<const N*>(nullptr)));
+    }
+  }
+
+  template <class N>
+  DSV4_INLINE void rotate(float* row, const float* rope, int64_t pairs) {
+    const N* type = nullptr;
+    const bf16* apart = nullptr;
+    for (int64_t d = 0; d < 2 * pairs; d += kStep) {
+      const Pair y = natural(rotated(arrange(avx512::load(row + d), apart), rope + d), apart);
+      store16(row + d, rounded16(y.a, type));
+      store16(row + d + 16, rounded16(y.b, type));
+    }
+  }
+
+  // The row times the Hadamard matrix times `factor`, rounded to N; work has room for it in float64.
+  template <class N, class X>
+  DSV4_INLINE void hadamard(const X* row, int64_t count, double factor, double* work, X* result) {
+    const __m512d high1 = _mm512_castsi512_pd(_mm512_set_epi64(INT64_MIN, 0, INT64_MIN, 0, INT64_MIN, 0, INT64_MIN, 0));
+    const __m512d high2 = _mm512_castsi512_pd(_mm512_set_epi64(INT64_MIN, INT64_MIN, 0, 0, INT64_MIN, INT64_MIN, 0, 0));
+    const __m512d high4 = _mm512_castsi512_pd(_mm512_set_epi64(INT64_MIN, INT64_MIN, INT64_MIN, INT64_MIN, 0, 0, 0, 0));
+    for (int64_t d = 0; d < count; d += 16) {
+      const __m512 x = load16(row + d);
+      __m512d halves[2] = {low(x), high(x)};
+      for (__m512d& y : halves) {  // neighbours 1, 2 and 4 apart: the other one, plus or minus this
+        y = _mm512_add_pd(_mm512_permute_pd(y, 0x55), _mm512_xor_pd(y, high1));
+        y = _mm512_add_pd(_mm512_permutex_pd(y, 0x4E), _mm512_xor_pd(y, high2));
+        y = _mm512_add_pd(_mm512_shuffle_f64x2(y, y, 0x4E), _mm512_xor_pd(y, high4));
+      }
+      _mm512_storeu_pd(work + d, _mm512_add_pd(halves[0], halves[1]));
+      _mm512_storeu_pd(work + d + 8, _mm512_sub_pd(halves[0], halves[1]));
+    }
+    for (int64_t half = 16; half < count; half *= 2) {
+      for (int64_t start = 0; start < count; start += 2 * half) {
+        for (int64_t d = start; d < start + half; d += 8) {
+          const __m512d a = _mm512_loadu_pd(work + d), b = _mm512_loadu_pd(work + d + half);
+          _mm512_storeu_pd(work + d, _mm512_add_pd(a, b));
+          _mm512_storeu_pd(work + d + half, _mm512_sub_pd(a, b));
+        }
+      }
+    }
+    const __m512d by = _mm512_set1_pd(factor);
+    for (int64_t d = 0; d < count; d += 16) {
+      const __m512 y =
+          join(_mm512_mul_pd(_mm512_loadu_pd(work + d), by), _mm512_mul_pd(_mm512_loadu_pd(work + d + 8), by));
+      store16(result + d, rounded16(y, static_cast<const N*>(nullptr)));
+    }
+  }
+
+  // Both return the block's scale.
+  DSV4_INLINE uint8_t quantize_fp8(const float* row, int64_t count, uint8_t* codes) {
+    const uint8_t scale = fp8_scale(largest(row, count));
+    const __m512 inverse = _mm512_set1_ps(inverse_scale(scale));
+    for (int64_t d = 0; d < count; d += 16) {
+      const __m512i code = scale == 255 ? _mm512_set1_epi32(0x7F) : e4m3_codes(_mm512_mul_ps(load16(row + d), inverse));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + d), _mm512_cvtepi32_epi8(code));
+    }
+    return scale;
+  }
+  DSV4_INLINE uint8_t quantize_fp4(const float* row, uint8_t* codes) {
+    const uint8_t scale = fp4_scale(largest(row, 32));
+    const __m512 inverse = _mm512_set1_ps(inverse_scale(scale));
+    const Pair x = arrange(avx512::load(row), static_cast<const bf16*>(nullptr));
+    const __m512i even = e2m1_codes(_mm512_mul_ps(x.a, inverse)), odd = e2m1_codes(_mm512_mul_ps(x.b, inverse));
+    const __m512i pairs = _mm512_or_si512(even, _mm512_slli_epi32(odd, 4));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(codes),
+                     scale == 255 ? _mm_setzero_si128() : _mm512_cvtepi32_epi8(pairs));
+    return scale;
+  }
+
+  // row[d] = sum of kv[d] over the rows, weighted by the softmax of their gates, rounded to N. 32 channels at a
+  // time, so that maxima and sums stay in registers; the rows' second reading comes from the cache.
+  template <class N>
+  DSV4_INLINE void pool(const PooledRow* rows, int64_t count, int64_t dims, float* row) {
+    for (int64_t d = 0; d < dims; d += kStep) {
+      __m512 most0 = gate(rows[0], d), most1 = gate(rows[0], d + 16);
+      for (int64_t i = 1; i < count; ++i) {
+        most0 = _mm512_max_ps(most0, gate(rows[i], d));
+        most1 = _mm512_max_ps(most1, gate(rows[i], d + 16));
+      }
+      const __m512d most[4] = {low(most0), high(most0), low(most1), high(most1)};
+      __m512d weights[4], values[4];
+      for (int k = 0; k < 4; ++k) weights[k] = values[k] = _mm512_setzero_pd();
+      for (int64_t i = 0; i < count; ++i) {
+        const __m512 g0 = gate(rows[i], d), g1 = gate(rows[i], d + 16);
+        const __m512 v0 = load16(rows[i].kv + d), v1 = load16(rows[i].kv + d + 16);
+        const __m512d g[4] = {low(g0), high(g0), low(g1), high(g1)}, v[4] = {low(v0), high(v0), low(v1), high(v1)};
+        for (int k = 0; k < 4; ++k) {
+          const __m512d weight = exp(_mm512_sub_pd(g[k], most[k]));
+          weights[k] = _mm512_add_pd(weights[k], weight);
+          values[k] = _mm512_fmadd_pd(weight, v[k], values[k]);
+        }
+      }
+      for (int k = 0; k < 4; ++k) values[k] = _mm512_div_pd(values[k], weights[k]);
+      const N* type = nullptr;
+      store16(row + d, rounded16(join(values[0], values[1]), type));
+      store16(row + d + 16, rounded16(join(values[2], values[3]), type));
+    }
+  }
+
+  DSV4_INLINE void add(const float* a, const float* b, int64_t count, float* sum) {
+    for (int64_t d = 0; d < count; d += 16) store16(sum + d, _mm512_add_ps(load16(a + d), load16(b + d)));
+  }
+
+ private:
+  DSV4_INLINE __m512 gate(const PooledRow& row, int64_t d) {
+    const __m512 own = load16(row.gate + d);
+    return row.ape == nullptr ? own : _mm512_add_ps(own, load16(row.ape + d));
+  }
+
+  DSV4_INLINE uint32_t largest(const float* row, int64_t count) {
+    __m512i most = _mm512_setzero_si512();
+    for (int64_t d = 0; d < count; d += 16) {
+      const __m512i bits = _mm512_castps_si512(load16(row + d));
+      most = _mm512_max_epu32(most, _mm512_and_si512(bits, _mm512_set1_epi32(0x7FFFFFFF)));
+    }
+    return _mm512_reduce_max_epu32(most);
+  }
+};
+
+}  // namespace
+}  // namespace dsv4::avx512

@@ -1,0 +1,29 @@
+// The norm and rope kernels of each CPU instruction set. ops/norm_rope.cpp chooses among them and has checked the
+// parameters.
+#pragma once
+
+#include "ops/norm_rope.h"
+
+namespace dsv4 {
+
+// Workspace of kernels that hold a row of `floats` in each thread: one slot a thread, 64-byte aligned.
+DSV4_HOST_DEVICE int64_t row_slots(int64_t rows, const Context& context) {
+  return rows < context.threads ? rows : context.threads;
+}
+DSV4_HOST_DEVICE int64_t row_slot_bytes(int64_t floats) { return (floats * 4 + 63) / 64 * 64; }
+DSV4_HOST_DEVICE int64_t row_workspace_bytes(int64_t rows, int64_t floats, const Context& context) {
+  return row_slots(rows, context) * row_slot_bytes(floats);
+}
+
+}  // namespace dsv4
+
+namespace dsv4::scalar {
+Status query_norm_rope(const QueryNormRopeParams&, const Context&);
+Status store_window(const StoreWindowParams&, const Context&);
+}  // namespace dsv4::scalar
+
+// Head dims and rope dims that are multiples of 32.
+namespace dsv4::avx512 {
+Status query_norm_rope(const QueryNormRopeParams&, const Context&);
+Status store_window(const StoreWindowParams&, const Context&);
+}  // namespace dsv4::avx512

@@ -1,0 +1,140 @@
+// Writes rows and index keys to pages, and the pipeline that store_window and compress share. `L`, a type of the
+// including file's own, does the arithmetic on rows of float32: of the portable kernels or of an instruction set.
+//
+// Norms, rotations and pooling are float64 inside and rounded where the contract says. The work moves 4 to 16 bytes an
+// element and is bound by memory all the same, and its bits are those of the Python definition.
+#pragma once
+
+#include "common/pages.h"
+#include "cpu/norm_rope.h"
+#include "ops/pool.h"
+
+namespace dsv4 {
+
+enum class PageFormat : int8_t { kFloat32, kBFloat16, kFp8Rows, kFp8Keys, kFp4Keys };
+
+class PageWriter {
+ public:
+  struct Place {
+    uint8_t* data;    // null: not stored
+    uint8_t* scales;  // of bytes
+  };
+
+  DSV4_HOST_DEVICE PageWriter(const RowPool& pool, int64_t dim, int64_t rope_dim, bool keys)
+      : dim_(dim), rope_dim_(rope_dim), page_size_(pool.page_size), table_(pool.table.as<const int32_t>()) {
+    if (pool.bytes.given()) {
+      data_ = static_cast<uint8_t*>(pool.bytes.data);
+      pages_ = pool.bytes.size(0);
+      page_stride_ = pool.bytes.stride[0];
+      if (!keys) {
+        format_ = PageFormat::kFp8Rows;
+        row_stride_ = fp8_row_bytes(dim, rope_dim);
+        scale_stride_ = fp8_row_scale_bytes(dim, rope_dim);
+      } else {
+        const bool fp4 = holds_fp4_keys(pool.bytes.size(1), page_size_, dim);
+        format_ = fp4 ? PageFormat::kFp4Keys : PageFormat::kFp8Keys;
+        row_stride_ = fp4 ? dim / 2 : dim;
+        scale_stride_ = fp4 ? dim / kIndexScaleDims : 4;
+      }
+    } else {
+      const bool wide = pool.plain.dtype == DType::kFloat32;
+      format_ = wide ? PageFormat::kFloat32 : PageFormat::kBFloat16;
+      data_ = static_cast<uint8_t*>(pool.plain.data);
+      pages_ = pool.plain.size(0);
+      page_stride_ = pool.plain.stride[0] * (wide ? 4 : 2);
+      row_stride_ = pool.plain.stride[1] * (wide ? 4 : 2);
+      scale_stride_ = 0;
+    }
+  }
+
+  DSV4_HOST_DEVICE Place find(int64_t sequence, int64_t entry) const {
+    const int64_t block = entry / page_size_;
+    if (entry < 0 || block >= table_.size(1)) return {nullptr, nullptr};
+    const int64_t page = *table_.at(sequence, block), offset = entry - block * page_size_;
+    if (page < 0 || page >= pages_) return {nullptr, nullptr};
+    uint8_t* start = data_ + page * page_stride_;
+    return {start + offset * row_stride_, start + page_size_ * row_stride_ + offset * scale_stride_};
+  }
+
+  template <class L>
+  DSV4_HOST_DEVICE void write(const L& lanes, const float* row, Place place) const {
+    switch (format_) {
+      case PageFormat::kFloat32:
+        lanes.store(row, dim_, reinterpret_cast<float*>(place.data));
+        break;
+      case PageFormat::kBFloat16:
+        lanes.store(row, dim_, reinterpret_cast<bf16*>(place.data));
+        break;
+      case PageFormat::kFp8Rows: {
+        const int64_t codes = dim_ - rope_dim_;
+        for (int64_t d = 0, block = 0; d < codes; d += kRowBlock, ++block) {
+          place.scales[block] =
+              lanes.quantize_fp8(row + d, codes - d < kRowBlock ? codes - d : kRowBlock, place.data + d);
+        }
+        lanes.store(row + codes, rope_dim_, reinterpret_cast<bf16*>(place.data + codes));
+        break;
+      }
+      case PageFormat::kFp8Keys: {
+        const float scale = e8m0_value(lanes.quantize_fp8(row, dim_, place.data));
+        memcpy(place.scales, &scale, sizeof(scale));
+        break;
+      }
+      case PageFormat::kFp4Keys:
+        for (int64_t d = 0; d < dim_; d += kIndexScaleDims) {
+          place.scales[d / kIndexScaleDims] = lanes.quantize_fp4(row + d, place.data + d / 2);
+        }
+        break;
+    }
+  }
+
+ private:
+  int64_t dim_, rope_dim_, page_size_;
+  View<const int32_t, 2> table_;
+  PageFormat format_;
+  uint8_t* data_;
+  int64_t pages_, page_stride_, row_stride_, scale_stride_;
+};
+
+// row = the RMS norm of row with weight, rounded to N, its last dims rotated and rounded to N.
+template <class N, class L>
+DSV4_HOST_DEVICE void norm_rope(const L& lanes, float* row, int64_t dim, const AnyView<1>& weight, double eps,
+                                const float* rope, int64_t pairs) {
+  const double root = 1 / L::square_root(lanes.sum_of_squares(row, dim) / static_cast<double>(dim) + eps);
+  if (weight.dtype == DType::kBFloat16) {
+    lanes.template scale<N>(row, dim, root, static_cast<const bf16*>(weight.data));
+  } else {
+    lanes.template scale<N>(row, dim, root, static_cast<const float*>(weight.data));
+  }
+  lanes.template rotate<N>(row + dim - 2 * pairs, rope, pairs);
+}
+
+// body(slot's memory, begin, end) over all rows, a stretch for each slot of the workspace.
+template <class Body>
+DSV4_HOST_DEVICE void in_slots(const Context& context, const Workspace& workspace, int64_t rows, int64_t slot_bytes,
+                               const Body& body) {
+  const int64_t slots = row_slots(rows, context);
+  parallel(context, slots, [&](int64_t first, int64_t last) {
+    for (int64_t slot = first; slot < last; ++slot) {
+      body(static_cast<uint8_t*>(workspace.data) + slot * slot_bytes, rows * slot / slots, rows * (slot + 1) / slots);
+    }
+  });
+}
+
+template <class X, class L>
+Status store_window_rows(const L& lanes, const StoreWindowParams& p, const Context& context) {
+  const int64_t dim = p.kv.size(1), pairs = p.rope.size(1);
+  const PageWriter writer(p.pool, dim, 2 * pairs, false);
+  in_slots(context, p.workspace, p.kv.size(0), row_slot_bytes(dim), [&](uint8_t* memory, int64_t begin, int64_t end) {
+    float* row = reinterpret_cast<float*>(memory);
+    for (int64_t t = begin; t < end; ++t) {
+      const auto place = writer.find(*p.sequence.as<const int32_t>().at(t), *p.position.as<const int32_t>().at(t));
+      if (place.data == nullptr) continue;
+      lanes.load(p.kv.as<const X>().at(t), dim, row);
+      norm_rope<X>(lanes, row, dim, p.weight, p.eps, p.rope.as<const float>().at(t), pairs);
+      writer.write(lanes, row, place);
+    }
+  });
+  return Status::ok();
+}
+
+}  // namespace dsv4

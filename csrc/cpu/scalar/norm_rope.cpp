@@ -1,0 +1,49 @@
+// query_norm_rope and store_window, portable. Also the yardstick for the other kernels.
+#include "cpu/norm_rope.h"
+
+#include "cpu/page_writer.h"
+#include "cpu/scalar/rows.h"
+
+namespace dsv4::scalar {
+namespace {
+
+template <class X>
+Status rotate_queries(const QueryNormRopeParams& p, const Context& context) {
+  const int64_t heads = p.query.size(1), dim = p.query.size(2), pairs = p.rope.size(1);
+  const auto round = [](double value) -> double { return Lanes::rounded<X>(value); };
+  parallel(context, p.query.size(0), [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
+      for (int64_t h = 0; h < heads; ++h) {
+        const X* q = p.query.as<const X>().at(t, h);
+        X* out = p.result.as<X>().at(t, h);
+        double sum = 0;
+        for (int64_t d = 0; d < dim; ++d) sum += round(to_float(q[d]) * to_float(q[d]));
+        const double mean = round(sum / static_cast<double>(dim));
+        const float root = static_cast<float>(round(1 / std::sqrt(round(mean + p.eps))));
+        for (int64_t d = 0; d < dim; ++d) out[d] = from_float<X>(to_float(q[d]) * root);
+        X* pair = out + dim - 2 * pairs;
+        const float* rope = p.rope.as<const float>().at(t);
+        for (int64_t i = 0; i < 2 * pairs; i += 2) {
+          float turned[2] = {to_float(pair[i]), to_float(pair[i + 1])};
+          Lanes().rotate<X>(turned, rope + i, 1);
+          pair[i] = from_float<X>(turned[0]);
+          pair[i + 1] = from_float<X>(turned[1]);
+        }
+      }
+    }
+  });
+  return Status::ok();
+}
+
+}  // namespace
+
+Status query_norm_rope(const QueryNormRopeParams& p, const Context& context) {
+  return p.query.dtype == DType::kBFloat16 ? rotate_queries<bf16>(p, context) : rotate_queries<float>(p, context);
+}
+
+Status store_window(const StoreWindowParams& p, const Context& context) {
+  return p.kv.dtype == DType::kBFloat16 ? store_window_rows<bf16>(Lanes(), p, context)
+                                        : store_window_rows<float>(Lanes(), p, context);
+}
+
+}  // namespace dsv4::scalar

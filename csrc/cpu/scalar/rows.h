@@ -1,0 +1,119 @@
+// Arithmetic on rows of float32, portable: what cpu/page_writer.h and cpu/compressor.h are made of.
+#pragma once
+
+#include <cmath>
+
+#include "common/dtype.h"
+#include "cpu/compress.h"
+
+namespace dsv4::scalar {
+
+struct Lanes {
+  static double square_root(double x) { return std::sqrt(x); }
+
+  // To N and back, as from a float64 result: by way of float32.
+  template <class N>
+  static float rounded(double value) {
+    return to_float(from_float<N>(static_cast<float>(value)));
+  }
+
+  template <class T>
+  void load(const T* from, int64_t count, float* row) const {
+    for (int64_t d = 0; d < count; ++d) row[d] = to_float(from[d]);
+  }
+
+  template <class T>
+  void store(const float* row, int64_t count, T* to) const {
+    for (int64_t d = 0; d < count; ++d) {
+      const T value = from_float<T>(row[d]);
+      memcpy(to + d, &value, sizeof(value));  // a byte row need not be aligned
+    }
+  }
+
+  double sum_of_squares(const float* row, int64_t count) const {
+    double parts[8] = {};
+    for (int64_t d = 0; d < count; ++d) parts[d % 8] += static_cast<double>(row[d]) * row[d];
+    return ((parts[0] + parts[4]) + (parts[2] + parts[6])) + ((parts[1] + parts[5]) + (parts[3] + parts[7]));
+  }
+
+  template <class N, class W>
+  void scale(float* row, int64_t count, double root, const W* weight) const {
+    for (int64_t d = 0; d < count; ++d) row[d] = rounded<N>(row[d] * root * to_float(weight[d]));
+  }
+
+  template <class N>
+  void rotate(float* pair, const float* rope, int64_t pairs) const {
+    for (int64_t i = 0; i < pairs; ++i, pair += 2, rope += 2) {
+      const double even = pair[0], odd = pair[1], cos = rope[0], sin = rope[1];
+      pair[0] = rounded<N>(even * cos - odd * sin);
+      pair[1] = rounded<N>(even * sin + odd * cos);
+    }
+  }
+
+  // The row times the Hadamard matrix times `factor`, rounded to N; work has room for it in float64.
+  template <class N, class X>
+  void hadamard(const X* row, int64_t count, double factor, double* work, X* result) const {
+    for (int64_t d = 0; d < count; ++d) work[d] = to_float(row[d]);
+    for (int64_t half = 1; half < count; half *= 2) {
+      for (int64_t start = 0; start < count; start += 2 * half) {
+        for (int64_t d = start; d < start + half; ++d) {
+          const double a = work[d], b = work[d + half];
+          work[d] = a + b;
+          work[d + half] = a - b;
+        }
+      }
+    }
+    for (int64_t d = 0; d < count; ++d) result[d] = from_float<X>(rounded<N>(work[d] * factor));
+  }
+
+  // Both return the block's scale.
+  uint8_t quantize_fp8(const float* row, int64_t count, uint8_t* codes) const {
+    const uint8_t scale = fp8_scale(largest(row, count));
+    for (int64_t d = 0; d < count; ++d) codes[d] = scale == 255 ? 0x7F : e4m3_code(row[d] * inverse_scale(scale));
+    return scale;
+  }
+  uint8_t quantize_fp4(const float* row, uint8_t* codes) const {
+    const uint8_t scale = fp4_scale(largest(row, 32));
+    for (int64_t d = 0; d < 32; d += 2) {
+      const float inverse = scale == 255 ? 0.f : inverse_scale(scale);
+      codes[d / 2] =
+          scale == 255 ? 0 : static_cast<uint8_t>(e2m1_code(row[d] * inverse) | e2m1_code(row[d + 1] * inverse) << 4);
+    }
+    return scale;
+  }
+
+  // row[d] = sum of kv[d] over the rows, weighted by the softmax of their gates, rounded to N.
+  template <class N>
+  void pool(const PooledRow* rows, int64_t count, int64_t dims, float* row) const {
+    for (int64_t d = 0; d < dims; ++d) {
+      double most = -INFINITY, weights = 0, values = 0;
+      for (int64_t i = 0; i < count; ++i) most = std::fmax(most, gate(rows[i], d));
+      for (int64_t i = 0; i < count; ++i) {
+        const double weight = std::exp(gate(rows[i], d) - most);
+        weights += weight;
+        values += weight * rows[i].kv[d];
+      }
+      row[d] = rounded<N>(values / weights);
+    }
+  }
+
+  void add(const float* a, const float* b, int64_t count, float* sum) const {
+    for (int64_t d = 0; d < count; ++d) sum[d] = a[d] + b[d];
+  }
+
+ private:
+  static double gate(const PooledRow& row, int64_t d) {
+    return row.ape == nullptr ? row.gate[d] : row.gate[d] + row.ape[d];  // a sum in float32, as state holds it
+  }
+
+  static uint32_t largest(const float* row, int64_t count) {
+    uint32_t most = 0;
+    for (int64_t d = 0; d < count; ++d) {
+      const uint32_t magnitude = bits_from_float(row[d]) & 0x7FFFFFFFu;
+      most = magnitude > most ? magnitude : most;
+    }
+    return most;
+  }
+};
+
+}  // namespace dsv4::scalar

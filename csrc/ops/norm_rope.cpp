@@ -1,0 +1,81 @@
+#include "ops/norm_rope.h"
+
+#include "cpu/norm_rope.h"
+#include "ops/candidates.h"
+#include "ops/pool_checks.h"
+
+namespace dsv4 {
+namespace {
+
+// The vector kernels work on 32 dims at a time.
+[[maybe_unused]] bool whole_heads(const QueryNormRopeParams& p) {
+  return p.query.size(2) % 32 == 0 && p.rope.size(1) % 16 == 0;
+}
+[[maybe_unused]] bool whole_rows(const StoreWindowParams& p) {
+  return p.kv.size(1) % 32 == 0 && p.rope.size(1) % 16 == 0;
+}
+
+constexpr Candidate<QueryNormRopeParams> kQueryNormRope[] = {
+    {"avx512", Isa::kAvx512, DSV4_AVX512(avx512::query_norm_rope), whole_heads},
+    {"scalar", Isa::kScalar, DSV4_SCALAR(scalar::query_norm_rope)},
+};
+const Op query_norm_rope_op("query_norm_rope", kQueryNormRope);
+
+constexpr Candidate<StoreWindowParams> kStoreWindow[] = {
+    {"avx512", Isa::kAvx512, DSV4_AVX512(avx512::store_window), whole_rows},
+    {"scalar", Isa::kScalar, DSV4_SCALAR(scalar::store_window)},
+};
+const Op store_window_op("store_window", kStoreWindow);
+
+void validate_rope(Validator& v, const AnyView<3>& rope, int64_t tokens, int64_t head_dim) {
+  v.view("rope", rope, DType::kFloat32, {tokens, Validator::kAny, 2}, 2);
+  v.require(2 * rope.size(1) <= head_dim, "rope has %lld pairs, more than half of the %lld dims of a head",
+            static_cast<long long>(rope.size(1)), static_cast<long long>(head_dim));
+}
+
+Status validate(const QueryNormRopeParams& p) {
+  Validator v("query_norm_rope");
+  const int64_t tokens = p.query.size(0), heads = p.query.size(1), head_dim = p.query.size(2);
+  v.floating("q", p.query.dtype);
+  v.view("q", p.query, p.query.dtype, {Validator::kAny, Validator::kAny, Validator::kAny});
+  validate_rope(v, p.rope, tokens, head_dim);
+  v.view("result", p.result, p.query.dtype, {tokens, heads, head_dim});
+  return v.status();
+}
+
+void validate_arguments(Validator& v, const StoreWindowParams& p) {
+  const int64_t tokens = p.kv.size(0), head_dim = p.kv.size(1);
+  v.floating("kv", p.kv.dtype);
+  v.view("kv", p.kv, p.kv.dtype, {Validator::kAny, Validator::kAny});
+  v.floating("weight", p.weight.dtype);
+  v.view("weight", p.weight, p.weight.dtype, {head_dim});
+  validate_rope(v, p.rope, tokens, head_dim);
+  validate_pool(v, p.pool, PoolKind::kRows, Validator::kAny, head_dim, 2 * p.rope.size(1));
+  v.view("sequence", p.sequence, DType::kInt32, {tokens});
+  v.view("position", p.position, DType::kInt32, {tokens});
+}
+
+Status validate(const StoreWindowParams& p, const Context& context) {
+  Validator v("store_window");
+  validate_arguments(v, p);
+  if (context.device == Device::kCpu) validate_sequences(v, p.sequence, p.pool.table.size(0));
+  if (v.status().is_ok()) v.workspace(p.workspace.data, p.workspace.bytes, store_window_workspace_bytes(p, context));
+  return v.status();
+}
+
+}  // namespace
+
+Status query_norm_rope(const QueryNormRopeParams& p, const Context& c) {
+  return query_norm_rope_op.run(validate(p), p, c);
+}
+
+int64_t store_window_workspace_bytes(const StoreWindowParams& p, const Context& context) {
+  Validator v("store_window");
+  validate_arguments(v, p);
+  return v.status().is_ok() && context.device == Device::kCpu ? row_workspace_bytes(p.kv.size(0), p.kv.size(1), context)
+                                                              : 0;
+}
+
+Status store_window(const StoreWindowParams& p, const Context& c) { return store_window_op.run(validate(p, c), p, c); }
+
+}  // namespace dsv4

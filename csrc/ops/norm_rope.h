@@ -1,0 +1,41 @@
+// RMS norm and rotary embedding of queries, and of the raw rows that go into the window's pages. T rows. X, the type of
+// the rows, is bfloat16 or float32. The last axis of every tensor is contiguous.
+#pragma once
+
+#include "common/context.h"
+#include "common/status.h"
+#include "common/view.h"
+#include "ops/pool.h"
+
+namespace dsv4 {
+
+// Each head: squares, their mean, mean + eps, its inverse root and the product with it, each rounded to X; then the
+// last R dims rotated in pairs (x[2i], x[2i + 1]) by (cos, sin) and rounded to X.
+struct QueryNormRopeParams {
+  AnyView<3> query;  // X [T, H, D]
+  AnyView<3> rope;   // float32 [T, R / 2, 2]
+  double eps;
+  AnyView<3> result;  // X [T, H, D]
+};
+Status query_norm_rope(const QueryNormRopeParams&, const Context&);
+
+// kv / sqrt(mean(kv^2) + eps) * weight rounded to X, the last R dims rotated and rounded to X, written to row
+// position[t] of sequence[t]. FP8 rows: the dims before the last R in blocks of 64, each with the scale
+// 2^ceil(log2(max(amax, 1e-4) / 448)). What the table does not store is dropped.
+struct StoreWindowParams {
+  AnyView<2> kv;        // X [T, D]
+  AnyView<1> weight;    // bfloat16 or float32 [D]
+  AnyView<3> rope;      // float32 [T, R / 2, 2]
+  RowPool pool;         // written
+  AnyView<1> sequence;  // int32 [T], a row of the table
+  AnyView<1> position;  // int32 [T]
+  double eps;
+  Workspace workspace;
+};
+
+// What the call needs in workspace.bytes under this context. 0 for parameters that are not valid.
+int64_t store_window_workspace_bytes(const StoreWindowParams&, const Context&);
+
+Status store_window(const StoreWindowParams&, const Context&);
+
+}  // namespace dsv4

@@ -1,0 +1,42 @@
+#include "ops/quantize.h"
+
+#include "torch/glue.h"
+
+namespace dsv4::binding {
+namespace {
+
+#if !defined(DSV4_TORCH_CUDA)  // no CUDA kernel yet: there Python's formulas run
+
+// A contiguous tensor as rows of its last axis.
+AnyView<2> rows(const Tensor& x) {
+  const int64_t size = x.size(x.dim() - 1);
+  AnyView<2> view;
+  view.data = x.mutable_data_ptr();
+  view.dtype = dtype_of(x);
+  view.shape[0] = size == 0 ? 0 : x.numel() / size;
+  view.shape[1] = view.stride[0] = size;
+  view.stride[1] = 1;
+  return view;
+}
+
+Tensor hadamard(const Tensor& x_) {
+  Check check("hadamard");
+  const bool floating = x_.scalar_type() == ScalarType::BFloat16 || x_.scalar_type() == ScalarType::Float;
+  if (x_.dim() < 1 || !floating) {
+    check.tensor("x", x_, {kAny}, {ScalarType::BFloat16, ScalarType::Float},
+                 {"bfloat16 or float32 or float64", {"..., n"}});
+  }
+  const Tensor x = dense(x_, static_cast<int>(x_.dim()));
+  const Tensor result = torch::stable::empty_like(x);
+  HadamardParams params{rows(x), rows(result), {}};
+  const Scratch scratch(dsv4::hadamard_workspace_bytes(params, check.context(x)), x);
+  params.workspace = scratch;
+  check.run(dsv4::hadamard, params, x);
+  return result;
+}
+DSV4_OP("hadamard(Tensor x) -> Tensor", hadamard)
+
+#endif
+
+}  // namespace
+}  // namespace dsv4::binding
