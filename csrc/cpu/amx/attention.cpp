@@ -1,7 +1,8 @@
 // sparse_attention by AMX tiles, bfloat16: 2 tiles of 16 heads (left) x 2 tiles of 16 keys or dims (right) in 4 tiles
 // of sums, 32 dims or 32 keys a step. All but the two products is the AVX-512 kernel's, the layout of the right operand
-// included: a word is a pair of elements, as the tiles want it. H D / 256 tile cycles a key, 128 at 64 heads of 512 dims,
-// stand against 150 to 200 for decoding and transposing it by vectors; so 40 % of the tile rate is expected there.
+// included: a word is a pair of elements, as the tiles want it. H D / 256 tile cycles a key, 128 at 64 heads of 512
+// dims, stand against 150 to 200 for decoding and transposing it by vectors; so 40 % of the tile rate is expected
+// there.
 #include "cpu/attention.h"
 
 #include "cpu/amx/tile.h"
