@@ -53,6 +53,20 @@ std::string shape_text(const Sizes& sizes, std::initializer_list<const char*> la
   return text + "]";
 }
 
+bool is_one_of(ScalarType dtype, std::initializer_list<ScalarType> dtypes) {
+  for (const ScalarType one : dtypes) {
+    if (one == dtype) return true;
+  }
+  return false;
+}
+
+std::string dtypes_text(std::initializer_list<ScalarType> dtypes, const char* words) {
+  if (words != nullptr) return words;
+  std::string text;
+  for (const ScalarType dtype : dtypes) text += (text.empty() ? "" : " or ") + std::string(dtype_name(dtype));
+  return text;
+}
+
 std::string device_text(const Tensor& tensor) {
   if (tensor.is_cpu()) return "cpu";
   if (tensor.is_cuda()) return "cuda:" + std::to_string(tensor.get_device_index());
@@ -92,15 +106,27 @@ std::vector<int64_t> Check::tensor(const char* name, const Tensor& tensor, std::
   for (size_t axis = 0; fits && axis < sizes.size(); ++axis) {
     fits = sizes.begin()[axis] == kAny || sizes.begin()[axis] == actual[axis];
   }
-  bool dtype_fits = false;
-  for (const ScalarType dtype : dtypes) dtype_fits = dtype_fits || dtype == tensor.scalar_type();
-  if (!fits || !dtype_fits) {
-    std::string wanted;
-    for (const ScalarType dtype : dtypes) wanted += (wanted.empty() ? "" : " or ") + std::string(dtype_name(dtype));
-    if (words.dtypes != nullptr) wanted = words.dtypes;
-    require(false, std::string(name) + " must be " + wanted + " " + shape_text(sizes, words.axes) + ", got " +
+  if (!fits || !is_one_of(tensor.scalar_type(), dtypes)) {
+    require(false, std::string(name) + " must be " + dtypes_text(dtypes, words.dtypes) + " " +
+                       shape_text(sizes, words.axes) + ", got " + dtype_name(tensor.scalar_type()) + " " +
+                       shape_text(actual));
+  }
+  same_device(name, tensor);
+  return std::vector<int64_t>(actual.begin(), actual.end());
+}
+
+std::vector<int64_t> Check::rows(const char* name, const Tensor& tensor, const char* label,
+                                 std::initializer_list<ScalarType> dtypes, const char* dtype_words) {
+  const auto actual = tensor.sizes();
+  if (actual.size() == 0 || !is_one_of(tensor.scalar_type(), dtypes)) {
+    require(false, std::string(name) + " must be " + dtypes_text(dtypes, dtype_words) + " [..., " + label + "], got " +
                        dtype_name(tensor.scalar_type()) + " " + shape_text(actual));
   }
+  same_device(name, tensor);
+  return std::vector<int64_t>(actual.begin(), actual.end());
+}
+
+void Check::same_device(const char* name, const Tensor& tensor) {
   const std::string device = device_text(tensor);
   if (first_name_ == nullptr) {
     first_name_ = name;
@@ -109,7 +135,6 @@ std::vector<int64_t> Check::tensor(const char* name, const Tensor& tensor, std::
   if (device != device_) {
     require(false, std::string(name) + " must be on " + device_ + " like " + first_name_ + ", got " + device);
   }
-  return std::vector<int64_t>(actual.begin(), actual.end());
 }
 
 void Check::require(bool condition, const std::string& message) const {

@@ -46,6 +46,10 @@ class Check {
   std::vector<int64_t> tensor(const char* name, const Tensor& tensor, std::initializer_list<int64_t> sizes,
                               std::initializer_list<ScalarType> dtypes, const Words& words = {});
 
+  // The sizes of a tensor of at least one dimension, whatever they are; `label` names the last one.
+  std::vector<int64_t> rows(const char* name, const Tensor& tensor, const char* label,
+                            std::initializer_list<ScalarType> dtypes, const char* dtype_words = nullptr);
+
   // Throws "<op>: <message>" unless the condition holds.
   void require(bool condition, const std::string& message) const;
 
@@ -63,6 +67,7 @@ class Check {
 
  private:
   void raise(const Status& status) const;
+  void same_device(const char* name, const Tensor& tensor);
 
   const char* op_;
   const char* first_name_ = nullptr;

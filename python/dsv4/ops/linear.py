@@ -28,11 +28,14 @@ __all__ = [
     "grouped_linear_reference",
 ]
 
+_KERNEL_FLOATS = (torch.bfloat16, torch.float32)
+
 
 def fp8_linear(x: Tensor, weight: Tensor, scale: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
     """y = fp8(x) W^T: activations quantised to e4m3 in blocks of 128, weight e4m3 in blocks of 128 x 128.
 
-    Every product is exact, the sum is rounded once to `out_dtype`.
+    Every product is exact, the sum is rounded once to `out_dtype`. The definition adds in float64, kernels in float32,
+    in an order that depends on `in` alone.
 
     Args:
         x:      [..., in] bfloat16, float32 or float64.
@@ -43,7 +46,9 @@ def fp8_linear(x: Tensor, weight: Tensor, scale: Tensor, out_dtype: torch.dtype 
     Raises: RuntimeError where a shape, dtype or device differs from the above.
     Source: the FP8 linear of the official inference code.
     """
-    return torch.ops.dsv4.fp8_linear(x, weight, scale, out_dtype)
+    kernel = _kernel_takes(x, out_dtype)
+    op = torch.ops.dsv4.fp8_linear if kernel else torch.ops.dsv4._fp8_linear_reference
+    return op(x, weight, scale, out_dtype)
 
 
 def fp8_linear_reference(x: Tensor, weight: Tensor, scale: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
@@ -63,7 +68,8 @@ def _check_fp8_linear(x: Tensor, weight: Tensor, scale: Tensor, out_dtype: torch
 def fp4_linear(x: Tensor, weight: Tensor, scale: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
     """y = fp8(x) W^T: activations quantised to e4m3 in blocks of 128, weight packed e2m1 in blocks of 32 inputs.
 
-    Every product is exact, the sum is rounded once to `out_dtype`.
+    Every product is exact, the sum is rounded once to `out_dtype`. The definition adds in float64, kernels in float32,
+    in an order that depends on `in` alone.
 
     Args:
         x:      [..., in] bfloat16, float32 or float64; in even.
@@ -74,7 +80,9 @@ def fp4_linear(x: Tensor, weight: Tensor, scale: Tensor, out_dtype: torch.dtype 
     Raises: RuntimeError where a shape, dtype or device differs from the above.
     Source: the FP4 linear of the official inference code (routed experts).
     """
-    return torch.ops.dsv4.fp4_linear(x, weight, scale, out_dtype)
+    kernel = _kernel_takes(x, out_dtype)
+    op = torch.ops.dsv4.fp4_linear if kernel else torch.ops.dsv4._fp4_linear_reference
+    return op(x, weight, scale, out_dtype)
 
 
 def fp4_linear_reference(x: Tensor, weight: Tensor, scale: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
@@ -93,8 +101,8 @@ def _check_fp4_linear(x: Tensor, weight: Tensor, scale: Tensor, out_dtype: torch
 def grouped_linear(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
     """y[:, g] = x[:, g] W_g^T: each group of heads has rows of the weight of its own. Activations are not quantised.
 
-    With a scale the weight is dequantised and the sum rounded once to the dtype of x; without, a plain product in that
-    dtype.
+    With a scale the weight is dequantised and the sum rounded once to the dtype of x (kernels add in float32, in an
+    order that depends on `in` alone); without, a plain product in that dtype.
 
     Args:
         x:      [tokens, groups, in] bfloat16, float32 or float64.
@@ -104,7 +112,9 @@ def grouped_linear(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Te
     Raises: RuntimeError where a shape, dtype or device differs from the above.
     Source: the grouped output projection (wo_a) of the official inference code.
     """
-    return torch.ops.dsv4.grouped_linear(x, weight, scale)
+    kernel = scale is not None and x.dtype in _KERNEL_FLOATS
+    op = torch.ops.dsv4.grouped_linear if kernel else torch.ops.dsv4._grouped_linear_reference
+    return op(x, weight, scale)
 
 
 def grouped_linear_reference(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
@@ -132,6 +142,10 @@ def quantized_activation(x: Tensor) -> Tensor:
     return dequantize_fp8_reference(codes, scale, 128, torch.float64)
 
 
+def _kernel_takes(x: Tensor, out_dtype: torch.dtype | None) -> bool:
+    return x.dtype in _KERNEL_FLOATS and (out_dtype is None or out_dtype in _KERNEL_FLOATS)
+
+
 def _check_out_dtype(check: Check, dtype: torch.dtype | None) -> None:
     check.that(dtype is None or dtype in WIDE_FLOATS, f"out_dtype must be bfloat16, float32 or float64, got {dtype}")
 
@@ -141,16 +155,18 @@ for _name, _reference, _check in (
     ("fp4_linear", fp4_linear_reference, _check_fp4_linear),
 ):
     _backward, _setup_context = no_gradient(_name, "train with plain weights (quantization='off')")
+    for _op in (_name, f"_{_name}_reference"):  # the second takes float64, which kernels do not
+        register(
+            f"{_op}(Tensor x, Tensor weight, Tensor scale, ScalarType? out_dtype=None) -> Tensor",
+            _reference,
+            check=_check,
+            backward=_backward,
+            setup_context=_setup_context,
+        )
+for _op in ("grouped_linear", "_grouped_linear_reference"):  # the second takes float64 and plain weights
     register(
-        f"{_name}(Tensor x, Tensor weight, Tensor scale, ScalarType? out_dtype=None) -> Tensor",
-        _reference,
-        check=_check,
-        backward=_backward,
-        setup_context=_setup_context,
+        f"{_op}(Tensor x, Tensor weight, Tensor? scale=None) -> Tensor",
+        grouped_linear_reference,
+        check=_check_grouped_linear,
+        recompute=True,
     )
-register(
-    "grouped_linear(Tensor x, Tensor weight, Tensor? scale=None) -> Tensor",
-    grouped_linear_reference,
-    check=_check_grouped_linear,
-    recompute=True,
-)

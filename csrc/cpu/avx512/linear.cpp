@@ -1,0 +1,226 @@
+// The linear layers with vdpbf16ps (see avx512/weight_rows.h for the products and their order). Up to 8 rows of
+// activations: weights go from their codes through registers into the products, once, so that memory is the limit.
+// More: a panel of weight rows is expanded into the second-level cache and serves tiles of 4 x 4 products; the limit is
+// 4/5 of the rate of vdpbf16ps, one FMA in five applying the scales. Unquantised float32 activations count as three
+// rows of bfloat16, which add up to them exactly.
+#include "cpu/linear.h"
+
+#include "cpu/avx512/weight_rows.h"
+#include "cpu/linear_driver.h"
+
+namespace dsv4::avx512 {
+namespace {
+
+constexpr int64_t kPanelBytes = 320 << 10;  // of expanded weights
+constexpr int kTile = 4;
+
+template <int kParts, class X>
+void split_row(const X* x, int64_t inputs, int64_t stride, bf16* to) {
+  for (int64_t at = 0; at < inputs; at += kBlock) {
+    const int64_t count = inputs - at < kBlock ? inputs - at : kBlock;
+    alignas(64) bf16 parts[kParts][kBlock] = {};
+    for (int64_t i = 0; i < count; ++i) {
+      if constexpr (kParts == 1) {
+        parts[0][i] = x[at + i];
+      } else {
+        float rest = x[at + i];
+        const bool finite = (bits_from_float(rest) & 0x7FFFFFFFu) < 0x7F800000u;
+        if (!finite) parts[0][i] = bf16_from_float(rest);
+        for (int part = 0; finite && part < kParts; ++part) {
+          parts[part][i] = bf16{static_cast<uint16_t>(bits_from_float(rest) >> 16)};
+          rest -= to_float(parts[part][i]);
+        }
+      }
+    }
+    for (int part = 0; part < kParts; ++part) Fp8Rows::arrange(parts[part], to + part * stride + at);
+  }
+}
+
+// kParts rows of bfloat16 stand for a row of activations; 0: quantised ones.
+template <class Rows, bool kQuantise>
+class Kernel {
+ public:
+  static int64_t row_bytes(const LinearParams& p) {
+    return parts(p) * row_elements(p) * static_cast<int64_t>(sizeof(bf16));
+  }
+  static int64_t memory(const LinearParams& p) {
+    return panel_rows(p) * (row_elements(p) * static_cast<int64_t>(sizeof(bf16)) + scale_bytes(p));
+  }
+
+  static void prepare(const LinearParams& p, int64_t token, int64_t group, uint8_t* to) {
+    const int64_t inputs = p.x.size(2);
+    bf16* row = reinterpret_cast<bf16*>(to);
+    const bool narrow = p.x.dtype == DType::kBFloat16;
+    if constexpr (kQuantise) {
+      if (narrow) {
+        quantise_row<Rows>(p.x.as<const bf16>().at(token, group), inputs, row);
+      } else {
+        quantise_row<Rows>(p.x.as<const float>().at(token, group), inputs, row);
+      }
+    } else if (narrow) {
+      split_row<1>(p.x.as<const bf16>().at(token, group), inputs, row_elements(p), row);
+    } else {
+      split_row<3>(p.x.as<const float>().at(token, group), inputs, row_elements(p), row);
+    }
+  }
+
+  Kernel(const LinearParams& p, uint8_t* memory)
+      : p_(p),
+        parts_(parts(p)),
+        row_elements_(row_elements(p)),
+        scale_floats_(scale_bytes(p) / static_cast<int64_t>(sizeof(float))),
+        panel_(reinterpret_cast<bf16*>(memory)),
+        scales_(reinterpret_cast<float*>(panel_ + panel_rows(p) * row_elements_)) {}
+
+  void run(const uint8_t* memory, int64_t group, int64_t begin, int64_t end) const {
+    const bf16* rows = reinterpret_cast<const bf16*>(memory);
+    const int64_t count = p_.x.size(0) * parts_, step = panel_rows(p_);
+    for (int64_t first = begin; first < end; first += step) {
+      const int64_t last = first + step < end ? first + step : end;
+      if (count <= kFewRows) {
+        for (int64_t n = first; n < last; ++n) few(rows, count, group, n);
+      } else {
+        many(rows, group, first, last);
+      }
+    }
+  }
+
+ private:
+  static int64_t parts(const LinearParams& p) { return !kQuantise && p.x.dtype == DType::kFloat32 ? 3 : 1; }
+  static int64_t row_elements(const LinearParams& p) { return blocks_of(p.x.size(2)) * kBlock; }
+  static int64_t scale_bytes(const LinearParams& p) {
+    return round_up(blocks_of(p.x.size(2)) * Rows::kScales * static_cast<int64_t>(sizeof(float)), 64);
+  }
+  static int64_t panel_rows(const LinearParams& p) {
+    const int64_t fits = kPanelBytes / (row_elements(p) * static_cast<int64_t>(sizeof(bf16)) + 1) / kTile * kTile;
+    return fits < kTile ? kTile : fits < kLinearPanel ? fits : kLinearPanel;
+  }
+
+  const uint8_t* codes(int64_t row) const { return p_.weight.as<const uint8_t>().at(row); }
+
+  void read_scales(int64_t row, float* to) const {
+    const int64_t from = Rows::kScales == 1 ? row / 128 : row;
+    const int64_t count = p_.scale.size(1), padded = blocks_of(p_.x.size(2)) * Rows::kScales;
+    if (p_.scale.dtype == DType::kUInt8) {
+      widen_scales(p_.scale.as<const uint8_t>().at(from), count, padded, to);
+    } else {
+      widen_scales(p_.scale.as<const float>().at(from), count, padded, to);
+    }
+  }
+
+  void put(int64_t token, int64_t group, int64_t n, float sum) const {
+    if (p_.out.dtype == DType::kBFloat16) {
+      *p_.out.as<bf16>().at(token, group, n) = bf16_from_float(sum);
+    } else {
+      *p_.out.as<float>().at(token, group, n) = sum;
+    }
+  }
+
+  void put(const float* sums, int64_t stride, int64_t count, int64_t token, int64_t group, int64_t n) const {
+    for (int64_t i = 0; i < count; ++i, sums += parts_ * stride) {
+      put(token + i, group, n, parts_ == 1 ? sums[0] : sums[0] + (sums[stride] + sums[2 * stride]));
+    }
+  }
+
+  void few(const bf16* rows, int64_t count, int64_t group, int64_t n) const {
+    const int64_t row = group * p_.out.size(2) + n;
+    if (Rows::kScales > 1 || n_of_scales_ != row / 128) {
+      read_scales(row, scales_);
+      n_of_scales_ = row / 128;
+    }
+    float sums[kFewRows];
+    const auto dot = [&](auto m) {
+      dot_row<decltype(m)::value>(expand_, codes(row), Rows::bytes(p_.x.size(2)), scales_, rows, row_elements_, sums);
+    };
+    switch (count) {
+#define DSV4_ROWS(m)    \
+  case m:               \
+    dot(Constant<m>{}); \
+    break;
+      DSV4_ROWS(1)
+      DSV4_ROWS(2)
+      DSV4_ROWS(3)
+      DSV4_ROWS(4)
+      DSV4_ROWS(5)
+      DSV4_ROWS(6)
+      DSV4_ROWS(7)
+      DSV4_ROWS(8)
+#undef DSV4_ROWS
+    }
+    put(sums, 1, count / parts_, 0, group, n);
+  }
+
+  void many(const bf16* rows, int64_t group, int64_t begin, int64_t end) const {
+    const int64_t base = group * p_.out.size(2);
+    for (int64_t n = begin; n < end; ++n) {
+      expand_row(expand_, codes(base + n), Rows::bytes(p_.x.size(2)), panel_ + (n - begin) * row_elements_);
+      read_scales(base + n, scales_ + (n - begin) * scale_floats_);
+    }
+    const int64_t tokens = p_.x.size(0);
+    const int64_t tile = parts_ == 1 ? kTile : 1;  // tokens: of three parts, one
+    for (int64_t token = 0; token < tokens; token += tile) {
+      const int64_t count = tokens - token < tile ? tokens - token : tile;
+      const bf16* x = rows + token * parts_ * row_elements_;
+      int64_t n = begin;
+      for (; n + kTile <= end; n += kTile) tiles<kTile>(x, count, token, group, begin, n);
+      for (; n < end; ++n) tiles<1>(x, count, token, group, begin, n);
+    }
+  }
+
+  template <int kN>
+  void tiles(const bf16* x, int64_t count, int64_t token, int64_t group, int64_t begin, int64_t n) const {
+    float sums[kTile * kN];
+    const auto dot = [&](auto m) {
+      dot_tile<decltype(m)::value, kN, Rows>(x, row_elements_, panel_ + (n - begin) * row_elements_, row_elements_,
+                                             scales_ + (n - begin) * scale_floats_, scale_floats_,
+                                             blocks_of(p_.x.size(2)), sums);
+    };
+    switch (count * parts_) {
+      case 4:
+        dot(Constant<4>{});
+        break;
+      case 3:
+        dot(Constant<3>{});
+        break;
+      case 2:
+        dot(Constant<2>{});
+        break;
+      default:
+        dot(Constant<1>{});
+    }
+    for (int i = 0; i < kN; ++i) put(sums + i, kN, count, token, group, n + i);
+  }
+
+  template <int kValue>
+  struct Constant {
+    static constexpr int value = kValue;
+  };
+
+  const LinearParams& p_;
+  const Rows expand_;
+  int64_t parts_, row_elements_, scale_floats_;
+  bf16* panel_;
+  float* scales_;
+  mutable int64_t n_of_scales_ = -1;  // which 128 rows the scales are of, with few rows
+};
+
+using Fp8 = Kernel<Fp8Rows, true>;
+using Fp4 = Kernel<Fp4Rows, true>;
+using Grouped = Kernel<Fp8Rows, false>;
+
+}  // namespace
+
+int64_t fp8_linear_workspace_bytes(const LinearParams& p, const Context& c) {
+  return linear_workspace_bytes<Fp8>(p, c);
+}
+int64_t fp4_linear_workspace_bytes(const LinearParams& p, const Context& c) {
+  return linear_workspace_bytes<Fp4>(p, c);
+}
+int64_t grouped_linear_workspace_bytes(const LinearParams& p, const Context& c) {
+  return linear_workspace_bytes<Grouped>(p, c);
+}
+Status fp8_linear(const LinearParams& p, const Context& c) { return run_linear<Fp8>(p, c); }
+Status fp4_linear(const LinearParams& p, const Context& c) { return run_linear<Fp4>(p, c); }
+Status grouped_linear(const LinearParams& p, const Context& c) { return run_linear<Grouped>(p, c); }
+
+}  // namespace dsv4::avx512

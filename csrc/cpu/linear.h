@@ -1,0 +1,24 @@
+// The kernels of the linear layers for each CPU instruction set. ops/linear.cpp chooses among them and has checked the
+// parameters.
+#pragma once
+
+#include "ops/linear.h"
+
+namespace dsv4::scalar {
+int64_t fp8_linear_workspace_bytes(const LinearParams&, const Context&);
+int64_t fp4_linear_workspace_bytes(const LinearParams&, const Context&);
+int64_t grouped_linear_workspace_bytes(const LinearParams&, const Context&);
+Status fp8_linear(const LinearParams&, const Context&);
+Status fp4_linear(const LinearParams&, const Context&);
+Status grouped_linear(const LinearParams&, const Context&);
+}  // namespace dsv4::scalar
+
+// Operands below 2^-126 count as zero.
+namespace dsv4::avx512 {
+int64_t fp8_linear_workspace_bytes(const LinearParams&, const Context&);
+int64_t fp4_linear_workspace_bytes(const LinearParams&, const Context&);
+int64_t grouped_linear_workspace_bytes(const LinearParams&, const Context&);
+Status fp8_linear(const LinearParams&, const Context&);
+Status fp4_linear(const LinearParams&, const Context&);
+Status grouped_linear(const LinearParams&, const Context&);
+}  // namespace dsv4::avx512

@@ -1,0 +1,159 @@
+// The linear layers in plain C++. A row of weights is expanded to float32 once for all rows of activations. Sums: 16
+// lanes over a block of 128 inputs (32 with e2m1), added by a tree, times the block's scale; blocks one after another.
+#include "cpu/linear.h"
+
+#include "cpu/linear_driver.h"
+
+namespace dsv4::scalar {
+namespace {
+
+constexpr int64_t kQuantBlock = 128;  // activations that share a scale
+constexpr int64_t kLanes = 16;
+
+// The nearest e4m3 value of |value| <= 448, ties to even.
+DSV4_HOST_DEVICE float round_to_e4m3(float value) {
+  const uint32_t bits = bits_from_float(value), magnitude = bits & 0x7FFFFFFFu;
+  if (magnitude >= (127u - 6u) << 23) {
+    return float_from_bits((bits + 0x7FFFFu + ((bits >> 20) & 1u)) & 0xFFF00000u);
+  }
+  const float shift = 1.5f * (1 << 14);  // float32 of this size has steps of 2^-9, those of e4m3's denormals
+  return (value + shift) - shift;
+}
+
+template <class X>
+void quantise(const X* x, int64_t inputs, float* to) {
+  for (int64_t first = 0; first < inputs; first += kQuantBlock) {
+    const int64_t end = first + kQuantBlock < inputs ? first + kQuantBlock : inputs;
+    uint32_t largest = 0;
+    for (int64_t i = first; i < end; ++i) {
+      const uint32_t magnitude = bits_from_float(to_float(x[i])) & 0x7FFFFFFFu;
+      largest = magnitude > largest ? magnitude : largest;
+    }
+    if (largest >= 0x7F800000u) {  // an infinity or a NaN
+      for (int64_t i = first; i < end; ++i) to[i] = float_from_bits(0x7FC00000u);
+      continue;
+    }
+    const float amax = float_from_bits(largest), least = 1e-4f;
+    const uint32_t ratio = bits_from_float((amax > least ? amax : least) * (1.0f / 448.0f));
+    const uint32_t exponent = (ratio >> 23) + ((ratio & 0x7FFFFFu) != 0);
+    const float scale = float_from_bits(exponent << 23), inverse = float_from_bits((254 - exponent) << 23);
+    for (int64_t i = first; i < end; ++i) {
+      const float scaled = to_float(x[i]) * inverse;
+      to[i] = round_to_e4m3(scaled > 448.0f ? 448.0f : scaled < -448.0f ? -448.0f : scaled) * scale;
+    }
+  }
+}
+
+template <bool kQuantise, class X>
+void prepare_row(const X* x, int64_t inputs, float* to) {
+  if constexpr (kQuantise) {
+    quantise(x, inputs, to);
+  } else {
+    for (int64_t i = 0; i < inputs; ++i) to[i] = to_float(x[i]);
+  }
+}
+
+float block_sum(const float* x, const float* w, int64_t count) {
+  float sums[kLanes] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    for (int64_t lane = 0; lane < kLanes; ++lane) sums[lane] += x[i + lane] * w[i + lane];
+  }
+  for (int64_t lane = 0; i + lane < count; ++lane) sums[lane] += x[i + lane] * w[i + lane];
+  for (int64_t half = kLanes / 2; half > 0; half /= 2) {
+    for (int64_t lane = 0; lane < half; ++lane) sums[lane] += sums[lane + half];
+  }
+  return sums[0];
+}
+
+template <bool kFp4, bool kQuantise>
+class Kernel {
+ public:
+  static int64_t row_bytes(const LinearParams& p) { return p.x.size(2) * static_cast<int64_t>(sizeof(float)); }
+  static int64_t memory(const LinearParams& p) {
+    return (p.x.size(2) + p.scale.size(1)) * static_cast<int64_t>(sizeof(float));
+  }
+
+  static void prepare(const LinearParams& p, int64_t token, int64_t group, uint8_t* to) {
+    float* row = reinterpret_cast<float*>(to);
+    if (p.x.dtype == DType::kBFloat16) {
+      prepare_row<kQuantise>(p.x.as<const bf16>().at(token, group), p.x.size(2), row);
+    } else {
+      prepare_row<kQuantise>(p.x.as<const float>().at(token, group), p.x.size(2), row);
+    }
+  }
+
+  Kernel(const LinearParams& p, uint8_t* memory)
+      : p_(p), inputs_(p.x.size(2)), weight_(reinterpret_cast<float*>(memory)), scales_(weight_ + p.x.size(2)) {
+    for (int code = 0; code < 256; ++code) table_[code] = e4m3_value(static_cast<uint8_t>(code));
+  }
+
+  void run(const uint8_t* rows, int64_t group, int64_t begin, int64_t end) const {
+    const int64_t tokens = p_.x.size(0), outputs = p_.out.size(2);
+    const int64_t stride = round_up(row_bytes(p_), 64);
+    for (int64_t n = begin; n < end; ++n) {
+      expand(group * outputs + n);
+      for (int64_t t = 0; t < tokens; ++t) {
+        const float sum = dot(reinterpret_cast<const float*>(rows + t * stride));
+        if (p_.out.dtype == DType::kBFloat16) {
+          *p_.out.as<bf16>().at(t, group, n) = bf16_from_float(sum);
+        } else {
+          *p_.out.as<float>().at(t, group, n) = sum;
+        }
+      }
+    }
+  }
+
+ private:
+  static constexpr int64_t kScaled = kFp4 ? 32 : 128;  // inputs that share a scale
+
+  // The values of a row's codes, and its scales.
+  void expand(int64_t row) const {
+    const uint8_t* codes = p_.weight.as<const uint8_t>().at(row);
+    for (int64_t i = 0; i < inputs_; ++i) {
+      weight_[i] = kFp4 ? e2m1_value(static_cast<uint8_t>(codes[i / 2] >> (i % 2 * 4))) : table_[codes[i]];
+    }
+    const int64_t scale_row = kFp4 ? row : row / 128;
+    for (int64_t block = 0; block < p_.scale.size(1); ++block) {
+      scales_[block] = p_.scale.dtype == DType::kFloat32
+                           ? *p_.scale.as<const float>().at(scale_row, block)
+                           : e8m0_value(*p_.scale.as<const uint8_t>().at(scale_row, block));
+    }
+  }
+
+  float dot(const float* x) const {
+    float sum = 0;
+    for (int64_t first = 0; first < inputs_; first += kScaled) {
+      const int64_t count = inputs_ - first < kScaled ? inputs_ - first : kScaled;
+      sum += block_sum(x + first, weight_ + first, count) * scales_[first / kScaled];
+    }
+    return sum;
+  }
+
+  const LinearParams& p_;
+  int64_t inputs_;
+  float* weight_;
+  float* scales_;
+  float table_[256];
+};
+
+using Fp8 = Kernel<false, true>;
+using Fp4 = Kernel<true, true>;
+using Grouped = Kernel<false, false>;
+
+}  // namespace
+
+int64_t fp8_linear_workspace_bytes(const LinearParams& p, const Context& c) {
+  return linear_workspace_bytes<Fp8>(p, c);
+}
+int64_t fp4_linear_workspace_bytes(const LinearParams& p, const Context& c) {
+  return linear_workspace_bytes<Fp4>(p, c);
+}
+int64_t grouped_linear_workspace_bytes(const LinearParams& p, const Context& c) {
+  return linear_workspace_bytes<Grouped>(p, c);
+}
+Status fp8_linear(const LinearParams& p, const Context& c) { return run_linear<Fp8>(p, c); }
+Status fp4_linear(const LinearParams& p, const Context& c) { return run_linear<Fp4>(p, c); }
+Status grouped_linear(const LinearParams& p, const Context& c) { return run_linear<Grouped>(p, c); }
+
+}  // namespace dsv4::scalar

@@ -1,0 +1,94 @@
+#include "ops/linear.h"
+
+#include "cpu/linear.h"
+#include "ops/candidates.h"
+#include "ops/validate.h"
+
+namespace dsv4 {
+namespace {
+
+constexpr Candidate<LinearParams> kFp8Linear[] = {
+    {"avx512", Isa::kAvx512, DSV4_AVX512(avx512::fp8_linear)},
+    {"scalar", Isa::kScalar, DSV4_SCALAR(scalar::fp8_linear)},
+};
+constexpr Candidate<LinearParams> kFp4Linear[] = {
+    {"avx512", Isa::kAvx512, DSV4_AVX512(avx512::fp4_linear)},
+    {"scalar", Isa::kScalar, DSV4_SCALAR(scalar::fp4_linear)},
+};
+constexpr Candidate<LinearParams> kGroupedLinear[] = {
+    {"avx512", Isa::kAvx512, DSV4_AVX512(avx512::grouped_linear)},
+    {"scalar", Isa::kScalar, DSV4_SCALAR(scalar::grouped_linear)},
+};
+const Op fp8_linear_op("fp8_linear", kFp8Linear);
+const Op fp4_linear_op("fp4_linear", kFp4Linear);
+const Op grouped_linear_op("grouped_linear", kGroupedLinear);
+
+enum class Form { kFp8, kFp4, kGrouped };
+
+int64_t ceil_div(int64_t value, int64_t divisor) { return (value + divisor - 1) / divisor; }
+
+void validate_arguments(Validator& v, const LinearParams& p, Form form) {
+  const int64_t groups = p.x.size(1), inputs = p.x.size(2), rows = p.weight.size(0);
+  const bool fp4 = form == Form::kFp4;
+  v.floating("x", p.x.dtype);
+  v.view("x", p.x, p.x.dtype, {Validator::kAny, form == Form::kGrouped ? Validator::kAny : 1, Validator::kAny});
+  v.require(groups >= 1, "x must have at least one group");
+  v.require(inputs <= INT32_MAX && rows <= INT32_MAX, "the weight is too large");
+  v.require(!fp4 || inputs % 2 == 0, "x must have an even number of inputs");
+  if (!v.status().is_ok()) return;
+  v.view("weight", p.weight, DType::kUInt8, {Validator::kAny, fp4 ? inputs / 2 : inputs});
+  v.require(rows % groups == 0, "weight must have a multiple of %lld rows", static_cast<long long>(groups));
+  v.require(p.scale.dtype == DType::kUInt8 || p.scale.dtype == DType::kFloat32, "scale must be uint8 or float32");
+  v.view("scale", p.scale, p.scale.dtype, {fp4 ? rows : ceil_div(rows, 128), ceil_div(inputs, fp4 ? 32 : 128)});
+}
+
+using WorkspaceBytes = int64_t (*)(const LinearParams&, const Context&);
+
+int64_t workspace_bytes(const LinearParams& p, const Context& context, const char* op, Form form,
+                        [[maybe_unused]] WorkspaceBytes scalar, [[maybe_unused]] WorkspaceBytes avx512) {
+  Validator v(op);
+  validate_arguments(v, p, form);
+  if (!v.status().is_ok() || context.device != Device::kCpu) return 0;
+  int64_t bytes = 0;
+  [[maybe_unused]] const auto at_least = [&](int64_t needed) { bytes = needed > bytes ? needed : bytes; };
+  if (scalar != nullptr) at_least(scalar(p, context));
+  if (avx512 != nullptr && context.best >= Isa::kAvx512) at_least(avx512(p, context));
+  return bytes;
+}
+
+Status validate(const LinearParams& p, const Context& context, const char* op, Form form, WorkspaceBytes bytes) {
+  Validator v(op);
+  validate_arguments(v, p, form);
+  if (!v.status().is_ok()) return v.status();
+  v.floating("out", p.out.dtype);
+  v.view("out", p.out, p.out.dtype, {p.x.size(0), p.x.size(1), p.weight.size(0) / p.x.size(1)});
+  if (v.status().is_ok()) v.workspace(p.workspace.data, p.workspace.bytes, bytes(p, context));
+  return v.status();
+}
+
+}  // namespace
+
+int64_t fp8_linear_workspace_bytes(const LinearParams& p, const Context& c) {
+  return workspace_bytes(p, c, "fp8_linear", Form::kFp8, DSV4_SCALAR(scalar::fp8_linear_workspace_bytes),
+                         DSV4_AVX512(avx512::fp8_linear_workspace_bytes));
+}
+int64_t fp4_linear_workspace_bytes(const LinearParams& p, const Context& c) {
+  return workspace_bytes(p, c, "fp4_linear", Form::kFp4, DSV4_SCALAR(scalar::fp4_linear_workspace_bytes),
+                         DSV4_AVX512(avx512::fp4_linear_workspace_bytes));
+}
+int64_t grouped_linear_workspace_bytes(const LinearParams& p, const Context& c) {
+  return workspace_bytes(p, c, "grouped_linear", Form::kGrouped, DSV4_SCALAR(scalar::grouped_linear_workspace_bytes),
+                         DSV4_AVX512(avx512::grouped_linear_workspace_bytes));
+}
+
+Status fp8_linear(const LinearParams& p, const Context& c) {
+  return fp8_linear_op.run(validate(p, c, "fp8_linear", Form::kFp8, fp8_linear_workspace_bytes), p, c);
+}
+Status fp4_linear(const LinearParams& p, const Context& c) {
+  return fp4_linear_op.run(validate(p, c, "fp4_linear", Form::kFp4, fp4_linear_workspace_bytes), p, c);
+}
+Status grouped_linear(const LinearParams& p, const Context& c) {
+  return grouped_linear_op.run(validate(p, c, "grouped_linear", Form::kGrouped, grouped_linear_workspace_bytes), p, c);
+}
+
+}  // namespace dsv4

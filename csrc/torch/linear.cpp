@@ -1,0 +1,106 @@
+#include "ops/linear.h"
+
+#include "torch/glue.h"
+
+namespace dsv4::binding {
+namespace {
+
+#if !defined(DSV4_TORCH_CUDA)  // no CUDA kernel yet: there Python's formulas run
+
+constexpr char kFloats[] = "bfloat16 or float32 or float64";
+
+int64_t ceil_div(int64_t value, int64_t divisor) { return (value + divisor - 1) / divisor; }
+
+// Codes and e8m0 scales are bytes to the kernels.
+AnyView<2> bytes_view(const Tensor& tensor) {
+  AnyView<2> result = view(tensor);
+  if (result.dtype == DType::kNone) result.dtype = DType::kUInt8;
+  return result;
+}
+
+void check_scale(Check& check, const Tensor& scale, int64_t rows, int64_t columns) {
+  check.tensor("scale", scale, {rows, columns}, {ScalarType::Float8_e8m0fnu, ScalarType::Float});
+}
+
+using Run = Status (*)(const LinearParams&, const Context&);
+using WorkspaceBytes = int64_t (*)(const LinearParams&, const Context&);
+
+void launch(const Check& check, LinearParams& params, const Tensor& weight, const Tensor& scale, const Tensor& on,
+            Run run, WorkspaceBytes workspace_bytes) {
+  params.weight = bytes_view(weight);
+  params.scale = bytes_view(scale);
+  const Scratch scratch(workspace_bytes(params, check.context(on)), on);
+  params.workspace = scratch;
+  check.run(run, params, on);
+}
+
+// `outputs` rows of checked weights.
+Tensor linear(Check& check, const Tensor& x_, const Tensor& weight_, const Tensor& scale_, int64_t outputs,
+              std::optional<ScalarType> out_dtype, Run run, WorkspaceBytes workspace_bytes) {
+  const auto shape = x_.sizes();
+  std::vector<int64_t> sizes(shape.begin(), shape.end());
+  const int64_t inputs = sizes.back();
+  const ScalarType dtype = out_dtype.value_or(x_.scalar_type());
+  check.require(dtype == ScalarType::BFloat16 || dtype == ScalarType::Float,
+                "out_dtype must be bfloat16, float32 or float64");
+  int64_t rows = 1;
+  for (size_t axis = 0; axis + 1 < sizes.size(); ++axis) rows *= sizes[axis];
+  sizes.back() = outputs;
+  const Tensor x = dense(torch::stable::reshape(x_, {rows, 1, inputs})), weight = dense(weight_), scale = dense(scale_);
+  Tensor out = torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(sizes.data(), sizes.size()), dtype,
+                                    std::nullopt, x.device());
+  LinearParams params{};
+  params.x = view(x);
+  params.out = mutable_view(torch::stable::view(out, {rows, 1, outputs}));
+  launch(check, params, weight, scale, x, run, workspace_bytes);
+  return out;
+}
+
+Tensor fp8_linear(const Tensor& x, const Tensor& weight, const Tensor& scale, std::optional<ScalarType> out_dtype) {
+  Check check("fp8_linear");
+  const int64_t inputs = check.rows("x", x, "in", {ScalarType::BFloat16, ScalarType::Float}, kFloats).back();
+  const int64_t outputs =
+      check.tensor("weight", weight, {kAny, inputs}, {ScalarType::Float8_e4m3fn}, {nullptr, {"out"}})[0];
+  check_scale(check, scale, ceil_div(outputs, 128), ceil_div(inputs, 128));
+  return linear(check, x, weight, scale, outputs, out_dtype, dsv4::fp8_linear, dsv4::fp8_linear_workspace_bytes);
+}
+
+Tensor fp4_linear(const Tensor& x, const Tensor& weight, const Tensor& scale, std::optional<ScalarType> out_dtype) {
+  Check check("fp4_linear");
+  const int64_t inputs = check.rows("x", x, "in", {ScalarType::BFloat16, ScalarType::Float}, kFloats).back();
+  check.require(inputs % 2 == 0, "the last dimension of x must be even, got " + std::to_string(inputs));
+  const int64_t outputs =
+      check.tensor("weight", weight, {kAny, inputs / 2}, {ScalarType::Byte, ScalarType::Char}, {nullptr, {"out"}})[0];
+  check_scale(check, scale, outputs, ceil_div(inputs, 32));
+  return linear(check, x, weight, scale, outputs, out_dtype, dsv4::fp4_linear, dsv4::fp4_linear_workspace_bytes);
+}
+
+Tensor grouped_linear(const Tensor& x_, const Tensor& weight_, const std::optional<Tensor>& scale_) {
+  Check check("grouped_linear");
+  const auto sizes = check.tensor("x", x_, {kAny, kAny, kAny}, {ScalarType::BFloat16, ScalarType::Float},
+                                  {kFloats, {"tokens", "groups", "in"}});
+  const int64_t tokens = sizes[0], groups = sizes[1], inputs = sizes[2];
+  check.require(groups >= 1, "x must have at least one group, got " + std::to_string(groups));
+  check.require(scale_.has_value(), "the kernel needs a scale; plain weights go through dsv4.ops.grouped_linear");
+  const int64_t rows =
+      check.tensor("weight", weight_, {kAny, inputs}, {ScalarType::Float8_e4m3fn}, {nullptr, {"groups * out"}})[0];
+  check.require(rows % groups == 0, "weight must have a multiple of " + std::to_string(groups) +
+                                        " rows, one part a group, got " + std::to_string(rows));
+  check_scale(check, *scale_, ceil_div(rows, 128), ceil_div(inputs, 128));
+  const Tensor x = dense(x_), weight = dense(weight_), scale = dense(*scale_);
+  Tensor out = empty({tokens, groups, rows / groups}, x.scalar_type(), x);
+  LinearParams params{};
+  params.x = view(x);
+  params.out = mutable_view(out);
+  launch(check, params, weight, scale, x, dsv4::grouped_linear, dsv4::grouped_linear_workspace_bytes);
+  return out;
+}
+
+DSV4_OP("fp8_linear(Tensor x, Tensor weight, Tensor scale, ScalarType? out_dtype=None) -> Tensor", fp8_linear)
+DSV4_OP("fp4_linear(Tensor x, Tensor weight, Tensor scale, ScalarType? out_dtype=None) -> Tensor", fp4_linear)
+DSV4_OP("grouped_linear(Tensor x, Tensor weight, Tensor? scale=None) -> Tensor", grouped_linear)
+
+#endif
+
+}  // namespace
+}  // namespace dsv4::binding
