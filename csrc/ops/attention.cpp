@@ -2,6 +2,7 @@
 
 #include "common/pages.h"
 #include "cpu/attention.h"
+#include "cuda/sm80/attention.h"
 #include "ops/candidates.h"
 #include "ops/validate.h"
 
@@ -18,6 +19,7 @@ bool in_bf16(const SparseAttentionParams& p) {
 }
 
 constexpr Candidate<SparseAttentionParams> kSparseAttention[] = {
+    {"sm80", Isa::kSm80, DSV4_SM80(sm80::sparse_attention), DSV4_SM80(sm80::accepts_sparse_attention)},
     {"amx", Isa::kAmx, DSV4_AMX(amx::sparse_attention), in_bf16},
     {"avx512", Isa::kAvx512, DSV4_AVX512(avx512::sparse_attention), whole_steps},
     {"scalar", Isa::kScalar, DSV4_SCALAR(scalar::sparse_attention)},
@@ -100,6 +102,12 @@ int64_t sparse_attention_workspace_bytes(const SparseAttentionParams& p, const C
   // business.
   int64_t bytes = 0;
   [[maybe_unused]] const auto at_least = [&](int64_t needed) { bytes = needed > bytes ? needed : bytes; };
+  if (context.device == Device::kCuda) {
+#if defined(DSV4_WITH_SM80)
+    at_least(sm80::sparse_attention_workspace_bytes(p, context));
+#endif
+    return bytes;
+  }
   if (context.device == Device::kCpu) {
 #if defined(DSV4_WITH_CPU)
     at_least(scalar::sparse_attention_workspace_bytes(p, context));

@@ -6,8 +6,6 @@
 namespace dsv4::binding {
 namespace {
 
-#if !defined(DSV4_TORCH_CUDA)  // no CUDA kernel yet: there Python's formulas run
-
 constexpr int64_t kRopeDim = 64;  // of FP8 rows, unless a rotation or the caller says otherwise
 
 // A pool of a call and its table. Holds what had to be copied, so it must outlive the call.
@@ -115,8 +113,6 @@ DSV4_OP(
     "Tensor? rope, int window, float scale, int window_page_size=256, int page_size=64, int? rope_dim=None) "
     "-> (Tensor, Tensor)",
     sparse_attention)
-
-#endif
 
 }  // namespace
 }  // namespace dsv4::binding

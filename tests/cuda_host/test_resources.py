@@ -29,6 +29,9 @@ CLAIMS = {
     "f32_mhc_pre_mix": ["LDGSTS.E.BYPASS", "LDS.128", "FFMA"],
     "f32_mhc_post_pre_mix": ["LDGSTS.E.BYPASS", "LDS.128", "FFMA", "STG.E.128"],
     "f32_mhc_head_mix": ["LDGSTS.E.BYPASS", "LDS.128", "FFMA"],
+    "bf16_sparse_attention_16": [*TENSOR_CORES, "LDSM.16.MT88.4", "LDS.128", "STG.E.128"],
+    "bf16_sparse_attention_32": [*TENSOR_CORES, "LDSM.16.MT88.4", "LDS.128", "STG.E.128"],
+    "bf16_sparse_attention_combine": ["LDG.E.128"],
     **{
         f"{dtype}_mhc_{op}": ["LDG.E.128", "STG.E.128"]
         for dtype in ("bf16", "f32")

@@ -77,7 +77,7 @@ def sparse_attention(
     Returns: out [tokens, heads, head_dim] in query's dtype; lse [tokens, heads], natural logarithm, float32 (float64
         with a float64 query).
     Raises: RuntimeError naming the argument, what it must be and what it was; also where a sequence is not a row of the
-        tables.
+        tables (the CUDA kernel, which cannot ask the host, treats such a row as one without keys).
     Differentiable through out and lse with respect to query, sink and pools of a float dtype. The gradient takes the
     numerators for unrounded.
     Source: DeepSeek-V4 report, 2.3; the official inference code (sparse_attn); FlashMLA for lse and empty rows.
@@ -105,9 +105,16 @@ def sparse_attention(
 
 
 def _op(query: Tensor, pools: tuple[Tensor, ...], wide: tuple[Tensor, ...]) -> Any:
-    """The op that takes these dtypes: the one with kernels, or the reference for float16 and float64."""
-    kernel = query.dtype in _KERNEL_FLOATS and all(x.dtype == torch.float32 for x in wide)
-    if kernel and all(x.dtype in (*_KERNEL_FLOATS, torch.uint8) for x in pools):
+    """The op that takes these arguments: the one with kernels, or the reference for float16 and float64.
+
+    CUDA kernels multiply bfloat16 and hold rows of up to 512 dims, in pairs.
+    """
+    floats: tuple[torch.dtype, ...] = _KERNEL_FLOATS
+    kernel = all(x.dtype == torch.float32 for x in wide)
+    if query.is_cuda:
+        floats = (torch.bfloat16,)
+        kernel = kernel and query.dim() == 3 and query.shape[2] % 2 == 0 and query.shape[2] <= 512
+    if kernel and query.dtype in floats and all(x.dtype in (*floats, torch.uint8) for x in pools):
         return torch.ops.dsv4.sparse_attention
     return torch.ops.dsv4._sparse_attention_reference
 

@@ -1,0 +1,18 @@
+// The attention kernels for every NVIDIA GPU from Ampere on. ops/attention.cpp chooses among the candidates and has
+// checked the parameters.
+#pragma once
+
+#include "ops/attention.h"
+
+namespace dsv4::sm80 {
+
+// bfloat16 queries, FP8 or bfloat16 pools, even head_dim up to 512; any number of heads.
+bool accepts_sparse_attention(const SparseAttentionParams&);
+int64_t sparse_attention_workspace_bytes(const SparseAttentionParams&, const Context&);
+Status sparse_attention(const SparseAttentionParams&, const Context&);
+
+// The same with 16 or 32 heads a block, which changes no bit of the results: few rows need many blocks, many rows are
+// better served by reading a key once for more heads.
+Status sparse_attention(const SparseAttentionParams&, const Context&, int heads_per_block);
+
+}  // namespace dsv4::sm80

@@ -1,0 +1,285 @@
+// One tile's arithmetic. A block has 16 heads for each four of its warps; of a head group, warp w has a quarter of the
+// dims, in both products: the tile's scores are sums of four warps' parts, and its values go to each warp's own
+// columns. So a warp keeps its part of the queries and of the sums in registers and reads only its columns of the tile.
+//
+// In shared memory: two tiles of 32 keys; the four parts of the scores, float32 [4, heads, 32], of which the first
+// gives way to the numerators in bfloat16; a factor and a divisor of each head; whether each key counts.
+#pragma once
+
+#include "cuda/sm80/attention_keys.h"
+
+namespace dsv4::sm80 {
+
+inline constexpr int kGroupHeads = 16;
+inline constexpr int kGroupWarps = 4;
+inline constexpr int kSteps = kMaxHeadDim / kGroupWarps / 16;  // of 16 dims, of a warp
+inline constexpr int kScoreRow = kTileKeys * 4;                // bytes
+
+template <int kGroups>
+struct AttentionShared {
+  static constexpr int kHeads = kGroups * kGroupHeads;
+  uint32_t tiles, scores, factors, divisors, counts;
+
+  DSV4_DEVICE explicit AttentionShared(const AttentionArguments& a) {
+    tiles = ptx::shared_base();
+    scores = tiles + static_cast<uint32_t>(2 * kTileKeys * a.tile_row);
+    factors = scores + kGroupWarps * kHeads * kScoreRow;
+    divisors = factors + kHeads * 4;
+    counts = divisors + kHeads * 4;
+  }
+  static constexpr int bytes(int tile_row) {
+    return 2 * kTileKeys * tile_row + kGroupWarps * kHeads * kScoreRow + 2 * kHeads * 4 + 2 * kTileKeys * 4;
+  }
+
+  DSV4_DEVICE uint32_t tile(int64_t number, const AttentionArguments& a) const {
+    return tiles + static_cast<uint32_t>((number & 1) * kTileKeys * a.tile_row);
+  }
+  DSV4_DEVICE uint32_t count(int64_t number) const {
+    return counts + static_cast<uint32_t>((number & 1) * kTileKeys * 4);
+  }
+  // Four keys' scores in one warp's part. Pieces are permuted so that writing fragments meets no bank twice.
+  DSV4_DEVICE uint32_t score(int part, int head, int piece) const {
+    return scores + static_cast<uint32_t>((part * kHeads + head) * kScoreRow + (piece ^ (head & 3) * 2) * 16);
+  }
+  // Eight keys' numerators.
+  DSV4_DEVICE uint32_t numerator(int head, int piece) const {
+    return scores + static_cast<uint32_t>(head * kScoreRow + (piece ^ (head & 7)) * 16);
+  }
+};
+
+// The part of a warp: registers that a lane holds between tiles.
+struct WarpPart {
+  int lane, group, part;      // group: of the block's
+  int64_t first_head;         // of the group
+  int first_dim, steps;       // of 16 dims each; none where the head has too few
+  uint32_t query[kSteps][4];  // fragments of [16 heads, 16 dims]
+  float sum[2 * kSteps][4];   // of [16 heads, 8 dims]
+  float most, total;          // of head 4 part + lane / 8: the greatest score; this lane's share of the numerators
+
+  DSV4_DEVICE void locate(const AttentionArguments& a, int64_t first_group) {
+    lane = ptx::thread_index() % 32;
+    group = ptx::thread_index() / 32 / kGroupWarps;
+    part = ptx::thread_index() / 32 % kGroupWarps;
+    first_head = (first_group + group) * kGroupHeads;
+    first_dim = part * a.slice;
+    const int dims = a.padded_dim - first_dim < a.slice ? a.padded_dim - first_dim : a.slice;
+    steps = dims > 0 ? dims / 16 : 0;
+  }
+
+  DSV4_DEVICE void clear() {
+    DSV4_UNROLL
+    for (int i = 0; i < 2 * kSteps; ++i) {
+      DSV4_UNROLL
+      for (int j = 0; j < 4; ++j) sum[i][j] = 0.0f;
+    }
+    most = -INFINITY;
+    total = 0.0f;
+  }
+
+  DSV4_DEVICE void load_query(const AttentionArguments& a, int64_t row) {
+    DSV4_UNROLL
+    for (int i = 0; i < kSteps; ++i) {
+      DSV4_UNROLL
+      for (int j = 0; j < 4; ++j) {
+        query[i][j] = load_pair(a, row, first_head + lane / 4 + j % 2 * 8,
+                                first_dim + 16 * i + lane % 4 * 2 + j / 2 * 8, i < steps);
+      }
+    }
+  }
+
+  // Scores of the 16 heads and 32 keys over this warp's dims, into its part.
+  template <int kGroups>
+  DSV4_DEVICE void score(const AttentionArguments& a, const AttentionShared<kGroups>& shared, uint32_t tile) const {
+    float scores[kTileKeys / 8][4];
+    DSV4_UNROLL
+    for (int n = 0; n < kTileKeys / 8; ++n) {
+      DSV4_UNROLL
+      for (int j = 0; j < 4; ++j) scores[n][j] = 0.0f;
+    }
+    DSV4_UNROLL
+    for (int i = 0; i < kSteps; ++i) {
+      if (i >= steps) break;
+      DSV4_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        uint32_t keys[4];
+        const int key = 16 * half + lane / 16 * 8 + lane % 8, piece = first_dim / 8 + 2 * i + lane / 8 % 2;
+        ptx::ldmatrix_x4(keys, tile_address(a, tile, key, piece));
+        ptx::mma_m16n8k16(scores[2 * half], query[i], keys[0], keys[1]);
+        ptx::mma_m16n8k16(scores[2 * half + 1], query[i], keys[2], keys[3]);
+      }
+    }
+    DSV4_UNROLL
+    for (int n = 0; n < kTileKeys / 8; ++n) {
+      DSV4_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        const int head = group * kGroupHeads + lane / 4 + 8 * half;
+        const uint32_t address = shared.score(part, head, 2 * n + lane % 4 / 2) + static_cast<uint32_t>(lane % 2 * 8);
+        ptx::store_shared_8(
+            address, ptx::Words2{{bits_from_float(scores[n][2 * half]), bits_from_float(scores[n][2 * half + 1])}});
+      }
+    }
+  }
+
+  // The softmax of four heads, eight lanes each: numerators, and what the sums so far are to be multiplied by.
+  template <int kGroups>
+  DSV4_DEVICE void weigh(const AttentionArguments& a, const AttentionShared<kGroups>& shared, uint32_t counts) {
+    const int head = group * kGroupHeads + weighed_head(), piece = lane % 8;
+    const Words4 p0 = ptx::load_shared_16(shared.score(0, head, piece));
+    const Words4 p1 = ptx::load_shared_16(shared.score(1, head, piece));
+    const Words4 p2 = ptx::load_shared_16(shared.score(2, head, piece));
+    const Words4 p3 = ptx::load_shared_16(shared.score(3, head, piece));
+    const Words4 count = ptx::load_shared_16(counts + static_cast<uint32_t>(piece * 16));
+    float score[4], greatest = -INFINITY;
+    DSV4_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      const float left = ptx::add(float_from_bits(p0.word[i]), float_from_bits(p1.word[i]));
+      const float right = ptx::add(float_from_bits(p2.word[i]), float_from_bits(p3.word[i]));
+      score[i] = count.word[i] != 0 ? ptx::multiply(ptx::add(left, right), a.params.scale) : -INFINITY;
+      greatest = ptx::maximum(greatest, score[i]);
+    }
+    greatest = ptx::maximum(greatest, ptx::shuffle_xor(greatest, 1));
+    greatest = ptx::maximum(greatest, ptx::shuffle_xor(greatest, 2));
+    greatest = ptx::maximum(greatest, ptx::shuffle_xor(greatest, 4));
+    const float newest = ptx::maximum(most, greatest), base = newest == -INFINITY ? 0.0f : newest;
+    const float factor = ptx::exponential(ptx::add(most, -base));
+    DSV4_UNROLL
+    for (int i = 0; i < 4; ++i) score[i] = ptx::exponential(ptx::add(score[i], -base));
+    most = newest;
+    total = ptx::fma(total, factor, ptx::add(ptx::add(score[0], score[1]), ptx::add(score[2], score[3])));
+    ptx::sync_warp();  // the lanes have read the scores that the numerators replace
+    ptx::store_shared_8(shared.numerator(head, piece / 2) + static_cast<uint32_t>(piece % 2 * 8),
+                        ptx::Words2{{ptx::pack_bf16(score[0], score[1]), ptx::pack_bf16(score[2], score[3])}});
+    if (piece == 0) ptx::store_shared_float(shared.factors + static_cast<uint32_t>(head * 4), factor);
+  }
+
+  // Adds the tile's values, weighed, to this warp's sums.
+  template <int kGroups>
+  DSV4_DEVICE void accumulate(const AttentionArguments& a, const AttentionShared<kGroups>& shared, uint32_t tile) {
+    const int row = group * kGroupHeads + lane / 4;
+    const float low = ptx::load_shared_float(shared.factors + static_cast<uint32_t>(row * 4));
+    const float high = ptx::load_shared_float(shared.factors + static_cast<uint32_t>((row + 8) * 4));
+    if (low != 1.0f || high != 1.0f) {
+      DSV4_UNROLL
+      for (int i = 0; i < 2 * kSteps; ++i) {
+        DSV4_UNROLL
+        for (int j = 0; j < 4; ++j) sum[i][j] = ptx::multiply(sum[i][j], j < 2 ? low : high);
+      }
+    }
+    uint32_t weights[2][4];  // of 16 heads, 16 keys
+    DSV4_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      const int head = group * kGroupHeads + lane % 16;
+      ptx::ldmatrix_x4(weights[half], shared.numerator(head, 2 * half + lane / 16));
+    }
+    DSV4_UNROLL
+    for (int i = 0; i < kSteps; ++i) {
+      if (i >= steps) break;
+      DSV4_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        uint32_t values[4];
+        const int key = 16 * half + lane / 8 % 2 * 8 + lane % 8, piece = first_dim / 8 + 2 * i + lane / 16;
+        ptx::ldmatrix_x4_transposed(values, tile_address(a, tile, key, piece));
+        ptx::mma_m16n8k16(sum[2 * i], weights[half], values[0], values[1]);
+        ptx::mma_m16n8k16(sum[2 * i + 1], weights[half], values[2], values[3]);
+      }
+    }
+  }
+
+  // Adds the lanes' shares of a head's numerators: `total` becomes whole.
+  DSV4_DEVICE void close() {
+    total = ptx::add(total, ptx::shuffle_xor(total, 1));
+    total = ptx::add(total, ptx::shuffle_xor(total, 2));
+    total = ptx::add(total, ptx::shuffle_xor(total, 4));
+  }
+
+  // The head of the group whose softmax this lane takes part in.
+  DSV4_DEVICE int weighed_head() const { return 4 * part + lane / 8; }
+
+  // Divides the sums, undoes the rotation and writes the row's out. divisor: of heads lane / 4 and lane / 4 + 8.
+  DSV4_DEVICE void write(const AttentionArguments& a, int64_t row, const float (&divisor)[2]) const {
+    const AnyView<3>&out = a.params.out, &rope = a.params.rope;
+    const int pairs = rope.given() ? static_cast<int>(rope.shape[1]) : 0, rotated = a.head_dim - 2 * pairs;
+    const float* angles = static_cast<const float*>(rope.data) + (pairs > 0 ? row * rope.stride[0] : 0);
+    DSV4_UNROLL
+    for (int i = 0; i < 2 * kSteps; ++i) {
+      const int dim = first_dim + 8 * i + lane % 4 * 2;
+      if (i >= 2 * steps || dim >= a.head_dim) continue;
+      float cosine = 1.0f, sine = 0.0f;
+      if (dim >= rotated) {
+        cosine = angles[dim - rotated];
+        sine = angles[dim - rotated + 1];
+      }
+      DSV4_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        const int64_t head = first_head + lane / 4 + 8 * half;
+        if (head >= a.heads) continue;
+        uint32_t pair = ptx::pack_bf16(ptx::divide(sum[i][2 * half], divisor[half]),
+                                       ptx::divide(sum[i][2 * half + 1], divisor[half]));
+        if (dim >= rotated) {
+          const float even = ptx::low_bf16(pair), odd = ptx::high_bf16(pair);
+          pair = ptx::pack_bf16(ptx::add(ptx::multiply(even, cosine), ptx::multiply(odd, sine)),
+                                ptx::add(ptx::multiply(odd, cosine), -ptx::multiply(even, sine)));
+        }
+        bf16* to = static_cast<bf16*>(out.data) + row * out.stride[0] + head * out.stride[1] + dim;
+        if (a.paired_out) {
+          *reinterpret_cast<uint32_t*>(to) = pair;
+        } else {
+          to[0] = bf16{static_cast<uint16_t>(pair)};
+          to[1] = bf16{static_cast<uint16_t>(pair >> 16)};
+        }
+      }
+    }
+  }
+
+ private:
+  static DSV4_DEVICE uint32_t tile_address(const AttentionArguments& a, uint32_t tile, int key, int piece) {
+    return tile + static_cast<uint32_t>(key * a.tile_row + (piece ^ (key & 7)) * 16);
+  }
+
+  static DSV4_DEVICE uint32_t load_pair(const AttentionArguments& a, int64_t row, int64_t head, int dim, bool exists) {
+    if (!exists || head >= a.heads || dim >= a.head_dim) return 0;
+    const AnyView<3>& query = a.params.query;
+    const bf16* from = static_cast<const bf16*>(query.data) + row * query.stride[0] + head * query.stride[1] + dim;
+    if (a.paired_query) return *reinterpret_cast<const uint32_t*>(from);
+    return from[0].bits | static_cast<uint32_t>(from[1].bits) << 16;
+  }
+};
+
+// What the sums of a head are divided by, and its lse. A head whose row has no key has a total of 0; of any other it is
+// at least 1, or NaN.
+struct HeadEnd {
+  float divisor, lse;
+
+  DSV4_DEVICE HeadEnd(float most, float total, float sink) {
+    if (total == 0.0f) {
+      divisor = 1.0f;
+      lse = INFINITY;
+    } else {
+      divisor = ptx::add(total, ptx::exponential(ptx::add(sink, -most)));
+      lse = ptx::add(most, ptx::logarithm(total));
+    }
+  }
+
+  DSV4_DEVICE void write_lse(const AttentionArguments& a, int64_t row, int64_t head) const {
+    const AnyView<2>& to = a.params.lse;
+    if (head < a.heads) static_cast<float*>(to.data)[row * to.stride[0] + head] = lse;
+  }
+};
+
+DSV4_DEVICE float sink_of(const AttentionArguments& a, int64_t head) {
+  return head < a.heads ? static_cast<const float*>(a.params.sink.data)[head * a.params.sink.stride[0]] : 0.0f;
+}
+
+// A split's result, float32: the greatest scores of its 16 heads, their totals, and the sums of four warps, fragment by
+// fragment.
+DSV4_DEVICE int64_t partial_floats(int slice) { return 2 * kGroupHeads + static_cast<int64_t>(slice) * 64; }
+
+DSV4_DEVICE float* partial_of(const AttentionArguments& a, int64_t row, int64_t split, int64_t group) {
+  return a.partial + (((row - a.first_row) * a.splits + split) * a.groups + group) * partial_floats(a.slice);
+}
+
+DSV4_DEVICE float* partial_sum(const AttentionArguments& a, float* partial, const WarpPart& warp, int i) {
+  return partial + 2 * kGroupHeads + ((warp.part * (a.slice / 8) + i) * 32 + warp.lane) * 4;
+}
+
+}  // namespace dsv4::sm80

@@ -1,0 +1,101 @@
+// The attention kernels' synchronisation, on the host model: no alarm and the same bits in any order of threads; and
+// every synchronisation is needed: a run that leaves one line's out fails.
+#include <set>
+
+#include "attention_cases.h"
+#include "simt/control.h"
+
+namespace {
+
+using namespace dsv4;
+using namespace dsv4::testing;
+
+constexpr int kSeeds = 30;
+
+simt::Options order(int seed) {
+  simt::Options options;
+  options.seed = static_cast<uint64_t>(seed);
+  options.schedule = static_cast<simt::Schedule>(seed % 3);
+  return options;
+}
+
+// bfloat16 and FP8 rows; a row of one split and, with many indices, one of two.
+AttentionCase mixed(int64_t heads, int64_t k) {
+  AttentionCase c;
+  c.runs = {{70, 1}, {3, 1}};
+  if (k > 100) c.runs[0].start = 2 * static_cast<int>(k) + 5;
+  c.heads = heads;
+  c.head_dim = 72;
+  c.rope_dim = 8;
+  c.window = 40;  // a tile and a part of the next
+  c.k = k;
+  return c;
+}
+
+void check_seeds(const AttentionCase& c, int heads_per_block, int seeds) {
+  std::vector<std::vector<uint32_t>> first;
+  for (int seed = 0; seed < seeds; ++seed) {
+    simt::configure(order(seed));
+    AttentionProblem p(c);
+    const std::string fault = run_attention(p, heads_per_block);
+    CHECK_MESSAGE(fault.empty(), "seed " + std::to_string(seed) + ": " + fault);
+    std::vector<std::vector<uint32_t>> bits;
+    for (int64_t row = 0; row < p.rows; ++row) bits.push_back(bits_of(p, row));
+    if (seed == 0) first = bits;
+    CHECK(bits == first);
+  }
+  simt::configure({});
+}
+
+TEST(no_alarm_and_the_same_bits_over_seeds) {
+  check_seeds(mixed(5, 50), 16, kSeeds);
+  check_seeds(mixed(20, 50), 32, kSeeds);
+  check_seeds(mixed(20, 310), 32, 3);
+  AttentionCase slow = mixed(5, 50);  // element by element
+  slow.head_dim = 70;
+  check_seeds(slow, 16, 6);
+  AttentionCase wide = mixed(5, 20);  // FP8 rows of which a part is read late
+  wide.head_dim = 512;
+  wide.rope_dim = 256;
+  check_seeds(wide, 32, 3);
+}
+
+TEST(ldmatrix_meets_no_bank_conflict) {
+  for (const int64_t head_dim : {32, 72, 160, 512}) {
+    AttentionCase c = mixed(20, 40);
+    c.head_dim = head_dim;
+    simt::counters() = {};
+    const std::string fault = try_attention(c, 32);
+    CHECK_MESSAGE(fault.empty(), fault);
+    CHECK(simt::counters().blocks > 0);
+    CHECK(simt::counters().bank_conflicts == 0);
+  }
+}
+
+// Every line that synchronises, left out alone, must fail, in whatever order the threads run.
+TEST(every_synchronisation_is_needed) {
+  std::multiset<std::string> kinds;
+  for (const int heads_per_block : {16, 32}) {
+    const AttentionCase c = mixed(static_cast<int64_t>(heads_per_block), 50);
+    simt::configure({});
+    simt::forget_sites();
+    CHECK(try_attention(c, heads_per_block).empty());
+    for (const simt::SyncSite& site : simt::sites_met()) {
+      if (heads_per_block == 16) kinds.insert(site.kind);
+      for (int seed = 0; seed < 6; ++seed) {
+        simt::Options options = order(seed);
+        options.skip_file = site.file.c_str();
+        options.skip_line = site.line;
+        simt::configure(options);
+        const std::string fault = try_attention(c, heads_per_block);
+        CHECK_MESSAGE(!fault.empty(), "without " + site.kind + " of " + site.file + ":" + std::to_string(site.line) +
+                                          " nothing fails, seed " + std::to_string(seed));
+      }
+    }
+    simt::configure({});
+  }
+  CHECK(kinds == std::multiset<std::string>({"cp_async_commit", "cp_async_commit", "cp_async_wait", "sync_threads",
+                                             "sync_threads", "sync_threads", "sync_threads", "sync_warp"}));
+}
+
+}  // namespace
