@@ -11,7 +11,13 @@ namespace {
 // The vector kernels work on 32 dims at a time.
 [[maybe_unused]] bool whole_steps(const IndexTopkParams& p) { return p.query.size(2) % 32 == 0; }
 
+// The tile kernel multiplies bfloat16.
+[[maybe_unused]] bool in_bf16(const IndexTopkParams& p) {
+  return whole_steps(p) && p.query.dtype == DType::kBFloat16 && p.plain.dtype != DType::kFloat32;
+}
+
 constexpr Candidate<IndexTopkParams> kIndexTopk[] = {
+    {"amx", Isa::kAmx, DSV4_AMX(amx::index_topk), in_bf16},
     {"avx512", Isa::kAvx512, DSV4_AVX512(avx512::index_topk), whole_steps},
     {"scalar", Isa::kScalar, DSV4_SCALAR(scalar::index_topk)},
 };
@@ -86,6 +92,9 @@ int64_t index_topk_workspace_bytes(const IndexTopkParams& p, const Context& cont
 #endif
 #if defined(DSV4_WITH_AVX512)
     if (context.best >= Isa::kAvx512 && whole_steps(p)) at_least(avx512::index_topk_workspace_bytes(p, context));
+#endif
+#if defined(DSV4_WITH_AMX)
+    if (context.best >= Isa::kAmx && in_bf16(p)) at_least(amx::index_topk_workspace_bytes(p, context));
 #endif
   }
   return bytes;
