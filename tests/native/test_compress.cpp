@@ -1,0 +1,168 @@
+// compress without torch: the vector kernel against the scalar one bit for bit, pages and state, on several numbers of
+// threads, between guard bands; a call in two pieces; the validation messages.
+#include <cstring>
+#include <string>
+
+#include "common/hardware.h"
+#include "common/pages.h"
+#include "common/thread_pool.h"
+#include "native/check.h"
+#include "ops/compress.h"
+
+namespace {
+
+using namespace dsv4;
+using testing::Guarded;
+using testing::Random;
+
+template <int N, class T>
+AnyView<N> typed(Guarded<T>& x, DType dtype) {
+  AnyView<N> view = x.template any<N>();
+  view.dtype = dtype;
+  return view;
+}
+
+struct Shape {
+  int64_t ratio, dim, rope_dim, sets;
+  bool rotate;
+};
+
+// Two sequences, of 21 rows from position 0 and of 9 from position 13; every third page is missing.
+struct Problem {
+  static constexpr int64_t kRows = 30, kBlocks = 12, kPageSize = 3;
+
+  Shape shape;
+  Guarded<float> kv, gate, ape, rope;
+  Guarded<bf16> weight;
+  Guarded<int32_t> table, sequence, position;
+  int64_t ring;
+
+  explicit Problem(const Shape& s)
+      : shape(s),
+        kv({kRows, s.sets * s.dim}),
+        gate({kRows, s.sets * s.dim}),
+        ape({s.ratio, s.sets * s.dim}),
+        rope({kRows, s.rope_dim / 2, 2}),
+        weight({s.dim}),
+        table({2, kBlocks}),
+        sequence({kRows}),
+        position({kRows}),
+        ring(s.sets * s.ratio + 2) {
+    Random random(static_cast<uint64_t>(s.ratio * 100 + s.dim));
+    kv.fill(random, -2, 2), gate.fill(random, -6, 6), ape.fill(random, -1, 1), rope.fill(random, -1, 1);
+    weight.fill(random, 0.5f, 1.5f);
+    for (int64_t i = 0; i < 2 * kBlocks; ++i) table[i] = i % 3 == 2 ? -1 : static_cast<int32_t>(2 * kBlocks - 1 - i);
+    for (int64_t t = 0; t < kRows; ++t) {
+      sequence[t] = t < 21 ? 0 : 1;
+      position[t] = static_cast<int32_t>(t < 21 ? t : t - 21 + 13);
+    }
+  }
+
+  int64_t page_bytes() const {
+    return shape.rotate ? kPageSize * (shape.dim / 2 + shape.dim / 32)
+                        : fp8_page_bytes(kPageSize, shape.dim, shape.rope_dim);
+  }
+
+  struct Result {
+    Guarded<uint8_t> pages;
+    Guarded<float> state;
+  };
+  Result empty() {
+    Result result{Guarded<uint8_t>({2 * kBlocks, page_bytes()}), Guarded<float>({2, ring, 2, shape.sets * shape.dim})};
+    std::memset(result.pages.data(), 0x5A, static_cast<size_t>(result.pages.size()));
+    Random random(7);
+    result.state.fill(random, -3, 3);
+    return result;
+  }
+
+  CompressParams params(Result& result, int64_t first, int64_t count) {
+    CompressParams p{kv.const_view<2>(),
+                     gate.const_view<2>(),
+                     ape.const_view<2>(),
+                     weight.any<1>(),
+                     rope.any<3>(),
+                     result.state.view<4>(),
+                     {{}, typed<2>(result.pages, DType::kUInt8), typed<2>(table, DType::kInt32), kPageSize},
+                     typed<1>(sequence, DType::kInt32),
+                     typed<1>(position, DType::kInt32),
+                     shape.ratio,
+                     1e-6,
+                     shape.rotate,
+                     {}};
+    const auto cut = [&](auto& view) {
+      view.data = decltype(view.data)(static_cast<char*>(const_cast<void*>(static_cast<const void*>(view.data))) +
+                                      first * view.stride[0] * 4);
+      view.shape[0] = count;
+    };
+    cut(p.kv), cut(p.gate), cut(p.rope), cut(p.sequence), cut(p.position);
+    return p;
+  }
+
+  void run(Result& result, int64_t first, int64_t count, const Context& context) {
+    CompressParams p = params(result, first, count);
+    std::vector<char> memory(static_cast<size_t>(compress_workspace_bytes(p, context)) + 64);
+    p.workspace.data = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) / 64 * 64);
+    p.workspace.bytes = static_cast<int64_t>(memory.size()) - 64;
+    const Status status = compress(p, context);
+    CHECK_MESSAGE(status.is_ok(), status.message());
+  }
+};
+
+TEST(every_implementation_cut_and_thread_count) {
+  for (const Shape& shape : {Shape{4, 512, 64, 2, false}, Shape{4, 128, 64, 2, true}, Shape{8, 64, 32, 1, false},
+                             Shape{1, 32, 0, 2, true}, Shape{5, 96, 32, 1, false}}) {
+    Problem problem(shape);
+    ThreadPool one(1);
+    Context scalar = one.context();
+    scalar.best = Isa::kScalar;
+    Problem::Result expected = problem.empty();
+    problem.run(expected, 0, Problem::kRows, scalar);
+    CHECK(!expected.pages.same_bits(problem.empty().pages));
+    for (const int threads : {1, 2, 3}) {
+      ThreadPool pool(threads);
+      for (const Isa isa : {Isa::kScalar, Isa::kAvx512}) {
+        if (isa > cpu_isa()) {
+          testing::not_run("this machine has no AVX-512");
+          continue;
+        }
+        Context context = pool.context();
+        context.best = isa;
+        for (const int64_t cut : {0, 1, 10, 21, 24, 29}) {
+          Problem::Result result = problem.empty();
+          problem.run(result, 0, cut, context);
+          problem.run(result, cut, Problem::kRows - cut, context);
+          CHECK(result.pages.intact() && result.state.intact());
+          const std::string what = std::string(isa_name(isa)) + ", cut " + std::to_string(cut);
+          CHECK_MESSAGE(result.pages.same_bits(expected.pages), "pages, " + what);
+          CHECK_MESSAGE(result.state.same_bits(expected.state), "state, " + what);
+        }
+      }
+    }
+    CHECK(problem.kv.intact() && problem.gate.intact() && problem.table.intact());
+  }
+}
+
+TEST(messages) {
+  ThreadPool pool(1);
+  Problem problem({4, 64, 32, 2, false});
+  Problem::Result result = problem.empty();
+  const auto message = [&](const CompressParams& p) { return std::string(compress(p, pool.context()).message()); };
+  CompressParams p = problem.params(result, 0, Problem::kRows);
+  p.ratio = 0;
+  CHECK(message(p) == "compress: ratio must be at least 1, got 0");
+  p = problem.params(result, 0, Problem::kRows);
+  p.state.shape[1] = 7;
+  CHECK(message(p) == "compress: state must have a ring of at least 8 positions, got 7");
+  p = problem.params(result, 0, Problem::kRows);
+  CHECK(message(p).rfind("compress: workspace must have ", 0) == 0);
+  problem.position[3] = 9;
+  CHECK(message(problem.params(result, 0, Problem::kRows)) ==
+        "compress: position must ascend by one within a sequence, from 0 or later");
+  problem.sequence[29] = 0;
+  CHECK(message(problem.params(result, 0, Problem::kRows)) == "compress: the rows of a sequence must stand together");
+  problem.sequence[29] = 2;
+  CHECK(message(problem.params(result, 0, Problem::kRows)) ==
+        "compress: sequence must lie in [0, 2), the rows of the table, got 2");
+}
+
+}  // namespace

@@ -1,0 +1,243 @@
+// query_norm_rope, store_window and hadamard without torch: the vector kernels against the scalar ones bit for bit, on
+// several numbers of threads, between guard bands; the encoders against all codes; the validation messages.
+#include <cmath>
+#include <cstring>
+#include <string>
+
+#include "common/hardware.h"
+#include "common/pages.h"
+#include "common/thread_pool.h"
+#include "native/check.h"
+#include "ops/norm_rope.h"
+#include "ops/quantize.h"
+
+namespace {
+
+using namespace dsv4;
+using testing::Guarded;
+using testing::Random;
+
+template <int N, class T>
+AnyView<N> typed(Guarded<T>& x, DType dtype) {
+  AnyView<N> view = x.template any<N>();
+  view.dtype = dtype;
+  return view;
+}
+
+Context context_of(ThreadPool& pool, Isa best) {
+  Context context = pool.context();
+  context.best = best;
+  return context;
+}
+
+// Every result but the first equals the first.
+template <class Result, class Run>
+void check_all_equal(const Run& run, const char* what) {
+  ThreadPool one(1);
+  const Result expected = run(context_of(one, Isa::kScalar));
+  for (const int threads : {1, 2, 3}) {
+    ThreadPool pool(threads);
+    for (const Isa isa : {Isa::kScalar, Isa::kAvx512}) {
+      if (isa > cpu_isa()) {
+        testing::not_run("this machine has no AVX-512");
+        continue;
+      }
+      const Result result = run(context_of(pool, isa));
+      CHECK(result.intact());
+      CHECK_MESSAGE(result.same_bits(expected),
+                    std::string(what) + ", " + isa_name(isa) + ", threads " + std::to_string(threads));
+    }
+  }
+}
+
+void fill_rope(Guarded<float>& rope, Random& random) {
+  for (int64_t i = 0; i < rope.size(); i += 2) {
+    const float angle = random.uniform(-50, 50);
+    rope[i] = std::cos(angle);
+    rope[i + 1] = std::sin(angle);
+  }
+}
+
+template <class X>
+void queries(int64_t tokens, int64_t heads, int64_t dim, int64_t rope_dim) {
+  Random random(static_cast<uint64_t>(tokens * 1000 + dim));
+  Guarded<X> q({tokens, heads, dim});
+  Guarded<float> rope({tokens, rope_dim / 2, 2});
+  q.fill(random, -4, 4);
+  fill_rope(rope, random);
+  check_all_equal<Guarded<X>>(
+      [&](const Context& context) {
+        Guarded<X> result({tokens, heads, dim});
+        CHECK(query_norm_rope({q.template any<3>(), rope.any<3>(), 1e-6, result.template any<3>()}, context).is_ok());
+        return result;
+      },
+      "query_norm_rope");
+  CHECK(q.intact() && rope.intact());
+}
+
+TEST(query_norm_rope_of_every_shape) {
+  for (const int64_t tokens : {0, 1, 7}) {
+    for (const int64_t dim : {32, 64, 512}) {
+      for (const int64_t rope_dim : {int64_t{0}, int64_t{32}, dim}) {
+        queries<bf16>(tokens, 3, dim, rope_dim);
+        queries<float>(tokens, 3, dim, rope_dim);
+      }
+    }
+  }
+}
+
+TEST(query_norm_rope_has_unit_heads) {
+  ThreadPool pool(1);
+  Random random(1);
+  Guarded<float> q({2, 2, 64}), rope({2, 16, 2}), result({2, 2, 64});
+  q.fill(random, -4, 4);
+  fill_rope(rope, random);
+  CHECK(query_norm_rope({q.any<3>(), rope.any<3>(), 0, result.any<3>()}, pool.context()).is_ok());
+  for (int64_t head = 0; head < 4; ++head) {
+    double sum = 0;
+    for (int64_t d = 0; d < 64; ++d) sum += static_cast<double>(result[head * 64 + d]) * result[head * 64 + d];
+    CHECK(std::fabs(sum / 64 - 1) < 1e-5);
+  }
+}
+
+// One call of store_window with rows of two sequences; block 1 of either has no page.
+template <class X>
+void window(int64_t tokens, int64_t dim, int64_t rope_dim, int64_t page_size, DType plain) {
+  Random random(static_cast<uint64_t>(tokens * 100 + dim));
+  Guarded<X> kv({tokens, dim});
+  Guarded<float> weight({dim}), rope({tokens, rope_dim / 2, 2});
+  Guarded<int32_t> table({2, 4}), sequence({tokens}), position({tokens});
+  kv.fill(random, -4, 4);
+  weight.fill(random, 0.5f, 1.5f);
+  fill_rope(rope, random);
+  for (int64_t i = 0; i < 8; ++i) table[i] = i % 4 == 1 ? -1 : static_cast<int32_t>((i * 3) % 8);
+  for (int64_t t = 0; t < tokens; ++t) {
+    sequence[t] = static_cast<int32_t>(t * 2 / tokens);
+    position[t] = static_cast<int32_t>(t);
+  }
+  const int64_t bytes = plain == DType::kNone ? fp8_page_bytes(page_size, dim, rope_dim)
+                                              : page_size * dim * (plain == DType::kFloat32 ? 4 : 2);
+  check_all_equal<Guarded<uint8_t>>(
+      [&](const Context& context) {
+        Guarded<uint8_t> pages({8, bytes});
+        std::memset(pages.data(), 0x5A, static_cast<size_t>(pages.size()));
+        RowPool pool{};
+        if (plain == DType::kNone) {
+          pool.bytes = typed<2>(pages, DType::kUInt8);
+        } else {
+          pool.plain = {pages.data(), plain, {8, page_size, dim}, {page_size * dim, dim, 1}};
+        }
+        pool.table = typed<2>(table, DType::kInt32);
+        pool.page_size = page_size;
+        StoreWindowParams p{kv.template any<2>(),
+                            weight.any<1>(),
+                            rope.any<3>(),
+                            pool,
+                            typed<1>(sequence, DType::kInt32),
+                            typed<1>(position, DType::kInt32),
+                            1e-6,
+                            {}};
+        std::vector<char> memory(static_cast<size_t>(store_window_workspace_bytes(p, context)) + 64);
+        p.workspace.data = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) / 64 * 64);
+        p.workspace.bytes = static_cast<int64_t>(memory.size()) - 64;
+        const Status status = store_window(p, context);
+        CHECK_MESSAGE(status.is_ok(), status.message());
+        return pages;
+      },
+      "store_window");
+  CHECK(kv.intact() && weight.intact() && rope.intact() && table.intact());
+}
+
+TEST(store_window_of_every_format) {
+  for (const DType plain : {DType::kNone, DType::kFloat32, DType::kBFloat16}) {
+    for (const int64_t tokens : {1, 6, 40}) {
+      for (const int64_t page_size : {1, 5, 16}) {
+        window<bf16>(tokens, 512, 64, page_size, plain);
+        window<float>(tokens, 128, 64, page_size, plain);
+        window<bf16>(tokens, 96, 0, page_size, plain);
+      }
+    }
+  }
+}
+
+template <class X>
+void rotations(int64_t rows, int64_t size) {
+  Random random(static_cast<uint64_t>(rows + size));
+  Guarded<X> x({rows, size});
+  x.fill(random, -4, 4);
+  check_all_equal<Guarded<X>>(
+      [&](const Context& context) {
+        Guarded<X> result({rows, size});
+        HadamardParams p{x.template any<2>(), result.template any<2>(), {}};
+        std::vector<char> memory(static_cast<size_t>(hadamard_workspace_bytes(p, context)) + 64);
+        p.workspace.data = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) / 64 * 64);
+        p.workspace.bytes = static_cast<int64_t>(memory.size()) - 64;
+        CHECK(hadamard(p, context).is_ok());
+        return result;
+      },
+      "hadamard");
+}
+
+TEST(hadamard_of_every_size) {
+  for (int64_t size = 1; size <= 2048; size *= 2) {
+    rotations<bf16>(5, size);
+    rotations<float>(5, size);
+  }
+}
+
+TEST(e4m3_codes_are_the_nearest) {
+  for (int code = 0; code < 0x7F; ++code) {
+    const float value = e4m3_value(static_cast<uint8_t>(code));
+    CHECK(e4m3_code(value) == code);
+    CHECK(e4m3_code(-value) == (code | 0x80));
+    if (code == 0x7E) continue;
+    const float next = e4m3_value(static_cast<uint8_t>(code + 1)), middle = (value + next) / 2;
+    CHECK(e4m3_code(middle) == code + code % 2);
+    CHECK(e4m3_code(std::nextafter(middle, 0.f)) == code);
+    CHECK(e4m3_code(std::nextafter(middle, 1e9f)) == code + 1);
+  }
+  CHECK(e4m3_code(1e30f) == 0x7E);
+}
+
+TEST(e2m1_codes_are_the_nearest) {
+  for (int code = 0; code < 8; ++code) {
+    const float value = e2m1_value(static_cast<uint8_t>(code));
+    CHECK(e2m1_code(value) == code);
+    CHECK(e2m1_code(-value) == (code | 8));
+    if (code == 7) continue;
+    const float middle = (value + e2m1_value(static_cast<uint8_t>(code + 1))) / 2;
+    CHECK(e2m1_code(middle) == code + code % 2);
+    CHECK(e2m1_code(std::nextafter(middle, 0.f)) == code);
+    CHECK(e2m1_code(std::nextafter(middle, 9.f)) == code + 1);
+  }
+  CHECK(e2m1_code(100.f) == 7);
+}
+
+TEST(scales_are_powers_of_two_that_hold_the_block) {
+  for (const float amax : {448.f, 449.f, 1.f, 0.875f, 3e38f, 6.f, 6.001f}) {
+    const uint8_t fp8 = fp8_scale(bits_from_float(amax)), fp4 = fp4_scale(bits_from_float(amax));
+    CHECK(amax * inverse_scale(fp8) <= 448.f && amax * inverse_scale(fp8) > 224.f);
+    CHECK(amax * inverse_scale(fp4) <= 6.f && amax * inverse_scale(fp4) > 3.f);
+  }
+  CHECK(fp8_scale(0) == 127 - 22);
+  CHECK(fp4_scale(0) == 1);
+  CHECK(fp8_scale(0x7F800000u) == 255 && fp4_scale(0x7FC00000u) == 255);
+}
+
+TEST(messages) {
+  ThreadPool pool(1);
+  Guarded<float> q({2, 2, 32}), rope({2, 17, 2}), short_rope({1, 8, 2}), x({2, 12}), result({2, 2, 32});
+  Status status = query_norm_rope({q.any<3>(), rope.any<3>(), 1e-6, result.any<3>()}, pool.context());
+  CHECK_MESSAGE(
+      std::string(status.message()) == "query_norm_rope: rope has 17 pairs, more than half of the 32 dims of a head",
+      status.message());
+  status = query_norm_rope({q.any<3>(), short_rope.any<3>(), 1e-6, result.any<3>()}, pool.context());
+  CHECK_MESSAGE(
+      std::string(status.message()) == "query_norm_rope: rope must be float32 [2, *, 2], got float32 [1, 8, 2]",
+      status.message());
+  status = hadamard({x.any<2>(), x.any<2>(), {}}, pool.context());
+  CHECK_MESSAGE(std::string(status.message()) == "hadamard: the last dimension of x must be a power of two, got 12",
+                status.message());
+}
+
+}  // namespace
