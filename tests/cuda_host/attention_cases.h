@@ -31,9 +31,10 @@ struct AttentionCase {
   bool rotated = true;    // rope given, of that width
   int64_t window = 32, k = 24;
   int64_t window_page_size = 16, page_size = 8;
-  int64_t ratio = 1;  // positions of an entry
-  int64_t pad = 0;    // elements between a row's query, or out, and the next's
-  bool gaps = false;  // some pages are not stored
+  int64_t ratio = 1;   // positions of an entry
+  int64_t pad = 0;     // elements between a row's query, or out, and the next's
+  int64_t blocks = 0;  // of the compressed pool's table, at least
+  bool gaps = false;   // some pages are not stored
   uint64_t seed = 1;
   uint64_t placement = 1;  // of the pages
 };
@@ -48,13 +49,14 @@ inline int64_t sum_of_rows(const AttentionCase& c) {
 // not stored is NaN.
 class TestPool {
  public:
-  TestPool(const AttentionCase& c, bool fp8, int64_t page_size, const std::vector<int64_t>& counts, uint64_t salt)
+  TestPool(const AttentionCase& c, bool fp8, int64_t page_size, const std::vector<int64_t>& counts, uint64_t salt,
+           int64_t blocks)
       : fp8_(fp8),
         page_size_(page_size),
         head_dim_(c.head_dim),
         rope_dim_(c.rope_dim),
-        blocks_(blocks_of(counts, page_size)),
-        pages_(static_cast<int64_t>(counts.size()) * blocks_ + 2),
+        blocks_(std::max(blocks_of(counts, page_size), blocks)),
+        pages_(static_cast<int64_t>(counts.size()) * blocks_of(counts, page_size) + 2),
         table_({static_cast<int64_t>(counts.size()), std::max<int64_t>(blocks_, 1)}),
         plain_({fp8 ? 1 : pages_, fp8 ? 1 : page_size, fp8 ? 1 : c.head_dim}),
         bytes_({fp8 ? pages_ : 1, fp8 ? fp8_page_bytes(page_size, c.head_dim, c.rope_dim) : 1}) {
@@ -182,8 +184,8 @@ struct AttentionProblem {
         sink({c.heads}),
         rope({rows, std::max<int64_t>(c.rope_dim / 2, 1), 2}),
         lse({rows, c.heads}),
-        raw(c, c.fp8_window, c.window_page_size, ends(c, 1), 1),
-        compressed(c, c.fp8_entries, c.page_size, ends(c, c.ratio), 2),
+        raw(c, c.fp8_window, c.window_page_size, ends(c, 1), 1, 0),
+        compressed(c, c.fp8_entries, c.page_size, ends(c, c.ratio), 2, c.blocks),
         workspace(static_cast<size_t>(workspace_bytes(c, rows))),
         scale(2.0f / std::sqrt(static_cast<float>(c.head_dim))) {
     int64_t row = 0;
@@ -273,7 +275,8 @@ struct AttentionProblem {
       p.compressed.bytes.dtype = DType::kUInt8;
       p.compressed.page_size = c.page_size;
       const std::vector<int64_t> counts = ends(c, c.ratio);
-      p.compressed.table.shape[1] = (*std::max_element(counts.begin(), counts.end()) + c.page_size - 1) / c.page_size;
+      const int64_t most = *std::max_element(counts.begin(), counts.end());
+      p.compressed.table.shape[1] = std::max((most + c.page_size - 1) / c.page_size, c.blocks);
     }
     if (c.entries == Entries::kIndices) p.indices.dtype = DType::kInt32, p.indices.shape[1] = c.k;
     return sm80::sparse_attention_workspace_bytes(p, cuda_context());

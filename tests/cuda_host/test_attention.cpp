@@ -130,6 +130,26 @@ TEST(key_counts) {
   }
 }
 
+// A table for so many entries that the partial results of one row fill what the workspace may have: a launch a row.
+TEST(more_rows_than_one_launch_takes) {
+  if (no_device()) return;
+  AttentionCase c;
+  c.runs = {{650, 2}};
+  c.entries = Entries::kLengths;
+  c.heads = 2;
+  c.head_dim = 512;
+  AttentionCase large = c;
+  large.page_size = 1024;
+  large.blocks = 1400;
+  AttentionProblem one(c), many(large);
+  CHECK(many.params().workspace.bytes > (int64_t{128} << 20));
+  CHECK(run_attention(one).empty());
+  CHECK(run_attention(many).empty());
+  const std::string fault = compare_attention(many);
+  CHECK_MESSAGE(fault.empty(), fault);
+  for (int64_t row = 0; row < 2; ++row) CHECK(bits_of(many, row) == bits_of(one, row));
+}
+
 TEST(windows_and_pages) {
   if (no_device()) return;
   for (const int64_t window : {1, 2, 16, 17, 128}) {
