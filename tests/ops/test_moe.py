@@ -330,12 +330,13 @@ class TestExperts:
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("pack", [fp4, fp8])
     def test_quantised(self, case, dtype, pack):
+        """The definition, bit by bit; test_moe_kernels compares the kernels with it."""
         hidden, inter, experts, top_k = case["sizes"]
         x = (2 * torch.randn(case["tokens"], hidden)).to(dtype)
         weights, indices = routing(case["tokens"], experts, top_k)
         stored = [pack(m) for m in plain_experts(experts, hidden, inter)]
         shared_stored = [fp8(m) for m in plain_experts(None, hidden, inter, seed=1)] if case["shared"] else []
-        out = ops.moe_experts(
+        out = ops.moe_experts_reference(
             x,
             weights,
             indices,

@@ -22,6 +22,7 @@ __all__ = [
     "moe_gate_reference",
 ]
 
+_KERNEL_FLOATS = (torch.bfloat16, torch.float32)
 _SOFTPLUS_THRESHOLD = 20.0
 # Below this softplus(z) equals exp(z) in float64 too, and its root is better taken as exp(z / 2): no underflow, no 0/0
 # in the gradient.
@@ -57,7 +58,10 @@ def moe_gate(
         out of range.
     Source: DeepSeek-V4 report, 2.1; the official inference code.
     """
-    return torch.ops.dsv4.moe_gate(x, weight, top_k, bias, token_ids, tid2eid, route_scale)
+    kernel = x.dtype in _KERNEL_FLOATS and weight.dtype in _KERNEL_FLOATS
+    kernel = kernel and (bias is None or bias.dtype == torch.float32)
+    op = torch.ops.dsv4.moe_gate if kernel else torch.ops.dsv4._moe_gate_reference
+    return op(x, weight, top_k, bias, token_ids, tid2eid, route_scale)
 
 
 def moe_gate_reference(
@@ -164,9 +168,10 @@ def moe_experts(
     Raises: RuntimeError where a shape, dtype or device differs from the above.
     Source: DeepSeek-V4 report, 2.1; the official inference code.
     """
-    return torch.ops.dsv4.moe_experts(
-        x, weights, indices, w1, w3, w2, w1_scale, w3_scale, w2_scale, list(shared or ()), swiglu_limit
-    )
+    kernel = x.dtype in _KERNEL_FLOATS and weights.dtype == torch.float32
+    kernel = kernel and indices.dtype in INTEGERS and swiglu_limit >= 0
+    op = torch.ops.dsv4.moe_experts if kernel else torch.ops.dsv4._moe_experts_reference
+    return op(x, weights, indices, w1, w3, w2, w1_scale, w3_scale, w2_scale, list(shared or ()), swiglu_limit)
 
 
 def moe_experts_reference(
@@ -384,23 +389,43 @@ def _experts_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return d_x, d_weights, None, d_w1, d_w3, d_w2, None, None, None, d_shared if ctx.has_list else None, None
 
 
-register(
-    "moe_gate(Tensor x, Tensor weight, int top_k, Tensor? bias=None, Tensor? token_ids=None, Tensor? tid2eid=None,"
-    " float route_scale=1.0) -> (Tensor, Tensor)",
-    moe_gate_reference,
-    check=_check_moe_gate,
-    check_values=_check_moe_gate_values,
-    recompute=True,
-)
-register(
-    "moe_experts(Tensor x, Tensor weights, Tensor indices, Tensor w1, Tensor w3, Tensor w2, Tensor? w1_scale=None,"
-    " Tensor? w3_scale=None, Tensor? w2_scale=None, Tensor[]? shared=None, float swiglu_limit=0.0) -> Tensor",
-    moe_experts_reference,
-    check=_check_moe_experts,
-    fake=lambda x, *others, **named: torch.empty_like(x, memory_format=torch.contiguous_format),
-    backward=_experts_backward,
-    setup_context=_experts_context,
-)
+def _gate_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weight, ctx.top_k, _, _, _, ctx.route_scale = inputs
+    ctx.save_for_backward(x, weight, output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _gate_backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Any, ...]:
+    """Through the formula once more, with the experts that the forward pass chose."""
+    x, weight, indices = ctx.saved_tensors
+    leaves = (x.detach().requires_grad_(), weight.detach().requires_grad_())
+    rows = torch.arange(x.shape[0], device=x.device)
+    with torch.enable_grad():
+        weights, _ = moe_gate_reference(leaves[0], leaves[1], ctx.top_k, None, rows, indices, ctx.route_scale)
+    return *torch.autograd.grad(weights, leaves, grad), None, None, None, None, None
+
+
+# The kernels take bfloat16 and float32; the second of each pair is for the rest.
+for _name in ("moe_gate", "_moe_gate_reference"):
+    register(
+        f"{_name}(Tensor x, Tensor weight, int top_k, Tensor? bias=None, Tensor? token_ids=None, "
+        "Tensor? tid2eid=None, float route_scale=1.0) -> (Tensor, Tensor)",
+        moe_gate_reference,
+        check=_check_moe_gate,
+        check_values=_check_moe_gate_values,
+        backward=_gate_backward,
+        setup_context=_gate_context,
+    )
+for _name in ("moe_experts", "_moe_experts_reference"):
+    register(
+        f"{_name}(Tensor x, Tensor weights, Tensor indices, Tensor w1, Tensor w3, Tensor w2, Tensor? w1_scale=None, "
+        "Tensor? w3_scale=None, Tensor? w2_scale=None, Tensor[]? shared=None, float swiglu_limit=0.0) -> Tensor",
+        moe_experts_reference,
+        check=_check_moe_experts,
+        fake=lambda x, *others, **named: torch.empty_like(x, memory_format=torch.contiguous_format),
+        backward=_experts_backward,
+        setup_context=_experts_context,
+    )
 register(
     "moe_experts_backward(Tensor grad, Tensor x, Tensor weights, Tensor indices, Tensor w1, Tensor w3, Tensor w2,"
     " Tensor[] shared, float swiglu_limit) -> Tensor[]",

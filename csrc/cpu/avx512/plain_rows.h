@@ -1,0 +1,78 @@
+// Dot products of rows in bfloat16 or float32 with plain rows of weights, for the experts of mode "off" and the gate.
+// Elements of a pair of rows meet in ascending steps of 32, in one register of sums for bfloat16 (two products a lane),
+// two for float32 (first and second half of a step, added at the end); `total` adds the lanes. A result depends on its
+// two rows alone. vdpbf16ps takes denormal operands and sums as zero.
+#pragma once
+
+#include "cpu/avx512/weight_rows.h"
+
+namespace dsv4::avx512 {
+namespace {
+
+struct PlainSum {
+  __m512 a, b;
+};
+
+DSV4_INLINE PlainSum plain_add(PlainSum s, const bf16* x, const bf16* w, __mmask32 mask) {
+  s.a = dot_bf16(s.a, _mm512_maskz_loadu_epi16(mask, x), _mm512_maskz_loadu_epi16(mask, w));
+  return s;
+}
+DSV4_INLINE PlainSum plain_add(PlainSum s, const float* x, const float* w, __mmask32 mask) {
+  const __mmask16 low = static_cast<__mmask16>(mask), high = static_cast<__mmask16>(mask >> 16);
+  s.a = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(low, x), _mm512_maskz_loadu_ps(low, w), s.a);
+  s.b = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(high, x + 16), _mm512_maskz_loadu_ps(high, w + 16), s.b);
+  return s;
+}
+
+// kM rows x (`stride` elements apart) with kN rows w (`w_stride` apart): results[m * result_stride + n].
+template <int kM, int kN, class T>
+static __attribute__((noinline)) void plain_tile(const T* x, int64_t stride, const T* w, int64_t w_stride,
+                                                 int64_t inputs, float* results, int64_t result_stride) {
+  PlainSum sum[kM * kN];
+#pragma GCC unroll 16
+  for (int i = 0; i < kM * kN; ++i) sum[i] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+  const auto step = [&](int64_t at, __mmask32 mask) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+    for (int m = 0; m < kM; ++m) {
+#pragma GCC unroll 4
+      for (int n = 0; n < kN; ++n) {
+        sum[m * kN + n] = plain_add(sum[m * kN + n], x + m * stride + at, w + n * w_stride + at, mask);
+      }
+    }
+  };
+  int64_t at = 0;
+  for (; at + kStep <= inputs; at += kStep) step(at, ~__mmask32{0});
+  if (at < inputs) step(at, mask32(inputs - at));
+#pragma GCC unroll 16
+  for (int i = 0; i < kM * kN; ++i) {
+    results[i / kN * result_stride + i % kN] = total(_mm512_add_ps(sum[i].a, sum[i].b));
+  }
+}
+
+template <int kM, class T>
+static inline void plain_rows(const T* x, int64_t stride, const T* w, int64_t w_stride, int64_t rows, int64_t inputs,
+                              float* results, int64_t result_stride) {
+  int64_t r = 0;
+  for (; r + 4 <= rows; r += 4) {
+    plain_tile<kM, 4>(x, stride, w + r * w_stride, w_stride, inputs, results + r, result_stride);
+  }
+  for (; r < rows; ++r) {
+    plain_tile<kM, 1>(x, stride, w + r * w_stride, w_stride, inputs, results + r, result_stride);
+  }
+}
+
+// `count` rows x with `rows` rows w, few enough for the second-level cache.
+template <class T>
+static inline void plain_product(const T* x, int64_t stride, int64_t count, const T* w, int64_t w_stride, int64_t rows,
+                                 int64_t inputs, float* results, int64_t result_stride) {
+  int64_t m = 0;
+  for (; m + 4 <= count; m += 4) {
+    plain_rows<4>(x + m * stride, stride, w, w_stride, rows, inputs, results + m * result_stride, result_stride);
+  }
+  for (; m < count; ++m) {
+    plain_rows<1>(x + m * stride, stride, w, w_stride, rows, inputs, results + m * result_stride, result_stride);
+  }
+}
+
+}  // namespace
+}  // namespace dsv4::avx512

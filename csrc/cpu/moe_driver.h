@@ -1,0 +1,308 @@
+// What the moe_experts kernels share: which rows each expert gets, how the work is cut, the order of the sums. Tokens
+// are taken kMoeTokens at a time, so that scratch memory does not grow with the prompt. A piece of work is 128 outputs
+// of one matrix for all rows of one expert: its weights are read once. Rows of one expert come in groups of kMoeRows;
+// no cut can show in a result, since a kernel's dot product depends on its two rows alone.
+//
+// A kernel is a class of static functions, for activations of type X:
+//   int64_t row_bytes<X>(WeightFormat, int64_t n)   of n activations as `project` reads them; for multiples of 128 also
+//                                                   where the activation of that number begins
+//   void prepare<X>(WeightFormat, const X* x, int64_t n, uint8_t* to)   to that form: quantised, but for plain weights
+//   int64_t memory(int64_t in)                      scratch memory of `project`, bytes
+//   void project<X>(const ExpertMatrix&, int64_t expert, int64_t row, int64_t rows, int64_t in, const uint8_t* x,
+//                   int64_t stride, int64_t count, float* out, uint8_t* memory)
+//                                                   out[c * kMoeOutputs + r] of `count` activation rows
+//   void activate<X>(const float* gate, const float* up, float weight, float limit, int64_t n, X* out)
+#pragma once
+
+#include "common/pages.h"
+#include "cpu/moe.h"
+
+namespace dsv4 {
+namespace {
+
+inline constexpr int64_t kMoeTokens = 2048;  // tokens taken at a time
+inline constexpr int64_t kMoeRows = 64;      // activation rows of a group
+inline constexpr int64_t kMoeOutputs = 128;  // outputs of a piece; a block of the quantiser
+
+template <int N>
+DSV4_HOST_DEVICE int64_t moe_integer(const AnyView<N>& view, int64_t row, int64_t column) {
+  const int64_t offset = row * view.stride[0] + column * view.stride[N - 1];
+  return view.dtype == DType::kInt64 ? static_cast<const int64_t*>(view.data)[offset]
+                                     : static_cast<const int32_t*>(view.data)[offset];
+}
+
+// Runs body(slot, item) for every item, each once, on whatever slot is free.
+template <class Body>
+void moe_spread(const Context& context, int64_t slots, int64_t items, const Body& body) {
+  slots = slots < items ? slots : items;
+  if (slots <= 1) {
+    for (int64_t item = 0; item < items; ++item) body(0, item);
+    return;
+  }
+  int64_t next = 0;
+  parallel(context, slots, [&](int64_t begin, int64_t end) {
+    for (int64_t slot = begin; slot < end; ++slot) {
+      for (;;) {
+        const int64_t item = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
+        if (item >= items) break;
+        body(slot, item);
+      }
+    }
+  });
+}
+
+template <class Kernel, class X>
+class MoeCall {
+ public:
+  MoeCall(const MoeExpertsParams& p, const Context& context)
+      : p_(p),
+        context_(context),
+        tokens_(p.x.size(0) < kMoeTokens ? p.x.size(0) : kMoeTokens),
+        top_k_(p.weights.size(1)),
+        hidden_(p.x.size(1)),
+        experts_(p.w1.data.size(0)),
+        has_shared_(p.shared[0].format != WeightFormat::kNone),
+        slots_(context.threads < 1 ? 1 : context.threads) {
+    const int64_t inter = p.w1.data.size(1), own = has_shared_ ? p.shared[0].data.size(1) : 0;
+    widest_ = inter > own ? inter : own;
+    const int64_t pairs = tokens_ * top_k_, rows = pairs + (has_shared_ ? tokens_ : 0);
+    start_ = take<int64_t>(experts_ + 2);
+    active_ = take<int64_t>(experts_ + 1);
+    order_ = take<int64_t>(pairs);
+    place_ = take<int64_t>(pairs);
+    for (int format = 0; format < kFormats; ++format) {
+      const auto f = static_cast<WeightFormat>(format);
+      input_bytes_[format] = reads_input(f) ? round_up(Kernel::template row_bytes<X>(f, hidden_), 64) : 0;
+      input_[format] = take<uint8_t>(tokens_ * input_bytes_[format]);
+      const bool down = p.w2.format == f || (has_shared_ && p.shared[2].format == f);
+      const int64_t bytes = down ? round_up(Kernel::template row_bytes<X>(f, widest_), 64) : 0;
+      inner_bytes_ = bytes > inner_bytes_ ? bytes : inner_bytes_;
+    }
+    inner_ = take<uint8_t>(rows * inner_bytes_);
+    output_ = take<X>(rows * hidden_);
+    const int64_t in = hidden_ > widest_ ? hidden_ : widest_;
+    gather_bytes_ = inner_bytes_;
+    for (const int64_t bytes : input_bytes_) gather_bytes_ = bytes > gather_bytes_ ? bytes : gather_bytes_;
+    slot_bytes_ = 2 * kTile + round_up(kMoeOutputs * static_cast<int64_t>(sizeof(X)), 64) + kMoeRows * gather_bytes_ +
+                  round_up(Kernel::memory(in), 64);
+    slot_memory_ = take<uint8_t>(slots_ * slot_bytes_);
+  }
+
+  int64_t bytes() const { return used_; }
+
+  Status run() {
+    for (int64_t first = 0; first < p_.x.size(0); first += tokens_) {
+      const int64_t left = p_.x.size(0) - first;
+      some(first, left < tokens_ ? left : tokens_);
+    }
+    return Status::ok();
+  }
+
+ private:
+  static constexpr int kFormats = 4;
+  static constexpr int64_t kTile = kMoeRows * kMoeOutputs * static_cast<int64_t>(sizeof(float));
+
+  template <class T>
+  T* take(int64_t count) {
+    uint8_t* at = static_cast<uint8_t*>(p_.workspace.data) + used_;
+    used_ += round_up(count * static_cast<int64_t>(sizeof(T)), 64);
+    return reinterpret_cast<T*>(at);
+  }
+
+  bool reads_input(WeightFormat format) const {
+    return p_.w1.format == format || p_.w3.format == format ||
+           (has_shared_ && (p_.shared[0].format == format || p_.shared[1].format == format));
+  }
+
+  // What a group of rows is multiplied with; the shared expert is the last group.
+  struct Expert {
+    const ExpertMatrix *w1, *w3, *w2;
+    int64_t index, inter, first, count;  // its rows
+    bool shared;
+  };
+  Expert expert(int64_t group) const {
+    if (group == experts_) {
+      const ExpertMatrix* s = p_.shared;
+      return {s, s + 1, s + 2, 0, s->data.size(1), start_[experts_], count_, true};
+    }
+    return {&p_.w1, &p_.w3, &p_.w2, group, p_.w1.data.size(1), start_[group], start_[group + 1] - start_[group], false};
+  }
+
+  uint8_t* input(WeightFormat format, int64_t token) const {
+    return input_[static_cast<int>(format)] + token * input_bytes_[static_cast<int>(format)];
+  }
+
+  // Tokens first_ ... first_ + count_ - 1.
+  void some(int64_t first, int64_t count) {
+    first_ = first;
+    count_ = count;
+    map();
+    moe_spread(context_, count >= 2 * slots_ ? slots_ : 1, count, [&](int64_t, int64_t token) {
+      const X* x = p_.x.template as<const X>().at(first + token);
+      for (int format = 0; format < kFormats; ++format) {
+        const auto f = static_cast<WeightFormat>(format);
+        if (reads_input(f)) Kernel::template prepare<X>(f, x, hidden_, input(f, token));
+      }
+    });
+    // Neighbouring pieces belong to different experts, so that every thread meets both long and short ones.
+    const int64_t up = (widest_ + kMoeOutputs - 1) / kMoeOutputs, down = (hidden_ + kMoeOutputs - 1) / kMoeOutputs;
+    if (groups_ > 0) {
+      moe_spread(context_, slots_, up * groups_,
+                 [&](int64_t slot, int64_t piece) { gate_up(slot, active_[piece % groups_], piece / groups_); });
+      moe_spread(context_, slots_, down * groups_,
+                 [&](int64_t slot, int64_t piece) { project_down(slot, active_[piece % groups_], piece / groups_); });
+    }
+    moe_spread(context_, count >= 2 * slots_ ? slots_ : 1, count, [&](int64_t, int64_t token) { combine(token); });
+  }
+
+  // Sorts the pairs (token, slot) by expert: order_[row] = pair, place_[pair] = row or -1. Stable.
+  void map() {
+    const int64_t pairs = count_ * top_k_;
+    for (int64_t e = 0; e < experts_ + 2; ++e) start_[e] = 0;
+    for (int64_t pair = 0; pair < pairs; ++pair) {
+      const int64_t e = chosen(pair);
+      if (e >= 0) ++start_[e + 2];
+    }
+    for (int64_t e = 1; e < experts_ + 2; ++e) start_[e] += start_[e - 1];
+    for (int64_t pair = 0; pair < pairs; ++pair) {
+      const int64_t e = chosen(pair);
+      place_[pair] = e < 0 ? -1 : start_[e + 1]++;
+      if (e >= 0) order_[place_[pair]] = pair;
+    }
+    groups_ = 0;
+    for (int64_t e = 0; e < experts_; ++e) {
+      if (start_[e + 1] > start_[e]) active_[groups_++] = e;
+    }
+    if (has_shared_) active_[groups_++] = experts_;
+  }
+
+  // The expert of a pair, -1 if there is none of that index.
+  int64_t chosen(int64_t pair) const {
+    const int64_t e = moe_integer(p_.indices, first_ + pair / top_k_, pair % top_k_);
+    return e < 0 || e >= experts_ ? -1 : e;
+  }
+
+  struct Slot {
+    float *gate, *up;
+    X* values;
+    uint8_t *gathered, *memory;
+  };
+  Slot slot(int64_t index) const {
+    uint8_t* at = slot_memory_ + index * slot_bytes_;
+    Slot s;
+    s.gate = reinterpret_cast<float*>(at);
+    s.up = reinterpret_cast<float*>(at + kTile);
+    s.values = reinterpret_cast<X*>(at + 2 * kTile);
+    s.gathered = at + 2 * kTile + round_up(kMoeOutputs * static_cast<int64_t>(sizeof(X)), 64);
+    s.memory = s.gathered + kMoeRows * gather_bytes_;
+    return s;
+  }
+
+  int64_t token_of(const Expert& e, int64_t row) const { return e.shared ? row : order_[e.first + row] / top_k_; }
+
+  // out = the matrix's outputs [row, row + rows) for `count` rows of the expert, from `from` on.
+  void project_input(const Slot& s, const Expert& e, const ExpertMatrix& w, int64_t row, int64_t rows, int64_t from,
+                     int64_t count, bool gathered, float* out) const {
+    const int64_t stride = input_bytes_[static_cast<int>(w.format)];
+    const uint8_t* x = s.gathered;
+    if (e.shared || count == 1) {
+      x = input(w.format, token_of(e, from));
+    } else if (!gathered) {
+      for (int64_t i = 0; i < count; ++i) {
+        __builtin_memcpy(s.gathered + i * stride, input(w.format, token_of(e, from + i)), static_cast<size_t>(stride));
+      }
+    }
+    Kernel::template project<X>(w, e.index, row, rows, hidden_, x, stride, count, out, s.memory);
+  }
+
+  // One piece of w1 and w3: the inner activations of all rows of the expert, in the form that w2 reads.
+  void gate_up(int64_t slot_index, int64_t group, int64_t block) const {
+    const Expert e = expert(group);
+    const int64_t row = block * kMoeOutputs, left = e.inter - row, rows = left < kMoeOutputs ? left : kMoeOutputs;
+    if (rows <= 0) return;
+    const Slot s = slot(slot_index);
+    const int64_t offset = Kernel::template row_bytes<X>(e.w2->format, row);
+    for (int64_t from = 0; from < e.count; from += kMoeRows) {
+      const int64_t count = e.count - from < kMoeRows ? e.count - from : kMoeRows;
+      project_input(s, e, *e.w1, row, rows, from, count, false, s.gate);
+      project_input(s, e, *e.w3, row, rows, from, count, e.w1->format == e.w3->format, s.up);
+      for (int64_t i = 0; i < count; ++i) {
+        float weight = 1;
+        if (!e.shared) {
+          const int64_t pair = order_[e.first + from + i];
+          weight = *p_.weights.at(first_ + pair / top_k_, pair % top_k_);
+        }
+        Kernel::template activate<X>(s.gate + i * kMoeOutputs, s.up + i * kMoeOutputs, weight, p_.swiglu_limit, rows,
+                                     s.values);
+        Kernel::template prepare<X>(e.w2->format, s.values, rows,
+                                    inner_ + (e.first + from + i) * inner_bytes_ + offset);
+      }
+    }
+  }
+
+  // One piece of w2.
+  void project_down(int64_t slot_index, int64_t group, int64_t block) const {
+    const Expert e = expert(group);
+    const int64_t row = block * kMoeOutputs, left = hidden_ - row, rows = left < kMoeOutputs ? left : kMoeOutputs;
+    const Slot s = slot(slot_index);
+    for (int64_t from = 0; from < e.count; from += kMoeRows) {
+      const int64_t count = e.count - from < kMoeRows ? e.count - from : kMoeRows;
+      Kernel::template project<X>(*e.w2, e.index, row, rows, e.inter, inner_ + (e.first + from) * inner_bytes_,
+                                  inner_bytes_, count, s.gate, s.memory);
+      for (int64_t i = 0; i < count; ++i) {
+        X* to = output_ + (e.first + from + i) * hidden_ + row;
+        const float* outputs = s.gate + i * kMoeOutputs;
+        for (int64_t r = 0; r < rows; ++r) to[r] = from_float<X>(outputs[r]);
+      }
+    }
+  }
+
+  // The sum over a token's experts by ascending index, an index that it has twice by slot: the order of its rows.
+  void combine(int64_t token) const {
+    X* result = p_.result.template as<X>().at(first_ + token);
+    const int64_t* place = place_ + token * top_k_;
+    for (int64_t from = 0; from < hidden_; from += kMoeOutputs) {
+      const int64_t n = hidden_ - from < kMoeOutputs ? hidden_ - from : kMoeOutputs;
+      float sum[kMoeOutputs] = {};
+      const auto add = [&](int64_t row) {
+        const X* output = output_ + row * hidden_ + from;
+        for (int64_t i = 0; i < n; ++i) sum[i] += to_float(output[i]);
+      };
+      for (int64_t last = -1;;) {
+        int64_t next = INT64_MAX;
+        for (int64_t k = 0; k < top_k_; ++k) next = place[k] > last && place[k] < next ? place[k] : next;
+        if (next == INT64_MAX) break;
+        add(next);
+        last = next;
+      }
+      if (has_shared_) add(start_[experts_] + token);
+      for (int64_t i = 0; i < n; ++i) result[from + i] = from_float<X>(sum[i]);
+    }
+  }
+
+  const MoeExpertsParams& p_;
+  const Context& context_;
+  int64_t tokens_, top_k_, hidden_, experts_;
+  bool has_shared_;
+  int64_t slots_, widest_, used_ = 0;
+  int64_t input_bytes_[kFormats] = {}, inner_bytes_ = 0, gather_bytes_ = 0, slot_bytes_ = 0;
+  int64_t *start_, *active_, *order_, *place_;
+  uint8_t *input_[kFormats], *inner_, *slot_memory_;
+  X* output_;
+  int64_t first_ = 0, count_ = 0, groups_ = 0;
+};
+
+template <class Kernel>
+int64_t moe_bytes(const MoeExpertsParams& p, const Context& context) {
+  return p.x.dtype == DType::kBFloat16 ? MoeCall<Kernel, bf16>(p, context).bytes()
+                                       : MoeCall<Kernel, float>(p, context).bytes();
+}
+
+template <class Kernel>
+Status moe_run(const MoeExpertsParams& p, const Context& context) {
+  return p.x.dtype == DType::kBFloat16 ? MoeCall<Kernel, bf16>(p, context).run()
+                                       : MoeCall<Kernel, float>(p, context).run();
+}
+
+}  // namespace
+}  // namespace dsv4

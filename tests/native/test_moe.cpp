@@ -1,0 +1,273 @@
+// The mixture of experts without torch: every implementation against the scalar one, guard bands, one result for any
+// number of threads and any company, the validation messages.
+#include <algorithm>
+#include <cmath>
+#include <string>
+#include <vector>
+
+#include "common/hardware.h"
+#include "common/thread_pool.h"
+#include "cpu/moe.h"
+#include "native/check.h"
+
+namespace {
+
+using namespace dsv4;
+using testing::Guarded;
+using testing::Random;
+
+int64_t blocks(int64_t size, int64_t block) { return (size + block - 1) / block; }
+
+// A matrix of every expert, in any of its forms, behind and before memory that shows what is read.
+template <class X>
+struct Matrix {
+  ExpertMatrix view;
+  Guarded<X> plain;
+  Guarded<uint8_t> codes, scale;
+
+  Matrix(WeightFormat format, int64_t experts, int64_t out, int64_t in, Random& random)
+      : plain({format == WeightFormat::kPlain ? experts : 0, out, in}),
+        codes({format == WeightFormat::kPlain ? 0 : experts, out, format == WeightFormat::kFp4 ? in / 2 : in}),
+        scale({format == WeightFormat::kPlain ? 0 : experts, format == WeightFormat::kFp4 ? out : blocks(out, 128),
+               blocks(in, format == WeightFormat::kFp4 ? 32 : 128)}) {
+    view.format = format;
+    if (format == WeightFormat::kPlain) {
+      const float width = 1.0f / std::sqrt(static_cast<float>(in));
+      plain.fill(random, -width, width);
+      view.data = plain.template any<3>();
+      return;
+    }
+    for (int64_t i = 0; i < codes.size(); ++i) {
+      codes[i] = static_cast<uint8_t>(random.bits() >> 20);
+      if (format == WeightFormat::kFp8 && (codes[i] & 0x7F) > 0x70) codes[i] = static_cast<uint8_t>(codes[i] ^ 0x40);
+    }
+    const int base = format == WeightFormat::kFp4 ? 122 : 118;
+    for (int64_t i = 0; i < scale.size(); ++i) scale[i] = static_cast<uint8_t>(base + (random.bits() >> 20) % 3);
+    view.data = codes.template any<3>();
+    view.scale = scale.template any<3>();
+    view.data.dtype = view.scale.dtype = DType::kUInt8;
+  }
+  bool intact() const { return plain.intact() && codes.intact() && scale.intact(); }
+};
+
+class Scratch {
+ public:
+  explicit Scratch(int64_t bytes) : bytes_(bytes), memory_(static_cast<size_t>(bytes) + 192, 0xFF) {}
+  Workspace workspace() { return {start(), bytes_}; }
+  bool intact() {
+    const uint8_t* end = static_cast<uint8_t*>(start()) + bytes_;
+    return std::all_of(end, end + 64, [](uint8_t byte) { return byte == 0xFF; });
+  }
+
+ private:
+  void* start() { return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(memory_.data()) + 63) / 64 * 64); }
+  int64_t bytes_;
+  std::vector<uint8_t> memory_;
+};
+
+template <class X>
+struct Problem {
+  int64_t tokens, hidden, top_k;
+  Guarded<X> x;
+  Guarded<float> weights;
+  std::vector<int32_t> indices;
+  std::vector<Matrix<X>> matrices;  // w1, w3, w2, then the shared expert's
+  float limit = 1.5f;
+
+  Problem(int64_t t, int64_t d, int64_t inter, int64_t experts, int64_t k, WeightFormat format, WeightFormat shared,
+          uint64_t seed)
+      : tokens(t), hidden(d), top_k(k), x({t, d}), weights({t, k}) {
+    Random random(seed);
+    x.fill(random, -2, 2), weights.fill(random, 0.1f, 1);
+    for (int64_t i = 0; i < t * k; ++i) {
+      indices.push_back(static_cast<int32_t>(random.bits() >> 20) % static_cast<int32_t>(experts + 1));
+    }
+    for (int i = 0; i < 2; ++i) matrices.emplace_back(format, experts, inter, d, random);
+    matrices.emplace_back(format, experts, d, inter, random);
+    if (shared == WeightFormat::kNone) return;
+    for (int i = 0; i < 2; ++i) matrices.emplace_back(shared, 1, inter + 24, d, random);
+    matrices.emplace_back(shared, 1, d, inter + 24, random);
+  }
+
+  // Of the tokens [first, first + count).
+  MoeExpertsParams params(Guarded<X>& result, int64_t first, int64_t count) {
+    MoeExpertsParams p{};
+    p.x = x.template any<2>();
+    p.x.data = x.data() + first * hidden;
+    p.weights = weights.const_view<2>();
+    p.weights.data += first * top_k;
+    p.indices.data = indices.data() + first * top_k;
+    p.indices.dtype = DType::kInt32;
+    p.indices.shape[1] = top_k, p.indices.stride[0] = top_k, p.indices.stride[1] = 1;
+    p.x.shape[0] = p.weights.shape[0] = p.indices.shape[0] = count;
+    p.w1 = matrices[0].view, p.w3 = matrices[1].view, p.w2 = matrices[2].view;
+    for (size_t i = 3; i < matrices.size(); ++i) p.shared[i - 3] = matrices[i].view;
+    p.swiglu_limit = limit;
+    p.result = result.template any<2>();
+    return p;
+  }
+
+  using Op = Status (*)(const MoeExpertsParams&, const Context&);
+  using Bytes = int64_t (*)(const MoeExpertsParams&, const Context&);
+  std::vector<float> run(Op op, Bytes bytes, int threads, int64_t first = 0, int64_t count = -1) {
+    ThreadPool pool(threads);
+    const Context context = pool.context();
+    count = count < 0 ? tokens : count;
+    Guarded<X> result({count, hidden});
+    MoeExpertsParams p = params(result, first, count);
+    Scratch scratch(bytes(p, context));
+    p.workspace = scratch.workspace();
+    CHECK(op(p, context).is_ok());
+    CHECK(result.intact() && scratch.intact() && x.intact() && weights.intact());
+    for (const Matrix<X>& m : matrices) CHECK(m.intact());
+    std::vector<float> values;
+    for (int64_t i = 0; i < count * hidden; ++i) values.push_back(to_float(result[i]));
+    return values;
+  }
+};
+
+double relative_rms(const std::vector<float>& a, const std::vector<float>& b) {
+  double error = 0, size = 0;
+  for (size_t i = 0; i < a.size(); ++i) {
+    if (!std::isfinite(a[i]) || !std::isfinite(b[i])) return INFINITY;
+    error += (static_cast<double>(a[i]) - b[i]) * (static_cast<double>(a[i]) - b[i]);
+    size += static_cast<double>(b[i]) * b[i];
+  }
+  return size == 0 ? error : std::sqrt(error / size);
+}
+
+constexpr WeightFormat kFormats[] = {WeightFormat::kPlain, WeightFormat::kFp8, WeightFormat::kFp4};
+
+#if defined(DSV4_WITH_AVX512)
+template <class X>
+void compare(int64_t tokens, int64_t hidden, int64_t inter, WeightFormat format, double limit) {
+  const WeightFormat shared = tokens % 2 == 0                  ? WeightFormat::kNone
+                              : format == WeightFormat::kPlain ? format
+                                                               : WeightFormat::kFp8;
+  Problem<X> problem(tokens, hidden, inter, 3, 2, format, shared, 7 + static_cast<uint64_t>(tokens));
+  const auto expected = problem.run(scalar::moe_experts, scalar::moe_experts_workspace_bytes, 1);
+  const auto found = problem.run(avx512::moe_experts, avx512::moe_experts_workspace_bytes, 1);
+  const double error = relative_rms(found, expected);
+  CHECK_MESSAGE(error <= limit, "error " + std::to_string(error) + " of " + std::to_string(tokens) + " tokens, width " +
+                                    std::to_string(hidden) + ", " + std::to_string(inter));
+  for (const int threads : {2, 3}) {
+    CHECK(problem.run(avx512::moe_experts, avx512::moe_experts_workspace_bytes, threads) == found);
+  }
+  for (int64_t first = 0; first < tokens; first += 5) {  // alone, where weights are read for one token
+    const auto alone = problem.run(avx512::moe_experts, avx512::moe_experts_workspace_bytes, 1, first, 1);
+    CHECK(std::equal(alone.begin(), alone.end(), found.begin() + first * hidden));
+  }
+}
+#endif
+
+TEST(experts_equal_the_scalar_ones) {
+  if (cpu_isa() < Isa::kAvx512) return testing::not_run("this machine has no avx512");
+#if defined(DSV4_WITH_AVX512)
+  for (const WeightFormat format : kFormats) {
+    for (const int64_t tokens : {1, 2, 9, 40}) {
+      for (const auto& [hidden, inter] : {std::pair<int64_t, int64_t>{32, 32}, {160, 200}, {258, 130}}) {
+        compare<bf16>(tokens, hidden, inter, format, 4e-3);
+        compare<float>(tokens, hidden, inter, format, 4e-6);
+      }
+    }
+  }
+#else
+  testing::not_run("built without avx512");
+#endif
+}
+
+TEST(scalar_experts_do_not_depend_on_threads_or_company) {
+  for (const WeightFormat format : kFormats) {
+    Problem<bf16> problem(11, 96, 72, 3, 2, format, WeightFormat::kFp8, 3);
+    const auto expected = problem.run(scalar::moe_experts, scalar::moe_experts_workspace_bytes, 1);
+    CHECK(problem.run(scalar::moe_experts, scalar::moe_experts_workspace_bytes, 3) == expected);
+    const auto alone = problem.run(scalar::moe_experts, scalar::moe_experts_workspace_bytes, 1, 4, 1);
+    CHECK(std::equal(alone.begin(), alone.end(), expected.begin() + 4 * 96));
+  }
+}
+
+// One expert of one input and output by hand: silu(min(gate, limit)) * clamp(up) * weight * w2.
+TEST(formula) {
+  for (const auto op : {scalar::moe_experts,
+#if defined(DSV4_WITH_AVX512)
+                        cpu_isa() >= Isa::kAvx512 ? avx512::moe_experts : scalar::moe_experts
+#endif
+       }) {
+    Problem<float> problem(1, 1, 1, 1, 1, WeightFormat::kPlain, WeightFormat::kNone, 1);
+    problem.indices = {0};
+    problem.limit = 2;
+    for (const auto& [gate, up] : {std::pair<float, float>{5, 1}, {-5, 1}, {1, 5}, {1, -5}}) {
+      problem.x[0] = 1, problem.weights[0] = 0.5f;
+      problem.matrices[0].plain[0] = gate, problem.matrices[1].plain[0] = up, problem.matrices[2].plain[0] = 3;
+      const double g = std::min(gate, 2.0f), u = std::max(-2.0f, std::min(up, 2.0f));
+      const double expected = g / (1 + std::exp(-g)) * u * 0.5 * 3;
+      const double found = problem.run(op, moe_experts_workspace_bytes, 1)[0];
+      CHECK(std::abs(found - expected) <= 1e-6 * std::abs(expected));
+    }
+  }
+}
+
+TEST(gate_equals_the_scalar_one) {
+  if (cpu_isa() < Isa::kAvx512) return testing::not_run("this machine has no avx512");
+#if defined(DSV4_WITH_AVX512)
+  Random random(5);
+  for (const int64_t hidden : {1, 31, 200}) {
+    const int64_t tokens = 19, experts = 37, k = 4;
+    Guarded<bf16> x({tokens, hidden});
+    Guarded<float> weight({experts, hidden}), bias({experts});
+    x.fill(random, -1, 1), weight.fill(random, -1, 1), bias.fill(random, 0, 1);
+    const auto run = [&](auto op, auto bytes, int threads, Guarded<float>& weights, std::vector<int32_t>& indices) {
+      ThreadPool pool(threads);
+      const Context context = pool.context();
+      indices.assign(static_cast<size_t>(tokens * k), -1);
+      MoeGateParams p{};
+      p.x = x.any<2>(), p.weight = weight.any<2>(), p.bias = bias.const_view<1>();
+      p.top_k = k, p.route_scale = 1.5, p.weights = weights.view<2>();
+      p.indices.data = indices.data(), p.indices.dtype = DType::kInt32;
+      p.indices.shape[0] = tokens, p.indices.shape[1] = k, p.indices.stride[0] = k, p.indices.stride[1] = 1;
+      Scratch scratch(bytes(p, context));
+      p.workspace = scratch.workspace();
+      CHECK(op(p, context).is_ok());
+      CHECK(weights.intact() && scratch.intact());
+    };
+    Guarded<float> expected({tokens, k}), found({tokens, k}), threaded({tokens, k});
+    std::vector<int32_t> expected_indices, indices, threaded_indices;
+    run(scalar::moe_gate, scalar::moe_gate_workspace_bytes, 1, expected, expected_indices);
+    run(avx512::moe_gate, avx512::moe_gate_workspace_bytes, 1, found, indices);
+    run(avx512::moe_gate, avx512::moe_gate_workspace_bytes, 3, threaded, threaded_indices);
+    CHECK(indices == expected_indices && threaded_indices == indices && threaded.same_bits(found));
+    for (int64_t i = 0; i < tokens * k; ++i) CHECK(std::abs(found[i] - expected[i]) <= 2e-6f * expected[i]);
+  }
+#else
+  testing::not_run("built without avx512");
+#endif
+}
+
+TEST(invalid_arguments) {
+  Problem<bf16> problem(3, 64, 32, 2, 2, WeightFormat::kFp4, WeightFormat::kFp8, 1);
+  Guarded<bf16> result({3, 64});
+  ThreadPool pool(1);
+  const MoeExpertsParams good = problem.params(result, 0, 3);
+  const auto refused = [&](MoeExpertsParams p, const char* message) {
+    const Status status = moe_experts(p, pool.context());
+    CHECK_MESSAGE(!status.is_ok() && std::string(status.message()) == message, status.message());
+  };
+  refused(good, ("moe_experts: workspace must have " +
+                 std::to_string(moe_experts_workspace_bytes(good, pool.context())) + " bytes, got 0")
+                    .c_str());
+  MoeExpertsParams p = good;
+  p.x.dtype = DType::kInt32;
+  refused(p, "moe_experts: x must be bfloat16 or float32, got int32");
+  p = good, p.w3.data.shape[1] = 31;
+  refused(p, "moe_experts: w3 must be uint8 [2, 32, 32], got uint8 [2, 31, 32]");
+  p = good, p.w2.scale.shape[2] = 2;
+  refused(p, "moe_experts: w2_scale must be uint8 [2, 64, 1], got uint8 [2, 64, 2]");
+  p = good, p.w1.format = WeightFormat::kNone;
+  refused(p, "moe_experts: w1 must not be missing");
+  p = good, p.shared[2].data.data = nullptr;
+  refused(p, "moe_experts: shared w2 must not be null");
+  p = good, p.swiglu_limit = -1;
+  refused(p, "moe_experts: swiglu_limit must be finite and not negative, got -1");
+}
+
+}  // namespace

@@ -1,0 +1,287 @@
+"""The kernels of the gate and the experts: against the definition, tails of every block, both regimes, invariance."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dsv4 import _library, ops
+from dsv4.testing import (
+    assert_rows_independent,
+    assert_same_bits,
+    check_op,
+    grid,
+    implementation_cases,
+    max_isa,
+    relative_rms,
+    strided,
+)
+
+E4M3, E8M0 = torch.float8_e4m3fn, torch.float8_e8m0fnu
+gates = pytest.mark.parametrize("implementation", implementation_cases("moe_gate"))
+experts = pytest.mark.parametrize("implementation", implementation_cases("moe_experts"))
+DTYPES = [torch.bfloat16, torch.float32]
+# Sums in float32 differ from the definition in the last bits of float32; a rounding that they tip moves one element.
+LIMIT = {torch.bfloat16: 4e-3, torch.float32: 3e-6}
+
+
+def stored(matrix: Tensor, form: str, scale_dtype: torch.dtype = E8M0) -> tuple[Tensor, Tensor | None]:
+    """A float32 matrix as a checkpoint has it, with scales that differ from block to block."""
+    if form == "plain":
+        return matrix, None
+    if form == "fp4":
+        codes, scale = ops.quantize_fp4(torch.nn.functional.pad(matrix, (0, matrix.shape[-1] % 2)))
+        return codes.view(torch.int8), scale if scale_dtype == E8M0 else scale.float() * 1.375
+    rows, columns = matrix.shape[-2:]
+    scale = torch.randint(-11, -8, (*matrix.shape[:-2], -(-rows // 128), -(-columns // 128))).float().exp2()
+    wide = scale.repeat_interleave(128, -2)[..., :rows, :].repeat_interleave(128, -1)[..., :columns]
+    codes = (matrix / wide).clamp(-448, 448).to(E4M3)
+    return codes, scale.to(E8M0) if scale_dtype == E8M0 else scale * 1.375
+
+
+def problem(
+    tokens: int = 5,
+    hidden: int = 160,
+    inter: int = 200,
+    count: int = 4,
+    top_k: int = 2,
+    form: str = "fp4",
+    shared: str | None = "fp8",
+    dtype: torch.dtype = torch.bfloat16,
+    scale_dtype: torch.dtype = E8M0,
+    limit: float = 0.0,
+    seed: int = 0,
+) -> dict[str, Any]:
+    torch.manual_seed(seed)
+
+    def matrices(*lead: int, inner: int, form: str) -> list[tuple[Tensor, Tensor | None]]:
+        shapes = ((inner, hidden), (inner, hidden), (hidden, inner))
+        made = [stored(torch.randn(*lead, *s) / s[1] ** 0.5, form, scale_dtype) for s in shapes]
+        return [(m.to(dtype) if s is None else m, s) for m, s in made]
+
+    routed = matrices(count, inner=inter, form=form)
+    result: dict[str, Any] = {"x": (2 * torch.randn(tokens, hidden)).to(dtype)}
+    result["weights"] = torch.rand(tokens, top_k) + 0.25
+    result["indices"] = torch.rand(tokens, count).argsort(-1)[:, :top_k].int()
+    for name, (matrix, scale) in zip(("w1", "w3", "w2"), routed, strict=True):
+        result[name], result[f"{name}_scale"] = matrix, scale
+    if shared is not None:
+        pairs = matrices(inner=inter + 40, form=shared)
+        result["shared"] = [t for pair in pairs for t in pair if t is not None]
+    result["swiglu_limit"] = limit
+    return result
+
+
+def run(implementation: str, a: dict[str, Any]) -> Tensor:
+    with max_isa(implementation):
+        out = ops.moe_experts(**a)
+    assert _library.last_implementation("moe_experts") == implementation
+    assert out.shape == a["x"].shape and out.dtype == a["x"].dtype and out.is_contiguous()
+    return out
+
+
+def assert_as_defined(implementation: str, a: dict[str, Any]) -> None:
+    out, expected = run(implementation, a), ops.moe_experts_reference(**a)
+    if len(out):
+        assert float(relative_rms(out, expected).max()) <= LIMIT[out.dtype]
+    if implementation == "scalar" and a["w1_scale"] is not None:  # sums in float64, as the definition has them
+        assert (out != expected).double().mean() <= 0.01 if len(out) else True
+
+
+@pytest.mark.parametrize(
+    "case",
+    grid(
+        form=["fp4", "fp8", "plain"],
+        dtype=DTYPES,
+        tokens=[0, 1, 3, 21],
+        sizes=[(32, 32), (160, 200), (390, 134)],
+    ),
+)
+@experts
+def test_equals_the_definition(implementation: str, case: dict[str, Any]) -> None:
+    hidden, inter = case["sizes"]
+    rest = {name: value for name, value in case.items() if name != "sizes"}
+    rest["limit"] = 0.7 if case["tokens"] == 3 else 0.0
+    shared = "plain" if case["form"] == "plain" else "fp8"
+    assert_as_defined(implementation, problem(hidden=hidden, inter=inter, shared=shared, **rest))
+
+
+@pytest.mark.parametrize("form", ["fp4", "fp8"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@experts
+def test_float32_scales(implementation: str, dtype: torch.dtype, form: str) -> None:
+    assert_as_defined(implementation, problem(form=form, dtype=dtype, scale_dtype=torch.float32, tokens=30))
+
+
+@pytest.mark.parametrize("tokens", [7, 8, 9, 12, 63, 64, 65, 131])
+@pytest.mark.parametrize("form", ["fp4", "fp8", "plain"])
+@experts
+def test_many_tokens_of_one_expert(implementation: str, form: str, tokens: int) -> None:
+    a = problem(tokens=tokens, form=form, count=2, hidden=96, inter=64, top_k=1)
+    a["indices"][:] = 1
+    assert_as_defined(implementation, a)
+
+
+@experts
+def test_matrices_of_different_forms(implementation: str) -> None:
+    a, b = problem(form="fp4", tokens=11), problem(form="fp8", tokens=11)
+    a["w3"], a["w3_scale"], a["w2"], a["w2_scale"] = b["w3"], b["w3_scale"], b["w2"], b["w2_scale"]
+    assert_as_defined(implementation, a)
+    a["w2"], a["w2_scale"] = problem(form="plain", tokens=11)["w2"], None
+    assert_as_defined(implementation, a)
+
+
+@pytest.mark.parametrize("form", ["fp4", "fp8", "plain"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@experts
+def test_rows_are_independent(implementation: str, dtype: torch.dtype, form: str) -> None:
+    """Alone a token goes through the path of few tokens, in company through that of many."""
+    a = problem(tokens=45, form=form, count=3, hidden=256, inter=136, dtype=dtype, limit=1.0)
+    rows = [a.pop(name) for name in ("x", "weights", "indices")]
+    with max_isa(implementation):
+        assert_rows_independent(lambda x, w, i: ops.moe_experts(x, w, i, **a), rows)
+
+
+@pytest.mark.parametrize("form", ["fp4", "fp8", "plain"])
+@experts
+def test_threads_and_layout_do_not_matter(implementation: str, form: str) -> None:
+    a = problem(tokens=40, form=form, hidden=260, inter=300)
+    expected = run(implementation, a)
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            assert_same_bits(run(implementation, a), expected)
+    finally:
+        torch.set_num_threads(before)
+    apart = {k: strided(v) if isinstance(v, Tensor) else v for k, v in a.items()}
+    apart["shared"] = [strided(t) for t in a["shared"]]
+    assert_same_bits(run(implementation, apart), expected)
+
+
+@experts
+def test_more_tokens_than_are_taken_at_a_time(implementation: str) -> None:
+    a = problem(tokens=2100, hidden=32, inter=32, count=3)
+    out = run(implementation, a)
+    for first in (0, 2040, 2090):
+        part = {**a, **{n: a[n][first : first + 10] for n in ("x", "weights", "indices")}}
+        assert_same_bits(out[first : first + 10], run(implementation, part))
+
+
+@experts
+def test_indices_out_of_range_repeated_and_wide(implementation: str) -> None:
+    a = problem(tokens=6, top_k=3, count=4)
+    a["indices"] = torch.tensor([[2, -1, 3], [4, 1 << 20, -7], [0, 0, 1], [3, 2, 0], [1, 3, 1], [-1, -1, 2]]).int()
+    assert_as_defined(implementation, a)
+    expected = run(implementation, a)
+    assert_same_bits(run(implementation, {**a, "indices": a["indices"].long()}), expected)
+    far = torch.where(a["indices"] == -7, -(1 << 40), a["indices"].long())
+    assert_same_bits(run(implementation, {**a, "indices": far}), expected)
+    order = torch.tensor([2, 0, 1])  # of a token's slots, which does not matter but for an expert taken twice
+    shuffled = {**a, "indices": a["indices"][:, order], "weights": a["weights"][:, order]}
+    assert_same_bits(run(implementation, shuffled)[[0, 1, 3, 5]], expected[[0, 1, 3, 5]])
+
+
+@pytest.mark.parametrize("form", ["fp4", "fp8", "plain"])
+@experts
+def test_nan_of_an_expert_reaches_its_tokens_alone(implementation: str, form: str) -> None:
+    a = problem(tokens=12, form=form, top_k=1, count=3, shared=None)
+    a["indices"][:] = torch.tensor([0, 2] * 6).int().unsqueeze(1)
+    if form == "plain":
+        a["w1"][1:] = torch.nan
+    else:
+        a["w1_scale"].view(torch.uint8)[1:] = 255
+    out = run(implementation, a)
+    assert out[0::2].isfinite().all()
+    assert out[1::2].isnan().all()
+    a["x"][4, 3] = torch.inf
+    assert run(implementation, a)[[0, 2, 6, 8, 10]].isfinite().all()
+
+
+@experts
+def test_e2m1_codes_and_extreme_scales(implementation: str) -> None:
+    """Every code against a one-hot activation; the scales of a block reach their own 32 inputs."""
+    hidden, inter = 256, 32
+    a = problem(tokens=hidden, hidden=hidden, inter=inter, count=1, top_k=1, shared=None, dtype=torch.float32)
+    a["indices"][:] = 0
+    a["x"] = torch.eye(hidden) * 1.5
+    a["w1"] = torch.arange(inter * hidden // 2).mul(37).remainder(256).to(torch.uint8).view(1, inter, -1)
+    exponents = torch.arange(inter * hidden // 32).mul(5).remainder(12).add(120).to(torch.uint8)
+    a["w1_scale"] = exponents.view(E8M0).view(1, inter, -1)
+    assert_as_defined(implementation, a)
+    for byte in (1, 60, 200):
+        a["w1_scale"].view(torch.uint8).fill_(byte)
+        a["w3_scale"].view(torch.uint8).fill_(127)
+        out, expected = run(implementation, a), ops.moe_experts_reference(**a)
+        torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-37, equal_nan=True)
+
+
+@pytest.mark.parametrize("experts_", [(1, 1), (7, 2), (33, 5), (256, 6)])
+@pytest.mark.parametrize("hidden", [1, 24, 31, 96, 515])
+@pytest.mark.parametrize("dtypes", [(a, b) for a in DTYPES for b in DTYPES])
+@gates
+def test_gate_equals_the_definition(
+    implementation: str, dtypes: tuple[torch.dtype, torch.dtype], hidden: int, experts_: tuple[int, int]
+) -> None:
+    torch.manual_seed(hidden)
+    count, top_k = experts_
+    x, weight = torch.randn(19, hidden).to(dtypes[0]), torch.randn(count, hidden).to(dtypes[1])
+    bias = torch.randn(count)
+    with max_isa(implementation):
+        weights, indices = ops.moe_gate(x, weight, top_k, bias, route_scale=1.5)
+        ids, table = torch.arange(19) % 3, torch.stack([torch.randperm(count)[:top_k] for _ in range(3)])
+        hashed, hashed_indices = ops.moe_gate(x, weight, top_k, None, ids, table, 2.5)
+    assert _library.last_implementation("moe_gate") == implementation
+    expected, expected_indices = ops.moe_gate_reference(x, weight, top_k, bias, route_scale=1.5)
+    assert_same_bits(indices, expected_indices)
+    torch.testing.assert_close(weights, expected, rtol=4e-6, atol=1e-7)
+    assert_same_bits(hashed_indices, table[ids].int())
+    expected, _ = ops.moe_gate_reference(x, weight, top_k, None, ids, table, 2.5)
+    torch.testing.assert_close(hashed, expected, rtol=4e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@gates
+def test_gate_rows_ties_and_threads(implementation: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(1)
+    x, weight = torch.randint(-2, 3, (40, 64)).to(dtype), torch.randint(-1, 2, (48, 64)).to(dtype)
+    weight[24:] = weight[:24]  # each score twice
+    weight[5] = torch.nan
+    with max_isa(implementation):
+        assert_rows_independent(lambda rows: ops.moe_gate(rows, weight, 7), [x])
+        weights, indices = ops.moe_gate(x, weight, 7)
+        before = torch.get_num_threads()
+        try:
+            torch.set_num_threads(3)
+            for got, expected in zip(ops.moe_gate(x, weight, 7), (weights, indices), strict=True):
+                assert_same_bits(got, expected)
+        finally:
+            torch.set_num_threads(before)
+        last = ops.moe_gate(x, weight, 48)[1][:, -1]
+    assert_same_bits(indices, ops.moe_gate_reference(x, weight, 7)[1])
+    assert (last == 5).all()
+
+
+@gates
+def test_gate_gradient_takes_the_experts_of_the_forward_pass(implementation: str) -> None:
+    torch.manual_seed(2)
+    x, weight = torch.randn(6, 40, requires_grad=True), torch.randn(9, 40, requires_grad=True)
+    seed = torch.randn(6, 3)
+    with max_isa(implementation):
+        weights, _ = ops.moe_gate(x, weight, 3, torch.randn(9))
+        found = torch.autograd.grad(weights, (x, weight), seed)
+        torch.manual_seed(2)
+        torch.randn(6, 40), torch.randn(9, 40), torch.randn(6, 3)
+        expected = torch.autograd.grad(ops.moe_gate_reference(x, weight, 3, torch.randn(9))[0], (x, weight), seed)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_opcheck_of_the_ops_for_other_dtypes() -> None:
+    a = problem(form="plain", shared=None, dtype=torch.float64)
+    x, matrices = a["x"].requires_grad_(), [a[name] for name in ("w1", "w3", "w2")]
+    check_op(torch.ops.dsv4._moe_experts_reference, x, a["weights"], a["indices"], *matrices)
+    check_op(torch.ops.dsv4._moe_gate_reference, x, torch.randn(4, 160, dtype=torch.float64).requires_grad_(), 2)
