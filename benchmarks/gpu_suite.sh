@@ -56,7 +56,7 @@ if [ ! -x "$DEVICE_TESTS/device_test_ptx" ] || ! has_package; then
     --force-reinstall -C build-dir="$BUILD" -C cmake.define.DSV4_CUDA=ON -C cmake.define.DSV4_NATIVE=ON .
 fi
 
-for program in test_ptx test_mhc test_attention; do
+for program in test_ptx test_mhc test_attention test_index; do
   step "device.$program" 60 "$DEVICE_TESTS/device_$program"
 done
 
@@ -66,6 +66,7 @@ if [ -n "$sanitizer" ]; then
     step "$tool.test_ptx" 40 "$sanitizer" --tool "$tool" --error-exitcode 9 "$DEVICE_TESTS/device_test_ptx"
     step "$tool.test_mhc" 60 "$sanitizer" --tool "$tool" --error-exitcode 9 "$DEVICE_TESTS/device_test_mhc" token_counts
     step "$tool.test_attention" 60 "$sanitizer" --tool "$tool" --error-exitcode 9 "$DEVICE_TESTS/device_test_attention" key_counts
+    step "$tool.test_index" 60 "$sanitizer" --tool "$tool" --error-exitcode 9 "$DEVICE_TESTS/device_test_index" heads
   done
 else
   not_run sanitizers "no compute-sanitizer"

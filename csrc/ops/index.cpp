@@ -2,6 +2,7 @@
 
 #include "cpu/index.h"
 #include "cpu/index_keys.h"
+#include "cuda/sm80/index.h"
 #include "ops/candidates.h"
 #include "ops/validate.h"
 
@@ -17,6 +18,7 @@ namespace {
 }
 
 constexpr Candidate<IndexTopkParams> kIndexTopk[] = {
+    {"sm80", Isa::kSm80, DSV4_SM80(sm80::index_topk)},
     {"amx", Isa::kAmx, DSV4_AMX(amx::index_topk), in_bf16},
     {"avx512", Isa::kAvx512, DSV4_AVX512(avx512::index_topk), whole_steps},
     {"scalar", Isa::kScalar, DSV4_SCALAR(scalar::index_topk)},
@@ -97,6 +99,9 @@ int64_t index_topk_workspace_bytes(const IndexTopkParams& p, const Context& cont
     if (context.best >= Isa::kAmx && in_bf16(p)) at_least(amx::index_topk_workspace_bytes(p, context));
 #endif
   }
+#if defined(DSV4_WITH_SM80)
+  if (context.device == Device::kCuda) at_least(sm80::index_topk_workspace_bytes(p));
+#endif
   return bytes;
 }
 

@@ -5,8 +5,6 @@
 namespace dsv4::binding {
 namespace {
 
-#if !defined(DSV4_TORCH_CUDA)  // no CUDA kernel yet: there Python's formulas run
-
 constexpr char kFloats[] = "bfloat16 or float16 or float32 or float64";
 
 void check_pages(Check& check, const Tensor& pages, int64_t page_size, int64_t dim) {
@@ -61,8 +59,6 @@ DSV4_OP(
     "index_topk(Tensor query, Tensor weights, Tensor pages, Tensor table, Tensor sequence, Tensor lengths, int k, "
     "int page_size=64) -> Tensor",
     index_topk)
-
-#endif
 
 }  // namespace
 }  // namespace dsv4::binding

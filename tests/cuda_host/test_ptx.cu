@@ -68,6 +68,20 @@ TEST(threads_and_blocks_have_positions) {
   }
 }
 
+// Single words, through another thread's part of shared memory.
+DSV4_KERNEL(kThreads, 1) words(const Arguments a) {
+  const int t = ptx::thread_index();
+  ptx::store_shared_word(ptx::shared_base() + static_cast<uint32_t>(t * 4), a.in[t]);
+  ptx::sync_threads();
+  a.out[16 * t] = ptx::load_shared_word(ptx::shared_base() + static_cast<uint32_t>((t + 77) % kThreads * 4));
+}
+
+TEST(memory_of_single_words) {
+  if (no_device()) return;
+  const auto in = random_words(kThreads, 8), out = run(words, in);
+  for (size_t t = 0; t < kThreads; ++t) CHECK(out[16 * t] == in[(t + 77) % kThreads]);
+}
+
 // Every width of access, through another thread's part of shared memory.
 DSV4_KERNEL(kThreads, 1) memory(const Arguments a) {
   const int t = ptx::thread_index();
@@ -79,6 +93,7 @@ DSV4_KERNEL(kThreads, 1) memory(const Arguments a) {
   ptx::sync_threads();
   const uint32_t other = ptx::shared_base() + static_cast<uint32_t>((t + 37) % kThreads * 32);
   ptx::store_global_16(a.out + 16 * t, ptx::load_shared_16(other));
+  ptx::store_global_16(a.out + 16 * t + 8, ptx::load_constant_16(a.in + 8 * t + 4));
   for (int i = 0; i < 4; ++i) {
     a.out[16 * t + 4 + i] = bits_from_float(ptx::load_shared_float(other + 16 + static_cast<uint32_t>(4 * i)));
   }
@@ -89,6 +104,7 @@ TEST(memory_of_every_width) {
   const auto in = random_words(8 * kThreads, 1), out = run(memory, in);
   for (size_t t = 0; t < kThreads; ++t) {
     for (size_t i = 0; i < 8; ++i) CHECK(out[16 * t + i] == in[8 * ((t + 37) % kThreads) + i]);
+    for (size_t i = 0; i < 4; ++i) CHECK(out[16 * t + 8 + i] == in[8 * t + 4 + i]);
   }
 }
 
@@ -161,6 +177,29 @@ TEST(shuffles_within_a_warp) {
   for (size_t t = 0; t < kThreads; ++t) {
     CHECK(out[16 * t] == in[t / 32 * 32 + (t * 7 + 3) % 32]);
     CHECK(out[16 * t + 1] == in[t ^ 21]);
+  }
+}
+
+DSV4_KERNEL(kThreads, 1) votes(const Arguments a) {
+  const int t = ptx::thread_index();
+  const uint32_t odd = ptx::ballot(a.in[t] % 2 == 1);
+  const uint32_t sum = ptx::warp_sum(a.in[t]);
+  a.out[16 * t] = odd;
+  a.out[16 * t + 1] = sum;
+  a.out[16 * t + 2] = static_cast<uint32_t>(ptx::count_ones(a.in[t]));
+}
+
+TEST(votes_and_sums_of_a_warp) {
+  if (no_device()) return;
+  const auto in = random_words(kThreads, 9), out = run(votes, in);
+  for (size_t t = 0; t < kThreads; ++t) {
+    uint32_t odd = 0, sum = 0, ones = 0;
+    for (size_t l = 0; l < 32; ++l) {
+      odd |= (in[t / 32 * 32 + l] % 2) << l;
+      sum += in[t / 32 * 32 + l];
+      ones += in[t] >> l & 1;
+    }
+    CHECK(out[16 * t] == odd && out[16 * t + 1] == sum && out[16 * t + 2] == ones);
   }
 }
 

@@ -32,6 +32,10 @@ CLAIMS = {
     "bf16_sparse_attention_16": [*TENSOR_CORES, "LDSM.16.MT88.4", "LDS.128", "STG.E.128"],
     "bf16_sparse_attention_32": [*TENSOR_CORES, "LDSM.16.MT88.4", "LDS.128", "STG.E.128"],
     "bf16_sparse_attention_combine": ["LDG.E.128"],
+    "bf16_index_scores": TENSOR_CORES,
+    "bf16_index_scores_plain": ["FFMA"],
+    "f32_index_scores_plain": ["FFMA"],
+    "f32_index_select": ["REDUX.SUM", "VOTE.ANY", "POPC", "BAR.SYNC"],
     **{
         f"{dtype}_mhc_{op}": ["LDG.E.128", "STG.E.128"]
         for dtype in ("bf16", "f32")

@@ -113,6 +113,16 @@ DSV4_DEVICE float load_shared_float(uint32_t address, Site site = Site::here()) 
   return value;
 }
 
+DSV4_DEVICE uint32_t load_shared_word(uint32_t address, Site site = Site::here()) {
+  uint32_t value;
+#if defined(__CUDACC__)
+  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(value) : "r"(address) : "memory");
+#else
+  simt::load_shared(address, &value, 4, site);
+#endif
+  return value;
+}
+
 DSV4_DEVICE void store_shared_16(uint32_t address, const Words4& value, Site site = Site::here()) {
 #if defined(__CUDACC__)
   asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(value.word[0]), "r"(value.word[1]),
@@ -139,6 +149,14 @@ DSV4_DEVICE void store_shared_float(uint32_t address, float value, Site site = S
 #endif
 }
 
+DSV4_DEVICE void store_shared_word(uint32_t address, uint32_t value, Site site = Site::here()) {
+#if defined(__CUDACC__)
+  asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
+#else
+  simt::store_shared(address, &value, 4, site);
+#endif
+}
+
 // The pointer must be a multiple of 16 bytes.
 DSV4_DEVICE Words4 load_global_16(const void* source, Site site = Site::here()) {
 #if defined(__CUDACC__)
@@ -147,6 +165,19 @@ DSV4_DEVICE Words4 load_global_16(const void* source, Site site = Site::here()) 
 #else
   simt::check_aligned(source, 16, site);
   return *static_cast<const Words4*>(source);
+#endif
+}
+
+// The same from memory that nobody writes while the kernel runs: one instruction, which stays where it is written.
+DSV4_DEVICE Words4 load_constant_16(const void* source, Site site = Site::here()) {
+#if defined(__CUDACC__)
+  Words4 value;
+  asm volatile("ld.global.nc.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(value.word[0]), "=r"(value.word[1]), "=r"(value.word[2]), "=r"(value.word[3])
+               : "l"(__cvta_generic_to_global(source)));
+  return value;
+#else
+  return load_global_16(source, site);
 #endif
 }
 
@@ -236,6 +267,27 @@ DSV4_DEVICE float shuffle_xor(float value, int mask, Site site = Site::here()) {
   return __shfl_xor_sync(0xFFFFFFFFu, value, mask);
 #else
   return float_from_bits(simt::shuffle_xor(bits_from_float(value), mask, site));
+#endif
+}
+
+// Bit l: whether the condition holds in lane l.
+DSV4_DEVICE uint32_t ballot(bool condition, Site site = Site::here()) {
+#if defined(__CUDACC__)
+  return __ballot_sync(0xFFFFFFFFu, condition);
+#else
+  uint32_t lanes = condition ? 1u << (simt::thread_index() % 32) : 0u;
+  for (int mask = 1; mask < 32; mask *= 2) lanes |= simt::shuffle_xor(lanes, mask, site);
+  return lanes;
+#endif
+}
+
+// The sum over the lanes, modulo 2^32.
+DSV4_DEVICE uint32_t warp_sum(uint32_t value, Site site = Site::here()) {
+#if defined(__CUDACC__)
+  return __reduce_add_sync(0xFFFFFFFFu, value);
+#else
+  for (int mask = 1; mask < 32; mask *= 2) value += simt::shuffle_xor(value, mask, site);
+  return value;
 #endif
 }
 
@@ -347,6 +399,15 @@ DSV4_DEVICE float maximum(float a, float b) {
   return fmaxf(a, b);
 #else
   return std::fmax(a, b);
+#endif
+}
+
+// How many bits are set.
+DSV4_DEVICE int count_ones(uint32_t bits) {
+#if defined(__CUDACC__)
+  return __popc(bits);
+#else
+  return __builtin_popcount(bits);
 #endif
 }
 

@@ -47,7 +47,7 @@ def index_topk(
         page_size: entries of a page.
     Returns: int32 [tokens, k], the entry numbers in ascending order, then -1.
     Raises: RuntimeError naming the argument, what it must be and what it was; also where a sequence is not a
-        row of the table.
+        row of the table (the CUDA kernel, which cannot ask the host, treats such a row as one without entries).
     Not differentiable.
     Source: DeepSeek-V4 report, 2.3.1; the official inference code (Indexer), whose scores are bfloat16;
         ties are rarer here.
