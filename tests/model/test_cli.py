@@ -1,5 +1,6 @@
 """The command line as its users meet it: what it prints, where, and with which exit code."""
 
+import functools
 import json
 import re
 import signal
@@ -299,10 +300,13 @@ def test_interrupt_keeps_what_was_produced(run, folder, monkeypatch):
 
 
 def test_interrupt_of_a_process(folder):
-    process = start("generate", folder, "--prompt", "x", "--raw", "--ignore-eos", "--max-new-tokens", 100_000)
+    # A job that a shell started in the background ignores interrupts, and so would what it starts.
+    listen = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    arguments = ("generate", folder, "--prompt", "x", "--raw", "--ignore-eos", "--max-new-tokens", 100_000)
+    process = start(*arguments, preexec_fn=listen)
     first = process.stdout.read(1)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=120)
     assert process.returncode == 130
     assert (first + out).endswith(b"\n")
     assert b"Traceback" not in err
