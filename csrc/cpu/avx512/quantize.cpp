@@ -1,5 +1,5 @@
-// hadamard: a row at a time in the first-level cache, n log2 n additions in float64 registers of eight; 4 n bytes a row
-// of bfloat16. At n = 128, 14 additions a byte written: bound by them.
+// hadamard: n log2 n additions in float64 registers of eight; rows of up to 128 never leave the registers. 4 n bytes a row
+// of bfloat16; at n = 128 it is bound by the additions.
 #include "cpu/quantize.h"
 
 #include "cpu/avx512/rows.h"

@@ -132,24 +132,20 @@ struct Lanes {
     }
   }
 
-  // The row times the Hadamard matrix times `factor`, rounded to N; work has room for it in float64.
+  // The row times the Hadamard matrix times `factor`, rounded to N; work has room for it in float64. Up to 128 values
+  // are transformed in registers, longer rows' pieces joined in memory.
   template <class N, class X>
   DSV4_INLINE void hadamard(const X* row, int64_t count, double factor, double* work, X* result) {
-    const __m512d high1 = _mm512_castsi512_pd(_mm512_set_epi64(INT64_MIN, 0, INT64_MIN, 0, INT64_MIN, 0, INT64_MIN, 0));
-    const __m512d high2 = _mm512_castsi512_pd(_mm512_set_epi64(INT64_MIN, INT64_MIN, 0, 0, INT64_MIN, INT64_MIN, 0, 0));
-    const __m512d high4 = _mm512_castsi512_pd(_mm512_set_epi64(INT64_MIN, INT64_MIN, INT64_MIN, INT64_MIN, 0, 0, 0, 0));
-    for (int64_t d = 0; d < count; d += 16) {
-      const __m512 x = load16(row + d);
-      __m512d halves[2] = {low(x), high(x)};
-      for (__m512d& y : halves) {  // neighbours 1, 2 and 4 apart: the other one, plus or minus this
-        y = _mm512_add_pd(_mm512_permute_pd(y, 0x55), _mm512_xor_pd(y, high1));
-        y = _mm512_add_pd(_mm512_permutex_pd(y, 0x4E), _mm512_xor_pd(y, high2));
-        y = _mm512_add_pd(_mm512_shuffle_f64x2(y, y, 0x4E), _mm512_xor_pd(y, high4));
-      }
-      _mm512_storeu_pd(work + d, _mm512_add_pd(halves[0], halves[1]));
-      _mm512_storeu_pd(work + d + 8, _mm512_sub_pd(halves[0], halves[1]));
+    switch (count) {
+      case 32:
+        return hadamard_piece<2, N>(row, factor, result);
+      case 64:
+        return hadamard_piece<4, N>(row, factor, result);
+      case 128:
+        return hadamard_piece<8, N>(row, factor, result);
     }
-    for (int64_t half = 16; half < count; half *= 2) {
+    for (int64_t d = 0; d < count; d += 128) hadamard_piece<8, N>(row + d, 1, work + d);
+    for (int64_t half = 128; half < count; half *= 2) {
       for (int64_t start = 0; start < count; start += 2 * half) {
         for (int64_t d = start; d < start + half; d += 8) {
           const __m512d a = _mm512_loadu_pd(work + d), b = _mm512_loadu_pd(work + d + half);
@@ -160,9 +156,8 @@ struct Lanes {
     }
     const __m512d by = _mm512_set1_pd(factor);
     for (int64_t d = 0; d < count; d += 16) {
-      const __m512 y =
-          join(_mm512_mul_pd(_mm512_loadu_pd(work + d), by), _mm512_mul_pd(_mm512_loadu_pd(work + d + 8), by));
-      store16(result + d, rounded16(y, static_cast<const N*>(nullptr)));
+      put<N>(_mm512_mul_pd(_mm512_loadu_pd(work + d), by), _mm512_mul_pd(_mm512_loadu_pd(work + d + 8), by),
+             result + d);
     }
   }
 
@@ -222,6 +217,47 @@ struct Lanes {
   }
 
  private:
+  template <class N, class X>
+  DSV4_INLINE void put(__m512d first, __m512d second, X* to) {
+    store16(to, rounded16(join(first, second), static_cast<const N*>(nullptr)));
+  }
+  template <class N>
+  DSV4_INLINE void put(__m512d first, __m512d second, double* to) {
+    _mm512_storeu_pd(to, first);
+    _mm512_storeu_pd(to + 8, second);
+  }
+
+  // 16 kPairs values, eight a register.
+  template <int kPairs, class N, class X, class R>
+  DSV4_INLINE void hadamard_piece(const X* row, double factor, R* result) {
+    const __m512d sign1 = _mm512_castsi512_pd(_mm512_set_epi64(INT64_MIN, 0, INT64_MIN, 0, INT64_MIN, 0, INT64_MIN, 0));
+    const __m512d sign2 = _mm512_castsi512_pd(_mm512_set_epi64(INT64_MIN, INT64_MIN, 0, 0, INT64_MIN, INT64_MIN, 0, 0));
+    const __m512d sign4 = _mm512_castsi512_pd(_mm512_set_epi64(INT64_MIN, INT64_MIN, INT64_MIN, INT64_MIN, 0, 0, 0, 0));
+    __m512d y[2 * kPairs];
+    for (int i = 0; i < kPairs; ++i) {
+      const __m512 x = load16(row + 16 * i);
+      y[2 * i] = low(x);
+      y[2 * i + 1] = high(x);
+    }
+    for (int i = 0; i < 2 * kPairs; ++i) {  // neighbours 1, 2 and 4 apart: the other one, plus or minus this
+      y[i] = _mm512_add_pd(_mm512_permute_pd(y[i], 0x55), _mm512_xor_pd(y[i], sign1));
+      y[i] = _mm512_add_pd(_mm512_permutex_pd(y[i], 0x4E), _mm512_xor_pd(y[i], sign2));
+      y[i] = _mm512_add_pd(_mm512_shuffle_f64x2(y[i], y[i], 0x4E), _mm512_xor_pd(y[i], sign4));
+    }
+    for (int half = 1; half < 2 * kPairs; half *= 2) {
+      for (int i = 0; i < 2 * kPairs; ++i) {
+        if (i & half) continue;
+        const __m512d a = y[i], b = y[i + half];
+        y[i] = _mm512_add_pd(a, b);
+        y[i + half] = _mm512_sub_pd(a, b);
+      }
+    }
+    const __m512d by = _mm512_set1_pd(factor);
+    for (int i = 0; i < kPairs; ++i) {
+      put<N>(_mm512_mul_pd(y[2 * i], by), _mm512_mul_pd(y[2 * i + 1], by), result + 16 * i);
+    }
+  }
+
   DSV4_INLINE __m512 gate(const PooledRow& row, int64_t d) {
     const __m512 own = load16(row.gate + d);
     return row.ape == nullptr ? own : _mm512_add_ps(own, load16(row.ape + d));

@@ -1,0 +1,198 @@
+// query_norm_rope, store_window, hadamard and compress without torch: one row (decoding) and many, at the shapes of
+// V4-Flash. Bound by memory, or by the fixed cost of a call. The check compares every byte written with the scalar
+// kernel's, which a single row is timed against as well.
+#include <cmath>
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "common/hardware.h"
+#include "common/pages.h"
+#include "native/bench.h"
+#include "ops/compress.h"
+#include "ops/norm_rope.h"
+#include "ops/quantize.h"
+
+namespace {
+
+using namespace dsv4;
+
+constexpr int64_t kDim = 512, kRope = 64, kHeads = 64, kBlock = 256;
+
+// Zeroed memory with a view of its own, filled with numbers or not.
+template <class T, int N>
+struct Array {
+  std::vector<T> memory;
+  AnyView<N> view;
+
+  Array(DType dtype, std::initializer_list<int64_t> shape, float range = 0) {
+    int64_t size = 1;
+    int axis = N;
+    while (axis-- > 0) {
+      view.shape[axis] = shape.begin()[axis];
+      view.stride[axis] = size;
+      size *= view.shape[axis];
+    }
+    memory.resize(static_cast<size_t>(size));
+    view.data = memory.data();
+    view.dtype = dtype;
+    if constexpr (std::is_same_v<T, float> || std::is_same_v<T, bf16>) {
+      uint64_t state = static_cast<uint64_t>(size);
+      for (T& x : memory) {
+        if (range == 0) break;
+        state = state * 6364136223846793005ull + 1442695040888963407ull;
+        x = from_float<T>(range * (static_cast<float>(state >> 40) * (2.0f / 16777216.0f) - 1));
+      }
+    }
+  }
+
+  template <class V>
+  View<V, N> as() const {
+    return view.template as<V>();
+  }
+};
+
+// Rows of one sequence from position 0, and what the ops make of them, in memory of its own.
+class Problem {
+ public:
+  Problem(const std::string& op, int64_t rows)
+      : op_(op),
+        rows_(rows),
+        keys_(op == "compress keys"),
+        ratio_(op == "compress hca" ? 128 : 4),
+        dim_(op == "hadamard" || keys_ ? 128 : kDim),
+        channels_(op == "compress hca" ? dim_ : 2 * dim_),
+        blocks_((rows + kBlock - 1) / kBlock),
+        x_(DType::kBFloat16, {rows, op == "query_norm_rope" || op == "hadamard" ? kHeads : 1, dim_}, 2),
+        result_(DType::kBFloat16, {rows, x_.view.shape[1], dim_}),
+        kv_(DType::kFloat32, {rows, channels_}, 2),
+        gate_(DType::kFloat32, {rows, channels_}, 4),
+        ape_(DType::kFloat32, {ratio_, channels_}, 1),
+        rope_(DType::kFloat32, {rows, kRope / 2, 2}, 1),
+        weight_(DType::kFloat32, {dim_}, 1),
+        state_(DType::kFloat32, {1, 2 * ratio_ + 8, 2, channels_}),
+        table_(DType::kInt32, {1, blocks_}),
+        sequence_(DType::kInt32, {rows}),
+        position_(DType::kInt32, {rows}),
+        page_size_(op == "store_window" ? kBlock : kBlock / ratio_),
+        pages_(DType::kUInt8, {blocks_, keys_ ? page_size_ * 68 : fp8_page_bytes(page_size_, dim_, kRope)}) {
+    for (int64_t i = 0; i < blocks_; ++i) table_.memory[static_cast<size_t>(i)] = static_cast<int32_t>(i);
+    for (int64_t i = 0; i < rows; ++i) position_.memory[static_cast<size_t>(i)] = static_cast<int32_t>(i);
+    if (rows == 1) position_.memory[0] = static_cast<int32_t>(ratio_ - 1);  // the row that completes an entry
+  }
+
+  Status run(const Context& context) {
+    RowPool pool{{}, pages_.view, table_.view, page_size_};
+    if (op_ == "query_norm_rope") return query_norm_rope({x_.view, rope_.view, 1e-6, result_.view}, context);
+    if (op_ == "hadamard") {
+      AnyView<2> flat{x_.memory.data(), DType::kBFloat16, {rows_ * kHeads, dim_}, {dim_, 1}}, out = flat;
+      out.data = result_.memory.data();
+      HadamardParams p{flat, out, {}};
+      p.workspace = scratch(hadamard_workspace_bytes(p, context));
+      return hadamard(p, context);
+    }
+    if (op_ == "store_window") {
+      AnyView<2> kv{x_.memory.data(), DType::kBFloat16, {rows_, dim_}, {dim_, 1}};
+      StoreWindowParams p{kv, weight_.view, rope_.view, pool, sequence_.view, position_.view, 1e-6, {}};
+      p.workspace = scratch(store_window_workspace_bytes(p, context));
+      return store_window(p, context);
+    }
+    CompressParams p{kv_.as<const float>(),
+                     gate_.as<const float>(),
+                     ape_.as<const float>(),
+                     weight_.view,
+                     rope_.view,
+                     state_.as<float>(),
+                     pool,
+                     sequence_.view,
+                     position_.view,
+                     ratio_,
+                     1e-6,
+                     keys_,
+                     {}};
+    p.workspace = scratch(compress_workspace_bytes(p, context));
+    return compress(p, context);
+  }
+
+  // The fewest bytes that must move, and operations.
+  double bytes() const {
+    const double rows = static_cast<double>(rows_), x = static_cast<double>(x_.memory.size()) * 2;
+    if (op_ == "query_norm_rope" || op_ == "hadamard") return 2 * x;
+    if (op_ == "store_window") return x + rows * 584;
+    return rows * static_cast<double>(channels_) * 8 + rows / static_cast<double>(ratio_) * (keys_ ? 68 : 584);
+  }
+  double flops() const {
+    const double x = static_cast<double>(x_.memory.size());
+    if (op_ == "hadamard") return x * std::log2(static_cast<double>(dim_));
+    return op_ == "query_norm_rope" || op_ == "store_window"
+               ? 6 * x
+               : 30 * static_cast<double>(rows_) * static_cast<double>(channels_);
+  }
+
+  bool same(const Problem& other) const {
+    return pages_.memory == other.pages_.memory && state_.memory == other.state_.memory &&
+           std::memcmp(result_.memory.data(), other.result_.memory.data(), result_.memory.size() * 2) == 0;
+  }
+
+ private:
+  Workspace scratch(int64_t bytes) {
+    if (static_cast<int64_t>(scratch_.size()) < bytes + 64) scratch_.resize(static_cast<size_t>(bytes + 64));
+    return {reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(scratch_.data()) + 63) / 64 * 64), bytes};
+  }
+
+  std::string op_;
+  int64_t rows_;
+  bool keys_;
+  int64_t ratio_, dim_, channels_, blocks_;
+  Array<bf16, 3> x_, result_;
+  Array<float, 2> kv_, gate_, ape_;
+  Array<float, 3> rope_;
+  Array<float, 1> weight_;
+  Array<float, 4> state_;
+  Array<int32_t, 2> table_;
+  Array<int32_t, 1> sequence_, position_;
+  int64_t page_size_;
+  Array<uint8_t, 2> pages_;
+  std::vector<char> scratch_;
+};
+
+void measure(bench::Bench& bench, const std::string& op, int64_t rows, Isa isa) {
+  Context context = bench.pool().context();
+  context.best = isa;
+  Context scalar = context;
+  scalar.best = Isa::kScalar;
+  Problem problem(op, rows), checked(op, rows);
+  bench::Measurement m;
+  const size_t space = op.find(' ');
+  m.op = op.substr(0, space);
+  m.impl = isa_name(isa);
+  m.shape = "v4-flash " + (space == std::string::npos ? "" : op.substr(space + 1) + " ") + std::to_string(rows);
+  m.flops = problem.flops();
+  m.bytes = problem.bytes();
+  Status status = Status::ok();
+  m.run = [&] { status = problem.run(context); };
+  m.error = [&] {
+    const bool ran = status.is_ok() && checked.run(scalar).is_ok();
+    return ran && problem.same(checked) ? 0.0 : static_cast<double>(INFINITY);
+  };
+  if (isa != Isa::kScalar) {
+    m.baseline = "scalar";
+    m.run_baseline = [&] { status = problem.run(scalar); };
+  }
+  bench.measure(m);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  bench::Bench bench(argc, argv);
+  if (!bench.usable()) return bench.exit_code();
+  const Isa isa = bench.pool().context().best >= Isa::kAvx512 ? Isa::kAvx512 : Isa::kScalar;
+  for (const int64_t rows : {int64_t{1}, bench.quick() ? int64_t{256} : int64_t{2048}}) {
+    for (const char* op :
+         {"query_norm_rope", "store_window", "hadamard", "compress csa", "compress hca", "compress keys"}) {
+      measure(bench, op, rows, isa);
+    }
+  }
+  return bench.exit_code();
+}
