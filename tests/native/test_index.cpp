@@ -363,12 +363,13 @@ TEST(threads_and_company_do_not_matter) {
   }
 }
 
-// A key's score is its first value: any stream of scores.
+// Any stream of scores: a number is the sum of a key's first dims. Positive ones are moved up to where neighbouring
+// numbers are neighbouring floats, so that a bound that is off by one step shows.
 template <class Value>
 void selects_from(const Implementation& by, const Context& context, int64_t k, const Value& value) {
   constexpr int64_t kLength = 9000;
   Case<bf16> c({1, 32, 64, k, IndexKeyFormat::kBFloat16, {{kLength}}}, 1);
-  for (int64_t d = 0; d < 32; ++d) c.query[d] = from_float<bf16>(d < 2 ? 1.0f : 0.0f);
+  for (int64_t d = 0; d < 32; ++d) c.query[d] = from_float<bf16>(d < 3 ? 1.0f : 0.0f);
   c.weights[0] = 1;
   std::vector<std::pair<double, int32_t>> all;
   for (int64_t entry = 0; entry < kLength; ++entry) {
@@ -378,7 +379,8 @@ void selects_from(const Implementation& by, const Context& context, int64_t k, c
     const int number = value(entry);  // below 2^16: 8 bits each are exact
     key[0] = from_float<bf16>(static_cast<float>(number / 256 * 256));
     key[1] = from_float<bf16>(static_cast<float>(number % 256));
-    for (int64_t d = 2; d < 32; ++d) key[d] = from_float<bf16>(0);
+    key[2] = from_float<bf16>(number > 0 ? 8388608.0f : 0.0f);  // 2^23
+    for (int64_t d = 3; d < 32; ++d) key[d] = from_float<bf16>(0);
     if (number >= 0) all.push_back({-number, static_cast<int32_t>(entry)});
     if (number < 0) key[0] = bf16{0x7FC0};  // NaN
   }

@@ -236,7 +236,8 @@ def test_any_order_of_scores(implementation: str, k: int, order: str) -> None:
     flat = pages.view(-1, 32)[:length]
     flat[:, 0], flat[:, 1] = (values // 256).bfloat16(), (values % 256).bfloat16()
     query = torch.zeros(1, 2, 32, dtype=torch.bfloat16)
-    query[0, 0, :2] = torch.tensor([256.0, 1.0])
+    flat[:, 2] = torch.where(values > 0, 2.0**23, 0.0).bfloat16()  # neighbouring integers become neighbouring floats
+    query[0, 0, :3] = torch.tensor([256.0, 1.0, 1.0])
     query[0, 1, 0] = -1  # nothing after relu
     a = {
         "query": query,
