@@ -1,4 +1,4 @@
-// The linear layers with vdpbf16ps (see avx512/weight_rows.h for the products and their order). Up to 8 rows of
+// The linear layers with vdpbf16ps (see avx512/weight_rows.h for the products and their order). Up to 4 rows of
 // activations: weights go from their codes through registers into the products, once, so that memory is the limit.
 // More: a panel of weight rows is expanded into the second-level cache and serves tiles of 4 x 4 products; the limit is
 // 4/5 of the rate of vdpbf16ps, one FMA in five applying the scales. Unquantised float32 activations count as three
@@ -36,7 +36,6 @@ void split_row(const X* x, int64_t inputs, int64_t stride, bf16* to) {
   }
 }
 
-// kParts rows of bfloat16 stand for a row of activations; 0: quantised ones.
 template <class Rows, bool kQuantise>
 class Kernel {
  public:
@@ -78,7 +77,7 @@ class Kernel {
     for (int64_t first = begin; first < end; first += step) {
       const int64_t last = first + step < end ? first + step : end;
       if (count <= kFewRows) {
-        for (int64_t n = first; n < last; ++n) few(rows, count, group, n);
+        few(rows, count, group, first, last);
       } else {
         many(rows, group, first, last);
       }
@@ -108,46 +107,44 @@ class Kernel {
     }
   }
 
-  void put(int64_t token, int64_t group, int64_t n, float sum) const {
-    if (p_.out.dtype == DType::kBFloat16) {
-      *p_.out.as<bf16>().at(token, group, n) = bf16_from_float(sum);
-    } else {
-      *p_.out.as<float>().at(token, group, n) = sum;
+  // Outputs [n, n + count) of a row, from float32.
+  template <class Y>
+  void put(int64_t token, int64_t group, int64_t n, int64_t count, const float* sums) const {
+    Y* to = p_.out.as<Y>().at(token, group, n);
+    Pair values = load(sums);
+    if (parts_ > 1) {
+      const Pair middle = load(sums + kLinearPanel), low = load(sums + 2 * kLinearPanel);
+      values.a = _mm512_add_ps(values.a, _mm512_add_ps(middle.a, low.a));
+      values.b = _mm512_add_ps(values.b, _mm512_add_ps(middle.b, low.b));
+    }
+    store(to, arrange(values, to), count);
+  }
+  // Of `count` rows, from sums[row * parts][kLinearPanel].
+  void put_rows(int64_t token, int64_t count, int64_t group, int64_t n, int64_t outputs, const float* sums) const {
+    for (int64_t i = 0; i < count; ++i) {
+      const float* row = sums + i * parts_ * kLinearPanel;
+      if (p_.out.dtype == DType::kBFloat16) {
+        put<bf16>(token + i, group, n, outputs, row);
+      } else {
+        put<float>(token + i, group, n, outputs, row);
+      }
     }
   }
 
-  void put(const float* sums, int64_t stride, int64_t count, int64_t token, int64_t group, int64_t n) const {
-    for (int64_t i = 0; i < count; ++i, sums += parts_ * stride) {
-      put(token + i, group, n, parts_ == 1 ? sums[0] : sums[0] + (sums[stride] + sums[2 * stride]));
+  void few(const bf16* rows, int64_t count, int64_t group, int64_t begin, int64_t end) const {
+    alignas(64) float sums[kFewRows][kLinearPanel];
+    for (int64_t n = begin; n < end; ++n) {
+      const int64_t row = group * p_.out.size(2) + n;
+      if (Rows::kScales > 1 || n == begin || row % 128 == 0) read_scales(row, scales_);
+      float results[kFewRows];
+      const auto dot = [&](auto m) {
+        dot_row<decltype(m)::value>(expand_, codes(row), Rows::bytes(p_.x.size(2)), scales_, rows, row_elements_,
+                                    results);
+      };
+      pick(count, dot);
+      for (int64_t m = 0; m < count; ++m) sums[m][n - begin] = results[m];
     }
-  }
-
-  void few(const bf16* rows, int64_t count, int64_t group, int64_t n) const {
-    const int64_t row = group * p_.out.size(2) + n;
-    if (Rows::kScales > 1 || n_of_scales_ != row / 128) {
-      read_scales(row, scales_);
-      n_of_scales_ = row / 128;
-    }
-    float sums[kFewRows];
-    const auto dot = [&](auto m) {
-      dot_row<decltype(m)::value>(expand_, codes(row), Rows::bytes(p_.x.size(2)), scales_, rows, row_elements_, sums);
-    };
-    switch (count) {
-#define DSV4_ROWS(m)    \
-  case m:               \
-    dot(Constant<m>{}); \
-    break;
-      DSV4_ROWS(1)
-      DSV4_ROWS(2)
-      DSV4_ROWS(3)
-      DSV4_ROWS(4)
-      DSV4_ROWS(5)
-      DSV4_ROWS(6)
-      DSV4_ROWS(7)
-      DSV4_ROWS(8)
-#undef DSV4_ROWS
-    }
-    put(sums, 1, count / parts_, 0, group, n);
+    put_rows(0, count / parts_, group, begin, end - begin, sums[0]);
   }
 
   void many(const bf16* rows, int64_t group, int64_t begin, int64_t end) const {
@@ -161,34 +158,27 @@ class Kernel {
     for (int64_t token = 0; token < tokens; token += tile) {
       const int64_t count = tokens - token < tile ? tokens - token : tile;
       const bf16* x = rows + token * parts_ * row_elements_;
-      int64_t n = begin;
-      for (; n + kTile <= end; n += kTile) tiles<kTile>(x, count, token, group, begin, n);
-      for (; n < end; ++n) tiles<1>(x, count, token, group, begin, n);
+      alignas(64) float sums[kTile][kLinearPanel];
+      int64_t n = 0;
+      for (; n + kTile <= end - begin; n += kTile) tiles<kTile>(x, count * parts_, n, sums);
+      for (; n < end - begin; ++n) tiles<1>(x, count * parts_, n, sums);
+      put_rows(token, count, group, begin, end - begin, sums[0]);
     }
   }
 
+  // Up to kTile rows with weight rows n to n + kN of the panel.
   template <int kN>
-  void tiles(const bf16* x, int64_t count, int64_t token, int64_t group, int64_t begin, int64_t n) const {
-    float sums[kTile * kN];
+  void tiles(const bf16* x, int64_t count, int64_t n, float (*sums)[kLinearPanel]) const {
+    float results[kTile * kN];
     const auto dot = [&](auto m) {
-      dot_tile<decltype(m)::value, kN, Rows>(x, row_elements_, panel_ + (n - begin) * row_elements_, row_elements_,
-                                             scales_ + (n - begin) * scale_floats_, scale_floats_,
-                                             blocks_of(p_.x.size(2)), sums);
+      dot_tile<decltype(m)::value, kN, Rows>(x, row_elements_, panel_ + n * row_elements_, row_elements_,
+                                             scales_ + n * scale_floats_, scale_floats_, blocks_of(p_.x.size(2)),
+                                             results);
     };
-    switch (count * parts_) {
-      case 4:
-        dot(Constant<4>{});
-        break;
-      case 3:
-        dot(Constant<3>{});
-        break;
-      case 2:
-        dot(Constant<2>{});
-        break;
-      default:
-        dot(Constant<1>{});
+    pick(count, dot);
+    for (int64_t m = 0; m < count; ++m) {
+      for (int i = 0; i < kN; ++i) sums[m][n + i] = results[m * kN + i];
     }
-    for (int i = 0; i < kN; ++i) put(sums + i, kN, count, token, group, n + i);
   }
 
   template <int kValue>
@@ -196,12 +186,27 @@ class Kernel {
     static constexpr int value = kValue;
   };
 
+  // body of a count from 1 to 4, as a constant.
+  template <class Body>
+  static void pick(int64_t count, const Body& body) {
+    static_assert(kTile == 4 && kFewRows == 4);
+    switch (count) {
+      case 4:
+        return body(Constant<4>{});
+      case 3:
+        return body(Constant<3>{});
+      case 2:
+        return body(Constant<2>{});
+      default:
+        return body(Constant<1>{});
+    }
+  }
+
   const LinearParams& p_;
   const Rows expand_;
   int64_t parts_, row_elements_, scale_floats_;
   bf16* panel_;
   float* scales_;
-  mutable int64_t n_of_scales_ = -1;  // which 128 rows the scales are of, with few rows
 };
 
 using Fp8 = Kernel<Fp8Rows, true>;
