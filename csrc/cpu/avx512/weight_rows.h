@@ -18,7 +18,7 @@ namespace {
 
 inline constexpr int64_t kBlock = 128;  // inputs
 inline constexpr int64_t kBlockSteps = kBlock / kStep;
-inline constexpr int64_t kFewRows = 8;  // rows of activations up to which weights are expanded in registers alone
+inline constexpr int64_t kFewRows = 4;  // rows of activations up to which weights are expanded in registers alone
 
 DSV4_INLINE int64_t blocks_of(int64_t inputs) { return (inputs + kBlock - 1) / kBlock; }
 
@@ -166,8 +166,8 @@ DSV4_INLINE float total(__m512 x) {
 // kM rows of arranged activations (`stride` elements apart, whole blocks, zero beyond the inputs) with one row of
 // weights of `bytes` code bytes, straight from its codes.
 template <int kM, class Rows>
-DSV4_INLINE void dot_row(const Rows& rows, const uint8_t* codes, int64_t bytes, const float* scales, const bf16* x,
-                         int64_t stride, float* results) {
+static __attribute__((noinline)) void dot_row(const Rows& rows, const uint8_t* codes, int64_t bytes,
+                                              const float* scales, const bf16* x, int64_t stride, float* results) {
   __m512 sum[kM];
 #pragma GCC unroll 8
   for (int m = 0; m < kM; ++m) sum[m] = _mm512_setzero_ps();
@@ -201,9 +201,11 @@ DSV4_INLINE void expand_row(const Rows& rows, const uint8_t* codes, int64_t byte
 }
 
 // kM rows of arranged activations with kN expanded rows of weights; results[m * kN + n].
+// This and dot_row are functions of their own, or compilers spill what the loops keep in registers.
 template <int kM, int kN, class Rows>
-DSV4_INLINE void dot_tile(const bf16* x, int64_t stride, const bf16* w, int64_t w_stride, const float* scales,
-                          int64_t scale_stride, int64_t blocks, float* results) {
+static __attribute__((noinline)) void dot_tile(const bf16* x, int64_t stride, const bf16* w, int64_t w_stride,
+                                               const float* scales, int64_t scale_stride, int64_t blocks,
+                                               float* results) {
   __m512 sum[kM * kN];
   for (int i = 0; i < kM * kN; ++i) sum[i] = _mm512_setzero_ps();
   for (int64_t block = 0; block < blocks; ++block) {
