@@ -13,6 +13,7 @@ namespace {
 
 constexpr int64_t kPanelBytes = 320 << 10;  // of expanded weights
 constexpr int kTile = 4;
+constexpr int64_t kAhead = 4;  // weight rows asked for before their use
 
 template <int kParts, class X>
 void split_row(const X* x, int64_t inputs, int64_t stride, bf16* to) {
@@ -137,6 +138,8 @@ class Kernel {
       const int64_t row = group * p_.out.size(2) + n;
       if (Rows::kScales > 1 || n == begin || row % 128 == 0) read_scales(row, scales_);
       float results[kFewRows];
+      const uint8_t* ahead = codes(row) + kAhead * p_.weight.stride[0];  // past the end it does nothing
+      for (int64_t at = 0; at < Rows::bytes(p_.x.size(2)); at += 64) _mm_prefetch(ahead + at, _MM_HINT_T1);
       const auto dot = [&](auto m) {
         dot_row<decltype(m)::value>(expand_, codes(row), Rows::bytes(p_.x.size(2)), scales_, rows, row_elements_,
                                     results);
