@@ -1,5 +1,5 @@
 // The mixture of experts with vdpbf16ps (see avx512/weight_rows.h for the products of quantised rows and their order,
-// avx512/plain_rows.h for plain ones). Up to 8 tokens an expert: weights go from their codes through registers into the
+// avx512/plain_rows.h for plain ones). Up to 4 tokens an expert: weights go from their codes through registers into the
 // products, once, so that memory is the limit: 53 % of a byte a weight in FP4, 2 FLOPs a token. More: 32 rows of
 // weights are expanded into the second-level cache and serve tiles of 4 x 4 products; the limit is 4/5 of the rate of
 // vdpbf16ps, one FMA in five applying the scales.
@@ -13,6 +13,7 @@ namespace dsv4::avx512 {
 namespace {
 
 constexpr int64_t kPanelRows = 32;
+constexpr int64_t kAhead = 4;  // rows of codes to ask for before they are needed
 constexpr int kTile = 4;
 
 template <int kValue>
@@ -79,6 +80,8 @@ class Product {
   void few(int64_t row, int64_t rows) const {
     for (int64_t r = 0; r < rows; ++r) {
       if (Rows::kScales > 1 || r == 0 || (row + r) % 128 == 0) read_scales(row + r, scales_);
+      const uint8_t* next = codes(row + r) + kAhead * w_.data.stride[1];  // beyond the end it does nothing
+      for (int64_t at = 0; at < Rows::bytes(in_); at += 64) _mm_prefetch(next + at, _MM_HINT_T1);
       float sums[kM];
       dot_row<kM>(expand_, codes(row + r), Rows::bytes(in_), scales_, x_, stride_, sums);
       for (int m = 0; m < kM; ++m) out_[m * kMoeOutputs + r] = sums[m];
