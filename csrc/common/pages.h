@@ -31,8 +31,8 @@ DSV4_HOST_DEVICE int64_t fp8_scales_at(int64_t offset, int64_t page_size, int64_
   return page_size * fp8_row_bytes(head_dim, rope_dim) + offset * fp8_row_scale_bytes(head_dim, rope_dim);
 }
 
-// Index keys of `dim` dims: codes of all keys of a page, then their scales. FP4: e2m1 codes, even dim in the low nibble,
-// one e8m0 scale for 32; FP8: e4m3 codes, one float32 scale.
+// Index keys of `dim` dims: codes of all keys of a page, then their scales. FP4: e2m1 codes, even dim in the low
+// nibble, one e8m0 scale for 32; FP8: e4m3 codes, one float32 scale.
 inline constexpr int64_t kIndexScaleDims = 32;
 DSV4_HOST_DEVICE int64_t fp4_key_bytes(int64_t dim) { return dim / 2 + dim / kIndexScaleDims; }
 DSV4_HOST_DEVICE int64_t fp8_key_bytes(int64_t dim) { return dim + 4; }

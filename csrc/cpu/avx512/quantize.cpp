@@ -1,5 +1,5 @@
-// hadamard: n log2 n additions in float64 registers of eight; rows of up to 128 never leave the registers. 4 n bytes a row
-// of bfloat16; at n = 128 it is bound by the additions.
+// hadamard: n log2 n additions in float64 registers of eight; rows of up to 128 never leave the registers. 4 n bytes a
+// row of bfloat16; at n = 128 it is bound by the additions.
 #include "cpu/quantize.h"
 
 #include "cpu/avx512/rows.h"
