@@ -392,6 +392,7 @@ roof: the FLOPs and fewest bytes of the shape over this machine's own measured p
 
 examples:
   dsv4 bench --op mhc_pre --op mhc_post --shape v4-flash --json results.jsonl
+  dsv4 bench --op sparse_attention --op index_topk --context 1M
   dsv4 bench --quick"""
 
 
@@ -400,7 +401,8 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shape", action="append", metavar="NAME", choices=("nano", "v4-flash", "v4-pro"),
                         help="nano, v4-flash, v4-pro; may be repeated; default v4-flash")  # fmt: skip
     parser.add_argument("--context", action="append", type=_context, metavar="N",
-                        help="tokens of the sequence, for ops that depend on it; may be repeated")  # fmt: skip
+                        help="tokens of the sequence for attention, rows at once for others; may be repeated; default: "
+                        "several, as the op needs")  # fmt: skip
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument("--quick", action="store_true", help="small shapes and few repeats, to see that it works")
     parser.add_argument("--json", metavar="FILE", help="write one JSON object a line")

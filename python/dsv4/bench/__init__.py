@@ -1,6 +1,7 @@
 """`dsv4 bench`: ops checked against float64 and timed against eager torch and the machine's own peaks.
 
-Every module beside this one that has OPS (names) and `case(op, shape, tokens, device)` is one family of ops.
+Every module beside this one that has OPS (names) is one family of ops: `cases(op, shape, context, device)` yields what
+to check and time, CONTEXTS and QUICK_CONTEXTS are the contexts it is asked for by default.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def run(
     Args:
         ops: names; None: all that have a benchmark.
         shapes: models whose sizes to take; None: v4-flash (quick: nano).
-        contexts: rows at once; None: 4096 (quick: 256).
+        contexts: tokens of the sequence for attention, rows at once for other ops; None: those of the op's family.
         device: where to run.
         quick: few repeats, to see that everything works. Its times are not worth quoting.
     Returns: the exit code: 1 where a check failed.
@@ -68,12 +69,14 @@ def run(
         for result in _peak_results(peaks, place):
             _show(result, out)
         for op in ops or known:
+            family = known[op]
             for shape in shapes or (["nano"] if quick else ["v4-flash"]):
-                for tokens in contexts or ([256] if quick else [4096]):
-                    case = known[op].case(op, shape, tokens, place)
-                    result = _measure(case, clock, peaks)
-                    failed += result["us"] is None
-                    _show(result, out)
+                for context in contexts or (family.QUICK_CONTEXTS if quick else family.CONTEXTS):
+                    for case in family.cases(op, shape, context, place):
+                        result = _measure(case, clock, peaks)
+                        failed += result["us"] is None
+                        _show(result, out)
+                        del case  # its inputs may take gigabytes, as may those of the next
     if failed:
         print(f"{failed} failed their check", file=sys.stderr)
     return 1 if failed else 0

@@ -75,11 +75,16 @@ class Clock:
         self._flush = torch.zeros(_FLUSH_BYTES // 4, dtype=torch.int32, device=device)
 
     def time(self, run: Callable[[], Any]) -> Timing:
-        """Runs at least 3 (quick) or 9 times, and for at least half a second unless quick."""
+        """Runs 3 times; unless quick, on until there are 9 runs and half a second, or the runs have taken 4 seconds."""
         run()
-        least, seconds = (3, 0.0) if self.quick else (9, 0.5)
+        least, seconds, most = (3, 0.0, 0.0) if self.quick else (9, 0.5, 4.0)
         samples: list[float] = []
-        while len(samples) < least or (sum(samples) < seconds * 1e6 and len(samples) < 200):
+
+        def wanted() -> bool:
+            taken = sum(samples) / 1e6
+            return len(samples) < 3 or (taken < most and (len(samples) < least or taken < seconds))
+
+        while wanted() and len(samples) < 200:
             samples.append(self._once(run))
         quartiles = statistics.quantiles(samples, n=4)
         return Timing(statistics.median(samples), (quartiles[2] - quartiles[0]) / 2, min(samples))

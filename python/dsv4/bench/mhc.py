@@ -7,7 +7,7 @@ weights read (and their gradients written) once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -189,13 +189,16 @@ _BACKWARD = {
     "mhc_post_backward": _Entry(ops.mhc_post, eager_post, 80, 28, 160),
 }
 
-#: Ops of this family, in the order they are shown.
+#: Ops of this family, in the order they are shown, and the rows at once unless told otherwise.
 OPS = (*_FORWARD, *_BACKWARD)
+CONTEXTS = (4096,)
+QUICK_CONTEXTS = (256,)
 
 
-def case(op: str, shape: str, tokens: int, device: torch.device) -> Case:
-    """`op` for the sizes of the model `shape`, on `tokens` rows at once."""
-    data = _Inputs(Config.preset(shape), tokens, device)
+def cases(op: str, shape: str, context: int, device: torch.device) -> Iterator[Case]:
+    """`op` for the sizes of the model `shape`, on `context` rows at once."""
+    data = _Inputs(Config.preset(shape), context, device)
     if op in _FORWARD:
-        return _forward_case(op, _FORWARD[op], shape, data)
-    return _backward_case(op, _BACKWARD[op], shape, data)
+        yield _forward_case(op, _FORWARD[op], shape, data)
+    else:
+        yield _backward_case(op, _BACKWARD[op], shape, data)

@@ -1,0 +1,113 @@
+"""index_topk on FP4 pages against product, ReLU, weighted sum and topk in eager torch on bfloat16 keys.
+
+One sequence of `context` tokens; decode: its last token, prefill: its last rows. FLOPs: 2 dim + 2 a head and visible
+key; bytes: every stored key once, and queries, weights, indices.
+
+The check holds the scores of what was chosen, in float64, against the best there are; the limit is what the same maths
+in float32 reaches, since bfloat16 scores choose other entries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from dsv4 import ops
+from dsv4.bench.measure import Case, Comparison
+from dsv4.bench.pages import key_pages, keys_of, prefill_rows, shuffled_table, spread
+from dsv4.cache import BLOCK, entries_per_page
+from dsv4.model.config import Config
+from dsv4.ops.layout import FP4_BLOCK
+
+#: Ops of this family, and the lengths of the sequence unless told otherwise.
+OPS = ("index_topk",)
+CONTEXTS = (4096, 65536, 1 << 20)
+QUICK_CONTEXTS = (1024,)
+
+_CHECKED_ROWS = 4
+# Elements of the products that eager torch holds at once.
+_EAGER_ELEMENTS = 1 << 26
+
+
+def eager_scores(query: Tensor, weights: Tensor, keys: Tensor, lengths: Tensor) -> Tensor:
+    """Scores [tokens, keys], -inf where a row does not see the key."""
+    products = (query.flatten(0, 1) @ keys.t()).relu_().unflatten(0, query.shape[:2])
+    scores = (weights.unsqueeze(1) @ products).squeeze(1)
+    if int(lengths.min()) == len(keys):
+        return scores
+    hidden = torch.arange(len(keys), device=keys.device) >= lengths.unsqueeze(1)
+    return scores.masked_fill_(hidden, float("-inf"))
+
+
+def eager_topk(query: Tensor, weights: Tensor, keys: Tensor, lengths: Tensor, k: int) -> Tensor:
+    """Entries of the highest scores, [tokens, min(k, keys)] in no order that matters."""
+    rows = max(1, _EAGER_ELEMENTS // max(query.shape[1] * len(keys), 1))
+    parts = zip(query.split(rows), weights.split(rows), lengths.split(rows), strict=True)
+    best = [eager_scores(q, w, keys, n).topk(min(k, len(keys)), sorted=False).indices for q, w, n in parts]
+    return torch.cat(best)
+
+
+def _taken(scores: Tensor, chosen: Tensor, count: Tensor) -> Tensor:
+    """The scores of the `count` best of the chosen entries of each row, falling, then 0; NaN where there are fewer."""
+    found = torch.where(chosen >= 0, scores.gather(1, chosen.clamp_min(0).long()), float("-inf"))
+    found = found.sort(1, descending=True).values
+    beyond = torch.arange(chosen.shape[1], device=chosen.device) >= count.unsqueeze(1)
+    return found.masked_fill(found.isneginf(), float("nan")).masked_fill(beyond, 0)
+
+
+def _is_selection(chosen: Tensor, count: Tensor) -> bool:
+    """Whether each row holds `count` entries in ascending order, then -1."""
+    filled = torch.arange(chosen.shape[1], device=chosen.device) < count.unsqueeze(1)
+    rising = (chosen[:, 1:] > chosen[:, :-1]) | ~filled[:, 1:]
+    return bool(rising.all()) and bool(((chosen >= 0) == filled).all())
+
+
+def _case(name: str, config: Config, context: int, rows: int, device: torch.device) -> Case:
+    torch.manual_seed(0)
+    heads, dim, ratio = config.index_n_heads, config.index_head_dim, config.csa_ratio
+    entries, page_size, blocks = context // ratio, entries_per_page(ratio), -(-context // BLOCK)
+    pages, table = key_pages(config, blocks, page_size), shuffled_table(blocks)
+    keys = keys_of(config, pages, table, entries, page_size).to(device)
+    query = ops.fp4_round_trip(torch.randn(rows, heads, dim).bfloat16()).to(device)
+    weights = (torch.randn(rows, heads) / heads).to(device)
+    lengths = ((torch.arange(context - rows, context) + 1) // ratio).int().to(device)
+    pages, table = pages.to(device), table.to(device)
+    sequence = torch.zeros(rows, dtype=torch.int32, device=device)
+    k, narrow = config.index_topk, weights.bfloat16()
+
+    def run() -> Tensor:
+        return ops.index_topk(query, weights, pages, table, sequence, lengths, k, page_size)
+
+    def compare() -> list[Comparison]:
+        index = spread(rows, _CHECKED_ROWS).to(device)
+        q, w, visible = query[index], weights[index], lengths[index]
+        scores = eager_scores(q.double(), w.double(), keys.double(), visible)
+        others = eager_topk(q.float(), w, keys.float(), visible, k)
+        count = visible.clamp_max(k)
+        best = scores.topk(others.shape[1]).indices
+        chosen = run()[index]
+        if not _is_selection(chosen, count):
+            chosen = torch.full_like(chosen, -1)
+        result, eager, exact = (_taken(scores, entry, count) for entry in (chosen[:, : best.shape[1]], others, best))
+        return [Comparison(result.float(), eager.float(), exact)]
+
+    visible = float(lengths.sum())
+    key_bytes = dim // 2 + dim // FP4_BLOCK
+    step = "decode" if rows == 1 else "prefill"
+    return Case(
+        "index_topk", f"{name} {step} context={context} rows={rows} heads={heads} dim={dim} k={k} fp4", run,
+        "eager torch bf16", lambda: eager_topk(query, narrow, keys, lengths, k), compare,
+        (2.0 * dim + 2) * heads * visible, entries * key_bytes + query.nbytes + weights.nbytes + 4.0 * rows * k,
+        "bfloat16",
+    )  # fmt: skip
+
+
+def cases(op: str, shape: str, context: int, device: torch.device) -> Iterator[Case]:
+    """`op` for the sizes of the model `shape`, in a sequence of `context` tokens: decode, then prefill."""
+    config = Config.preset(shape)
+    yield _case(shape, config, context, 1, device)
+    rows = prefill_rows(context, 2.0 * config.index_head_dim * config.index_n_heads * (context // config.csa_ratio))
+    if rows > 1:
+        yield _case(shape, config, context, rows, device)

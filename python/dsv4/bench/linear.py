@@ -1,0 +1,89 @@
+"""The linear layers on stored weights against torch's bfloat16 product with the dequantised weight.
+
+`context` counts rows: one decodes, thousands prefill. FLOPs: 2 in out a row; bytes: codes and scales of the weight,
+rows, outputs. The check is against float64 with the activations as the definition quantises them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dsv4 import ops
+from dsv4.bench.measure import Case, Comparison
+from dsv4.bench.pages import spread
+from dsv4.model.config import Config
+
+#: Ops of this family, and the rows at once unless told otherwise.
+OPS = ("fp8_linear", "grouped_linear", "fp4_linear")
+CONTEXTS = (1, 8, 64, 1024)
+QUICK_CONTEXTS = (1, 64)
+
+_CHECKED_ROWS = 8
+_MOST_ROWS = 4096
+
+
+def _matrices(op: str, config: Config) -> list[tuple[str, int, int, int]]:
+    """(name, groups, inputs, outputs a group) of the model's matrices that `op` multiplies with."""
+    wide = config.num_attention_heads * config.head_dim
+    groups = config.o_groups
+    if op == "grouped_linear":
+        return [("wo_a", groups, wide // groups, config.o_lora_rank)]
+    if op == "fp4_linear":
+        hidden, inter = config.hidden_size, config.moe_intermediate_size
+        return [("w1", 1, hidden, inter), ("w2", 1, inter, hidden)]
+    return [
+        ("wq_a", 1, config.hidden_size, config.q_lora_rank),
+        ("wq_b", 1, config.q_lora_rank, wide),
+        ("wo_b", 1, groups * config.o_lora_rank, config.hidden_size),
+    ]
+
+
+def draw_weight(kind: str, *size: int) -> tuple[Tensor, Tensor]:
+    """Codes and scales of a weight [..., out, in]: "fp8" in blocks of 128 x 128, "fp4" in rows of 32."""
+    *leading, outputs, inputs = size
+    if kind == "fp4":
+        codes = torch.randint(0, 256, (*leading, outputs, inputs // 2), dtype=torch.uint8)
+        scale = torch.randint(118, 122, (*leading, outputs, -(-inputs // 32)), dtype=torch.uint8)
+    else:
+        codes = torch.randn(*leading, outputs, inputs).to(torch.float8_e4m3fn)
+        scale = torch.randint(118, 122, (*leading, -(-outputs // 128), -(-inputs // 128)), dtype=torch.uint8)
+    return codes, scale.view(torch.float8_e8m0fnu)
+
+
+def _case(op: str, shape: str, matrix: tuple[str, int, int, int], rows: int, device: torch.device) -> Case:
+    torch.manual_seed(0)
+    name, groups, inputs, outputs = matrix
+    kind = "fp4" if op == "fp4_linear" else "fp8"
+    weight, scale = (value.to(device) for value in draw_weight(kind, groups * outputs, inputs))
+    grouped = op == "grouped_linear"
+    x = torch.randn(rows, *([groups] if grouped else []), inputs).bfloat16().to(device)
+    dense = ops.dequantize_weight(weight, scale, torch.bfloat16)
+    call = getattr(ops, op)
+
+    def product(x: Tensor, w: Tensor) -> Tensor:
+        if not grouped:
+            return F.linear(x, w)
+        return torch.bmm(x.transpose(0, 1), w.unflatten(0, (groups, outputs)).mT).transpose(0, 1)
+
+    def compare() -> list[Comparison]:
+        index = spread(rows, _CHECKED_ROWS).to(device)
+        some = x[index] if grouped else ops.fp8_round_trip(x[index])
+        exact = product(some.double(), dense.double())
+        return [Comparison(call(x, weight, scale)[index], product(some, dense), exact)]
+
+    text = f"{shape} {name} rows={rows} in={inputs} out={outputs}{f' groups={groups}' if grouped else ''} {kind}"
+    return Case(
+        op, text, lambda: call(x, weight, scale), "eager torch bf16", lambda: product(x, dense), compare,
+        2.0 * rows * groups * inputs * outputs,
+        weight.nbytes + scale.nbytes + x.nbytes + 2.0 * rows * groups * outputs, "bfloat16",
+    )  # fmt: skip
+
+
+def cases(op: str, shape: str, context: int, device: torch.device) -> Iterator[Case]:
+    """`op` for the matrices of the model `shape`, on `context` rows at once (4096 at most: prompts come in chunks)."""
+    for matrix in _matrices(op, Config.preset(shape)):
+        yield _case(op, shape, matrix, min(context, _MOST_ROWS), device)

@@ -1,0 +1,100 @@
+"""moe_experts on FP4 weights against a loop over experts with bfloat16 products in eager torch.
+
+`context` counts tokens at once. As many of the model's experts as leave room for their bfloat16 copies. FLOPs: 6
+hidden inter a token and expert; bytes: the stored weights of the experts that are touched, rows, outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dsv4 import ops
+from dsv4.bench.linear import draw_weight
+from dsv4.bench.measure import Case, Comparison
+from dsv4.bench.pages import spread
+from dsv4.model.config import Config
+
+#: Ops of this family, and the tokens at once unless told otherwise.
+OPS = ("moe_experts",)
+CONTEXTS = (1, 8, 64, 512)
+QUICK_CONTEXTS = (1, 64)
+
+_CHECKED_ROWS = 3
+_MOST_ROWS = 4096
+_COPY_BYTES = 5 << 29  # 2.5 GiB
+
+
+def eager_experts(
+    x: Tensor,
+    weights: Tensor,
+    indices: Tensor,
+    matrices: tuple[Tensor, Tensor, Tensor],
+    limit: float,
+    quantise: Callable[[Tensor], Tensor] = lambda rows: rows,
+) -> Tensor:
+    """moe_experts with plain matrices (w1, w3, w2) [experts, out, in]; `quantise` is applied to the rows first."""
+    w1, w3, w2 = matrices
+    out = torch.zeros(x.shape, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+    rows = quantise(x)
+    for expert in indices.unique().tolist():
+        token, slot = torch.where(indices == expert)
+        gate = F.linear(rows[token], w1[expert].to(x.dtype)).clamp_max(limit)
+        up = F.linear(rows[token], w3[expert].to(x.dtype)).clamp(-limit, limit)
+        hidden = (F.silu(gate) * up * weights[token, slot].unsqueeze(1)).to(x.dtype)
+        out.index_add_(0, token, F.linear(quantise(hidden), w2[expert].to(x.dtype)).to(out.dtype))
+    return out.to(x.dtype)
+
+
+def _experts(config: Config) -> int:
+    """Of the model's experts, those whose bfloat16 copies fit."""
+    expert = 2 * 3 * config.hidden_size * config.moe_intermediate_size
+    return max(min(config.n_routed_experts, _COPY_BYTES // expert), config.num_experts_per_tok)
+
+
+def _case(shape: str, config: Config, tokens: int, device: torch.device) -> Case:
+    torch.manual_seed(0)
+    hidden, inter, limit = config.hidden_size, config.moe_intermediate_size, config.swiglu_limit
+    experts, top_k = _experts(config), config.num_experts_per_tok
+    sizes = ((inter, hidden), (inter, hidden), (hidden, inter))
+    stored = [tuple(value.to(device) for value in draw_weight("fp4", experts, *size)) for size in sizes]
+    w1, w3, w2 = (_dequantized(*pair) for pair in stored)
+    dense = (w1, w3, w2)
+    x = torch.randn(tokens, hidden).bfloat16().to(device)
+    indices = torch.rand(tokens, experts).topk(top_k).indices.int().to(device)
+    weights = torch.rand(tokens, top_k).softmax(1).to(device) * config.routed_scaling_factor
+
+    def run() -> Tensor:
+        codes, scales = zip(*stored, strict=True)
+        return ops.moe_experts(x, weights, indices, *codes, *scales, swiglu_limit=limit)
+
+    def compare() -> list[Comparison]:
+        index = spread(tokens, _CHECKED_ROWS).to(device)
+        some = (x[index], weights[index], indices[index])
+        eager = eager_experts(*some, dense, limit, ops.fp8_round_trip)
+        exact = eager_experts(some[0].double(), *some[1:], dense, limit, ops.fp8_round_trip)
+        return [Comparison(run()[index], eager, exact)]
+
+    expert_bytes = sum(value.nbytes for pair in stored for value in pair) // experts
+    return Case(
+        "moe_experts", f"{shape} tokens={tokens} hidden={hidden} inter={inter} experts={experts} top_k={top_k} fp4",
+        run, "eager torch bf16", lambda: eager_experts(x, weights, indices, dense, limit), compare,
+        6.0 * hidden * inter * top_k * tokens, len(indices.unique()) * expert_bytes + 2.0 * x.nbytes, "bfloat16",
+    )  # fmt: skip
+
+
+def _dequantized(codes: Tensor, scale: Tensor) -> Tensor:
+    """bfloat16 of all experts, one after another: the way there is four times as wide."""
+    size = (*codes.shape[:2], 2 * codes.shape[2])
+    dense = torch.empty(size, dtype=torch.bfloat16, device=codes.device)
+    for expert in range(len(codes)):
+        dense[expert] = ops.dequantize_weight(codes[expert], scale[expert], torch.bfloat16)
+    return dense
+
+
+def cases(op: str, shape: str, context: int, device: torch.device) -> Iterator[Case]:
+    """`op` for the sizes of the model `shape`, on `context` tokens at once (4096 at most: prompts come in chunks)."""
+    yield _case(shape, Config.preset(shape), min(context, _MOST_ROWS), device)

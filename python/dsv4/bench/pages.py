@@ -1,0 +1,80 @@
+"""Caches to measure on: pools of pages in the order a used cache has them, and the same rows as a plain tensor."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dsv4.model.config import Config
+from dsv4.ops.layout import allocate_key_pages, allocate_pages, locate, read_keys, read_rows, write_rows
+
+_MOST_ROWS = 2048
+_MOST_FLOPS = 2**36
+_DRAWN_ROWS = 4096
+_READ_ROWS = 1 << 14
+
+
+def prefill_rows(context: int, flops: float) -> int:
+    """Rows of a prefill step that end a sequence of `context` tokens: 2048, fewer where a row of so many FLOPs would
+    let one run take seconds."""
+    rows = min(_MOST_ROWS, context)
+    while rows > 2 and rows * flops > _MOST_FLOPS:
+        rows //= 2
+    return rows
+
+
+def shuffled_table(blocks: int, first: int = 0) -> Tensor:
+    """int32 [1, blocks]: pages in random order; the blocks before `first` are not stored."""
+    table = torch.full((1, blocks), -1, dtype=torch.int32)
+    table[0, first:] = torch.randperm(blocks - first, dtype=torch.int32)
+    return table
+
+
+def row_pages(config: Config, count: int, page_size: int) -> Tensor:
+    """FP8 pages of normal rows. At most some thousands of rows are drawn and then repeated, in memory of their own."""
+    drawn = min(count, -(-_DRAWN_ROWS // page_size))
+    pages = allocate_pages(drawn, page_size, config.head_dim, config.qk_rope_head_dim, "fp8")
+    row = torch.arange(drawn * page_size)
+    rows = torch.randn(len(row), config.head_dim).bfloat16()
+    write_rows(pages, rows, row // page_size, row % page_size, page_size, config.qk_rope_head_dim)
+    return pages if drawn == count else pages[torch.randint(drawn, (count,))]
+
+
+def key_pages(config: Config, count: int, page_size: int) -> Tensor:
+    """FP4 pages of index keys: any code, scales from 1/4 to 2."""
+    dim = config.index_head_dim
+    pages = allocate_key_pages(count, page_size, dim, "fp4")
+    scales_at = page_size * dim // 2
+    pages[:, :scales_at].random_(0, 256)
+    pages[:, scales_at:].random_(125, 129)
+    return pages
+
+
+def rows_of(config: Config, pages: Tensor, table: Tensor, begin: int, end: int, page_size: int) -> Tensor:
+    """Rows `begin` to `end` of the one sequence, bfloat16 [rows, head_dim]; every value as it is stored."""
+
+    def read(page: Tensor, offset: Tensor) -> Tensor:
+        return read_rows(pages, page, offset, page_size, config.head_dim, config.qk_rope_head_dim, torch.bfloat16)
+
+    parts = [read(*at) for at in _places(table, begin, end, page_size)]
+    return torch.cat(parts) if parts else torch.empty(0, config.head_dim, dtype=torch.bfloat16)
+
+
+def keys_of(config: Config, pages: Tensor, table: Tensor, end: int, page_size: int) -> Tensor:
+    """Index keys 0 to `end` of the one sequence, bfloat16 [keys, dim]; every value as it is stored."""
+    dim = config.index_head_dim
+    parts = [read_keys(pages, *at, page_size, dim, torch.bfloat16) for at in _places(table, 0, end, page_size)]
+    return torch.cat(parts) if parts else torch.empty(0, dim, dtype=torch.bfloat16)
+
+
+def _places(table: Tensor, begin: int, end: int, page_size: int) -> list[tuple[Tensor, Tensor]]:
+    """(page, offset) of the rows, in parts that bound the memory of reading them."""
+    return [
+        locate(table, torch.zeros((), dtype=torch.int32), torch.arange(at, min(at + _READ_ROWS, end)), page_size)
+        for at in range(begin, end, _READ_ROWS)
+    ]
+
+
+def spread(tokens: int, most: int) -> Tensor:
+    """At most `most` row numbers, spread over all."""
+    return torch.linspace(0, tokens - 1, min(most, tokens)).long()
