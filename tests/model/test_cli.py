@@ -371,6 +371,9 @@ SHAPES = {
     "fp4_linear": ["w1 rows=33 in=256 out=128 fp4", "w2 rows=33 in=128 out=256 fp4"],
     **{op: ["tokens=33 hidden=256 bf16"] for op in MHC},
     "moe_experts": ["tokens=33 hidden=256 inter=128 experts=16 top_k=2 fp4"],
+    "query_norm_rope": ["rows=33 heads=8 head_dim=128 bf16"],
+    "store_window": ["rows=33 head_dim=128 fp8"],
+    "compress": ["csa rows=33 ratio=4 head_dim=128 fp8"],
 }  # fmt: skip
 
 
@@ -441,6 +444,19 @@ def test_bytes_and_flops_of_weights(run, fast_bench, tmp_path):
     ]  # fmt: skip
 
 
+def test_bytes_of_the_stores(run, fast_bench, tmp_path):
+    """An FP8 row of nano takes 192 bytes and 8 of scales; 256 bytes of rope a row."""
+    run("bench", "--op=query_norm_rope", "--op=store_window", "--op=compress", "--shape=nano", "--context=256",
+        "--json", tmp_path / "results.jsonl")  # fmt: skip
+    results = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()[3:]]
+    query, window, csa, hca = (result["mbyte"] * 1e6 for result in results)
+    assert query == pytest.approx(256 * (2 * 8 * 128 * 2 + 256))
+    assert window == pytest.approx(256 * (2 * 128 + 256 + 200))
+    # float32 values and gates and their last ratio rows as state, the bias, and an entry every ratio rows.
+    assert csa == pytest.approx(256 * 2 * 1024 + 8 * 2 * 1024 + 4 * 1024 + 64 * (256 + 200))
+    assert hca == pytest.approx(256 * 2 * 512 + 128 * 2 * 512 + 128 * 512 + 2 * (256 + 200))
+
+
 def _scaled(result):
     return (result[0] * 1.03, result[1]) if isinstance(result, tuple) else result * 1.03
 
@@ -458,11 +474,13 @@ def _descending(chosen):
     [
         ("sparse_attention", _scaled), ("fp8_linear", _scaled), ("grouped_linear", _scaled), ("fp4_linear", _scaled),
         ("moe_experts", lambda result: result * 1.1), ("index_topk", _next_entry), ("index_topk", _descending),
+        ("query_norm_rope", _scaled), ("store_window", None), ("compress", None),
     ],
 )  # fmt: skip
 def test_bench_notices_a_wrong_result(run, fast_bench, monkeypatch, op, fault):
     right = getattr(dsv4.ops, op)
-    monkeypatch.setattr(dsv4.ops, op, lambda *args, **kwargs: fault(right(*args, **kwargs)))
+    wrong = (lambda *args, **kwargs: fault(right(*args, **kwargs))) if fault else (lambda *args, **kwargs: None)
+    monkeypatch.setattr(dsv4.ops, op, wrong)
     code, out, err = run("bench", "--op", op, "--shape", "nano", "--context", 1024)
     cases = len(out.splitlines()) - 3
     assert code == 1
