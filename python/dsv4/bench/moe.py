@@ -25,7 +25,7 @@ QUICK_CONTEXTS = (1, 64)
 
 _CHECKED_ROWS = 3
 _MOST_ROWS = 4096
-_COPY_BYTES = 5 << 29  # 2.5 GiB
+_COPY_BYTES = 3 << 29  # 1.5 GiB
 
 
 def eager_experts(
