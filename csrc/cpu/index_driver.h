@@ -13,8 +13,8 @@
 //   of 64 static void offer(Selection&, const float* scores, const uint16_t* stored, int64_t count, int64_t first)
 #pragma once
 
-#include "cpu/index_keys.h"
 #include "cpu/index_selection.h"
+#include "ops/index_keys.h"
 
 namespace dsv4 {
 namespace {

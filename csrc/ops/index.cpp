@@ -1,9 +1,9 @@
 #include "ops/index.h"
 
 #include "cpu/index.h"
-#include "cpu/index_keys.h"
 #include "cuda/sm80/index.h"
 #include "ops/candidates.h"
+#include "ops/index_keys.h"
 #include "ops/validate.h"
 
 namespace dsv4 {

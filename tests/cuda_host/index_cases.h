@@ -10,8 +10,8 @@
 
 #include "buffer.h"
 #include "common/pages.h"
-#include "cpu/index_keys.h"
 #include "cuda/sm80/index.h"
+#include "ops/index_keys.h"
 
 namespace dsv4::testing {
 

@@ -8,8 +8,8 @@
 #include "common/pages.h"
 #include "common/thread_pool.h"
 #include "cpu/index.h"
-#include "cpu/index_keys.h"
 #include "native/check.h"
+#include "ops/index_keys.h"
 
 namespace dsv4::amx_model {
 int64_t index_topk_workspace_bytes(const IndexTopkParams&, const Context&);

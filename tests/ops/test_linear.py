@@ -136,7 +136,7 @@ def test_against_float64(case, dtype, scale_dtype):
 
 
 # Below and above the number of rows from which kernels expand weights into memory; tiles cut on every side.
-KERNEL_CASES = grid(name=list(LINEARS), rows=[1, 4, 8, 9, 14], sizes=[(130, 33), (1024, 40), (416, 261)])
+KERNEL_CASES = grid(name=list(LINEARS), rows=[1, 2, 4, 5, 8, 9, 14, 31], sizes=[(130, 33), (1024, 40), (416, 261)])
 
 
 @pytest.mark.parametrize("implementation", KERNELS)
@@ -294,7 +294,7 @@ def test_grouped_against_float64(case, dtype, plain):
 def test_grouped_kernels_against_float64(implementation, dtype, scale_dtype):
     weight, scale = fp8_weight(3 * 50, 300, scale_dtype=scale_dtype)
     wide = ops.dequantize_weight(weight, scale, torch.float64).view(3, 50, 300)
-    for tokens in (1, 2, 3, 8, 9, 14):
+    for tokens in (*range(1, 24), 31, 32, 33, 47):
         x = torch.randn(tokens, 3, 300).to(dtype)
         with only(implementation, "grouped_linear"):
             y = ops.grouped_linear(x, weight, scale)

@@ -7,7 +7,7 @@
 #include <type_traits>
 
 #include "cpu/avx512/lanes.h"
-#include "cpu/index_keys.h"
+#include "ops/index_keys.h"
 
 namespace dsv4::avx512 {
 namespace {

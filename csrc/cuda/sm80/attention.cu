@@ -17,6 +17,23 @@ namespace {
 
 constexpr int kCombineThreads = 32 * kGroupWarps;
 
+// What a split knows of its heads, for `combine`.
+DSV4_DEVICE void store_partial(const AttentionArguments& a, int64_t row, int64_t split, int64_t group, WarpPart& warp) {
+  const int weighed = warp.weighed_head();
+  float* partial = partial_of(a, row, split, group);
+  if (warp.lane % 8 == 0) {
+    partial[weighed] = warp.most;
+    partial[kGroupHeads + weighed] = warp.total;
+  }
+  DSV4_UNROLL
+  for (int i = 0; i < 2 * kSteps; ++i) {
+    if (i >= 2 * warp.steps) break;
+    ptx::store_global_16(partial_sum(a, partial, warp, i),
+                         Words4{{bits_from_float(warp.sum[i][0]), bits_from_float(warp.sum[i][1]),
+                                 bits_from_float(warp.sum[i][2]), bits_from_float(warp.sum[i][3])}});
+  }
+}
+
 // Grid: x over rows, their splits, and runs of kGroups head groups, the last fastest.
 template <int kGroups>
 DSV4_DEVICE void attend(const AttentionArguments& a) {
@@ -80,18 +97,7 @@ DSV4_DEVICE void attend(const AttentionArguments& a) {
   if (keys_of_row.splits() > 1) {
     const int64_t group = block % runs * kGroups + warp.group;
     if (group >= a.groups) return;
-    float* partial = partial_of(a, row, split, group);
-    if (warp.lane % 8 == 0) {
-      partial[weighed] = warp.most;
-      partial[kGroupHeads + weighed] = warp.total;
-    }
-    DSV4_UNROLL
-    for (int i = 0; i < 2 * kSteps; ++i) {
-      if (i >= 2 * warp.steps) break;
-      ptx::store_global_16(partial_sum(a, partial, warp, i),
-                           Words4{{bits_from_float(warp.sum[i][0]), bits_from_float(warp.sum[i][1]),
-                                   bits_from_float(warp.sum[i][2]), bits_from_float(warp.sum[i][3])}});
-    }
+    store_partial(a, row, split, group, warp);
     return;
   }
   const HeadEnd ends(warp.most, warp.total, sink_of(a, warp.first_head + weighed));

@@ -4,9 +4,9 @@
 #pragma once
 
 #include "common/pages.h"
-#include "cpu/index_keys.h"
 #include "cuda/common/ptx.h"
 #include "ops/index.h"
+#include "ops/index_keys.h"
 
 namespace dsv4::sm80 {
 
