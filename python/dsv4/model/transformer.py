@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -89,19 +90,15 @@ class Transformer(nn.Module):
             ValueError: ids not integer [batch, seq] or out of range; batch or num_tokens not fitting; past max_seq_len.
         """
         ids, counts = self._check_ids(input_ids, cache, num_tokens)
-        batch, length = ids.shape
         if cache is None:
-            used = torch.tensor(counts, device=ids.device)[:, None] > torch.arange(length, device=ids.device)
             flat = self._layers(self._whole_sequences(ids), None)  # padding stands to the right, where nothing sees it
-            return self._logits(flat.unflatten(0, (batch, length)), used, logits_to_keep)
+            if any(count < ids.shape[1] for count in counts):
+                flat = flat[_used(counts, ids).flatten()]
+            return self._logits(flat, counts, ids, logits_to_keep)
         for step in cache.pending():
             self._run(cache, step)
         step = cache.begin([row[:count] for row, count in zip(ids, counts, strict=True)])
-        flat = self._run(cache, step)
-        used = torch.tensor(counts, device=ids.device)[:, None] > torch.arange(length, device=ids.device)
-        streams = flat.new_zeros(batch, length, STREAMS, flat.shape[-1])
-        streams[used] = flat
-        return self._logits(streams, used, logits_to_keep)
+        return self._logits(self._run(cache, step), counts, ids, logits_to_keep)
 
     def _run(self, cache: KVCache, step: Step) -> Tensor:
         rows = Rows(
@@ -113,7 +110,9 @@ class Transformer(nn.Module):
             step.write_table,
             step.token_ids,
         )
-        streams = self._layers(rows, cache)
+        # Where nothing is differentiated, the dispatcher need not ask every op for its gradient.
+        with torch.inference_mode() if not torch.is_grad_enabled() else contextlib.nullcontext():
+            streams = self._layers(rows, cache)
         cache.commit(step)
         return streams
 
@@ -127,15 +126,18 @@ class Transformer(nn.Module):
     def _embed(self, token_ids: Tensor) -> Tensor:
         return self.embed(token_ids).to(self.dtype)
 
-    def _logits(self, streams: Tensor, used: Tensor, keep: int) -> Tensor:
-        """streams [batch, length, 4, hidden] -> [batch, kept, vocab]; 0 where `used` is False."""
-        if keep:
-            streams, used = streams[:, -keep:], used[:, -keep:]
-        logits = self.head(self.norm(self._collapse(self, streams[used])))
-        if bool(used.all()):
-            return logits.unflatten(0, used.shape)
-        out = logits.new_zeros(*used.shape, logits.shape[-1])
-        out[used] = logits
+    def _logits(self, flat: Tensor, counts: list[int], ids: Tensor, keep: int) -> Tensor:
+        """flat [sum(counts), 4, hidden] -> [batch, keep or length, vocab]; 0 where a sequence has no token."""
+        keep = min(keep, ids.shape[1]) or ids.shape[1]
+        if all(count == ids.shape[1] for count in counts):
+            streams = flat.unflatten(0, ids.shape)[:, -keep:]
+            return self.head(self.norm(self._collapse(self, streams.flatten(0, 1)))).unflatten(0, streams.shape[:2])
+        used = _used(counts, ids)
+        kept = used.clone()
+        kept[:, :-keep] = False
+        logits = self.head(self.norm(self._collapse(self, flat[kept[used]])))
+        out = logits.new_zeros(ids.shape[0], keep, logits.shape[-1])
+        out[used[:, -keep:]] = logits
         return out
 
     def _collapse(self, module: nn.Module, streams: Tensor) -> Tensor:
@@ -193,6 +195,11 @@ class Transformer(nn.Module):
         if len(counts) != ids.shape[0] or any(not 0 <= n <= ids.shape[1] for n in counts):
             raise ValueError(f"num_tokens must be {ids.shape[0]} counts of 0 to {ids.shape[1]}, got {counts}")
         return ids, counts
+
+
+def _used(counts: list[int], ids: Tensor) -> Tensor:
+    """bool [batch, length]: where the first counts[b] columns of row b are."""
+    return torch.tensor(counts, device=ids.device)[:, None] > torch.arange(ids.shape[1], device=ids.device)
 
 
 class Embedding(nn.Module):

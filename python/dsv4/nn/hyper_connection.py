@@ -90,7 +90,7 @@ def add_mixing_parameters(
 def mixing_weights(module: nn.Module, site: str, streams: torch.dtype) -> MixingWeights:
     """The parameters of a site in the precision that mixing computes in."""
     wide = torch.promote_types(streams, torch.float32)
-    return MixingWeights(*(module.get_parameter(f"{site}_{name}").to(wide) for name in MixingWeights._fields))
+    return MixingWeights(*(getattr(module, f"{site}_{name}").to(wide) for name in MixingWeights._fields))
 
 
 class HyperConnection(nn.Module):

@@ -146,13 +146,12 @@ class MixtureOfExperts(nn.Module):
         """x [..., hidden] (token_ids [...] for hash routing) -> the shape of x."""
         flat = x.reshape(-1, x.shape[-1])
         weights, indices = self.gate(flat, None if token_ids is None else token_ids.reshape(-1))
-        experts = dict(self.experts.named_parameters())
         out = ops.moe_experts(
             flat,
             weights,
             indices,
-            *(experts[name] for name in _MATRICES),
-            *(experts.get(name + "_scale") for name in _MATRICES),
+            *(getattr(self.experts, name) for name in _MATRICES),
+            *(getattr(self.experts, name + "_scale", None) for name in _MATRICES),
             shared=self.shared_experts.tensors() if self.shared_experts is not None else (),
             swiglu_limit=self.swiglu_limit or 0.0,
         )

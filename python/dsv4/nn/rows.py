@@ -58,6 +58,7 @@ class Rows:
     write_table: Tensor
     token_ids: Tensor | None = None
     _ropes: dict[tuple[bool, int], Tensor] = field(default_factory=dict)
+    _visible: dict[int, Tensor] = field(default_factory=dict)
 
     @classmethod
     def whole_sequences(
@@ -92,4 +93,6 @@ class Rows:
 
     def visible_entries(self, ratio: int) -> Tensor:
         """int32 [tokens]: how many compressed entries each row may attend to, (position + 1) // ratio."""
-        return torch.div(self.position + 1, ratio, rounding_mode="floor").to(torch.int32)
+        if ratio not in self._visible:
+            self._visible[ratio] = torch.div(self.position + 1, ratio, rounding_mode="floor").to(torch.int32)
+        return self._visible[ratio]
