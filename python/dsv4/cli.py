@@ -393,7 +393,11 @@ roof: the FLOPs and fewest bytes of the shape over this machine's own measured p
 examples:
   dsv4 bench --op mhc_pre --op mhc_post --shape v4-flash --json results.jsonl
   dsv4 bench --op sparse_attention --op index_topk --context 1M
-  dsv4 bench --quick"""
+  dsv4 bench --quick
+  dsv4 bench --million --resume run --json million.jsonl
+
+--million: 1,048,576 tokens (the standard library's sources, a token a byte) through the first four layers of nano, then
+64 decoded ones. With --resume FOLDER it saves its cache there every half minute and continues from what it finds."""
 
 
 def _add_bench(parser: argparse.ArgumentParser) -> None:
@@ -405,12 +409,19 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
                         "several, as the op needs")  # fmt: skip
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument("--quick", action="store_true", help="small shapes and few repeats, to see that it works")
+    parser.add_argument("--million", action="store_true", help="prefill a million tokens in one process, and decode")
+    parser.add_argument("--tokens", type=_context, metavar="N", help="with --million: so many tokens; default 1M")
+    parser.add_argument("--resume", metavar="FOLDER", help="with --million: save there, continue from what is there")
     parser.add_argument("--json", metavar="FILE", help="write one JSON object a line")
 
 
 def _bench(options: argparse.Namespace) -> int:
     from dsv4 import bench
 
+    if options.million:
+        return _bench_million(options)
+    if options.tokens is not None or options.resume is not None:
+        raise ValueError("--tokens and --resume belong to --million")
     return bench.run(
         ops=options.op,
         shapes=options.shape,
@@ -419,6 +430,14 @@ def _bench(options: argparse.Namespace) -> int:
         quick=options.quick,
         json_file=options.json,
     )
+
+
+def _bench_million(options: argparse.Namespace) -> int:
+    from dsv4.bench import million
+
+    if options.op or options.shape or options.context or options.quick or options.device != "cpu":
+        raise ValueError("--million takes --tokens, --resume and --json, and no other option")
+    return million.run(options.tokens or million.TOKENS, options.resume, options.json)
 
 
 def _demo(options: argparse.Namespace) -> None:

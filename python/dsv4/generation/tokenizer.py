@@ -48,6 +48,16 @@ class Tokenizer:
         """The number of one token, given as it is written in the vocabulary."""
         return self._tokenizer.token_to_id(text)
 
+    def byte_tokens(self) -> list[int]:
+        """The token of each of the 256 bytes.
+
+        Raises: ValueError where the vocabulary lacks one.
+        """
+        found = {byte: self.token(character) for character, byte in _BYTES.items()}
+        if None in found.values():
+            raise ValueError("the vocabulary has no token for every byte")
+        return [token for _, token in sorted(found.items()) if token is not None]
+
     def stream(self) -> TextStream:
         """Decodes tokens as they come."""
         return TextStream(self._tokenizer, self._byte_level)
