@@ -17,6 +17,28 @@ namespace {
 
 inline constexpr int64_t kLinearPanel = 32;  // weight rows
 
+// Products below which one thread is done before a second one has woken.
+inline constexpr int64_t kAloneProducts = 1 << 19;
+inline constexpr int64_t kAlonePrepared = 1 << 15;  // activations, alike
+
+// body(slot, next) on each of `slots` threads; next() gives the items 0 to items - 1, each once, then -1.
+template <class Body>
+void linear_spread(const Context& context, int64_t slots, int64_t items, int64_t products, const Body& body) {
+  if (items == 0) return;
+  int64_t taken = 0;
+  if (slots <= 1 || products <= kAloneProducts) {
+    return body(0, [&] { return taken < items ? taken++ : -1; });
+  }
+  parallel(context, slots, [&](int64_t begin, int64_t end) {
+    for (int64_t slot = begin; slot < end; ++slot) {
+      body(slot, [&] {
+        const int64_t item = __atomic_fetch_add(&taken, 1, __ATOMIC_RELAXED);
+        return item < items ? item : -1;
+      });
+    }
+  });
+}
+
 template <class Kernel>
 class LinearCall {
  public:
@@ -35,22 +57,23 @@ class LinearCall {
 
   Status run() const {
     if (tokens_ == 0 || outputs_ == 0) return Status::ok();
-    parallel(context_, tokens_ * groups_, [&](int64_t begin, int64_t end) {
+    const auto prepare = [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) Kernel::prepare(p_, i % tokens_, i / tokens_, row(i));
-    });
-    int64_t next = 0;
-    parallel(context_, slots_, [&](int64_t begin, int64_t end) {
-      for (int64_t slot = begin; slot < end; ++slot) {
-        Kernel kernel(p_, row(tokens_ * groups_) + slot * slot_bytes_);
-        for (;;) {
-          const int64_t item = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
-          if (item >= groups_ * panels_) break;
-          const int64_t group = item / panels_, first = item % panels_ * kLinearPanel;
-          kernel.run(row(group * tokens_), group, first,
-                     first + kLinearPanel < outputs_ ? first + kLinearPanel : outputs_);
-        }
+    };
+    if (tokens_ * groups_ * p_.x.size(2) <= kAlonePrepared) {
+      prepare(0, tokens_ * groups_);
+    } else {
+      parallel(context_, tokens_ * groups_, prepare);
+    }
+    const auto work = [&](int64_t slot, const auto& next) {
+      Kernel kernel(p_, row(tokens_ * groups_) + slot * slot_bytes_);
+      for (int64_t item = next(); item >= 0; item = next()) {
+        const int64_t group = item / panels_, first = item % panels_ * kLinearPanel;
+        kernel.run(row(group * tokens_), group, first,
+                   first + kLinearPanel < outputs_ ? first + kLinearPanel : outputs_);
       }
-    });
+    };
+    linear_spread(context_, slots_, groups_ * panels_, tokens_ * p_.weight.size(0) * p_.x.size(2), work);
     return Status::ok();
   }
 
@@ -70,6 +93,56 @@ int64_t linear_workspace_bytes(const LinearParams& p, const Context& context) {
 template <class Kernel>
 Status run_linear(const LinearParams& p, const Context& context) {
   return LinearCall<Kernel>(p, context).run();
+}
+
+// dense_linear: pieces of kDenseOutputs weight rows with kDenseRows rows of activations go to the threads. A kernel is
+// a class with
+//   static int64_t memory(const DenseLinearParams&)    scratch memory of one, bytes
+//   Kernel(const DenseLinearParams&, uint8_t* memory)
+//   void run(int64_t row, int64_t rows, int64_t output, int64_t outputs)
+inline constexpr int64_t kDenseOutputs = 32;
+inline constexpr int64_t kDenseRows = 64;
+
+template <class Kernel>
+class DenseCall {
+ public:
+  DenseCall(const DenseLinearParams& p, const Context& context)
+      : p_(p),
+        context_(context),
+        chunks_((p.x.size(0) + kDenseRows - 1) / kDenseRows),
+        panels_((p.weight.size(0) + kDenseOutputs - 1) / kDenseOutputs),
+        slot_bytes_(round_up(Kernel::memory(p), 64)),
+        slots_(chunks_ * panels_ < context.threads ? chunks_ * panels_ : context.threads) {}
+
+  int64_t bytes() const { return slots_ * slot_bytes_; }
+
+  Status run() const {
+    linear_spread(context_, slots_, chunks_ * panels_, p_.x.size(0) * p_.weight.size(0) * p_.x.size(1),
+                  [&](int64_t slot, const auto& next) {
+                    Kernel kernel(p_, static_cast<uint8_t*>(p_.workspace.data) + slot * slot_bytes_);
+                    for (int64_t item = next(); item >= 0; item = next()) {
+                      const int64_t row = item % chunks_ * kDenseRows, output = item / chunks_ * kDenseOutputs;
+                      const int64_t rows = p_.x.size(0) - row, outputs = p_.weight.size(0) - output;
+                      kernel.run(row, rows < kDenseRows ? rows : kDenseRows, output,
+                                 outputs < kDenseOutputs ? outputs : kDenseOutputs);
+                    }
+                  });
+    return Status::ok();
+  }
+
+ private:
+  const DenseLinearParams& p_;
+  const Context& context_;
+  int64_t chunks_, panels_, slot_bytes_, slots_;
+};
+
+template <class Kernel>
+int64_t dense_workspace_bytes(const DenseLinearParams& p, const Context& context) {
+  return DenseCall<Kernel>(p, context).bytes();
+}
+template <class Kernel>
+Status run_dense(const DenseLinearParams& p, const Context& context) {
+  return DenseCall<Kernel>(p, context).run();
 }
 
 }  // namespace

@@ -19,9 +19,14 @@ constexpr Candidate<LinearParams> kGroupedLinear[] = {
     {"avx512", Isa::kAvx512, DSV4_AVX512(avx512::grouped_linear)},
     {"scalar", Isa::kScalar, DSV4_SCALAR(scalar::grouped_linear)},
 };
+constexpr Candidate<DenseLinearParams> kDenseLinear[] = {
+    {"avx512", Isa::kAvx512, DSV4_AVX512(avx512::dense_linear)},
+    {"scalar", Isa::kScalar, DSV4_SCALAR(scalar::dense_linear)},
+};
 const Op fp8_linear_op("fp8_linear", kFp8Linear);
 const Op fp4_linear_op("fp4_linear", kFp4Linear);
 const Op grouped_linear_op("grouped_linear", kGroupedLinear);
+const Op dense_linear_op("dense_linear", kDenseLinear);
 
 enum class Form { kFp8, kFp4, kGrouped };
 
@@ -42,18 +47,27 @@ void validate_arguments(Validator& v, const LinearParams& p, Form form) {
   v.view("scale", p.scale, p.scale.dtype, {fp4 ? rows : ceil_div(rows, 128), ceil_div(inputs, fp4 ? 32 : 128)});
 }
 
-using WorkspaceBytes = int64_t (*)(const LinearParams&, const Context&);
+template <class Params>
+using BytesOf = int64_t (*)(const Params&, const Context&);
+using WorkspaceBytes = BytesOf<LinearParams>;
 
-int64_t workspace_bytes(const LinearParams& p, const Context& context, const char* op, Form form,
-                        [[maybe_unused]] WorkspaceBytes scalar, [[maybe_unused]] WorkspaceBytes avx512) {
+// The most that a kernel which this context admits asks for.
+template <class Params>
+int64_t most_bytes(const Params& p, const Context& context, BytesOf<Params> scalar, BytesOf<Params> avx512) {
+  if (context.device != Device::kCpu) return 0;
+  int64_t bytes = scalar != nullptr ? scalar(p, context) : 0;
+  if (avx512 != nullptr && context.best >= Isa::kAvx512) {
+    const int64_t needed = avx512(p, context);
+    bytes = needed > bytes ? needed : bytes;
+  }
+  return bytes;
+}
+
+int64_t workspace_bytes(const LinearParams& p, const Context& context, const char* op, Form form, WorkspaceBytes scalar,
+                        WorkspaceBytes avx512) {
   Validator v(op);
   validate_arguments(v, p, form);
-  if (!v.status().is_ok() || context.device != Device::kCpu) return 0;
-  int64_t bytes = 0;
-  [[maybe_unused]] const auto at_least = [&](int64_t needed) { bytes = needed > bytes ? needed : bytes; };
-  if (scalar != nullptr) at_least(scalar(p, context));
-  if (avx512 != nullptr && context.best >= Isa::kAvx512) at_least(avx512(p, context));
-  return bytes;
+  return v.status().is_ok() ? most_bytes(p, context, scalar, avx512) : 0;
 }
 
 Status validate(const LinearParams& p, const Context& context, const char* op, Form form, WorkspaceBytes bytes) {
@@ -66,8 +80,32 @@ Status validate(const LinearParams& p, const Context& context, const char* op, F
   return v.status();
 }
 
+void validate_dense_arguments(Validator& v, const DenseLinearParams& p) {
+  v.floating("x", p.x.dtype);
+  v.floating("weight", p.weight.dtype);
+  v.view("x", p.x, p.x.dtype, {Validator::kAny, Validator::kAny});
+  v.view("weight", p.weight, p.weight.dtype, {Validator::kAny, p.x.size(1)});
+}
+
+Status validate_dense(const DenseLinearParams& p, const Context& context) {
+  Validator v("dense_linear");
+  validate_dense_arguments(v, p);
+  if (!v.status().is_ok()) return v.status();
+  v.floating("out", p.out.dtype);
+  v.view("out", p.out, p.out.dtype, {p.x.size(0), p.weight.size(0)});
+  if (v.status().is_ok()) v.workspace(p.workspace.data, p.workspace.bytes, dense_linear_workspace_bytes(p, context));
+  return v.status();
+}
+
 }  // namespace
 
+int64_t dense_linear_workspace_bytes(const DenseLinearParams& p, const Context& c) {
+  Validator v("dense_linear");
+  validate_dense_arguments(v, p);
+  if (!v.status().is_ok()) return 0;
+  return most_bytes<DenseLinearParams>(p, c, DSV4_SCALAR(scalar::dense_linear_workspace_bytes),
+                                       DSV4_AVX512(avx512::dense_linear_workspace_bytes));
+}
 int64_t fp8_linear_workspace_bytes(const LinearParams& p, const Context& c) {
   return workspace_bytes(p, c, "fp8_linear", Form::kFp8, DSV4_SCALAR(scalar::fp8_linear_workspace_bytes),
                          DSV4_AVX512(avx512::fp8_linear_workspace_bytes));
@@ -89,6 +127,9 @@ Status fp4_linear(const LinearParams& p, const Context& c) {
 }
 Status grouped_linear(const LinearParams& p, const Context& c) {
   return grouped_linear_op.run(validate(p, c, "grouped_linear", Form::kGrouped, grouped_linear_workspace_bytes), p, c);
+}
+Status dense_linear(const DenseLinearParams& p, const Context& c) {
+  return dense_linear_op.run(validate_dense(p, c), p, c);
 }
 
 }  // namespace dsv4

@@ -1,5 +1,5 @@
-// Linear layers on quantised weights, as the checkpoint stores them. T rows, G groups (1 but for grouped_linear), K
-// inputs, N outputs a group. The last axis of every tensor is contiguous.
+// Linear layers, on quantised weights as the checkpoint stores them and on plain ones. T rows, G groups (1 but for
+// grouped_linear), K inputs, N outputs a group. The last axis of every tensor is contiguous.
 #pragma once
 
 #include "common/context.h"
@@ -30,5 +30,16 @@ int64_t grouped_linear_workspace_bytes(const LinearParams&, const Context&);
 Status fp8_linear(const LinearParams&, const Context&);
 Status fp4_linear(const LinearParams&, const Context&);
 Status grouped_linear(const LinearParams&, const Context&);
+
+// out[t] = x[t] W^T with plain operands as they are: products in float32, added in an order that depends on K alone;
+// the sum is rounded once.
+struct DenseLinearParams {
+  AnyView<2> x;       // bfloat16 or float32 [T, K]
+  AnyView<2> weight;  // bfloat16 or float32 [N, K]
+  AnyView<2> out;     // bfloat16 or float32 [T, N]
+  Workspace workspace;
+};
+int64_t dense_linear_workspace_bytes(const DenseLinearParams&, const Context&);
+Status dense_linear(const DenseLinearParams&, const Context&);
 
 }  // namespace dsv4

@@ -34,24 +34,61 @@ void launch(const Check& check, LinearParams& params, const Tensor& weight, cons
   check.run(run, params, on);
 }
 
+// Checked activations whose rows `rows_view` can address.
+Tensor dense_rows(const Tensor& x) {
+  const int axes = static_cast<int>(x.dim());
+  return dense(x, axes > 2 ? axes : 1);
+}
+
+// [..., n] as [rows, n], without a reshape: calls into torch cost more than a small product.
+template <bool kMutable = false>
+AnyView<2> rows_view(const Tensor& tensor) {
+  const auto sizes = tensor.sizes();
+  const int64_t axes = tensor.dim(), last = sizes[axes - 1];
+  AnyView<2> rows;
+  rows.data = kMutable ? tensor.mutable_data_ptr() : const_cast<void*>(tensor.const_data_ptr());
+  rows.dtype = dtype_of(tensor);
+  rows.shape[0] = 1;
+  for (int64_t axis = 0; axis + 1 < axes; ++axis) rows.shape[0] *= sizes[axis];
+  rows.shape[1] = last;
+  rows.stride[0] = axes == 2 ? tensor.strides()[0] : last;
+  rows.stride[1] = tensor.strides()[axes - 1];
+  return rows;
+}
+
+// One group of rows.
+AnyView<3> with_group(const AnyView<2>& rows) {
+  AnyView<3> view;
+  view.data = rows.data;
+  view.dtype = rows.dtype;
+  view.shape[0] = rows.shape[0];
+  view.shape[1] = 1;
+  view.shape[2] = rows.shape[1];
+  view.stride[0] = view.stride[1] = rows.stride[0];
+  view.stride[2] = rows.stride[1];
+  return view;
+}
+
+// What x [..., in] becomes: [..., outputs].
+Tensor output(const Check& check, const Tensor& x, int64_t outputs, std::optional<ScalarType> out_dtype) {
+  const auto shape = x.sizes();
+  std::vector<int64_t> sizes(shape.begin(), shape.end());
+  sizes.back() = outputs;
+  const ScalarType dtype = out_dtype.value_or(x.scalar_type());
+  check.require(dtype == ScalarType::BFloat16 || dtype == ScalarType::Float,
+                "out_dtype must be bfloat16, float32 or float64");
+  return torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(sizes.data(), sizes.size()), dtype, std::nullopt,
+                              x.device());
+}
+
 // `outputs` rows of checked weights.
 Tensor linear(Check& check, const Tensor& x_, const Tensor& weight_, const Tensor& scale_, int64_t outputs,
               std::optional<ScalarType> out_dtype, Run run, WorkspaceBytes workspace_bytes) {
-  const auto shape = x_.sizes();
-  std::vector<int64_t> sizes(shape.begin(), shape.end());
-  const int64_t inputs = sizes.back();
-  const ScalarType dtype = out_dtype.value_or(x_.scalar_type());
-  check.require(dtype == ScalarType::BFloat16 || dtype == ScalarType::Float,
-                "out_dtype must be bfloat16, float32 or float64");
-  int64_t rows = 1;
-  for (size_t axis = 0; axis + 1 < sizes.size(); ++axis) rows *= sizes[axis];
-  sizes.back() = outputs;
-  const Tensor x = dense(torch::stable::reshape(x_, {rows, 1, inputs})), weight = dense(weight_), scale = dense(scale_);
-  Tensor out = torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(sizes.data(), sizes.size()), dtype,
-                                    std::nullopt, x.device());
+  Tensor out = output(check, x_, outputs, out_dtype);
+  const Tensor x = dense_rows(x_), weight = dense(weight_), scale = dense(scale_);
   LinearParams params{};
-  params.x = view(x);
-  params.out = mutable_view(torch::stable::view(out, {rows, 1, outputs}));
+  params.x = with_group(rows_view(x));
+  params.out = with_group(rows_view<true>(out));
   launch(check, params, weight, scale, x, run, workspace_bytes);
   return out;
 }
@@ -96,9 +133,28 @@ Tensor grouped_linear(const Tensor& x_, const Tensor& weight_, const std::option
   return out;
 }
 
+Tensor dense_linear(const Tensor& x_, const Tensor& weight_, std::optional<ScalarType> out_dtype) {
+  Check check("dense_linear");
+  const auto sizes = check.rows("x", x_, "in", {ScalarType::BFloat16, ScalarType::Float}, kFloats);
+  const int64_t inputs = sizes.back();
+  const int64_t outputs =
+      check.tensor("weight", weight_, {kAny, inputs}, {ScalarType::BFloat16, ScalarType::Float}, {kFloats, {"out"}})[0];
+  Tensor out = output(check, x_, outputs, out_dtype);
+  const Tensor x = dense_rows(x_), weight = dense(weight_);
+  DenseLinearParams params{};
+  params.x = rows_view(x);
+  params.weight = view(weight);
+  params.out = rows_view<true>(out);
+  const Scratch scratch(dsv4::dense_linear_workspace_bytes(params, check.context(x)), x);
+  params.workspace = scratch;
+  check.run(dsv4::dense_linear, params, x);
+  return out;
+}
+
 DSV4_OP("fp8_linear(Tensor x, Tensor weight, Tensor scale, ScalarType? out_dtype=None) -> Tensor", fp8_linear)
 DSV4_OP("fp4_linear(Tensor x, Tensor weight, Tensor scale, ScalarType? out_dtype=None) -> Tensor", fp4_linear)
 DSV4_OP("grouped_linear(Tensor x, Tensor weight, Tensor? scale=None) -> Tensor", grouped_linear)
+DSV4_OP("dense_linear(Tensor x, Tensor weight, ScalarType? out_dtype=None) -> Tensor", dense_linear)
 
 #endif
 

@@ -5,6 +5,7 @@
 // rows of bfloat16, which add up to them exactly.
 #include "cpu/linear.h"
 
+#include "cpu/avx512/dense_rows.h"
 #include "cpu/avx512/weight_rows.h"
 #include "cpu/linear_driver.h"
 
@@ -230,5 +231,10 @@ int64_t grouped_linear_workspace_bytes(const LinearParams& p, const Context& c) 
 Status fp8_linear(const LinearParams& p, const Context& c) { return run_linear<Fp8>(p, c); }
 Status fp4_linear(const LinearParams& p, const Context& c) { return run_linear<Fp4>(p, c); }
 Status grouped_linear(const LinearParams& p, const Context& c) { return run_linear<Grouped>(p, c); }
+
+int64_t dense_linear_workspace_bytes(const DenseLinearParams& p, const Context& c) {
+  return dense_workspace_bytes<DenseKernel>(p, c);
+}
+Status dense_linear(const DenseLinearParams& p, const Context& c) { return run_dense<DenseKernel>(p, c); }
 
 }  // namespace dsv4::avx512

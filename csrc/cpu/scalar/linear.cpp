@@ -53,13 +53,14 @@ void prepare_row(const X* x, int64_t inputs, float* to) {
   }
 }
 
-float block_sum(const float* x, const float* w, int64_t count) {
+template <class X, class W>
+float block_sum(const X* x, const W* w, int64_t count) {
   float sums[kLanes] = {};
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) {
-    for (int64_t lane = 0; lane < kLanes; ++lane) sums[lane] += x[i + lane] * w[i + lane];
+    for (int64_t lane = 0; lane < kLanes; ++lane) sums[lane] += to_float(x[i + lane]) * to_float(w[i + lane]);
   }
-  for (int64_t lane = 0; i + lane < count; ++lane) sums[lane] += x[i + lane] * w[i + lane];
+  for (int64_t lane = 0; i + lane < count; ++lane) sums[lane] += to_float(x[i + lane]) * to_float(w[i + lane]);
   for (int64_t half = kLanes / 2; half > 0; half /= 2) {
     for (int64_t lane = 0; lane < half; ++lane) sums[lane] += sums[lane + half];
   }
@@ -137,6 +138,41 @@ class Kernel {
   float table_[256];
 };
 
+// One sum of 16 lanes over all inputs.
+class DenseKernel {
+ public:
+  static int64_t memory(const DenseLinearParams&) { return 0; }
+  DenseKernel(const DenseLinearParams& p, uint8_t*) : p_(p) {}
+
+  void run(int64_t row, int64_t rows, int64_t output, int64_t outputs) const {
+    const bool narrow = p_.weight.dtype == DType::kBFloat16;
+    for (int64_t n = output; n < output + outputs; ++n) {
+      if (narrow) {
+        products(row, rows, n, p_.weight.as<const bf16>().at(n));
+      } else {
+        products(row, rows, n, p_.weight.as<const float>().at(n));
+      }
+    }
+  }
+
+ private:
+  template <class W>
+  void products(int64_t row, int64_t rows, int64_t n, const W* w) const {
+    const int64_t inputs = p_.x.size(1);
+    for (int64_t t = row; t < row + rows; ++t) {
+      const float sum = p_.x.dtype == DType::kBFloat16 ? block_sum(p_.x.as<const bf16>().at(t), w, inputs)
+                                                       : block_sum(p_.x.as<const float>().at(t), w, inputs);
+      if (p_.out.dtype == DType::kBFloat16) {
+        *p_.out.as<bf16>().at(t, n) = bf16_from_float(sum);
+      } else {
+        *p_.out.as<float>().at(t, n) = sum;
+      }
+    }
+  }
+
+  const DenseLinearParams& p_;
+};
+
 using Fp8 = Kernel<false, true>;
 using Fp4 = Kernel<true, true>;
 using Grouped = Kernel<false, false>;
@@ -155,5 +191,10 @@ int64_t grouped_linear_workspace_bytes(const LinearParams& p, const Context& c) 
 Status fp8_linear(const LinearParams& p, const Context& c) { return run_linear<Fp8>(p, c); }
 Status fp4_linear(const LinearParams& p, const Context& c) { return run_linear<Fp4>(p, c); }
 Status grouped_linear(const LinearParams& p, const Context& c) { return run_linear<Grouped>(p, c); }
+
+int64_t dense_linear_workspace_bytes(const DenseLinearParams& p, const Context& c) {
+  return dense_workspace_bytes<DenseKernel>(p, c);
+}
+Status dense_linear(const DenseLinearParams& p, const Context& c) { return run_dense<DenseKernel>(p, c); }
 
 }  // namespace dsv4::scalar

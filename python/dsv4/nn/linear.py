@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsv4 import ops
-from dsv4.ops._exact import exact_matmul
 
 FP8_BLOCK = 128
 
@@ -49,7 +48,7 @@ class Linear(nn.Module):
         in_features, out_features: widths.
         dtype: of the weight.
         wide: products of float32 operands, float32 result (compressor, index weights, logits); float64 stays float64.
-        exact: accumulate in float64 and round once, so that a row's result does not depend on the rows beside it.
+        exact: through `ops.dense_linear`, so that a row's result does not depend on the rows beside it.
     """
 
     def __init__(
@@ -71,7 +70,7 @@ class Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         dtype = torch.promote_types(x.dtype, torch.float32) if self.wide else x.dtype
         if self.exact:
-            return exact_matmul(x, self.weight.t(), dtype)
+            return ops.dense_linear(x, self.weight, dtype)
         return F.linear(x.to(dtype), self.weight.to(dtype))
 
 

@@ -1,4 +1,4 @@
-"""Linear layers on quantised weights."""
+"""Linear layers, on quantised weights and on plain ones."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ from dsv4.ops.quantize import (
 )
 
 __all__ = [
+    "dense_linear",
+    "dense_linear_reference",
     "fp4_linear",
     "fp4_linear_reference",
     "fp8_linear",
@@ -136,6 +138,36 @@ def _check_grouped_linear(x: Tensor, weight: Tensor, scale: Tensor | None = None
         check.tensor("scale", scale, SCALES, (ceil_div(rows, 128), ceil_div(size, 128)))
 
 
+def dense_linear(x: Tensor, weight: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
+    """y = x W^T with a plain weight, a row's result independent of the rows beside it.
+
+    Operands are taken as they are, whatever their dtypes; the sum is rounded once to `out_dtype`. The definition adds
+    in float64, kernels in float32, in an order that depends on `in` alone.
+
+    Args:
+        x:      [..., in] bfloat16, float32 or float64.
+        weight: [out, in] bfloat16, float32 or float64.
+        out_dtype: bfloat16, float32 or float64; default that of x.
+    Returns: [..., out] out_dtype. Differentiable in x and weight.
+    Raises: RuntimeError where a shape, dtype or device differs from the above.
+    Source: the linear layers that the official inference code computes in float32 (compressor, index weights, logits).
+    """
+    kernel = _kernel_takes(x, out_dtype) and weight.dtype in _KERNEL_FLOATS
+    op = torch.ops.dsv4.dense_linear if kernel else torch.ops.dsv4._dense_linear_reference
+    return op(x, weight, out_dtype)
+
+
+def dense_linear_reference(x: Tensor, weight: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
+    return exact_matmul(x, weight.mT, out_dtype or x.dtype)
+
+
+def _check_dense_linear(x: Tensor, weight: Tensor, out_dtype: torch.dtype | None = None) -> None:
+    check = Check("dense_linear")
+    size = check.tensor("x", x, WIDE_FLOATS, (..., "in"))[-1]
+    check.tensor("weight", weight, WIDE_FLOATS, ("out", size))
+    _check_out_dtype(check, out_dtype)
+
+
 def quantized_activation(x: Tensor) -> Tensor:
     """x after the FP8 quantiser of activations, float64."""
     codes, scale = quantize_fp8_reference(x, 128)
@@ -168,5 +200,12 @@ for _op in ("grouped_linear", "_grouped_linear_reference"):  # the second takes 
         f"{_op}(Tensor x, Tensor weight, Tensor? scale=None) -> Tensor",
         grouped_linear_reference,
         check=_check_grouped_linear,
+        recompute=True,
+    )
+for _op in ("dense_linear", "_dense_linear_reference"):  # the second takes float64
+    register(
+        f"{_op}(Tensor x, Tensor weight, ScalarType? out_dtype=None) -> Tensor",
+        dense_linear_reference,
+        check=_check_dense_linear,
         recompute=True,
     )
