@@ -11,9 +11,9 @@ import importlib
 import pkgutil
 from typing import TYPE_CHECKING, Any
 
-from dsv4.ops._registry import implementations
+from dsv4.ops._registry import implementations, use_reference
 
-__all__ = ["implementations"]
+__all__ = ["implementations", "use_reference"]
 
 for _module in sorted(info.name for info in pkgutil.iter_modules(__path__) if not info.name.startswith("_")):
     _family = importlib.import_module(f"{__name__}.{_module}")

@@ -7,12 +7,14 @@ with or without compiled code, and `implementations()` says which of the two a c
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsv4 import _library
 
@@ -34,6 +36,8 @@ _has_library = _load_library()
 # Fragments must outlive every call: an op disappears with the Library object that defined it.
 _fragment = torch.library.Library(NAMESPACE, "FRAGMENT")
 _registered: list[str] = []
+_references: dict[str, Callable[..., Any]] = {}
+"""Qualified op name -> its reference behind its checks."""
 
 
 def register(
@@ -75,8 +79,9 @@ def register(
 
         return run
 
-    _fragment.impl(op, checked(reference, check, check_values), "CompositeExplicitAutograd")
     qualified = f"{NAMESPACE}::{op}"
+    _references[qualified] = checked(reference, check, check_values)
+    _fragment.impl(op, _references[qualified], "CompositeExplicitAutograd")
     torch.library.register_fake(qualified, checked(fake or reference, check), lib=_fragment)
     if recompute:
         torch.library.register_autograd(
@@ -118,6 +123,28 @@ def implementations() -> dict[str, dict[str, list[str]]]:
         cuda = list(found.get("cuda", [])) or ["reference"]
         table[op] = {"cpu": cpu, "cuda": cuda if has_cuda else []}
     return table
+
+
+@contextlib.contextmanager
+def use_reference() -> Iterator[None]:
+    """Within, every op of this package runs its pure-torch reference in place of its kernels, on any device.
+
+    The whole model can so be run on the definitions of its ops: `with dsv4.ops.use_reference(): model(ids)`. It covers
+    calls through `torch.ops.dsv4`, ops that references call, and gradients taken inside; it holds for this thread.
+    """
+    with _References():
+        yield
+
+
+class _References(TorchDispatchMode):
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        reference = _references.get(func.name())
+        if reference is None:
+            return func(*args, **(kwargs or {}))
+        with self:  # torch leaves the mode while it is asked, and a reference may be written with other ops
+            return reference(*args, **(kwargs or {}))
 
 
 def registered_ops() -> list[str]:
