@@ -11,13 +11,15 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NoReturn
 
-from dsv4.console import Run, end_tokens, say, size
+from dsv4.checkpoint.memory import parse_size, size
+from dsv4.console import Run, end_tokens, say
 from dsv4.planner import format_context, parse_context
 
-_BAD_INPUT, _INTERRUPTED = 2, 130
+_FAILED, _BAD_INPUT, _INTERRUPTED = 1, 2, 130
 _DTYPES = ("bfloat16", "float32", "float64")
 
 _EXAMPLES = """examples:
@@ -25,6 +27,7 @@ _EXAMPLES = """examples:
   dsv4 plan v4-pro --context 1M                     KV bytes, FLOPs and weights next to DeepSeek-V3.2
   dsv4 plan v4-flash --plot plan.svg                the same over the context length, drawn
   dsv4 inspect ./DeepSeek-V4-Flash                  what a checkpoint holds, without loading it
+  dsv4 inspect ./DeepSeek-V4-Flash --check-layers   runs it layer by layer, in the memory of one
   dsv4 generate nano --prompt "Hello" --stats       the bundled model (random weights)
   dsv4 generate ./DeepSeek-V4-Flash --prompt-file question.txt --thinking --temperature 0.6 --top-p 0.95
   dsv4 bench --op mhc_post --json results.jsonl     an op against eager torch and the machine's own peaks
@@ -73,8 +76,7 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_generate(command("generate", _generate, "Continue a prompt and stream the text.", _GENERATE_HELP))
     _add_plan(command("plan", _plan, "KV bytes, FLOPs of one token and weights; against DeepSeek-V3.2.", _PLAN_HELP))
-    inspect = command("inspect", _inspect, "What a checkpoint holds, and what is wrong with it; loads no weights.")
-    inspect.add_argument("model", metavar="MODEL", help="folder of a checkpoint, or a bundled name")
+    _add_inspect(command("inspect", _inspect, "What a checkpoint holds, and what is wrong with it.", _INSPECT_HELP))
     _add_bench(command("bench", _bench, "Check and time ops against eager torch and the machine's peaks.", _BENCH_HELP))
     env = command("env", _env, "Versions, hardware, op libraries, and the implementation each op runs on.")
     env.add_argument("--json", action="store_true", help="print one JSON object")
@@ -102,11 +104,17 @@ def _token_list(text: str) -> list[int]:
     return [int(part) for part in parts]
 
 
-def _context(text: str) -> int:
-    try:
-        return parse_context(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+def _parsed(parse: Callable[[str], int]) -> Callable[[str], int]:
+    def checked(text: str) -> int:
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return checked
+
+
+_context, _size = _parsed(parse_context), _parsed(parse_size)
 
 
 # generate
@@ -353,10 +361,62 @@ def _formula(flops: Any) -> str:
 
 # inspect, env, bench, demo
 
+_INSPECT_HELP = """Without options, headers are read and no weights. --check-layers loads and runs a layer at a time, so
+that a checkpoint may be larger than memory: all tokens on the kernels, the last few again on the references of the
+ops. NaN, or results further apart than the limit, make exit code 1. Layers that --layers leaves out pass the streams
+on unchanged. The head and multi-token prediction blocks are not run.
+
+examples:
+  dsv4 inspect ./DeepSeek-V4-Flash
+  dsv4 inspect ./DeepSeek-V4-Flash --check-layers --memory 8G --json layers.jsonl
+  dsv4 inspect ./DeepSeek-V4-Flash --check-layers --layers 0-3,7 --tokens 4K"""
+
+
+def _add_inspect(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="folder of a checkpoint, or a bundled name")
+    parser.add_argument("--check-layers", action="store_true", help="run it layer by layer against the references")
+    parser.add_argument("--memory", type=_size, metavar="BYTES",
+                        help="what the process may take: 8G, 512M; default: what is free")  # fmt: skip
+    parser.add_argument("--layers", metavar="LIST", help="only these: 0-3,7; default all")
+    parser.add_argument("--tokens", type=_context, metavar="N", help="length of the one sequence; default 512")
+    parser.add_argument("--json", metavar="FILE", help="write one JSON object a layer, as it is done")
+
+
+def _check_layers(options: argparse.Namespace) -> int:
+    from dsv4.checkpoint import layer_check as checking
+
+    check = checking.LayerCheck(options.model, options.layers, options.tokens or checking.TOKENS, options.memory)
+    faults: list[str] = []
+    done: list[int] = []
+    with ExitStack() as stack:
+        out = stack.enter_context(open(options.json, "w", encoding="utf-8")) if options.json else None
+        print("\n".join(checking.heading(check)), flush=True)
+        try:
+            for report in check.run():
+                print(checking.line(report), flush=True)
+                if out is not None:
+                    out.write(json.dumps(report.to_dict()) + "\n")
+                    out.flush()
+                done.append(report.layer)
+                faults += report.faults
+        except KeyboardInterrupt:
+            say(f"dsv4 inspect: interrupted; checked {f'layers {checking.ranges(done)}' if done else 'no layer'}")
+            raise
+        finally:
+            if faults:
+                more = f"; and {len(faults) - 8} more" if len(faults) > 8 else ""
+                say(f"dsv4 inspect: {_one_line('; '.join(faults[:8]) + more)}")
+    return _FAILED if faults else 0
+
 
 def _inspect(options: argparse.Namespace) -> int:
     from dsv4 import checkpoint
 
+    if options.check_layers:
+        return _check_layers(options)
+    for name in ("memory", "layers", "tokens", "json"):
+        if getattr(options, name) is not None:
+            raise ValueError(f"--{name} belongs to --check-layers")
     found = checkpoint.inspect(options.model)
     stored = ", ".join(f"{dtype} {size(count)}" for dtype, count in found.bytes_by_dtype.items())
     storage = found.storage

@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from dsv4.checkpoint.memory import size
 from dsv4.generation import TextStream, Tokenizer, generate
 from dsv4.model.config import Config
 from dsv4.model.transformer import Transformer
@@ -127,11 +128,3 @@ def write(text: str) -> None:
 def say(*lines: str) -> None:
     """Lines about a result, to standard error."""
     print(*lines, sep="\n", file=sys.stderr, flush=True)
-
-
-def size(count: float) -> str:
-    """Bytes in the unit that suits them."""
-    for unit, size in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
-        if count >= size:
-            return f"{count / size:,.2f} {unit}"
-    return f"{count:,.0f} bytes"

@@ -81,15 +81,11 @@ def build(
     source: Source, device: str | torch.device, quantization: str, dtype: torch.dtype, *, title: str, place: str
 ) -> Transformer:
     """A Transformer filled from `source`; `title` labels the progress bar, `place` opens error messages."""
-    if quantization == "checkpoint" and (source.storage.linear == "plain" or source.storage.experts == "plain"):
-        raise CheckpointError(f"{place}: the weights are not quantised; load them with quantization='off'")
-    source.config.check_quantization(quantization)
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(str(known) for known in DTYPES)}, got {dtype}")
+    check_mode(source, quantization, dtype, place)
     target = _device(device)
     with torch.device("meta"):
         model = Transformer(source.config, quantization, dtype)
-    filler = _Filler(model, source, target, quantization == "checkpoint")
+    filler = Filler(model, source, target, quantization == "checkpoint")
     keys = [key for key in source.ordered_keys() if not key.endswith(".scale")]
     total = sum(source.nbytes(key) for key in source.ordered_keys())
     with byte_bar(title, total) as advance:
@@ -102,6 +98,15 @@ def build(
     return model
 
 
+def check_mode(source: Source, quantization: str, dtype: torch.dtype, place: str) -> None:
+    """ValueError (CheckpointError where the weights are at fault) unless a model of `source` can be built so."""
+    if quantization == "checkpoint" and (source.storage.linear == "plain" or source.storage.experts == "plain"):
+        raise CheckpointError(f"{place}: the weights are not quantised; load them with quantization='off'")
+    source.config.check_quantization(quantization)
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(str(known) for known in DTYPES)}, got {dtype}")
+
+
 def _device(name: str | torch.device) -> torch.device:
     try:
         device = torch.device(name)
@@ -112,10 +117,10 @@ def _device(name: str | torch.device) -> torch.device:
     return device
 
 
-class _Filler:
-    """Moves tensors of a source into a model built on the meta device."""
+class Filler:
+    """Moves tensors of a source into a model, or part of one under released names, built on the meta device."""
 
-    def __init__(self, model: Transformer, source: Source, device: torch.device, quantized: bool):
+    def __init__(self, model: nn.Module, source: Source, device: torch.device, quantized: bool):
         self.model, self.source, self.device, self.quantized = model, source, device, quantized
         self.available = set(source.ordered_keys())
         self.problems: list[str] = []

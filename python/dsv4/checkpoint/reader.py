@@ -31,7 +31,7 @@ ITEM_BITS = {
 }  # fmt: skip
 _MAX_HEADER = 100_000_000
 # Mapped pages count as this process's memory until the map is closed; closing it this often keeps that share small.
-_REMAP_BYTES = 256 << 20
+REMAP_BYTES = 256 << 20
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
@@ -184,7 +184,7 @@ class Checkpoint:
     def get(self, key: str) -> Tensor:
         """A tensor by released key, on the CPU, mapped: copy it before keeping it."""
         entry = self.tensors[key]
-        if self._read > _REMAP_BYTES:
+        if self._read > REMAP_BYTES:
             self.close()
         self._read += entry.nbytes
         try:
