@@ -176,7 +176,7 @@ from dsv4.checkpoint import load, reader
 def peak():  # not ru_maxrss, which a child takes over from its parent
     return int(re.search(r"VmHWM:\s+(\d+) kB", open("/proc/self/status").read()).group(1)) * 1024
 
-reader._REMAP_BYTES = 8 << 20
+reader.REMAP_BYTES = 8 << 20
 load("nano")  # what every process needs, whatever it loads
 before = peak()
 model = load(sys.argv[1])
