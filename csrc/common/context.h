@@ -40,4 +40,15 @@ void parallel(const Context& context, int64_t count, const Body& body) {
       const_cast<Body*>(&body));
 }
 
+// The same in pieces of `grain` or more. What fits in one stays on this thread: waking another takes longer.
+template <class Body>
+void parallel(const Context& context, int64_t count, int64_t grain, const Body& body) {
+  if (count <= grain) {
+    if (count > 0) body(0, count);
+    return;
+  }
+  parallel(context, (count + grain - 1) / grain,
+           [&](int64_t begin, int64_t end) { body(begin * grain, end * grain < count ? end * grain : count); });
+}
+
 }  // namespace dsv4

@@ -6,6 +6,9 @@
 
 namespace dsv4 {
 
+// Rows of `elements` that a thread should have to do, at the least: some microseconds of work.
+DSV4_HOST_DEVICE int64_t rows_a_piece(int64_t elements) { return elements >= 32768 ? 1 : 32768 / (elements + 1) + 1; }
+
 // Workspace of kernels that hold a row of `floats` in each thread: one slot a thread, 64-byte aligned.
 DSV4_HOST_DEVICE int64_t row_slots(int64_t rows, const Context& context) {
   return rows < context.threads ? rows : context.threads;
@@ -18,12 +21,14 @@ DSV4_HOST_DEVICE int64_t row_workspace_bytes(int64_t rows, int64_t floats, const
 }  // namespace dsv4
 
 namespace dsv4::scalar {
+Status rms_norm(const RmsNormParams&, const Context&);
 Status query_norm_rope(const QueryNormRopeParams&, const Context&);
 Status store_window(const StoreWindowParams&, const Context&);
 }  // namespace dsv4::scalar
 
 // Head dims and rope dims that are multiples of 32.
 namespace dsv4::avx512 {
+Status rms_norm(const RmsNormParams&, const Context&);
 Status query_norm_rope(const QueryNormRopeParams&, const Context&);
 Status store_window(const StoreWindowParams&, const Context&);
 }  // namespace dsv4::avx512

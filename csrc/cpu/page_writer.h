@@ -6,7 +6,7 @@
 #pragma once
 
 #include "common/pages.h"
-#include "cpu/norm_rope.h"
+#include "cpu/norm_rope_rows.h"
 #include "ops/pool.h"
 
 namespace dsv4 {
@@ -81,7 +81,7 @@ class PageWriter {
       }
       case PageFormat::kFp4Keys:
         for (int64_t d = 0; d < dim_; d += kIndexScaleDims) {
-          place.scales[d / kIndexScaleDims] = lanes.quantize_fp4(row + d, place.data + d / 2);
+          place.scales[d / kIndexScaleDims] = lanes.quantize_fp4(row + d, kIndexScaleDims, place.data + d / 2);
         }
         break;
     }
@@ -99,12 +99,7 @@ class PageWriter {
 template <class N, class L>
 DSV4_HOST_DEVICE void norm_rope(const L& lanes, float* row, int64_t dim, const AnyView<1>& weight, double eps,
                                 const float* rope, int64_t pairs) {
-  const double root = 1 / L::square_root(lanes.sum_of_squares(row, dim) / static_cast<double>(dim) + eps);
-  if (weight.dtype == DType::kBFloat16) {
-    lanes.template scale<N>(row, dim, root, static_cast<const bf16*>(weight.data));
-  } else {
-    lanes.template scale<N>(row, dim, root, static_cast<const float*>(weight.data));
-  }
+  normalise<N>(lanes, row, dim, weight, eps, row);
   lanes.template rotate<N>(row + dim - 2 * pairs, rope, pairs);
 }
 

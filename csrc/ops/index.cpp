@@ -17,6 +17,29 @@ namespace {
   return whole_steps(p) && p.query.dtype == DType::kBFloat16 && p.plain.dtype != DType::kFloat32;
 }
 
+[[maybe_unused]] bool whole_heads(const IndexQueryParams& p) {
+  return p.query.size(2) % 32 == 0 && p.rope.size(1) % 16 == 0;
+}
+
+constexpr Candidate<IndexQueryParams> kIndexQuery[] = {
+    {"avx512", Isa::kAvx512, DSV4_AVX512(avx512::index_query), whole_heads},
+    {"scalar", Isa::kScalar, DSV4_SCALAR(scalar::index_query)},
+};
+const Op index_query_op("index_query", kIndexQuery);
+
+Status validate(const IndexQueryParams& p) {
+  Validator v("index_query");
+  const int64_t tokens = p.query.size(0), heads = p.query.size(1), dim = p.query.size(2);
+  v.floating("query", p.query.dtype);
+  v.view("query", p.query, p.query.dtype, {Validator::kAny, Validator::kAny, Validator::kAny});
+  v.require(dim >= 2 && dim <= kMostIndexQueryDims && (dim & (dim - 1)) == 0,
+            "dim must be a power of two from 2 to %lld, got %lld", static_cast<long long>(kMostIndexQueryDims),
+            static_cast<long long>(dim));
+  v.rope(p.rope, tokens, dim);
+  v.view("result", p.result, p.query.dtype, {tokens, heads, dim});
+  return v.status();
+}
+
 constexpr Candidate<IndexTopkParams> kIndexTopk[] = {
     {"sm80", Isa::kSm80, DSV4_SM80(sm80::index_topk)},
     {"amx", Isa::kAmx, DSV4_AMX(amx::index_topk), in_bf16},
@@ -104,6 +127,8 @@ int64_t index_topk_workspace_bytes(const IndexTopkParams& p, const Context& cont
 #endif
   return bytes;
 }
+
+Status index_query(const IndexQueryParams& p, const Context& c) { return index_query_op.run(validate(p), p, c); }
 
 Status index_topk(const IndexTopkParams& p, const Context& c) { return index_topk_op.run(validate(p, c), p, c); }
 

@@ -8,6 +8,18 @@
 
 namespace dsv4 {
 
+// X, the type of the query, is bfloat16 or float32. Each head: the last R dims rotated in pairs (x[2i], x[2i + 1]) by
+// (cos, sin), rounded to X; the head times the Sylvester Hadamard matrix over sqrt(D), rounded to X; then each 32 dims,
+// or all where D is less, to e2m1 with the scale 2^ceil(log2(max(amax, 6 * 2^-126) / 6)) and back.
+struct IndexQueryParams {
+  AnyView<3> query;   // X [T, H, D], D a power of two from 2 to kMostIndexQueryDims
+  AnyView<3> rope;    // float32 [T, R / 2, 2]
+  AnyView<3> result;  // X [T, H, D]
+};
+inline constexpr int64_t kMostIndexQueryDims = 1024;
+
+Status index_query(const IndexQueryParams&, const Context&);
+
 // score[t, j] = sum_h weights[t, h] * relu(query[t, h] . key_j), in float32; a row's scores depend on the row and its
 // keys alone. Result: the k entries of the highest scores among those visible, ascending, then -1. Of equal scores (0
 // and -0 are equal) the lower entry wins; an entry whose score is NaN is never taken. Visible: j < lengths[t] and

@@ -15,6 +15,14 @@ namespace {
   return p.kv.size(1) % 32 == 0 && p.rope.size(1) % 16 == 0;
 }
 
+[[maybe_unused]] bool whole_norms(const RmsNormParams& p) { return p.x.size(1) % 32 == 0; }
+
+constexpr Candidate<RmsNormParams> kRmsNorm[] = {
+    {"avx512", Isa::kAvx512, DSV4_AVX512(avx512::rms_norm), whole_norms},
+    {"scalar", Isa::kScalar, DSV4_SCALAR(scalar::rms_norm)},
+};
+const Op rms_norm_op("rms_norm", kRmsNorm);
+
 constexpr Candidate<QueryNormRopeParams> kQueryNormRope[] = {
     {"avx512", Isa::kAvx512, DSV4_AVX512(avx512::query_norm_rope), whole_heads},
     {"scalar", Isa::kScalar, DSV4_SCALAR(scalar::query_norm_rope)},
@@ -27,10 +35,17 @@ constexpr Candidate<StoreWindowParams> kStoreWindow[] = {
 };
 const Op store_window_op("store_window", kStoreWindow);
 
-void validate_rope(Validator& v, const AnyView<3>& rope, int64_t tokens, int64_t head_dim) {
-  v.view("rope", rope, DType::kFloat32, {tokens, Validator::kAny, 2}, 2);
-  v.require(2 * rope.size(1) <= head_dim, "rope has %lld pairs, more than half of the %lld dims of a head",
-            static_cast<long long>(rope.size(1)), static_cast<long long>(head_dim));
+Status validate(const RmsNormParams& p) {
+  Validator v("rms_norm");
+  const int64_t rows = p.x.size(0), dim = p.x.size(1);
+  v.floating("x", p.x.dtype);
+  v.view("x", p.x, p.x.dtype, {Validator::kAny, Validator::kAny});
+  if (p.weight.given()) {
+    v.floating("weight", p.weight.dtype);
+    v.view("weight", p.weight, p.weight.dtype, {dim});
+  }
+  v.view("result", p.result, p.x.dtype, {rows, dim});
+  return v.status();
 }
 
 Status validate(const QueryNormRopeParams& p) {
@@ -38,7 +53,7 @@ Status validate(const QueryNormRopeParams& p) {
   const int64_t tokens = p.query.size(0), heads = p.query.size(1), head_dim = p.query.size(2);
   v.floating("q", p.query.dtype);
   v.view("q", p.query, p.query.dtype, {Validator::kAny, Validator::kAny, Validator::kAny});
-  validate_rope(v, p.rope, tokens, head_dim);
+  v.rope(p.rope, tokens, head_dim);
   v.view("result", p.result, p.query.dtype, {tokens, heads, head_dim});
   return v.status();
 }
@@ -49,7 +64,7 @@ void validate_arguments(Validator& v, const StoreWindowParams& p) {
   v.view("kv", p.kv, p.kv.dtype, {Validator::kAny, Validator::kAny});
   v.floating("weight", p.weight.dtype);
   v.view("weight", p.weight, p.weight.dtype, {head_dim});
-  validate_rope(v, p.rope, tokens, head_dim);
+  v.rope(p.rope, tokens, head_dim);
   validate_pool(v, p.pool, PoolKind::kRows, Validator::kAny, head_dim, 2 * p.rope.size(1));
   v.view("sequence", p.sequence, DType::kInt32, {tokens});
   v.view("position", p.position, DType::kInt32, {tokens});
@@ -64,6 +79,8 @@ Status validate(const StoreWindowParams& p, const Context& context) {
 }
 
 }  // namespace
+
+Status rms_norm(const RmsNormParams& p, const Context& c) { return rms_norm_op.run(validate(p), p, c); }
 
 Status query_norm_rope(const QueryNormRopeParams& p, const Context& c) {
   return query_norm_rope_op.run(validate(p), p, c);

@@ -9,6 +9,15 @@
 
 namespace dsv4 {
 
+// x / sqrt(mean(x^2) + eps) times weight, where there is one, rounded once to X.
+struct RmsNormParams {
+  AnyView<2> x;       // X [T, D]
+  AnyView<1> weight;  // bfloat16 or float32 [D], or none
+  double eps;
+  AnyView<2> result;  // X [T, D]
+};
+Status rms_norm(const RmsNormParams&, const Context&);
+
 // Each head: squares, their mean, mean + eps, its inverse root and the product with it, each rounded to X; then the
 // last R dims rotated in pairs (x[2i], x[2i + 1]) by (cos, sin) and rounded to X.
 struct QueryNormRopeParams {

@@ -31,6 +31,8 @@ class Validator {
 
   // An element type that must be bfloat16 or float32.
   void floating(const char* name, DType dtype);
+  // float32 [tokens, pairs, 2] for the last dims of heads of head_dim.
+  void rope(const AnyView<3>& rope, int64_t tokens, int64_t head_dim);
   void workspace(const void* data, int64_t bytes, int64_t needed);
   void not_negative(const char* name, float value);
   void at_least(const char* name, int64_t value, int64_t least);

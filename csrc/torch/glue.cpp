@@ -126,6 +126,13 @@ std::vector<int64_t> Check::rows(const char* name, const Tensor& tensor, const c
   return std::vector<int64_t>(actual.begin(), actual.end());
 }
 
+void Check::rope(const Tensor& rope, int64_t tokens, int64_t head_dim) {
+  tensor("rope", rope, {tokens, kAny, 2}, {ScalarType::Float}, {"float32 or float64", {nullptr, "rope_dim / 2"}});
+  if (2 * rope.size(1) <= head_dim) return;
+  require(false, "rope has " + std::to_string(rope.size(1)) + " pairs, more than half of the " +
+                     std::to_string(head_dim) + " dims of a head");
+}
+
 void Check::same_device(const char* name, const Tensor& tensor) {
   const std::string device = device_text(tensor);
   if (first_name_ == nullptr) {
@@ -160,6 +167,23 @@ Context Check::context(const Tensor& on) const {
   context.threads = static_cast<int>(torch::stable::get_num_threads());
 #endif
   return context;
+}
+
+AnyView<2> rows_view(const Tensor& tensor) {
+  const int64_t size = tensor.size(tensor.dim() - 1);
+  AnyView<2> view;
+  view.data = const_cast<void*>(tensor.const_data_ptr());
+  view.dtype = dtype_of(tensor) == DType::kNone ? DType::kUInt8 : dtype_of(tensor);
+  view.shape[0] = size == 0 ? 0 : tensor.numel() / size;
+  view.shape[1] = view.stride[0] = size;
+  view.stride[1] = 1;
+  return view;
+}
+
+AnyView<2> mutable_rows_view(const Tensor& tensor) {
+  AnyView<2> view = rows_view(tensor);
+  view.data = tensor.mutable_data_ptr();
+  return view;
 }
 
 Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype, const Tensor& device_of) {

@@ -50,6 +50,9 @@ class Check {
   std::vector<int64_t> rows(const char* name, const Tensor& tensor, const char* label,
                             std::initializer_list<ScalarType> dtypes, const char* dtype_words = nullptr);
 
+  // float32 (cos, sin) [tokens, pairs, 2] for the last dims of heads of head_dim.
+  void rope(const Tensor& rope, int64_t tokens, int64_t head_dim);
+
   // Throws "<op>: <message>" unless the condition holds.
   void require(bool condition, const std::string& message) const;
 
@@ -144,6 +147,10 @@ inline TensorView<false> view(const Tensor& tensor) { return TensorView<false>(&
 inline TensorView<false> view(const std::optional<Tensor>& tensor) {
   return TensorView<false>(tensor.has_value() ? &*tensor : nullptr);
 }
+// A contiguous tensor as rows of its last axis; 8-bit floats are bytes to the kernels.
+AnyView<2> rows_view(const Tensor& tensor);
+AnyView<2> mutable_rows_view(const Tensor& tensor);
+
 inline TensorView<true> mutable_view(const Tensor& tensor) { return TensorView<true>(&tensor); }
 
 }  // namespace dsv4::binding

@@ -60,5 +60,21 @@ DSV4_OP(
     "int page_size=64) -> Tensor",
     index_topk)
 
+#if !defined(DSV4_TORCH_CUDA)  // no CUDA kernel yet: there Python's formulas run
+
+Tensor index_query(const Tensor& query_, const Tensor& rope_) {
+  Check check("index_query");
+  const auto sizes = check.tensor("query", query_, {kAny, kAny, kAny}, {ScalarType::BFloat16, ScalarType::Float},
+                                  {"bfloat16 or float32 or float64", {"tokens", "heads", "dim"}});
+  check.rope(rope_, sizes[0], sizes[2]);
+  const Tensor query = dense(query_), rope = dense(rope_, 2);
+  const Tensor result = empty({sizes[0], sizes[1], sizes[2]}, query.scalar_type(), query);
+  check.run(dsv4::index_query, {view(query), view(rope), mutable_view(result)}, query);
+  return result;
+}
+DSV4_OP("index_query(Tensor query, Tensor rope) -> Tensor", index_query)
+
+#endif
+
 }  // namespace
 }  // namespace dsv4::binding

@@ -9,18 +9,11 @@ namespace {
 
 constexpr const char* kFloats = "bfloat16 or float32 or float64";
 
-void check_rope(Check& check, const Tensor& rope, int64_t tokens, int64_t head_dim) {
-  check.tensor("rope", rope, {tokens, kAny, 2}, {ScalarType::Float}, {"float32 or float64", {nullptr, "rope_dim / 2"}});
-  if (2 * rope.size(1) <= head_dim) return;
-  check.require(false, "rope has " + std::to_string(rope.size(1)) + " pairs, more than half of the " +
-                           std::to_string(head_dim) + " dims of a head");
-}
-
 Tensor query_norm_rope(const Tensor& q_, const Tensor& rope_, double eps) {
   Check check("query_norm_rope");
   const auto sizes = check.tensor("q", q_, {kAny, kAny, kAny}, {ScalarType::BFloat16, ScalarType::Float},
                                   {kFloats, {"tokens", "heads", "head_dim"}});
-  check_rope(check, rope_, sizes[0], sizes[2]);
+  check.rope(rope_, sizes[0], sizes[2]);
   const Tensor q = dense(q_), rope = dense(rope_, 2);
   Tensor result = empty({sizes[0], sizes[1], sizes[2]}, q.scalar_type(), q);
   check.run(dsv4::query_norm_rope, {view(q), view(rope), eps, mutable_view(result)}, q);
@@ -36,7 +29,7 @@ void store_window(const Tensor& kv_, const Tensor& weight_, const Tensor& rope_,
                                   {kFloats, {"tokens", "head_dim"}});
   const int64_t tokens = sizes[0], head_dim = sizes[1];
   check.tensor("weight", weight_, {head_dim}, {ScalarType::BFloat16, ScalarType::Float}, {kFloats});
-  check_rope(check, rope_, tokens, head_dim);
+  check.rope(rope_, tokens, head_dim);
   if (page_size < 1) check.require(false, "page_size must be at least 1, got " + std::to_string(page_size));
   WrittenPool pool(check, false, pages, table, page_size, head_dim, 2 * rope_.size(1));
   check.tensor("sequence", sequence_, {tokens}, {ScalarType::Int}, {"int32 or int64"});
@@ -53,6 +46,24 @@ DSV4_OP(
     "store_window(Tensor kv, Tensor weight, Tensor rope, Tensor(a!) pages, Tensor table, Tensor sequence, "
     "Tensor position, float eps=1e-06, int page_size=256) -> ()",
     store_window)
+
+#endif
+
+#if !defined(DSV4_TORCH_CUDA)  // nor one of these
+
+Tensor rms_norm(const Tensor& x_, const std::optional<Tensor>& weight_, double eps) {
+  Check check("rms_norm");
+  const int64_t dim = check.rows("x", x_, "n", {ScalarType::BFloat16, ScalarType::Float}, kFloats).back();
+  if (weight_.has_value()) {
+    check.tensor("weight", *weight_, {dim}, {ScalarType::BFloat16, ScalarType::Float}, {kFloats});
+  }
+  const Tensor x = dense(x_, static_cast<int>(x_.dim()));
+  const std::optional<Tensor> weight = dense(weight_);
+  const Tensor result = torch::stable::empty_like(x);
+  check.run(dsv4::rms_norm, {rows_view(x), view(weight), eps, mutable_rows_view(result)}, x);
+  return result;
+}
+DSV4_OP("rms_norm(Tensor x, Tensor? weight=None, float eps=1e-06) -> Tensor", rms_norm)
 
 #endif
 

@@ -7,18 +7,6 @@ namespace {
 
 #if !defined(DSV4_TORCH_CUDA)  // no CUDA kernel yet: there Python's formulas run
 
-// A contiguous tensor as rows of its last axis.
-AnyView<2> rows(const Tensor& x) {
-  const int64_t size = x.size(x.dim() - 1);
-  AnyView<2> view;
-  view.data = x.mutable_data_ptr();
-  view.dtype = dtype_of(x);
-  view.shape[0] = size == 0 ? 0 : x.numel() / size;
-  view.shape[1] = view.stride[0] = size;
-  view.stride[1] = 1;
-  return view;
-}
-
 Tensor hadamard(const Tensor& x_) {
   Check check("hadamard");
   const bool floating = x_.scalar_type() == ScalarType::BFloat16 || x_.scalar_type() == ScalarType::Float;
@@ -28,7 +16,7 @@ Tensor hadamard(const Tensor& x_) {
   }
   const Tensor x = dense(x_, static_cast<int>(x_.dim()));
   const Tensor result = torch::stable::empty_like(x);
-  HadamardParams params{rows(x), rows(result), {}};
+  HadamardParams params{rows_view(x), mutable_rows_view(result), {}};
   const Scratch scratch(dsv4::hadamard_workspace_bytes(params, check.context(x)), x);
   params.workspace = scratch;
   check.run(dsv4::hadamard, params, x);

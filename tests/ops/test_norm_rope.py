@@ -394,6 +394,7 @@ def test_opcheck():
     rope, dsv4 = rope_table(range(3), 4), torch.ops.dsv4
     check_op(dsv4.rms_norm, real(3, 8), real(8), 1e-5)
     check_op(dsv4.rms_norm, torch.randn(3, 8).bfloat16())
+    check_op(dsv4._rms_norm_reference, real(3, 8).double())
     check_op(dsv4.apply_rope, real(3, 2, 8), rope)
     check_op(dsv4.apply_rope, torch.randn(3, 8).bfloat16(), rope, True)
     check_op(dsv4.query_norm_rope, real(3, 2, 8), rope)

@@ -1,4 +1,4 @@
-"""query_norm_rope and store_window: every implementation gives the bits of the definition."""
+"""Norms, rotations and stores: every implementation gives the bits of the definition."""
 
 from __future__ import annotations
 
@@ -47,6 +47,55 @@ def whole_steps(head_dim: int, rope_dim: int) -> bool:
 def turns(rows: int, rope_dim: int) -> Tensor:
     angle = 100 * torch.randn(rows, rope_dim // 2)
     return torch.stack((angle.cos(), angle.sin()), -1)
+
+
+NORMS = grid(
+    rows=[(), (0,), (1,), (2, 3)], size=[1, 31, 32, 33, 96, 512, 4096], weight=[None, *NARROW], dtype=NARROW
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("implementation", implementation_cases("rms_norm"))
+@pytest.mark.parametrize("case", NORMS)
+def test_norms(implementation: str, case: dict[str, Any]) -> None:
+    x = (3 * torch.randn(*case["rows"], case["size"])).to(case["dtype"])
+    weight = None if case["weight"] is None else torch.randn(case["size"]).to(case["weight"])
+    expected, whole = ops.rms_norm_reference(x, weight, 1e-5), case["size"] % 32 == 0
+    for change in (torch.clone, strided):
+        own = None if weight is None else change(weight)
+        y = run(implementation, "rms_norm", lambda c=change, w=own: ops.rms_norm(c(x), w, 1e-5), whole=whole)
+        assert y.is_contiguous()
+        assert_same_bits(y, expected)
+
+
+@pytest.mark.parametrize("implementation", implementation_cases("rms_norm"))
+@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize("size", [0.0, 2.0**-149, 2.0**-133, 1e-12, 1e-3, 1e4, 1e30])
+def test_norms_of_any_size(implementation: str, dtype: torch.dtype, size: float) -> None:
+    x = (size * torch.randn(40, 128).double()).to(dtype)
+    for weight in (None, 2.0**-126 * torch.randn(128)):
+        y = run(implementation, "rms_norm", lambda weight=weight: ops.rms_norm(x, weight, 1e-6))
+        assert_same_bits(y, ops.rms_norm_reference(x, weight, 1e-6))
+    x[3, 7], x[4, 100] = float("nan"), float("inf")
+    y, expected = run(implementation, "rms_norm", lambda: ops.rms_norm(x)), ops.rms_norm_reference(x)
+    assert torch.equal(y.isnan(), expected.isnan())
+    assert y.isnan().sum() == 128 + 1
+    assert_same_bits(y.nan_to_num(), expected.nan_to_num())
+
+
+@pytest.mark.parametrize("implementation", implementation_cases("rms_norm"))
+@pytest.mark.parametrize("dtype", NARROW)
+def test_norms_company_and_threads(implementation: str, dtype: torch.dtype) -> None:
+    x, weight = torch.randn(41, 1024).to(dtype), torch.randn(1024)  # more than one thread's least share
+    expected = ops.rms_norm_reference(x, weight)
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            with max_isa(implementation):
+                assert_rows_independent(lambda rows: ops.rms_norm(rows, weight), [x])
+                assert_same_bits(ops.rms_norm(x, weight), expected)
+    finally:
+        torch.set_num_threads(before)
 
 
 QUERIES = grid(tokens=[0, 1, 5], heads=[1, 3, 16], dims=DIMS, dtype=NARROW, layout=["contiguous", "strided"])

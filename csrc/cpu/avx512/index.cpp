@@ -4,9 +4,13 @@
 // float32 sums; it takes denormals for zero), all others float32 FMA. H D FLOPs a key, twice, for D / 2 + D / 32 bytes
 // (FP4): at 64 heads of 128 dims 240 FLOPs a byte, so arithmetic is the bound even of a single row; 80 % of it
 // expected, the rest goes into preparing the keys, which a block of rows of one sequence shares.
+// index_query: a head in registers through rotation and Hadamard (float64, 7 additions a dim at 128), then FP4. 4 bytes
+// a dim of bfloat16 in and out, some 15 operations: bound by arithmetic.
 #include "cpu/index.h"
 
 #include "cpu/avx512/index_scores.h"
+#include "cpu/avx512/rows.h"
+#include "cpu/index_query_rows.h"
 
 namespace dsv4::avx512 {
 namespace {
@@ -137,6 +141,11 @@ int64_t index_topk_workspace_bytes(const IndexTopkParams& p, const Context& cont
 
 Status index_topk(const IndexTopkParams& p, const Context& context) {
   return in_bf16(p) ? IndexCall<Kernel<bf16>>(p, context).run() : IndexCall<Kernel<float>>(p, context).run();
+}
+
+Status index_query(const IndexQueryParams& p, const Context& context) {
+  return p.query.dtype == DType::kBFloat16 ? index_query_rows<bf16>(Lanes(), p, context)
+                                           : index_query_rows<float>(Lanes(), p, context);
 }
 
 }  // namespace dsv4::avx512

@@ -2,6 +2,7 @@
 // inside, eight to a register; a float64 result reaches a narrower type by way of float32, as torch converts it.
 #pragma once
 
+#include "common/pages.h"
 #include "cpu/avx512/lanes.h"
 #include "cpu/compress.h"
 
@@ -20,18 +21,26 @@ DSV4_INLINE __m512 load16(const bf16* p) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(words), 16));
 }
 DSV4_INLINE void store16(float* p, __m512 x) { _mm512_storeu_ps(p, x); }
+// bf16_from_float of 16 values, one a 32-bit lane. The conversion instruction would take denormals for zero.
+DSV4_INLINE __m512i bf16_words(__m512 x) {
+  const __m512i bits = _mm512_castps_si512(x);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i words = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7FFF)), odd), 16);
+  return _mm512_mask_mov_epi32(words, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), _mm512_set1_epi32(0x7FFF));
+}
 DSV4_INLINE void store16(bf16* p, __m512 x) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x)));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(bf16_words(x)));
 }
 DSV4_INLINE __m512 rounded16(__m512 x, const float*) { return x; }
 DSV4_INLINE __m512 rounded16(__m512 x, const bf16*) {
-  const __m256i words = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x));
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(words), 16));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(bf16_words(x), 16));
 }
 
-// Rotates 16 pairs, their even and odd elements apart, by 16 (cos, sin). Products of a float32 are exact in float64.
-DSV4_INLINE Pair rotated(Pair x, const float* rope) {
-  const Pair turn = arrange(load(rope), static_cast<const bf16*>(nullptr));
+// Rotates 16 pairs, their even and odd elements apart, by 16 (cos, sin), or back. Products of a float32 are exact in
+// float64.
+DSV4_INLINE Pair rotated(Pair x, const float* rope, bool inverse = false) {
+  Pair turn = arrange(load(rope), static_cast<const bf16*>(nullptr));
+  if (inverse) turn.b = _mm512_xor_ps(turn.b, _mm512_set1_ps(-0.f));
   const __m512d even0 = low(x.a), even1 = high(x.a), odd0 = low(x.b), odd1 = high(x.b);
   const __m512d cos0 = low(turn.a), cos1 = high(turn.a), sin0 = low(turn.b), sin1 = high(turn.b);
   return {join(_mm512_fmsub_pd(even0, cos0, _mm512_mul_pd(odd0, sin0)),
@@ -84,6 +93,13 @@ DSV4_INLINE __m512i e2m1_codes(__m512 value) {
   return _mm512_mask_add_epi32(code, _mm512_cmp_ps_mask(x, _mm512_set1_ps(5.f), _CMP_GT_OQ), code, one);
 }
 
+// The values of 16 such codes.
+DSV4_INLINE __m512 e2m1_values(__m512i codes) {
+  const __m512 values =
+      _mm512_setr_ps(0.f, 0.5f, 1.f, 1.5f, 2.f, 3.f, 4.f, 6.f, -0.f, -0.5f, -1.f, -1.5f, -2.f, -3.f, -4.f, -6.f);
+  return _mm512_permutexvar_ps(codes, values);
+}
+
 // Counts are multiples of 32.
 struct Lanes {
   DSV4_INLINE double square_root(double x) { return _mm_cvtsd_f64(_mm_sqrt_sd(_mm_setzero_pd(), _mm_set_sd(x))); }
@@ -98,7 +114,8 @@ struct Lanes {
     for (int64_t d = 0; d < count; d += 16) store16(to + d, load16(row + d));
   }
 
-  DSV4_INLINE double sum_of_squares(const float* row, int64_t count) {
+  template <class X>
+  DSV4_INLINE double sum_of_squares(const X* row, int64_t count) {
     __m512d sums[4] = {_mm512_setzero_pd(), _mm512_setzero_pd(), _mm512_setzero_pd(), _mm512_setzero_pd()};
     for (int64_t d = 0; d < count; d += kStep) {
       const __m512 a = load16(row + d), b = load16(row + d + 16);
@@ -110,23 +127,25 @@ struct Lanes {
     return _mm512_reduce_add_pd(_mm512_add_pd(_mm512_add_pd(sums[0], sums[2]), _mm512_add_pd(sums[1], sums[3])));
   }
 
-  template <class N, class W>
-  DSV4_INLINE void scale(float* row, int64_t count, double root, const W* weight) {
+  // The row times `root` times the weight, if any, rounded to N.
+  template <class N, class X, class W, class R>
+  DSV4_INLINE void scale(const X* row, int64_t count, double root, const W* weight, R* result) {
     const __m512d factor = _mm512_set1_pd(root);
     for (int64_t d = 0; d < count; d += 16) {
-      const __m512 x = load16(row + d), w = load16(weight + d);
-      const __m512 y = join(_mm512_mul_pd(_mm512_mul_pd(low(x), factor), low(w)),
-                            _mm512_mul_pd(_mm512_mul_pd(high(x), factor), high(w)));
-      store16(row + d, rounded16(y, static_cast<const N*>(nullptr)));
+      const __m512 x = load16(row + d), w = weight == nullptr ? _mm512_set1_ps(1.f) : load16(weight + d);
+      put<N>(_mm512_mul_pd(_mm512_mul_pd(low(x), factor), low(w)),
+             _mm512_mul_pd(_mm512_mul_pd(high(x), factor), high(w)), result + d);
     }
   }
 
-  template <class N>
-  DSV4_INLINE void rotate(float* row, const float* rope, int64_t pairs) {
+  // Each pair turned by its (cos, sin), or back, rounded to N.
+  template <class N, class R>
+  DSV4_INLINE void rotate(R* row, const float* rope, int64_t pairs, bool inverse = false) {
     const N* type = nullptr;
     const bf16* apart = nullptr;
     for (int64_t d = 0; d < 2 * pairs; d += kStep) {
-      const Pair y = natural(rotated(arrange(avx512::load(row + d), apart), rope + d), apart);
+      const Pair x = arrange(Pair{load16(row + d), load16(row + d + 16)}, apart);
+      const Pair y = natural(rotated(x, rope + d, inverse), apart);
       store16(row + d, rounded16(y.a, type));
       store16(row + d + 16, rounded16(y.b, type));
     }
@@ -162,7 +181,8 @@ struct Lanes {
   }
 
   // Both return the block's scale.
-  DSV4_INLINE uint8_t quantize_fp8(const float* row, int64_t count, uint8_t* codes) {
+  template <class X>
+  DSV4_INLINE uint8_t quantize_fp8(const X* row, int64_t count, uint8_t* codes) {
     const uint8_t scale = fp8_scale(largest(row, count));
     const __m512 inverse = _mm512_set1_ps(inverse_scale(scale));
     for (int64_t d = 0; d < count; d += 16) {
@@ -171,15 +191,29 @@ struct Lanes {
     }
     return scale;
   }
-  DSV4_INLINE uint8_t quantize_fp4(const float* row, uint8_t* codes) {
-    const uint8_t scale = fp4_scale(largest(row, 32));
+  template <class X>
+  DSV4_INLINE uint8_t quantize_fp4(const X* row, int64_t count, uint8_t* codes) {
+    const uint8_t scale = fp4_scale(largest(row, count));
     const __m512 inverse = _mm512_set1_ps(inverse_scale(scale));
-    const Pair x = arrange(avx512::load(row), static_cast<const bf16*>(nullptr));
-    const __m512i even = e2m1_codes(_mm512_mul_ps(x.a, inverse)), odd = e2m1_codes(_mm512_mul_ps(x.b, inverse));
-    const __m512i pairs = _mm512_or_si512(even, _mm512_slli_epi32(odd, 4));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(codes),
-                     scale == 255 ? _mm_setzero_si128() : _mm512_cvtepi32_epi8(pairs));
+    for (int64_t d = 0; d < count; d += kStep) {
+      const Pair x = arrange(Pair{load16(row + d), load16(row + d + 16)}, static_cast<const bf16*>(nullptr));
+      const __m512i even = e2m1_codes(_mm512_mul_ps(x.a, inverse)), odd = e2m1_codes(_mm512_mul_ps(x.b, inverse));
+      const __m512i pairs = _mm512_or_si512(even, _mm512_slli_epi32(odd, 4));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + d / 2),
+                       scale == 255 ? _mm_setzero_si128() : _mm512_cvtepi32_epi8(pairs));
+    }
     return scale;
+  }
+
+  // A block as it is after quantize_fp4, rounded to X. The scale of a block that is not finite is NaN, and so is all.
+  template <class X>
+  DSV4_INLINE void fp4_round_trip(const float* row, int64_t count, X* result) {
+    const uint8_t scale = fp4_scale(largest(row, count));
+    const __m512 inverse = _mm512_set1_ps(inverse_scale(scale)), factor = _mm512_set1_ps(e8m0_value(scale));
+    for (int64_t d = 0; d < count; d += 16) {
+      const __m512i codes = e2m1_codes(_mm512_mul_ps(load16(row + d), inverse));
+      store16(result + d, _mm512_mul_ps(e2m1_values(codes), factor));
+    }
   }
 
   // row[d] = sum of kv[d] over the rows, weighted by the softmax of their gates, rounded to N. 32 channels at a
@@ -263,7 +297,8 @@ struct Lanes {
     return row.ape == nullptr ? own : _mm512_add_ps(own, load16(row.ape + d));
   }
 
-  DSV4_INLINE uint32_t largest(const float* row, int64_t count) {
+  template <class X>
+  DSV4_INLINE uint32_t largest(const X* row, int64_t count) {
     __m512i most = _mm512_setzero_si512();
     for (int64_t d = 0; d < count; d += 16) {
       const __m512i bits = _mm512_castps_si512(load16(row + d));

@@ -1,8 +1,10 @@
-// index_topk, portable: sums in double precision, rounded to float32 once, as the definition has them. Also the
-// yardstick for the other kernels.
+// index_query and index_topk, portable. index_topk: sums in double precision, rounded to float32 once, as the
+// definition has them. Also the yardstick for the other kernels.
 #include "cpu/index.h"
 
 #include "cpu/index_driver.h"
+#include "cpu/index_query_rows.h"
+#include "cpu/scalar/rows.h"
 
 namespace dsv4::scalar {
 namespace {
@@ -93,5 +95,10 @@ int64_t index_topk_workspace_bytes(const IndexTopkParams& p, const Context& cont
 }
 
 Status index_topk(const IndexTopkParams& p, const Context& context) { return IndexCall<Kernel>(p, context).run(); }
+
+Status index_query(const IndexQueryParams& p, const Context& context) {
+  return p.query.dtype == DType::kBFloat16 ? index_query_rows<bf16>(Lanes(), p, context)
+                                           : index_query_rows<float>(Lanes(), p, context);
+}
 
 }  // namespace dsv4::scalar

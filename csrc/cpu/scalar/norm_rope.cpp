@@ -41,6 +41,11 @@ Status query_norm_rope(const QueryNormRopeParams& p, const Context& context) {
   return p.query.dtype == DType::kBFloat16 ? rotate_queries<bf16>(p, context) : rotate_queries<float>(p, context);
 }
 
+Status rms_norm(const RmsNormParams& p, const Context& context) {
+  return p.x.dtype == DType::kBFloat16 ? rms_norm_rows<bf16>(Lanes(), p, context)
+                                       : rms_norm_rows<float>(Lanes(), p, context);
+}
+
 Status store_window(const StoreWindowParams& p, const Context& context) {
   return p.kv.dtype == DType::kBFloat16 ? store_window_rows<bf16>(Lanes(), p, context)
                                         : store_window_rows<float>(Lanes(), p, context);

@@ -3,7 +3,7 @@
 
 #include <cmath>
 
-#include "common/dtype.h"
+#include "common/pages.h"
 #include "cpu/compress.h"
 
 namespace dsv4::scalar {
@@ -30,23 +30,29 @@ struct Lanes {
     }
   }
 
-  double sum_of_squares(const float* row, int64_t count) const {
+  template <class X>
+  double sum_of_squares(const X* row, int64_t count) const {
     double parts[8] = {};
-    for (int64_t d = 0; d < count; ++d) parts[d % 8] += static_cast<double>(row[d]) * row[d];
+    for (int64_t d = 0; d < count; ++d) parts[d % 8] += static_cast<double>(to_float(row[d])) * to_float(row[d]);
     return ((parts[0] + parts[4]) + (parts[2] + parts[6])) + ((parts[1] + parts[5]) + (parts[3] + parts[7]));
   }
 
-  template <class N, class W>
-  void scale(float* row, int64_t count, double root, const W* weight) const {
-    for (int64_t d = 0; d < count; ++d) row[d] = rounded<N>(row[d] * root * to_float(weight[d]));
+  // The row times `root` times the weight, if any, rounded to N.
+  template <class N, class X, class W, class R>
+  void scale(const X* row, int64_t count, double root, const W* weight, R* result) const {
+    for (int64_t d = 0; d < count; ++d) {
+      const double factor = weight == nullptr ? 1.0 : to_float(weight[d]);
+      result[d] = from_float<R>(rounded<N>(to_float(row[d]) * root * factor));
+    }
   }
 
-  template <class N>
-  void rotate(float* pair, const float* rope, int64_t pairs) const {
+  // Each pair turned by its (cos, sin), or back, rounded to N.
+  template <class N, class R>
+  void rotate(R* pair, const float* rope, int64_t pairs, bool inverse = false) const {
     for (int64_t i = 0; i < pairs; ++i, pair += 2, rope += 2) {
-      const double even = pair[0], odd = pair[1], cos = rope[0], sin = rope[1];
-      pair[0] = rounded<N>(even * cos - odd * sin);
-      pair[1] = rounded<N>(even * sin + odd * cos);
+      const double even = to_float(pair[0]), odd = to_float(pair[1]), cos = rope[0], sin = inverse ? -rope[1] : rope[1];
+      pair[0] = from_float<R>(rounded<N>(even * cos - odd * sin));
+      pair[1] = from_float<R>(rounded<N>(even * sin + odd * cos));
     }
   }
 
@@ -67,19 +73,28 @@ struct Lanes {
   }
 
   // Both return the block's scale.
-  uint8_t quantize_fp8(const float* row, int64_t count, uint8_t* codes) const {
+  template <class X>
+  uint8_t quantize_fp8(const X* row, int64_t count, uint8_t* codes) const {
     const uint8_t scale = fp8_scale(largest(row, count));
-    for (int64_t d = 0; d < count; ++d) codes[d] = scale == 255 ? 0x7F : e4m3_code(row[d] * inverse_scale(scale));
-    return scale;
-  }
-  uint8_t quantize_fp4(const float* row, uint8_t* codes) const {
-    const uint8_t scale = fp4_scale(largest(row, 32));
-    for (int64_t d = 0; d < 32; d += 2) {
-      const float inverse = scale == 255 ? 0.f : inverse_scale(scale);
-      codes[d / 2] =
-          scale == 255 ? 0 : static_cast<uint8_t>(e2m1_code(row[d] * inverse) | e2m1_code(row[d + 1] * inverse) << 4);
+    for (int64_t d = 0; d < count; ++d) {
+      codes[d] = scale == 255 ? 0x7F : e4m3_code(to_float(row[d]) * inverse_scale(scale));
     }
     return scale;
+  }
+  template <class X>
+  uint8_t quantize_fp4(const X* row, int64_t count, uint8_t* codes) const {
+    const uint8_t scale = fp4_scale(largest(row, count));
+    for (int64_t d = 0; d < count; d += 2) {
+      codes[d / 2] = static_cast<uint8_t>(e2m1(row[d], scale) | e2m1(row[d + 1], scale) << 4);
+    }
+    return scale;
+  }
+
+  // A block as it is after quantize_fp4, rounded to X.
+  template <class X>
+  void fp4_round_trip(const float* row, int64_t count, X* result) const {
+    const uint8_t scale = fp4_scale(largest(row, count));
+    for (int64_t d = 0; d < count; ++d) result[d] = from_float<X>(e2m1_value(e2m1(row[d], scale)) * e8m0_value(scale));
   }
 
   // row[d] = sum of kv[d] over the rows, weighted by the softmax of their gates, rounded to N.
@@ -106,10 +121,17 @@ struct Lanes {
     return row.ape == nullptr ? row.gate[d] : row.gate[d] + row.ape[d];  // a sum in float32, as state holds it
   }
 
-  static uint32_t largest(const float* row, int64_t count) {
+  // A block that is not finite has codes of 0.
+  template <class X>
+  static uint8_t e2m1(X value, uint8_t scale) {
+    return scale == 255 ? uint8_t{0} : e2m1_code(to_float(value) * inverse_scale(scale));
+  }
+
+  template <class X>
+  static uint32_t largest(const X* row, int64_t count) {
     uint32_t most = 0;
     for (int64_t d = 0; d < count; ++d) {
-      const uint32_t magnitude = bits_from_float(row[d]) & 0x7FFFFFFFu;
+      const uint32_t magnitude = bits_from_float(to_float(row[d])) & 0x7FFFFFFFu;
       most = magnitude > most ? magnitude : most;
     }
     return most;

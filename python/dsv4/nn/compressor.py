@@ -100,8 +100,8 @@ class Indexer(nn.Module):
     def query(self, query_latent: Tensor, rows: Rows) -> Tensor:
         """[tokens, q_lora_rank] -> [tokens, index_heads, index_head_dim]."""
         query = self.wq_b(query_latent).unflatten(-1, (self.heads, self.head_dim))
-        query = ops.apply_rope(query, rows.rope(True))
-        return ops.fp4_round_trip(ops.hadamard(query)) if self.quantized else query
+        rope = rows.rope(True)
+        return ops.index_query(query, rope) if self.quantized else ops.apply_rope(query, rope)
 
     def forward(self, x: Tensor, query_latent: Tensor, rows: Rows, pages: Tensor, page_size: int) -> Tensor:
         """Entry numbers of the selection, int32 [tokens, topk], ascending, then -1."""

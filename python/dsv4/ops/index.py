@@ -1,21 +1,57 @@
-"""The lightning indexer: score every visible compressed entry of a row's sequence, keep the best k."""
+"""The lightning indexer: queries in the form of the keys, a score for every visible entry, the best k kept."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from dsv4.ops._check import Check
+from dsv4.ops._check import WIDE_FLOATS, Check
 from dsv4.ops._registry import no_gradient, register
-from dsv4.ops.layout import check_key_pages, locate, owners, read_keys
+from dsv4.ops.layout import FP4_BLOCK, check_key_pages, locate, owners, read_keys
+from dsv4.ops.norm_rope import apply_rope_reference, check_rope
+from dsv4.ops.quantize import dequantize_fp4_reference, hadamard_reference, quantize_fp4_reference
 
-__all__ = ["index_topk", "index_topk_reference"]
+__all__ = ["index_query", "index_query_reference", "index_topk", "index_topk_reference"]
 
 # Elements of the largest temporary of a block of rows and keys; it bounds memory, never changes a result.
 _BLOCK_ELEMENTS = 1 << 22
 _KEYS_PER_BLOCK = 8192
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _KERNEL_FLOATS = (torch.bfloat16, torch.float32)
+_MOST_QUERY_DIMS = 1024
+
+
+def index_query(query: Tensor, rope: Tensor) -> Tensor:
+    """Queries as index keys are stored: the rotary embedding, a Hadamard rotation, and rounding to FP4.
+
+    Each of apply_rope, hadamard and fp4_round_trip (blocks of 32) rounds to the dtype of query, in this order.
+
+    Args:
+        query: [tokens, heads, dim] bfloat16, float32 or float64; dim a power of two from 2 to 1024.
+        rope:  [tokens, rope_dim / 2, 2] float32 or float64, (cos, sin), for the last rope_dim dims.
+    Returns: like query. A block of 32 that holds an infinity or a NaN gives NaN.
+    Raises: RuntimeError where a shape, dtype or device differs from the above.
+    Not differentiable.
+    Source: the official inference code (Indexer).
+    """
+    kernel = query.dtype in _KERNEL_FLOATS and rope.dtype == torch.float32
+    op = torch.ops.dsv4.index_query if kernel else torch.ops.dsv4._index_query_reference
+    return op(query, rope)
+
+
+def index_query_reference(query: Tensor, rope: Tensor) -> Tensor:
+    turned = hadamard_reference(apply_rope_reference(query, rope))
+    return dequantize_fp4_reference(*quantize_fp4_reference(turned, FP4_BLOCK), FP4_BLOCK, query.dtype)
+
+
+def _check_query(query: Tensor, rope: Tensor) -> None:
+    check = Check("index_query")
+    tokens, _, dim = check.tensor("query", query, WIDE_FLOATS, ("tokens", "heads", "dim"))
+    check_rope(check, rope, tokens, dim)
+    check.that(
+        2 <= dim <= _MOST_QUERY_DIMS and dim & (dim - 1) == 0,
+        f"dim must be a power of two from 2 to {_MOST_QUERY_DIMS}, got {dim}",
+    )
 
 
 def index_topk(
@@ -150,6 +186,17 @@ def _fake(
 ) -> Tensor:
     return query.new_empty((query.shape[0], k), dtype=torch.int32)
 
+
+_backward, _setup_context = no_gradient("index_query", "detach query")
+
+for _name in ("index_query", "_index_query_reference"):
+    register(
+        f"{_name}(Tensor query, Tensor rope) -> Tensor",
+        index_query_reference,
+        check=_check_query,
+        backward=_backward,
+        setup_context=_setup_context,
+    )
 
 _backward, _setup_context = no_gradient("index_topk", "detach query and weights")
 

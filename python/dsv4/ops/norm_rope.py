@@ -98,7 +98,9 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tens
     Returns: like x. Differentiable.
     Raises: RuntimeError where a shape, dtype or device differs from the above.
     """
-    return torch.ops.dsv4.rms_norm(x, weight, eps)
+    kernel = x.dtype in _KERNEL_FLOATS and (weight is None or weight.dtype in _KERNEL_FLOATS)
+    op = torch.ops.dsv4.rms_norm if kernel else torch.ops.dsv4._rms_norm_reference
+    return op(x, weight, eps)
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tensor:
@@ -143,7 +145,7 @@ def _check_apply_rope(x: Tensor, rope: Tensor, inverse: bool = False) -> None:
     check = Check("apply_rope")
     check.that(x.dim() in (2, 3), f"x must be [tokens, head_dim] or [tokens, heads, head_dim], got {list(x.shape)}")
     shape = check.tensor("x", x, WIDE_FLOATS, (..., "head_dim"))
-    _check_rope(check, rope, shape[0], shape[-1])
+    check_rope(check, rope, shape[0], shape[-1])
 
 
 def query_norm_rope(q: Tensor, rope: Tensor, eps: float = 1e-6) -> Tensor:
@@ -178,7 +180,7 @@ def query_norm_rope_reference(q: Tensor, rope: Tensor, eps: float = 1e-6) -> Ten
 def _check_query_norm_rope(q: Tensor, rope: Tensor, eps: float = 1e-6) -> None:
     check = Check("query_norm_rope")
     tokens, _, head_dim = check.tensor("q", q, WIDE_FLOATS, ("tokens", "heads", "head_dim"))
-    _check_rope(check, rope, tokens, head_dim)
+    check_rope(check, rope, tokens, head_dim)
 
 
 def kv_norm_rope(kv: Tensor, weight: Tensor, rope: Tensor, eps: float = 1e-6) -> Tensor:
@@ -282,11 +284,11 @@ def _check_store_window(
 def _check_kv(check: Check, kv: Tensor, weight: Tensor, rope: Tensor) -> tuple[int, int]:
     tokens, head_dim = check.tensor("kv", kv, WIDE_FLOATS, ("tokens", "head_dim"))
     check.tensor("weight", weight, WIDE_FLOATS, (head_dim,))
-    _check_rope(check, rope, tokens, head_dim)
+    check_rope(check, rope, tokens, head_dim)
     return tokens, head_dim
 
 
-def _check_rope(check: Check, rope: Tensor, tokens: int, head_dim: int) -> None:
+def check_rope(check: Check, rope: Tensor, tokens: int, head_dim: int) -> None:
     pairs = check.tensor("rope", rope, _ROPE_DTYPES, (tokens, "rope_dim / 2", 2))[1]
     check.that(2 * pairs <= head_dim, f"rope has {pairs} pairs, more than half of the {head_dim} dims of a head")
 
@@ -301,12 +303,13 @@ def _apply_rope_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped
     ctx.save_for_backward(rope)
 
 
-register(
-    "rms_norm(Tensor x, Tensor? weight=None, float eps=1e-06) -> Tensor",
-    rms_norm_reference,
-    check=_check_rms_norm,
-    recompute=True,
-)
+for _name in ("rms_norm", "_rms_norm_reference"):
+    register(
+        f"{_name}(Tensor x, Tensor? weight=None, float eps=1e-06) -> Tensor",
+        rms_norm_reference,
+        check=_check_rms_norm,
+        recompute=True,
+    )
 register(
     "apply_rope(Tensor x, Tensor rope, bool inverse=False) -> Tensor",
     apply_rope_reference,
