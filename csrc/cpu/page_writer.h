@@ -5,82 +5,45 @@
 // element and is bound by memory all the same, and its bits are those of the Python definition.
 #pragma once
 
-#include "common/pages.h"
 #include "cpu/norm_rope_rows.h"
-#include "ops/pool.h"
+#include "ops/page_places.h"
 
 namespace dsv4 {
 
-enum class PageFormat : int8_t { kFloat32, kBFloat16, kFp8Rows, kFp8Keys, kFp4Keys };
-
 class PageWriter {
  public:
-  struct Place {
-    uint8_t* data;    // null: not stored
-    uint8_t* scales;  // of bytes
-  };
+  using Place = PagePlaces::Place;
 
   DSV4_HOST_DEVICE PageWriter(const RowPool& pool, int64_t dim, int64_t rope_dim, bool keys)
-      : dim_(dim), rope_dim_(rope_dim), page_size_(pool.page_size), table_(pool.table.as<const int32_t>()) {
-    if (pool.bytes.given()) {
-      data_ = static_cast<uint8_t*>(pool.bytes.data);
-      pages_ = pool.bytes.size(0);
-      page_stride_ = pool.bytes.stride[0];
-      if (!keys) {
-        format_ = PageFormat::kFp8Rows;
-        row_stride_ = fp8_row_bytes(dim, rope_dim);
-        scale_stride_ = fp8_row_scale_bytes(dim, rope_dim);
-      } else {
-        const bool fp4 = holds_fp4_keys(pool.bytes.size(1), page_size_, dim);
-        format_ = fp4 ? PageFormat::kFp4Keys : PageFormat::kFp8Keys;
-        row_stride_ = fp4 ? dim / 2 : dim;
-        scale_stride_ = fp4 ? dim / kIndexScaleDims : 4;
-      }
-    } else {
-      const bool wide = pool.plain.dtype == DType::kFloat32;
-      format_ = wide ? PageFormat::kFloat32 : PageFormat::kBFloat16;
-      data_ = static_cast<uint8_t*>(pool.plain.data);
-      pages_ = pool.plain.size(0);
-      page_stride_ = pool.plain.stride[0] * (wide ? 4 : 2);
-      row_stride_ = pool.plain.stride[1] * (wide ? 4 : 2);
-      scale_stride_ = 0;
-    }
-  }
+      : places_(pool, dim, rope_dim, keys) {}
 
-  DSV4_HOST_DEVICE Place find(int64_t sequence, int64_t entry) const {
-    const int64_t block = entry / page_size_;
-    if (entry < 0 || block >= table_.size(1)) return {nullptr, nullptr};
-    const int64_t page = *table_.at(sequence, block), offset = entry - block * page_size_;
-    if (page < 0 || page >= pages_) return {nullptr, nullptr};
-    uint8_t* start = data_ + page * page_stride_;
-    return {start + offset * row_stride_, start + page_size_ * row_stride_ + offset * scale_stride_};
-  }
+  DSV4_HOST_DEVICE Place find(int64_t sequence, int64_t entry) const { return places_.find(sequence, entry); }
 
   template <class L>
   DSV4_HOST_DEVICE void write(const L& lanes, const float* row, Place place) const {
-    switch (format_) {
+    switch (places_.format) {
       case PageFormat::kFloat32:
-        lanes.store(row, dim_, reinterpret_cast<float*>(place.data));
+        lanes.store(row, places_.dim, reinterpret_cast<float*>(place.data));
         break;
       case PageFormat::kBFloat16:
-        lanes.store(row, dim_, reinterpret_cast<bf16*>(place.data));
+        lanes.store(row, places_.dim, reinterpret_cast<bf16*>(place.data));
         break;
       case PageFormat::kFp8Rows: {
-        const int64_t codes = dim_ - rope_dim_;
+        const int64_t codes = places_.dim - places_.rope_dim;
         for (int64_t d = 0, block = 0; d < codes; d += kRowBlock, ++block) {
           place.scales[block] =
               lanes.quantize_fp8(row + d, codes - d < kRowBlock ? codes - d : kRowBlock, place.data + d);
         }
-        lanes.store(row + codes, rope_dim_, reinterpret_cast<bf16*>(place.data + codes));
+        lanes.store(row + codes, places_.rope_dim, reinterpret_cast<bf16*>(place.data + codes));
         break;
       }
       case PageFormat::kFp8Keys: {
-        const float scale = e8m0_value(lanes.quantize_fp8(row, dim_, place.data));
+        const float scale = e8m0_value(lanes.quantize_fp8(row, places_.dim, place.data));
         memcpy(place.scales, &scale, sizeof(scale));
         break;
       }
       case PageFormat::kFp4Keys:
-        for (int64_t d = 0; d < dim_; d += kIndexScaleDims) {
+        for (int64_t d = 0; d < places_.dim; d += kIndexScaleDims) {
           place.scales[d / kIndexScaleDims] = lanes.quantize_fp4(row + d, kIndexScaleDims, place.data + d / 2);
         }
         break;
@@ -88,11 +51,7 @@ class PageWriter {
   }
 
  private:
-  int64_t dim_, rope_dim_, page_size_;
-  View<const int32_t, 2> table_;
-  PageFormat format_;
-  uint8_t* data_;
-  int64_t pages_, page_stride_, row_stride_, scale_stride_;
+  PagePlaces places_;
 };
 
 // row = the RMS norm of row with weight, rounded to N, its last dims rotated and rounded to N.

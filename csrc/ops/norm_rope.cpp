@@ -1,6 +1,7 @@
 #include "ops/norm_rope.h"
 
 #include "cpu/norm_rope.h"
+#include "cuda/sm80/norm_rope.h"
 #include "ops/candidates.h"
 #include "ops/pool_checks.h"
 
@@ -23,13 +24,18 @@ constexpr Candidate<RmsNormParams> kRmsNorm[] = {
 };
 const Op rms_norm_op("rms_norm", kRmsNorm);
 
+// The CUDA kernels count dims in 32 bits.
+[[maybe_unused]] bool countable(const QueryNormRopeParams& p) { return p.query.size(2) < (int64_t{1} << 28); }
+
 constexpr Candidate<QueryNormRopeParams> kQueryNormRope[] = {
+    {"sm80", Isa::kSm80, DSV4_SM80(sm80::query_norm_rope), countable},
     {"avx512", Isa::kAvx512, DSV4_AVX512(avx512::query_norm_rope), whole_heads},
     {"scalar", Isa::kScalar, DSV4_SCALAR(scalar::query_norm_rope)},
 };
 const Op query_norm_rope_op("query_norm_rope", kQueryNormRope);
 
 constexpr Candidate<StoreWindowParams> kStoreWindow[] = {
+    {"sm80", Isa::kSm80, DSV4_SM80(sm80::store_window)},
     {"avx512", Isa::kAvx512, DSV4_AVX512(avx512::store_window), whole_rows},
     {"scalar", Isa::kScalar, DSV4_SCALAR(scalar::store_window)},
 };

@@ -5,8 +5,6 @@
 namespace dsv4::binding {
 namespace {
 
-#if !defined(DSV4_TORCH_CUDA)  // no CUDA kernel yet: there Python's formulas run
-
 constexpr const char* kFloats = "bfloat16 or float32 or float64";
 
 Tensor query_norm_rope(const Tensor& q_, const Tensor& rope_, double eps) {
@@ -47,9 +45,7 @@ DSV4_OP(
     "Tensor position, float eps=1e-06, int page_size=256) -> ()",
     store_window)
 
-#endif
-
-#if !defined(DSV4_TORCH_CUDA)  // nor one of these
+#if !defined(DSV4_TORCH_CUDA)  // no CUDA kernel yet: there Python's formulas run
 
 Tensor rms_norm(const Tensor& x_, const std::optional<Tensor>& weight_, double eps) {
   Check check("rms_norm");

@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "buffer.h"
+#include "common/pages.h"
 #include "cuda/common/launch.h"
 #include "cuda/common/ptx.h"
 
@@ -94,6 +95,7 @@ DSV4_KERNEL(kThreads, 1) memory(const Arguments a) {
   const uint32_t other = ptx::shared_base() + static_cast<uint32_t>((t + 37) % kThreads * 32);
   ptx::store_global_16(a.out + 16 * t, ptx::load_shared_16(other));
   ptx::store_global_16(a.out + 16 * t + 8, ptx::load_constant_16(a.in + 8 * t + 4));
+  ptx::store_global_8(a.out + 16 * t + 14, ptx::Words2{{a.in[8 * t], a.in[8 * t + 1]}});
   for (int i = 0; i < 4; ++i) {
     a.out[16 * t + 4 + i] = bits_from_float(ptx::load_shared_float(other + 16 + static_cast<uint32_t>(4 * i)));
   }
@@ -105,6 +107,7 @@ TEST(memory_of_every_width) {
   for (size_t t = 0; t < kThreads; ++t) {
     for (size_t i = 0; i < 8; ++i) CHECK(out[16 * t + i] == in[8 * ((t + 37) % kThreads) + i]);
     for (size_t i = 0; i < 4; ++i) CHECK(out[16 * t + 8 + i] == in[8 * t + 4 + i]);
+    for (size_t i = 0; i < 2; ++i) CHECK(out[16 * t + 14 + i] == in[8 * t + i]);
   }
 }
 
@@ -167,8 +170,10 @@ DSV4_KERNEL(kThreads, 1) shuffles(const Arguments a) {
   const float value = float_from_bits(a.in[t]);
   const float turned = ptx::shuffle(value, (t * 7 + 3) % 32);
   const float crossed = ptx::shuffle_xor(value, 21);
+  const uint32_t crossed_bits = ptx::shuffle_xor(a.in[t], 9);
   a.out[16 * t] = bits_from_float(turned);
   a.out[16 * t + 1] = bits_from_float(crossed);
+  a.out[16 * t + 2] = crossed_bits;
 }
 
 TEST(shuffles_within_a_warp) {
@@ -177,6 +182,7 @@ TEST(shuffles_within_a_warp) {
   for (size_t t = 0; t < kThreads; ++t) {
     CHECK(out[16 * t] == in[t / 32 * 32 + (t * 7 + 3) % 32]);
     CHECK(out[16 * t + 1] == in[t ^ 21]);
+    CHECK(out[16 * t + 2] == in[t ^ 9]);
   }
 }
 
@@ -322,6 +328,33 @@ TEST(arithmetic_rounds_as_it_says) {
     const double log = std::log(std::fabs(static_cast<double>(a)));
     CHECK(std::fabs(got(9) - log) <= 1.5e-7 * std::fabs(log));
     CHECK(out[16 * t + 10] == (bf16_from_float(a).bits | static_cast<uint32_t>(bf16_from_float(b).bits) << 16));
+  }
+}
+
+DSV4_KERNEL(kThreads, 1) codes(const Arguments a) {
+  const float* in = reinterpret_cast<const float*>(a.in) + 32 * ptx::thread_index();
+  for (int i = 0; i < 16; ++i) a.out[16 * ptx::thread_index() + i] = ptx::pack_e4m3(in[2 * i], in[2 * i + 1]);
+}
+
+// Every code, the middles between neighbours and the floats beside those, of both signs; then what is clamped.
+TEST(e4m3_codes_are_the_nearest) {
+  if (no_device()) return;
+  std::vector<float> values;
+  for (int code = 0; code < 0x7E; ++code) {
+    const float value = e4m3_value(static_cast<uint8_t>(code)), next = e4m3_value(static_cast<uint8_t>(code + 1));
+    const float middle = (value + next) / 2;
+    for (const float x : {value, middle, std::nextafter(middle, 0.f), std::nextafter(middle, 1e9f)}) {
+      values.push_back(x);
+      values.push_back(-x);
+    }
+  }
+  for (const float x : {448.f, 449.f, 464.f, 1e30f, 1e-30f}) values.push_back(x);
+  values.resize(32 * kThreads, 0.f);
+  std::vector<uint32_t> in;
+  for (const float value : values) in.push_back(bits_from_float(value));
+  const auto out = run(codes, in);
+  for (size_t i = 0; i < 16 * kThreads; ++i) {
+    CHECK(out[i] == (e4m3_code(values[2 * i]) | static_cast<uint32_t>(e4m3_code(values[2 * i + 1])) << 8));
   }
 }
 

@@ -193,6 +193,18 @@ DSV4_DEVICE void store_global_16(void* destination, const Words4& value, Site si
 #endif
 }
 
+// The pointer must be a multiple of 8 bytes.
+DSV4_DEVICE void store_global_8(void* destination, const Words2& value, Site site = Site::here()) {
+#if defined(__CUDACC__)
+  asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(__cvta_generic_to_global(destination)), "r"(value.word[0]),
+               "r"(value.word[1])
+               : "memory");
+#else
+  simt::check_aligned(destination, 8, site);
+  *static_cast<Words2*>(destination) = value;
+#endif
+}
+
 // Copies 16 bytes to shared memory while the thread goes on, zeros after the first source_bytes (0 or 16). Visible to
 // the thread itself after cp_async_wait, to others after a barrier that follows.
 DSV4_DEVICE void cp_async_16(uint32_t destination, const void* source, int source_bytes, Site site = Site::here()) {
@@ -267,6 +279,14 @@ DSV4_DEVICE float shuffle_xor(float value, int mask, Site site = Site::here()) {
   return __shfl_xor_sync(0xFFFFFFFFu, value, mask);
 #else
   return float_from_bits(simt::shuffle_xor(bits_from_float(value), mask, site));
+#endif
+}
+
+DSV4_DEVICE uint32_t shuffle_xor(uint32_t value, int mask, Site site = Site::here()) {
+#if defined(__CUDACC__)
+  return __shfl_xor_sync(0xFFFFFFFFu, value, mask);
+#else
+  return simt::shuffle_xor(value, mask, site);
 #endif
 }
 
@@ -419,6 +439,17 @@ DSV4_DEVICE uint32_t pack_bf16(float low, float high) {
   return packed;
 #else
   return bf16_from_float(low).bits | static_cast<uint32_t>(bf16_from_float(high).bits) << 16;
+#endif
+}
+
+// The e4m3 codes of two finite floats, clamped to +-448, rounded to nearest even, the first in the low byte.
+DSV4_DEVICE uint32_t pack_e4m3(float low, float high) {
+#if defined(__CUDACC__) && __CUDA_ARCH__ >= 890
+  uint16_t packed;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(packed) : "f"(high), "f"(low));
+  return packed;
+#else
+  return e4m3_code(low) | static_cast<uint32_t>(e4m3_code(high)) << 8;
 #endif
 }
 

@@ -1,0 +1,13 @@
+// Norms and rotations for every NVIDIA GPU from Ampere on. ops/norm_rope.cpp chooses among the candidates and has checked
+// the parameters, but not the values of `sequence`: a row whose sequence is none of the table is dropped. Any number of
+// rows, dims and rope dims.
+#pragma once
+
+#include "ops/norm_rope.h"
+
+namespace dsv4::sm80 {
+
+Status query_norm_rope(const QueryNormRopeParams&, const Context&);
+Status store_window(const StoreWindowParams&, const Context&);
+
+}  // namespace dsv4::sm80
