@@ -56,7 +56,7 @@ if [ ! -x "$DEVICE_TESTS/device_test_ptx" ] || ! has_package; then
     --force-reinstall -C build-dir="$BUILD" -C cmake.define.DSV4_CUDA=ON -C cmake.define.DSV4_NATIVE=ON .
 fi
 
-for program in test_ptx test_mhc test_attention test_index; do
+for program in test_ptx test_mhc test_attention test_index test_norm_rope; do
   step "device.$program" 60 "$DEVICE_TESTS/device_$program"
 done
 
@@ -67,6 +67,7 @@ if [ -n "$sanitizer" ]; then
     step "$tool.test_mhc" 60 "$sanitizer" --tool "$tool" --error-exitcode 9 "$DEVICE_TESTS/device_test_mhc" token_counts
     step "$tool.test_attention" 60 "$sanitizer" --tool "$tool" --error-exitcode 9 "$DEVICE_TESTS/device_test_attention" key_counts
     step "$tool.test_index" 60 "$sanitizer" --tool "$tool" --error-exitcode 9 "$DEVICE_TESTS/device_test_index" heads
+    step "$tool.test_norm_rope" 40 "$sanitizer" --tool "$tool" --error-exitcode 9 "$DEVICE_TESTS/device_test_norm_rope" every_count
   done
 else
   not_run sanitizers "no compute-sanitizer"

@@ -37,6 +37,11 @@ CLAIMS = {
     "f32_index_scores_plain": ["FFMA"],
     "f32_index_select": ["REDUX.SUM", "VOTE.ANY", "POPC", "BAR.SYNC"],
     **{
+        f"{dtype}_{op}": ["LDG.E.128", "STG.E.128", "SHFL.BFLY", "VOTE.ANY"]
+        for dtype in ("bf16", "f32")
+        for op in ("query_norm_rope", "store_window")
+    },
+    **{
         f"{dtype}_mhc_{op}": ["LDG.E.128", "STG.E.128"]
         for dtype in ("bf16", "f32")
         for op in ("post", "pre_apply", "head_apply")

@@ -1,5 +1,5 @@
-// Rows of the residual streams, and mhc_post's arithmetic on one 16-byte piece of them, which the fused kernel shares so
-// that both round alike.
+// Rows of the residual streams, and mhc_post's arithmetic on one 16-byte piece of them, which the fused kernel shares
+// so that both round alike.
 #pragma once
 
 #include "cuda/sm80/pieces.h"

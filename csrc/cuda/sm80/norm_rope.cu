@@ -5,9 +5,8 @@
 // element and 50 instructions, of rows 1 / heads as many as queries: latency is what counts.
 //
 // Sums, roots and rotations in two floats (two_floats.h): the bits are those of the float64 definition.
-#include "cuda/sm80/norm_rope.h"
-
 #include "cuda/common/launch.h"
+#include "cuda/sm80/norm_rope.h"
 #include "cuda/sm80/page_rows.h"
 #include "cuda/sm80/row_norms.h"
 

@@ -1,6 +1,6 @@
-// Norms and rotations for every NVIDIA GPU from Ampere on. ops/norm_rope.cpp chooses among the candidates and has checked
-// the parameters, but not the values of `sequence`: a row whose sequence is none of the table is dropped. Any number of
-// rows, dims and rope dims.
+// Norms and rotations for every NVIDIA GPU from Ampere on. ops/norm_rope.cpp chooses among the candidates and has
+// checked the parameters, but not the values of `sequence`: a row whose sequence is none of the table is dropped. Any
+// number of rows, dims and rope dims.
 #pragma once
 
 #include "ops/norm_rope.h"

@@ -38,8 +38,8 @@ DSV4_DEVICE ptx::Words2 e4m3_eight(const float (&value)[8], const CodeScale& by)
   for (int w = 0; w < 2; ++w) {
     const uint32_t low = ptx::pack_e4m3(ptx::multiply(value[4 * w], by.inverse),  //
                                         ptx::multiply(value[4 * w + 1], by.inverse));
-    const uint32_t high = ptx::pack_e4m3(ptx::multiply(value[4 * w + 2], by.inverse),
-                                         ptx::multiply(value[4 * w + 3], by.inverse));
+    const uint32_t high =
+        ptx::pack_e4m3(ptx::multiply(value[4 * w + 2], by.inverse), ptx::multiply(value[4 * w + 3], by.inverse));
     codes.word[w] = low | high << 16;
   }
   return codes;

@@ -1,6 +1,6 @@
-// Rows of up to 32 lanes of a warp: an eighth of a row's dims or 32 lanes, whichever is less, and eight neighbouring dims
-// a lane and step. Which lane holds what, and in what order sums run, depends on the dims alone: never on the row's
-// place, nor on whether its memory allows 16-byte accesses.
+// Rows of up to 32 lanes of a warp: an eighth of a row's dims or 32 lanes, whichever is less, and eight neighbouring
+// dims a lane and step. Which lane holds what, and in what order sums run, depends on the dims alone: never on the
+// row's place, nor on whether its memory allows 16-byte accesses.
 #pragma once
 
 #include "cuda/sm80/pieces.h"
@@ -32,8 +32,8 @@ struct RowLanes {
   DSV4_DEVICE int step() const { return 8 * count; }
 };
 
-// Eight elements at `column`, zeros past the end of the row. vector: the launcher found rows to be made of whole eights,
-// aligned to 16 bytes.
+// Eight elements at `column`, zeros past the end of the row. vector: the launcher found rows to be made of whole
+// eights, aligned to 16 bytes.
 DSV4_DEVICE void load_eight(const bf16* row, int column, int dim, bool vector, float (&value)[8]) {
   if (column >= dim) {
     DSV4_UNROLL
@@ -112,7 +112,7 @@ struct SumOfSquares {
   float scale;
 };
 
-inline constexpr float kSmall = 0x1p-80f;
+inline constexpr float kSmall = 0x1p-80f, kLargeSum = 0x1p80f;
 
 // Squares as they are, or rounded to X; kScaled: of elements times kSmall.
 struct ExactSquare {
@@ -144,11 +144,12 @@ DSV4_DEVICE TwoFloats squares_of_row(const RowLanes& lanes, const Row& row) {
   return sum_of_row(sum, lanes);
 }
 
-// Where float32 does not hold a sum of the warp's, its rows are read again, small enough.
+// Where a sum of the warp's is so large that float32 does not hold it, or not both halves of its root's square, its
+// rows are read again, small enough.
 template <class Square, class Row>
 DSV4_DEVICE SumOfSquares sum_of_squares(const RowLanes& lanes, const Row& row) {
   const TwoFloats sum = squares_of_row<Square, false>(lanes, row);
-  const bool lost = !is_finite(sum.high);
+  const bool lost = !(sum.high < kLargeSum);
   const uint32_t any_lost = ptx::ballot(lost);
   if (any_lost == 0) return {sum, 1.0f};
   const TwoFloats small = squares_of_row<Square, true>(lanes, row);

@@ -1,7 +1,7 @@
 // A number as the unevaluated sum of two floats, of which the second is what the first's rounding left: some 48 bits,
 // twice what float32 has, from float32 instructions alone. float64 would be as exact, but GPUs without many float64
-// units compute it at a 64th of the speed. A result rounded from here to float32 is the rounding of the exact one but for
-// ties within 2^-45, so norms and rotations have the bits of their float64 definitions.
+// units compute it at a 64th of the speed. A result rounded from here to float32 is the rounding of the exact one but
+// for ties within 2^-45, so norms and rotations have the bits of their float64 definitions.
 //
 // What is not finite counts by its first float.
 #pragma once
@@ -39,7 +39,10 @@ DSV4_DEVICE TwoFloats add(const TwoFloats& a, float b) {
   return {sum.high, ptx::add(sum.low, a.low)};
 }
 
-DSV4_DEVICE float nearest(const TwoFloats& x) { return is_finite(x.high) ? ptx::add(x.high, x.low) : x.high; }
+// Zeros keep their sign.
+DSV4_DEVICE float nearest(const TwoFloats& x) {
+  return is_finite(x.high) && x.low != 0.0f ? ptx::add(x.high, x.low) : x.high;
+}
 
 DSV4_DEVICE TwoFloats divide(const TwoFloats& a, float b) {
   const float quotient = ptx::divide(nearest(a), b);
