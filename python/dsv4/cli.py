@@ -455,9 +455,13 @@ examples:
   dsv4 bench --op sparse_attention --op index_topk --context 1M
   dsv4 bench --quick
   dsv4 bench --million --resume run --json million.jsonl
+  dsv4 bench --end-to-end --context 1K --context 4K --json nano.jsonl
 
 --million: 1,048,576 tokens (the standard library's sources, a token a byte) through the first four layers of nano, then
-64 decoded ones. With --resume FOLDER it saves its cache there every half minute and continues from what it finds."""
+64 decoded ones. With --resume FOLDER it saves its cache there every half minute and continues from what it finds.
+
+--end-to-end: nano, prompts of 1K, 4K, 16K and 64K tokens and decoding after them, beside transformers and llama.cpp
+with the same weights (pip install 'dsv4[peers]'), logits compared."""
 
 
 def _add_bench(parser: argparse.ArgumentParser) -> None:
@@ -470,6 +474,7 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument("--quick", action="store_true", help="small shapes and few repeats, to see that it works")
     parser.add_argument("--million", action="store_true", help="prefill a million tokens in one process, and decode")
+    parser.add_argument("--end-to-end", action="store_true", help="nano beside transformers and llama.cpp")
     parser.add_argument("--tokens", type=_context, metavar="N", help="with --million: so many tokens; default 1M")
     parser.add_argument("--resume", metavar="FOLDER", help="with --million: save there, continue from what is there")
     parser.add_argument("--json", metavar="FILE", help="write one JSON object a line")
@@ -478,8 +483,8 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
 def _bench(options: argparse.Namespace) -> int:
     from dsv4 import bench
 
-    if options.million:
-        return _bench_million(options)
+    if options.million or options.end_to_end:
+        return _bench_model(options)
     if options.tokens is not None or options.resume is not None:
         raise ValueError("--tokens and --resume belong to --million")
     return bench.run(
@@ -492,12 +497,18 @@ def _bench(options: argparse.Namespace) -> int:
     )
 
 
-def _bench_million(options: argparse.Namespace) -> int:
-    from dsv4.bench import million
+def _bench_model(options: argparse.Namespace) -> int:
+    """The benchmarks of a whole model."""
+    from dsv4.bench import end_to_end, million
 
-    if options.op or options.shape or options.context or options.quick or options.device != "cpu":
-        raise ValueError("--million takes --tokens, --resume and --json, and no other option")
-    return million.run(options.tokens or million.TOKENS, options.resume, options.json)
+    other = options.op or options.shape or options.quick or options.device != "cpu"
+    if options.million:
+        if other or options.context or options.end_to_end:
+            raise ValueError("--million takes --tokens, --resume and --json, and no other option")
+        return million.run(options.tokens or million.TOKENS, options.resume, options.json)
+    if other or options.tokens is not None or options.resume is not None:
+        raise ValueError("--end-to-end takes --context and --json, and no other option")
+    return end_to_end.run(options.context, options.json)
 
 
 def _demo(options: argparse.Namespace) -> None:
