@@ -454,6 +454,7 @@ examples:
   dsv4 bench --op mhc_pre --op mhc_post --shape v4-flash --json results.jsonl
   dsv4 bench --op sparse_attention --op index_topk --context 1M
   dsv4 bench --quick
+  dsv4 bench --layer --json layer.jsonl
   dsv4 bench --million --resume run --json million.jsonl
   dsv4 bench --end-to-end --context 1K --context 4K --json nano.jsonl
 
@@ -477,12 +478,19 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--end-to-end", action="store_true", help="nano beside transformers and llama.cpp")
     parser.add_argument("--tokens", type=_context, metavar="N", help="with --million: so many tokens; default 1M")
     parser.add_argument("--resume", metavar="FOLDER", help="with --million: save there, continue from what is there")
+    parser.add_argument("--layer", action="store_true",
+                        help="write, load and run one full layer (v4-flash: 3.4 GiB of disk, 5 of memory)")  # fmt: skip
+    parser.add_argument("--scratch", metavar="FOLDER", help="with --layer: where to write it; default the system's")
     parser.add_argument("--json", metavar="FILE", help="write one JSON object a line")
 
 
 def _bench(options: argparse.Namespace) -> int:
     from dsv4 import bench
 
+    if options.layer:
+        return _bench_layer(options)
+    if options.scratch is not None:
+        raise ValueError("--scratch belongs to --layer")
     if options.million or options.end_to_end:
         return _bench_model(options)
     if options.tokens is not None or options.resume is not None:
@@ -509,6 +517,16 @@ def _bench_model(options: argparse.Namespace) -> int:
     if other or options.tokens is not None or options.resume is not None:
         raise ValueError("--end-to-end takes --context and --json, and no other option")
     return end_to_end.run(options.context, options.json)
+
+
+def _bench_layer(options: argparse.Namespace) -> int:
+    from dsv4.bench import layer
+
+    others = options.op or options.context or options.million or options.end_to_end or options.tokens or options.resume
+    if others or options.device != "cpu" or len(options.shape or ()) > 1:
+        raise ValueError("--layer takes one --shape, --scratch, --quick and --json, and no other option")
+    shape = options.shape[0] if options.shape else "v4-flash"
+    return layer.run(shape, options.scratch, options.json, options.quick)
 
 
 def _demo(options: argparse.Namespace) -> None:
