@@ -2,6 +2,7 @@
 
 #include "cpu/norm_rope.h"
 #include "cpu/quantize.h"
+#include "cuda/sm80/quantize.h"
 #include "ops/candidates.h"
 #include "ops/validate.h"
 
@@ -10,7 +11,10 @@ namespace {
 
 [[maybe_unused]] bool whole_steps(const HadamardParams& p) { return p.x.size(1) % 32 == 0; }
 
+[[maybe_unused]] bool in_shared_memory(const HadamardParams& p) { return p.x.size(1) <= sm80::kMostHadamardDims; }
+
 constexpr Candidate<HadamardParams> kHadamard[] = {
+    {"sm80", Isa::kSm80, DSV4_SM80(sm80::hadamard), in_shared_memory},
     {"avx512", Isa::kAvx512, DSV4_AVX512(avx512::hadamard), whole_steps},
     {"scalar", Isa::kScalar, DSV4_SCALAR(scalar::hadamard)},
 };

@@ -5,8 +5,6 @@
 namespace dsv4::binding {
 namespace {
 
-#if !defined(DSV4_TORCH_CUDA)  // no CUDA kernel yet: there Python's formulas run
-
 Tensor hadamard(const Tensor& x_) {
   Check check("hadamard");
   const bool floating = x_.scalar_type() == ScalarType::BFloat16 || x_.scalar_type() == ScalarType::Float;
@@ -23,8 +21,6 @@ Tensor hadamard(const Tensor& x_) {
   return result;
 }
 DSV4_OP("hadamard(Tensor x) -> Tensor", hadamard)
-
-#endif
 
 }  // namespace
 }  // namespace dsv4::binding

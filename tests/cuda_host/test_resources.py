@@ -42,6 +42,13 @@ CLAIMS = {
         for op in ("query_norm_rope", "store_window")
     },
     **{
+        f"{dtype}_hadamard_{steps}": ["LDG.E.128", "STG.E.128", "SHFL.BFLY"]
+        for dtype in ("bf16", "f32")
+        for steps in (1, 4)
+    },
+    "bf16_hadamard_long": ["LDS", "STS", "BAR.SYNC"],
+    "f32_hadamard_long": ["LDS", "STS", "BAR.SYNC"],
+    **{
         f"{dtype}_mhc_{op}": ["LDG.E.128", "STG.E.128"]
         for dtype in ("bf16", "f32")
         for op in ("post", "pre_apply", "head_apply")

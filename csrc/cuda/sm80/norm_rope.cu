@@ -8,6 +8,7 @@
 #include "cuda/common/launch.h"
 #include "cuda/sm80/norm_rope.h"
 #include "cuda/sm80/page_rows.h"
+#include "cuda/sm80/row_launch.h"
 #include "cuda/sm80/row_norms.h"
 
 namespace dsv4::sm80 {
@@ -30,11 +31,6 @@ struct WindowArguments {
   int dim, lanes;
   bool vector, vector_rope, vector_place;
 };
-
-DSV4_DEVICE RowRope row_rope(const AnyView<3>& rope, int64_t token, int dim, bool vector) {
-  const int passed = dim - 2 * static_cast<int>(rope.shape[1]);
-  return {static_cast<const float*>(rope.data) + token * rope.stride[0], passed, dim, vector};
-}
 
 template <class X>
 DSV4_DEVICE void normalise_queries(const QueryArguments& a) {
@@ -80,37 +76,6 @@ DSV4_KERNEL(kRowThreads, 8) sm80_f32_query_norm_rope(const QueryArguments a) { n
 DSV4_KERNEL(kRowThreads, 8) sm80_bf16_store_window(const WindowArguments a) { store_rows<bf16>(a); }
 DSV4_KERNEL(kRowThreads, 8) sm80_f32_store_window(const WindowArguments a) { store_rows<float>(a); }
 
-namespace {
-
-bool whole_turns(const AnyView<3>& rope, int64_t dim) {
-  return dim % 8 == 0 && rope.shape[1] % 4 == 0 && in_sixteens(rope.data) &&
-         (rope.stride[0] % 4 == 0 || rope.shape[0] == 1);
-}
-
-// Elements of a 16-byte piece of a type.
-int64_t piece_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 8; }
-
-bool in_pieces(const AnyView<3>& heads) {
-  const int64_t piece = piece_of(heads.dtype);
-  return heads.shape[2] % 8 == 0 && in_sixteens(heads.data) && heads.stride[0] % piece == 0 &&
-         heads.stride[1] % piece == 0;
-}
-
-bool in_pieces(const AnyView<2>& rows) {
-  return rows.shape[1] % 8 == 0 && in_sixteens(rows.data) && rows.stride[0] % piece_of(rows.dtype) == 0;
-}
-
-cuda::LaunchShape shape_of(int64_t rows, int lanes) {
-  cuda::LaunchShape shape;
-  shape.blocks_x = (rows + rows_of_block(lanes) - 1) / rows_of_block(lanes);
-  shape.threads = kRowThreads;
-  return shape;
-}
-
-constexpr int64_t kRowsAtOnce = int64_t{1} << 30;  // of a launch, so that they and blocks fit in 32 bits
-
-}  // namespace
-
 Status query_norm_rope(const QueryNormRopeParams& p, const Context& context) {
   const int64_t tokens = p.query.size(0), heads = p.query.size(1), dim = p.query.size(2);
   if (tokens == 0 || heads == 0 || dim == 0) return Status::ok();
@@ -120,14 +85,14 @@ Status query_norm_rope(const QueryNormRopeParams& p, const Context& context) {
   a.heads = static_cast<uint32_t>(heads);
   a.dim = static_cast<int>(dim);
   a.lanes = row_lanes(dim);
-  a.vector = in_pieces(p.query) && in_pieces(p.result);
+  a.vector = in_eights(p.query) && in_eights(p.result);
   a.vector_rope = whole_turns(p.rope, dim);
   const auto kernel = p.query.dtype == DType::kFloat32 ? sm80_f32_query_norm_rope : sm80_bf16_query_norm_rope;
   const int64_t at_once = kRowsAtOnce / heads > 0 ? kRowsAtOnce / heads : 1;
   for (a.first_token = 0; a.first_token < tokens; a.first_token += at_once) {
     const int64_t left = tokens - a.first_token;
     a.rows = static_cast<uint32_t>((left < at_once ? left : at_once) * heads);
-    const Status status = cuda::launch("query_norm_rope", kernel, shape_of(a.rows, a.lanes), context, a);
+    const Status status = cuda::launch("query_norm_rope", kernel, row_shape(a.rows, a.lanes), context, a);
     if (!status.is_ok()) return status;
   }
   return Status::ok();
@@ -144,11 +109,11 @@ Status store_window(const StoreWindowParams& p, const Context& context) {
                              rows,
                              static_cast<int>(dim),
                              row_lanes(dim),
-                             in_pieces(p.kv),
+                             in_eights(p.kv),
                              whole_turns(p.rope, dim),
                              whole_places(places)};
   const auto kernel = p.kv.dtype == DType::kFloat32 ? sm80_f32_store_window : sm80_bf16_store_window;
-  return cuda::launch("store_window", kernel, shape_of(rows, a.lanes), context, a);
+  return cuda::launch("store_window", kernel, row_shape(rows, a.lanes), context, a);
 }
 
 }  // namespace dsv4::sm80

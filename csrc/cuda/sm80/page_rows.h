@@ -21,16 +21,6 @@ struct CodeScale {
 };
 DSV4_DEVICE CodeScale code_scale(uint8_t scale) { return {scale, scale == 255 ? 0.0f : inverse_scale(scale)}; }
 
-DSV4_DEVICE uint32_t largest_magnitude(const float (&value)[8], int count) {
-  uint32_t largest = 0;
-  DSV4_UNROLL
-  for (int e = 0; e < 8; ++e) {
-    const uint32_t bits = e < count ? bits_from_float(value[e]) & 0x7FFFFFFFu : 0;
-    largest = largest < bits ? bits : largest;
-  }
-  return largest;
-}
-
 DSV4_DEVICE ptx::Words2 e4m3_eight(const float (&value)[8], const CodeScale& by) {
   if (by.scale == 255) return {{0x7F7F7F7Fu, 0x7F7F7F7Fu}};
   ptx::Words2 codes;

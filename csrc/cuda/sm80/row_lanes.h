@@ -97,6 +97,17 @@ DSV4_DEVICE TwoFloats sum_of_row(TwoFloats sum, const RowLanes& lanes) {
   return sum;
 }
 
+// The bits of the largest magnitude of the first `count`.
+DSV4_DEVICE uint32_t largest_magnitude(const float (&value)[8], int count) {
+  uint32_t largest = 0;
+  DSV4_UNROLL
+  for (int e = 0; e < 8; ++e) {
+    const uint32_t bits = e < count ? bits_from_float(value[e]) & 0x7FFFFFFFu : 0;
+    largest = largest < bits ? bits : largest;
+  }
+  return largest;
+}
+
 // The largest of `count` neighbouring lanes of a row, in each of them.
 DSV4_DEVICE uint32_t largest_of_lanes(uint32_t value, int count) {
   for (int mask = 1; mask < count; mask *= 2) {

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "common/view.h"
-#include "cuda/sm80/row_lanes.h"
+#include "cuda/sm80/row_launch.h"
 
 namespace dsv4::sm80 {
 
@@ -74,7 +74,6 @@ inline TwoFloats two_floats(double value) {
   const float high = static_cast<float>(value);
   return {high, static_cast<float>(value - static_cast<double>(high))};
 }
-inline bool in_sixteens(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
 inline NormWeight norm_weight(const AnyView<1>& weight) {
   const int dim = static_cast<int>(weight.size(0));
   return {weight.data, dim, weight.dtype == DType::kFloat32, dim % 8 == 0 && in_sixteens(weight.data)};

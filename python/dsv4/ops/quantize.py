@@ -35,6 +35,8 @@ PACKED = (torch.uint8, torch.int8)
 
 _KERNEL_FLOATS = (torch.bfloat16, torch.float32)
 
+_MOST_CUDA_DIMS = 8192  # of a row that the Hadamard kernel holds in shared memory
+
 _E4M3_MAX = 448.0
 _E2M1_MAX = 6.0
 _FP8_FLOOR = 1e-4
@@ -221,7 +223,8 @@ def hadamard(x: Tensor) -> Tensor:
     Raises: RuntimeError on another dtype or n.
     Source: rotate_activation of the official inference code (index queries and keys).
     """
-    op = torch.ops.dsv4.hadamard if x.dtype in _KERNEL_FLOATS else torch.ops.dsv4._hadamard_reference
+    kernel = x.dtype in _KERNEL_FLOATS and not (x.is_cuda and x.shape[-1:].numel() > _MOST_CUDA_DIMS)
+    op = torch.ops.dsv4.hadamard if kernel else torch.ops.dsv4._hadamard_reference
     return op(x)
 
 

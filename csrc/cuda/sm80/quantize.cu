@@ -1,0 +1,127 @@
+// hadamard: rows of up to 1024 dims in registers (hadamard_row.h), longer ones in shared memory, a block a row. 4 bytes
+// a bfloat16 element from and to memory and, at 128 dims, some 40 instructions, half of them additions: two thirds of
+// the copy bandwidth expected.
+#include "cuda/common/launch.h"
+#include "cuda/sm80/hadamard_row.h"
+#include "cuda/sm80/quantize.h"
+#include "cuda/sm80/row_launch.h"
+
+namespace dsv4::sm80 {
+
+inline constexpr int kLongThreads = 256;
+
+struct HadamardArguments {
+  HadamardParams params;
+  HadamardScale scale;
+  int64_t rows;
+  int dim, lanes;
+  bool vector;
+};
+
+template <class X, int kSteps>
+DSV4_DEVICE void rotate_rows(const HadamardArguments& a) {
+  const RowLanes lanes(a.lanes);
+  const int64_t row = lanes.row < a.rows ? lanes.row : a.rows - 1;  // shuffles need whole warps
+  const X* from = static_cast<const X*>(a.params.x.data) + row * a.params.x.stride[0];
+  X* to = static_cast<X*>(a.params.result.data) + row * a.params.result.stride[0];
+  float value[kSteps][8];
+  DSV4_UNROLL
+  for (int s = 0; s < kSteps; ++s) load_eight(from, 8 * (s * lanes.count + lanes.lane), a.dim, a.vector, value[s]);
+  hadamard_row(lanes, a.dim, a.scale, value);
+  if (lanes.row >= a.rows) return;
+  DSV4_UNROLL
+  for (int s = 0; s < kSteps; ++s) store_eight(to, 8 * (s * lanes.count + lanes.lane), a.dim, a.vector, value[s]);
+}
+
+// The largest magnitude of a row over the block, in every thread.
+template <class X>
+DSV4_DEVICE uint32_t largest_of_block(const X* row, int dim) {
+  uint32_t largest = 0;
+  for (int d = ptx::thread_index(); d < dim; d += kLongThreads) {
+    const uint32_t bits = bits_from_float(to_float(row[d])) & 0x7FFFFFFFu;
+    largest = largest < bits ? bits : largest;
+  }
+  largest = largest_of_lanes(largest, 32);
+  const uint32_t memory = ptx::shared_base();
+  if (ptx::thread_index() % 32 == 0) {
+    ptx::store_shared_word(memory + static_cast<uint32_t>(ptx::thread_index() / 32 * 4), largest);
+  }
+  ptx::sync_threads();
+  DSV4_UNROLL
+  for (int warp = 0; warp < kLongThreads / 32; ++warp) {
+    const uint32_t other = ptx::load_shared_word(memory + static_cast<uint32_t>(warp * 4));
+    largest = largest < other ? other : largest;
+  }
+  return largest;
+}
+
+DSV4_DEVICE void shared_butterfly(uint32_t memory, int low, int half) {
+  float a = ptx::load_shared_float(memory + static_cast<uint32_t>(4 * low));
+  float b = ptx::load_shared_float(memory + static_cast<uint32_t>(4 * (low + half)));
+  butterfly(a, b);
+  ptx::store_shared_float(memory + static_cast<uint32_t>(4 * low), a);
+  ptx::store_shared_float(memory + static_cast<uint32_t>(4 * (low + half)), b);
+}
+
+// Shared memory: what largest_of_block needs, then the coarse and the fine parts.
+template <class X>
+DSV4_DEVICE void rotate_long_row(const HadamardArguments& a) {
+  const int64_t row = ptx::block_index_x();
+  const X* from = static_cast<const X*>(a.params.x.data) + row * a.params.x.stride[0];
+  X* to = static_cast<X*>(a.params.result.data) + row * a.params.result.stride[0];
+  const HadamardCut cut(largest_of_block(from, a.dim), a.scale.levels);
+  const uint32_t coarse = ptx::shared_base() + kLongThreads / 8, fine = coarse + static_cast<uint32_t>(4 * a.dim);
+  for (int d = ptx::thread_index(); d < a.dim; d += kLongThreads) {
+    float high, low;
+    cut.cut(to_float(from[d]), high, low);
+    ptx::store_shared_float(coarse + static_cast<uint32_t>(4 * d), high);
+    ptx::store_shared_float(fine + static_cast<uint32_t>(4 * d), low);
+  }
+  for (int half = 1; half < a.dim; half *= 2) {
+    ptx::sync_threads();
+    for (int pair = ptx::thread_index(); pair < a.dim / 2; pair += kLongThreads) {
+      const int low = pair / half * 2 * half + pair % half;
+      shared_butterfly(coarse, low, half);
+      shared_butterfly(fine, low, half);
+    }
+  }
+  // The last stage left every thread what it stores: half a row is a multiple of the threads.
+  for (int d = ptx::thread_index(); d < a.dim; d += kLongThreads) {
+    const float high = ptx::load_shared_float(coarse + static_cast<uint32_t>(4 * d));
+    const float low = ptx::load_shared_float(fine + static_cast<uint32_t>(4 * d));
+    to[d] = from_float<X>(cut.join(high, low, a.scale.factor));
+  }
+}
+
+DSV4_KERNEL(kRowThreads, 8) sm80_bf16_hadamard_1(const HadamardArguments a) { rotate_rows<bf16, 1>(a); }
+DSV4_KERNEL(kRowThreads, 8) sm80_f32_hadamard_1(const HadamardArguments a) { rotate_rows<float, 1>(a); }
+DSV4_KERNEL(kRowThreads, 3) sm80_bf16_hadamard_4(const HadamardArguments a) { rotate_rows<bf16, 4>(a); }
+DSV4_KERNEL(kRowThreads, 3) sm80_f32_hadamard_4(const HadamardArguments a) { rotate_rows<float, 4>(a); }
+DSV4_KERNEL(kLongThreads, 2) sm80_bf16_hadamard_long(const HadamardArguments a) { rotate_long_row<bf16>(a); }
+DSV4_KERNEL(kLongThreads, 2) sm80_f32_hadamard_long(const HadamardArguments a) { rotate_long_row<float>(a); }
+
+Status hadamard(const HadamardParams& p, const Context& context) {
+  const int64_t rows = p.x.size(0), dim = p.x.size(1);
+  if (rows == 0) return Status::ok();
+  HadamardArguments a = {};
+  a.params = p;
+  a.scale = hadamard_scale(dim);
+  a.rows = rows;
+  a.dim = static_cast<int>(dim);
+  a.lanes = row_lanes(dim);
+  a.vector = in_eights(p.x) && in_eights(p.result);
+  const bool wide = p.x.dtype == DType::kFloat32;
+  if (dim > kHadamardDims) {
+    cuda::LaunchShape shape;
+    shape.blocks_x = rows;
+    shape.threads = kLongThreads;
+    shape.shared_bytes = kLongThreads / 8 + 8 * a.dim;
+    return cuda::launch("hadamard", wide ? sm80_f32_hadamard_long : sm80_bf16_hadamard_long, shape, context, a);
+  }
+  const bool one = dim <= 32 * 8;
+  const auto kernel =
+      wide ? (one ? sm80_f32_hadamard_1 : sm80_f32_hadamard_4) : (one ? sm80_bf16_hadamard_1 : sm80_bf16_hadamard_4);
+  return cuda::launch("hadamard", kernel, row_shape(rows, a.lanes), context, a);
+}
+
+}  // namespace dsv4::sm80

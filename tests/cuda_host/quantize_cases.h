@@ -1,0 +1,71 @@
+// Problems for the CUDA kernels of quantize, and the scalar kernels' answers.
+#pragma once
+
+#include "cpu/scalar/rows.h"
+#include "cuda/sm80/quantize.h"
+#include "row_cases.h"
+
+namespace dsv4::testing {
+
+struct HadamardCase {
+  int64_t rows, dim;
+  float size = 3;
+  int64_t shift = 0;    // elements by which rows begin off 16 bytes
+  bool spread = false;  // magnitudes from 2^-12 to 1 of the largest
+  uint64_t seed = 1;
+};
+
+template <class X>
+struct HadamardProblem {
+  HadamardCase c;
+  DeviceTensor<X> x, result;
+
+  explicit HadamardProblem(const HadamardCase& the_case)
+      : c(the_case), x({c.rows, c.dim}, c.shift), result({c.rows, c.dim}, c.shift) {
+    for (int64_t row = 0; row < c.rows; ++row) {
+      Random random(c.seed * 1000003 + static_cast<uint64_t>(row));
+      for (int64_t d = 0; d < c.dim; ++d) {
+        const float size = c.spread ? c.size * std::exp2(random.uniform(-12, 0)) : c.size;
+        x.at(row, d) = from_float<X>(random.uniform(-size, size));
+      }
+    }
+    x.upload();
+  }
+
+  std::string run() {
+    const Status status = sm80::hadamard({view_of<2>(x, false), view_of<2>(result, false), {}}, cuda_context());
+    if (!status.is_ok()) return status.message();
+    if (!finish_device()) return "the kernel failed";
+    result.download();
+    return x.intact() && result.intact() ? "" : "wrote outside of the result";
+  }
+
+  // The bits of the scalar kernel, where sums are exact; else, beyond some widths, its float or a neighbour.
+  std::string wrong(bool exact = true) {
+    std::vector<double> work(static_cast<size_t>(c.dim));
+    std::vector<X> expected(static_cast<size_t>(c.dim));
+    for (int64_t row = 0; row < c.rows; ++row) {
+      scalar::Lanes().hadamard<X>(&x.at(row), c.dim, std::pow(static_cast<double>(c.dim), -0.5), work.data(),
+                                  expected.data());
+      for (int64_t d = 0; d < c.dim; ++d) {
+        const X got = result.at(row, d), wanted = expected[static_cast<size_t>(d)];
+        const float a = to_float(got), b = to_float(wanted);
+        const float close = sizeof(X) == 2 ? std::fabs(b) * 0x1p-7f + 0x1p-133f : std::fabs(b) * 0x1p-21f + 0x1p-149f;
+        if (std::isnan(a) && std::isnan(b)) continue;
+        if (memcmp(&got, &wanted, sizeof(X)) == 0 || (!exact && std::fabs(a - b) <= close)) continue;
+        return "row " + std::to_string(row) + " dim " + std::to_string(d) + ": got " + std::to_string(a) +
+               ", expected " + std::to_string(b);
+      }
+    }
+    return "";
+  }
+};
+
+template <class X>
+std::string try_hadamard(const HadamardCase& c, bool exact = true) {
+  HadamardProblem<X> p(c);
+  const std::string fault = p.run();
+  return fault.empty() ? p.wrong(exact) : fault;
+}
+
+}  // namespace dsv4::testing
