@@ -8,9 +8,11 @@
 //                                                   where the activation of that number begins
 //   void prepare<X>(WeightFormat, const X* x, int64_t n, uint8_t* to)   to that form: quantised, but for plain weights
 //   int64_t memory(int64_t in)                      scratch memory of `project`, bytes
-//   void project<X>(const ExpertMatrix&, int64_t expert, int64_t row, int64_t rows, int64_t in, const uint8_t* x,
-//                   int64_t stride, int64_t count, float* out, uint8_t* memory)
-//                                                   out[c * kMoeOutputs + r] of `count` activation rows
+//   void project<X>(const ExpertMatrix&, int64_t expert, int64_t row, int64_t rows, int64_t in, const uint8_t* const*
+//   x,
+//                   int64_t count, float* out, uint8_t* memory)
+//                                                   out[c * kMoeOutputs + r] of `count` activation rows x[c]; row is a
+//                                                   multiple of kMoeOutputs, rows at most that
 //   void activate<X>(const float* gate, const float* up, float weight, float limit, int64_t n, X* out)
 #pragma once
 
@@ -20,9 +22,10 @@
 namespace dsv4 {
 namespace {
 
-inline constexpr int64_t kMoeTokens = 2048;  // tokens taken at a time
-inline constexpr int64_t kMoeRows = 64;      // activation rows of a group
-inline constexpr int64_t kMoeOutputs = 128;  // outputs of a piece; a block of the quantiser
+inline constexpr int64_t kMoeTokens = 2048;    // tokens taken at a time
+inline constexpr int64_t kMoeRows = 256;       // activation rows of a group
+inline constexpr int64_t kMoeOutputs = 128;    // outputs of a piece; a block of the quantiser
+inline constexpr int64_t kMoeShare = 1 << 20;  // products that are worth waking a thread for, some 20 us
 
 template <int N>
 DSV4_HOST_DEVICE int64_t moe_integer(const AnyView<N>& view, int64_t row, int64_t column) {
@@ -81,9 +84,8 @@ class MoeCall {
     inner_ = take<uint8_t>(rows * inner_bytes_);
     output_ = take<X>(rows * hidden_);
     const int64_t in = hidden_ > widest_ ? hidden_ : widest_;
-    gather_bytes_ = inner_bytes_;
-    for (const int64_t bytes : input_bytes_) gather_bytes_ = bytes > gather_bytes_ ? bytes : gather_bytes_;
-    slot_bytes_ = 2 * kTile + round_up(kMoeOutputs * static_cast<int64_t>(sizeof(X)), 64) + kMoeRows * gather_bytes_ +
+    group_ = rows < kMoeRows ? rows : kMoeRows;
+    slot_bytes_ = 2 * tile_bytes() + kValuesBytes + round_up(group_ * static_cast<int64_t>(sizeof(void*)), 64) +
                   round_up(Kernel::memory(in), 64);
     slot_memory_ = take<uint8_t>(slots_ * slot_bytes_);
   }
@@ -100,7 +102,9 @@ class MoeCall {
 
  private:
   static constexpr int kFormats = 4;
-  static constexpr int64_t kTile = kMoeRows * kMoeOutputs * static_cast<int64_t>(sizeof(float));
+  static constexpr int64_t kValuesBytes = kMoeOutputs * static_cast<int64_t>(sizeof(X));
+
+  int64_t tile_bytes() const { return group_ * kMoeOutputs * static_cast<int64_t>(sizeof(float)); }
 
   template <class T>
   T* take(int64_t count) {
@@ -137,7 +141,7 @@ class MoeCall {
     first_ = first;
     count_ = count;
     map();
-    moe_spread(context_, count >= 2 * slots_ ? slots_ : 1, count, [&](int64_t, int64_t token) {
+    moe_spread(context_, row_slots(count), count, [&](int64_t, int64_t token) {
       const X* x = p_.x.template as<const X>().at(first + token);
       for (int format = 0; format < kFormats; ++format) {
         const auto f = static_cast<WeightFormat>(format);
@@ -146,13 +150,22 @@ class MoeCall {
     });
     // Neighbouring pieces belong to different experts, so that every thread meets both long and short ones.
     const int64_t up = (widest_ + kMoeOutputs - 1) / kMoeOutputs, down = (hidden_ + kMoeOutputs - 1) / kMoeOutputs;
+    const int64_t products = (count * top_k_ + (has_shared_ ? count : 0)) * hidden_ * widest_,
+                  most = products / kMoeShare;
+    const int64_t slots = most < slots_ ? most : slots_;
     if (groups_ > 0) {
-      moe_spread(context_, slots_, up * groups_,
+      moe_spread(context_, slots, up * groups_,
                  [&](int64_t slot, int64_t piece) { gate_up(slot, active_[piece % groups_], piece / groups_); });
-      moe_spread(context_, slots_, down * groups_,
+      moe_spread(context_, slots, down * groups_,
                  [&](int64_t slot, int64_t piece) { project_down(slot, active_[piece % groups_], piece / groups_); });
     }
-    moe_spread(context_, count >= 2 * slots_ ? slots_ : 1, count, [&](int64_t, int64_t token) { combine(token); });
+    moe_spread(context_, row_slots(count), count, [&](int64_t, int64_t token) { combine(token); });
+  }
+
+  // Threads for work on each token's row alone.
+  int64_t row_slots(int64_t count) const {
+    const int64_t most = count * hidden_ / (kMoeShare / 16);
+    return most < slots_ ? most : slots_;
   }
 
   // Sorts the pairs (token, slot) by expert: order_[row] = pair, place_[pair] = row or -1. Stable.
@@ -185,16 +198,17 @@ class MoeCall {
   struct Slot {
     float *gate, *up;
     X* values;
-    uint8_t *gathered, *memory;
+    const uint8_t** rows;
+    uint8_t* memory;
   };
   Slot slot(int64_t index) const {
     uint8_t* at = slot_memory_ + index * slot_bytes_;
     Slot s;
     s.gate = reinterpret_cast<float*>(at);
-    s.up = reinterpret_cast<float*>(at + kTile);
-    s.values = reinterpret_cast<X*>(at + 2 * kTile);
-    s.gathered = at + 2 * kTile + round_up(kMoeOutputs * static_cast<int64_t>(sizeof(X)), 64);
-    s.memory = s.gathered + kMoeRows * gather_bytes_;
+    s.up = reinterpret_cast<float*>(at + tile_bytes());
+    s.values = reinterpret_cast<X*>(at + 2 * tile_bytes());
+    s.rows = reinterpret_cast<const uint8_t**>(at + 2 * tile_bytes() + kValuesBytes);
+    s.memory = at + slot_bytes_ - round_up(Kernel::memory(hidden_ > widest_ ? hidden_ : widest_), 64);
     return s;
   }
 
@@ -202,17 +216,9 @@ class MoeCall {
 
   // out = the matrix's outputs [row, row + rows) for `count` rows of the expert, from `from` on.
   void project_input(const Slot& s, const Expert& e, const ExpertMatrix& w, int64_t row, int64_t rows, int64_t from,
-                     int64_t count, bool gathered, float* out) const {
-    const int64_t stride = input_bytes_[static_cast<int>(w.format)];
-    const uint8_t* x = s.gathered;
-    if (e.shared || count == 1) {
-      x = input(w.format, token_of(e, from));
-    } else if (!gathered) {
-      for (int64_t i = 0; i < count; ++i) {
-        __builtin_memcpy(s.gathered + i * stride, input(w.format, token_of(e, from + i)), static_cast<size_t>(stride));
-      }
-    }
-    Kernel::template project<X>(w, e.index, row, rows, hidden_, x, stride, count, out, s.memory);
+                     int64_t count, float* out) const {
+    for (int64_t i = 0; i < count; ++i) s.rows[i] = input(w.format, token_of(e, from + i));
+    Kernel::template project<X>(w, e.index, row, rows, hidden_, s.rows, count, out, s.memory);
   }
 
   // One piece of w1 and w3: the inner activations of all rows of the expert, in the form that w2 reads.
@@ -222,10 +228,10 @@ class MoeCall {
     if (rows <= 0) return;
     const Slot s = slot(slot_index);
     const int64_t offset = Kernel::template row_bytes<X>(e.w2->format, row);
-    for (int64_t from = 0; from < e.count; from += kMoeRows) {
-      const int64_t count = e.count - from < kMoeRows ? e.count - from : kMoeRows;
-      project_input(s, e, *e.w1, row, rows, from, count, false, s.gate);
-      project_input(s, e, *e.w3, row, rows, from, count, e.w1->format == e.w3->format, s.up);
+    for (int64_t from = 0; from < e.count; from += group_) {
+      const int64_t count = e.count - from < group_ ? e.count - from : group_;
+      project_input(s, e, *e.w1, row, rows, from, count, s.gate);
+      project_input(s, e, *e.w3, row, rows, from, count, s.up);
       for (int64_t i = 0; i < count; ++i) {
         float weight = 1;
         if (!e.shared) {
@@ -245,10 +251,10 @@ class MoeCall {
     const Expert e = expert(group);
     const int64_t row = block * kMoeOutputs, left = hidden_ - row, rows = left < kMoeOutputs ? left : kMoeOutputs;
     const Slot s = slot(slot_index);
-    for (int64_t from = 0; from < e.count; from += kMoeRows) {
-      const int64_t count = e.count - from < kMoeRows ? e.count - from : kMoeRows;
-      Kernel::template project<X>(*e.w2, e.index, row, rows, e.inter, inner_ + (e.first + from) * inner_bytes_,
-                                  inner_bytes_, count, s.gate, s.memory);
+    for (int64_t from = 0; from < e.count; from += group_) {
+      const int64_t count = e.count - from < group_ ? e.count - from : group_;
+      for (int64_t i = 0; i < count; ++i) s.rows[i] = inner_ + (e.first + from + i) * inner_bytes_;
+      Kernel::template project<X>(*e.w2, e.index, row, rows, e.inter, s.rows, count, s.gate, s.memory);
       for (int64_t i = 0; i < count; ++i) {
         X* to = output_ + (e.first + from + i) * hidden_ + row;
         const float* outputs = s.gate + i * kMoeOutputs;
@@ -285,7 +291,7 @@ class MoeCall {
   int64_t tokens_, top_k_, hidden_, experts_;
   bool has_shared_;
   int64_t slots_, widest_, used_ = 0;
-  int64_t input_bytes_[kFormats] = {}, inner_bytes_ = 0, gather_bytes_ = 0, slot_bytes_ = 0;
+  int64_t input_bytes_[kFormats] = {}, inner_bytes_ = 0, group_ = 0, slot_bytes_ = 0;
   int64_t *start_, *active_, *order_, *place_;
   uint8_t *input_[kFormats], *inner_, *slot_memory_;
   X* output_;

@@ -176,6 +176,23 @@ TEST(experts_equal_the_scalar_ones) {
 #endif
 }
 
+// Sums start anew every 1,024 inputs; one whole chunk, one and a bit, two and a bit; 1 to 7 rows an expert and more.
+TEST(experts_of_many_inputs) {
+  if (cpu_isa() < Isa::kAvx512) return testing::not_run("this machine has no avx512");
+#if defined(DSV4_WITH_AVX512)
+  for (const WeightFormat format : {WeightFormat::kFp8, WeightFormat::kFp4}) {
+    for (const int64_t tokens : {1, 3, 5, 8, 23}) {
+      compare<bf16>(tokens, 1024, 64, format, 4e-3);
+      compare<bf16>(tokens, 1180, 66, format, 4e-3);
+      compare<float>(tokens, 34, 2200, format, 4e-6);
+    }
+  }
+  compare<bf16>(300, 1024, 32, WeightFormat::kFp4, 4e-3);  // more rows an expert than are taken at a time
+#else
+  testing::not_run("built without avx512");
+#endif
+}
+
 TEST(scalar_experts_do_not_depend_on_threads_or_company) {
   for (const WeightFormat format : kFormats) {
     Problem<bf16> problem(11, 96, 72, 3, 2, format, WeightFormat::kFp8, 3);

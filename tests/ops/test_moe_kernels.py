@@ -219,6 +219,30 @@ def test_e2m1_codes_and_extreme_scales(implementation: str) -> None:
         torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-37, equal_nan=True)
 
 
+@pytest.mark.parametrize("exponent", [63, 64, 126, 127, 128, 190, 191, 255])
+@pytest.mark.parametrize("form", ["fp4", "fp8"])
+@experts
+def test_scales_at_the_ends_of_what_weights_can_take(implementation: str, form: str, exponent: int) -> None:
+    """One such scale among ordinary ones; a token alone and in company takes the same way."""
+    a = problem(tokens=17, form=form, count=2, top_k=1, hidden=400, inter=136, shared=None, dtype=torch.float32)
+    a["w1_scale"].view(torch.uint8)[1, 0, 3] = exponent
+    a["w2_scale"].view(torch.uint8)[0, 0, 1] = exponent
+    if exponent < 190:
+        assert_as_defined(implementation, a)
+    rows = [a.pop(name) for name in ("x", "weights", "indices")]
+    with max_isa(implementation):
+        assert_rows_independent(lambda x, w, i: ops.moe_experts(x, w, i, **a), rows)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 5, 6, 7, 11, 12, 13, 19])
+@pytest.mark.parametrize("form", ["fp4", "fp8"])
+@experts
+def test_rows_around_the_blocks_of_a_panel(implementation: str, form: str, tokens: int) -> None:
+    a = problem(tokens=tokens, form=form, count=2, top_k=1, hidden=1090, inter=130, shared=None)
+    a["indices"][:] = 1
+    assert_as_defined(implementation, a)
+
+
 @pytest.mark.parametrize("experts_", [(1, 1), (7, 2), (33, 5), (256, 6)])
 @pytest.mark.parametrize("hidden", [1, 24, 31, 96, 515])
 @pytest.mark.parametrize("dtypes", [(a, b) for a in DTYPES for b in DTYPES])

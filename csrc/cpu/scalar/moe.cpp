@@ -75,13 +75,13 @@ struct Kernel {
   static int64_t memory(int64_t in) { return in * static_cast<int64_t>(sizeof(double)); }
 
   template <class X>
-  static void project(const ExpertMatrix& w, int64_t expert, int64_t row, int64_t rows, int64_t in, const uint8_t* x,
-                      int64_t stride, int64_t count, float* out, uint8_t* memory) {
+  static void project(const ExpertMatrix& w, int64_t expert, int64_t row, int64_t rows, int64_t in,
+                      const uint8_t* const* x, int64_t count, float* out, uint8_t* memory) {
     double* weights = reinterpret_cast<double*>(memory);
     for (int64_t r = 0; r < rows; ++r) {
       expand<X>(w, expert, row + r, in, weights);
       for (int64_t c = 0; c < count; ++c) {
-        const float* values = reinterpret_cast<const float*>(x + c * stride);
+        const float* values = reinterpret_cast<const float*>(x[c]);
         double sum = 0;
         for (int64_t i = 0; i < in; ++i) sum += values[i] * weights[i];
         out[c * kMoeOutputs + r] = static_cast<float>(sum);
