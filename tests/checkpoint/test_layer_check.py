@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -378,3 +380,33 @@ def test_missing_tensor_is_no_checkpoint(run: Any, tmp_path: Path) -> None:
 
 def test_limits_are_those_of_the_text() -> None:
     assert (layer_check.RMS_LIMIT, layer_check.LARGEST_LIMIT) == (0.01, 0.05)
+
+
+_LARGE = """
+import dataclasses, json, pathlib, sys
+from dsv4.bench.layer import layer_config, write
+from dsv4.checkpoint import memory
+from dsv4.checkpoint.layer_check import LayerCheck
+config = dataclasses.replace(
+    layer_config("nano"), hidden_size=1024, moe_intermediate_size=256, n_routed_experts=128, num_hidden_layers=6,
+    compress_ratios=(0, 4, 128) * 2, num_hash_layers=1,
+)
+folder = pathlib.Path(sys.argv[1]) / "large"
+stored = write(config, folder)
+memory.reset_peak()
+check = LayerCheck(folder, tokens=136)
+found = list(check.run())
+values = {"stored": stored, "base": check.needed - check.layer_bytes(check.largest_layer), "needed": check.needed}
+print(json.dumps(values | {"peaks": [r.peak_bytes for r in found], "faults": [f for r in found for f in r.faults]}))
+"""
+
+
+def test_checkpoint_larger_than_the_budget(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", _LARGE, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
+    found = json.loads(done.stdout)
+    assert found["faults"] == []
+    assert len(found["peaks"]) == 6
+    assert found["stored"] > 300e6
+    assert found["base"] < max(found["peaks"]) <= found["needed"]
+    assert max(found["peaks"]) < found["base"] + 0.5 * found["stored"]
