@@ -3,9 +3,9 @@
 // the lanes. So a result depends on its two rows alone. Mixed operands widen to float32, exactly.
 //
 // Up to 4 rows of activations: 16 pairs of rows at a time straight from memory, each weight read once; the limit is the
-// bandwidth. More: 512 inputs at a time, so that 4 rows of activations stay in the first-level cache and 32 of weights
-// in the second while 4 x 4 pairs at a time go through registers (8 loads for 16 products); the sums wait in scratch
-// memory. The limit is the rate of FMA or vdpbf16ps.
+// bandwidth. More: 4 KiB of a row at a time, so that 4 rows of activations stay in the first-level cache and 32 of
+// weights in the second while 4 x 4 pairs at a time go through registers (8 loads for 16 products); the sums wait in
+// scratch memory. The limit is the rate of FMA or vdpbf16ps.
 #pragma once
 
 #include "cpu/avx512/weight_rows.h"
@@ -14,8 +14,7 @@
 namespace dsv4::avx512 {
 namespace {
 
-inline constexpr int64_t kDenseFew = 4;       // rows of activations that need no scratch memory
-inline constexpr int64_t kDenseInputs = 512;  // of a block
+inline constexpr int64_t kDenseFew = 4;  // rows of activations that need no scratch memory
 
 DSV4_INLINE __m512 floats(const float* p) { return _mm512_loadu_ps(p); }
 DSV4_INLINE __m512 floats(const float* p, __mmask16 mask) { return _mm512_maskz_loadu_ps(mask, p); }
@@ -78,7 +77,7 @@ class DenseKernel {
   static int64_t memory(const DenseLinearParams& p) {
     if (p.x.size(0) <= kDenseFew) return 0;
     return kDenseRows * kDenseOutputs * static_cast<int64_t>(sizeof(__m512)) +
-           (mixed(p) ? (kTile + kDenseOutputs) * kDenseInputs * static_cast<int64_t>(sizeof(float)) : 0);
+           (p.x.dtype != p.weight.dtype ? kDenseOutputs * kBlockBytes : 0);
   }
 
   DenseKernel(const DenseLinearParams& p, uint8_t* memory)
@@ -97,7 +96,8 @@ class DenseKernel {
 
  private:
   static constexpr int64_t kTile = 4;
-  static bool mixed(const DenseLinearParams& p) { return p.x.dtype != p.weight.dtype; }
+  static constexpr int64_t kBlockBytes = 4096;
+  static constexpr int64_t kWideInputs = kBlockBytes / static_cast<int64_t>(sizeof(float));
 
   template <class X, class W>
   void start(int64_t row, int64_t rows, int64_t output, int64_t outputs) const {
@@ -139,19 +139,23 @@ class DenseKernel {
 
   template <class X, class W>
   void many(const X* x, const W* w, int64_t row, int64_t rows, int64_t output, int64_t outputs) const {
+    constexpr bool kWidenX = sizeof(X) < sizeof(W), kWidenW = sizeof(W) < sizeof(X);
+    constexpr int64_t kInputs = kBlockBytes / static_cast<int64_t>(kWidenX || kWidenW ? sizeof(float) : sizeof(W));
     const int64_t all = p_.x.size(1), x_stride = p_.x.stride[0], w_stride = p_.weight.stride[0];
-    for (int64_t at = 0; at == 0 || at < all; at += kDenseInputs) {
-      const bool last = all - at <= kDenseInputs;
-      const int64_t inputs = last ? all - at : kDenseInputs;
-      float* wide = wide_ + kTile * kDenseInputs;
-      if constexpr (sizeof(X) != sizeof(W)) copy(w + at, w_stride, outputs, inputs, wide);
+    for (int64_t at = 0; at == 0 || at < all; at += kInputs) {
+      const bool last = all - at <= kInputs;
+      const int64_t inputs = last ? all - at : kInputs;
+      if constexpr (kWidenW) copy(w + at, w_stride, outputs, inputs, wide_);
       for (int64_t m = 0; m < rows; m += kTile) {
         const int64_t height = rows - m < kTile ? rows - m : kTile;
         const Block block = {row, m, output, outputs, inputs, at == 0, last};
         const X* from = x + m * x_stride + at;
-        if constexpr (sizeof(X) != sizeof(W)) {
+        if (!kWidenW && m == 0 && !last) ask_for(w + at + kInputs, w_stride, outputs);
+        if constexpr (kWidenX) {
           copy(from, x_stride, height, inputs, wide_);
-          tiles(height, wide_, kDenseInputs, wide, kDenseInputs, block);
+          tiles(height, wide_, kWideInputs, w + at, w_stride, block);
+        } else if constexpr (kWidenW) {
+          tiles(height, from, x_stride, wide_, kWideInputs, block);
         } else {
           tiles(height, from, x_stride, w + at, w_stride, block);
         }
@@ -162,7 +166,7 @@ class DenseKernel {
   // The first `count` inputs of `rows` rows as float32.
   template <class T>
   static void copy(const T* from, int64_t stride, int64_t rows, int64_t count, float* to) {
-    for (int64_t i = 0; i < rows; ++i, from += stride, to += kDenseInputs) {
+    for (int64_t i = 0; i < rows; ++i, from += stride, to += kWideInputs) {
       int64_t at = 0;
       for (; at + 16 <= count; at += 16) _mm512_store_ps(to + at, floats(from + at));
       if (at < count) _mm512_store_ps(to + at, floats(from + at, low16(count - at)));
@@ -187,7 +191,6 @@ class DenseKernel {
     __m512* sums = sums_ + b.m * kDenseOutputs;
     int64_t n = 0;
     for (; n + 4 <= b.outputs; n += 4) {
-      if (b.m == 0 && !b.last) ask_for_next(w + n * w_stride, w_stride);
       dense_tile<kM, 4>(x, x_stride, w + n * w_stride, w_stride, b.inputs, b.first, sums + n * kM);
       if (b.last) put<kM, 4>(b.row + b.m, b.output + n, sums + n * kM);
     }
@@ -196,12 +199,12 @@ class DenseKernel {
       if (b.last) put<kM, 1>(b.row + b.m, b.output + n, sums + n * kM);
     }
   }
-  // The next block of four weight rows; blocks are too short for the processor to notice by itself.
+  // A block of weight rows: blocks are too short for the processor to notice by itself what comes next.
   template <class W>
-  static void ask_for_next(const W* w, int64_t stride) {
-    for (int64_t n = 0; n < 4; ++n) {
-      for (int64_t at = 0; at < kDenseInputs; at += 64 / static_cast<int64_t>(sizeof(W))) {
-        _mm_prefetch(w + n * stride + kDenseInputs + at, _MM_HINT_T1);
+  static void ask_for(const W* w, int64_t stride, int64_t rows) {
+    for (int64_t n = 0; n < rows; ++n) {
+      for (int64_t at = 0; at < kBlockBytes; at += 64) {
+        _mm_prefetch(reinterpret_cast<const uint8_t*>(w + n * stride) + at, _MM_HINT_T1);
       }
     }
   }
