@@ -1,12 +1,12 @@
-// The linear layers with vdpbf16ps (see avx512/weight_rows.h for the products and their order). Up to 4 rows of
-// activations: weights go from their codes through registers into the products, once, so that memory is the limit.
-// More: a panel of weight rows is expanded into the second-level cache and serves tiles of 4 x 4 products; the limit is
-// 4/5 of the rate of vdpbf16ps, one FMA in five applying the scales. Unquantised float32 activations count as three
-// rows of bfloat16, which add up to them exactly.
+// The linear layers with vdpbf16ps, in tiles of avx512/code_tiles.h. Up to 8 rows of activations: weights go from their
+// codes through registers into the products, once; memory is the limit of few rows, vdpbf16ps of 8. More: a panel of
+// weight rows is expanded into the second-level cache and serves tiles of 4 x 4 products, 4 KiB of a row at a time; the
+// limit is the rate of vdpbf16ps with e4m3 weights, 4/5 of it with e2m1 weights and with scales that are not powers of
+// two from 2^-60 to 1. Unquantised float32 activations count as three rows of bfloat16, which add up to them exactly.
 #include "cpu/linear.h"
 
+#include "cpu/avx512/code_tiles.h"
 #include "cpu/avx512/dense_rows.h"
-#include "cpu/avx512/weight_rows.h"
 #include "cpu/linear_driver.h"
 
 namespace dsv4::avx512 {
@@ -14,7 +14,10 @@ namespace {
 
 constexpr int64_t kPanelBytes = 320 << 10;  // of expanded weights
 constexpr int kTile = 4;
-constexpr int64_t kAhead = 4;  // weight rows asked for before their use
+constexpr int64_t kRangeBlocks = 16;     // of a tile's activations, which stay in the first-level cache
+constexpr int64_t kSumRows = 64;         // rows of activations whose sums wait in scratch memory
+constexpr int64_t kMostInRegisters = 8;  // rows of activations up to which weights are expanded in registers alone
+constexpr int64_t kAhead = 8;            // weight rows asked for before their use
 
 template <int kParts, class X>
 void split_row(const X* x, int64_t inputs, int64_t stride, bf16* to) {
@@ -45,7 +48,8 @@ class Kernel {
     return parts(p) * row_elements(p) * static_cast<int64_t>(sizeof(bf16));
   }
   static int64_t memory(const LinearParams& p) {
-    return panel_rows(p) * (row_elements(p) * static_cast<int64_t>(sizeof(bf16)) + scale_bytes(p));
+    return sum_registers(p) * static_cast<int64_t>(sizeof(__m512)) + panel_rows(p) * scale_bytes(p) +
+           (few(p) ? 0 : panel_rows(p) * row_elements(p) * static_cast<int64_t>(sizeof(bf16)));
   }
 
   static void prepare(const LinearParams& p, int64_t token, int64_t group, uint8_t* to) {
@@ -69,20 +73,31 @@ class Kernel {
       : p_(p),
         parts_(parts(p)),
         row_elements_(row_elements(p)),
-        scale_floats_(scale_bytes(p) / static_cast<int64_t>(sizeof(float))),
-        panel_(reinterpret_cast<bf16*>(memory)),
-        scales_(reinterpret_cast<float*>(panel_ + panel_rows(p) * row_elements_)) {}
+        bytes_(Rows::bytes(p.x.size(2))),
+        scale_stride_(Rows::kScales == 1 ? 0 : scale_bytes(p) / static_cast<int64_t>(sizeof(float))),
+        sums_(reinterpret_cast<__m512*>(memory)),
+        scales_(memory + sum_registers(p) * static_cast<int64_t>(sizeof(__m512))),
+        panel_(reinterpret_cast<bf16*>(scales_ + panel_rows(p) * scale_bytes(p))) {}
 
   void run(const uint8_t* memory, int64_t group, int64_t begin, int64_t end) const {
     const bf16* rows = reinterpret_cast<const bf16*>(memory);
-    const int64_t count = p_.x.size(0) * parts_, step = panel_rows(p_);
-    for (int64_t first = begin; first < end; first += step) {
-      const int64_t last = first + step < end ? first + step : end;
-      if (count <= kFewRows) {
-        few(rows, count, group, first, last);
-      } else {
-        many(rows, group, first, last);
+    const int64_t step = panel_rows(p_);
+    for (int64_t first = begin, last; first < end; first = last) {
+      const int64_t row = group * p_.out.size(2) + first;
+      last = first + step < end ? first + step : end;
+      if constexpr (Rows::kScales == 1) {  // rows of one scale
+        const int64_t left = 128 - row % 128;
+        last = last - first < left ? last : first + left;
+        if (fold(row, scales_)) {
+          products(rows, {group, first, last - first, row}, static_cast<const uint8_t*>(scales_));
+          continue;
+        }
       }
+      float* scales = reinterpret_cast<float*>(scales_);
+      for (int64_t n = 0; n < (Rows::kScales == 1 ? 1 : last - first); ++n) {
+        read_scales(row + n, scales + n * scale_stride_);
+      }
+      products(rows, {group, first, last - first, row}, static_cast<const float*>(scales));
     }
   }
 
@@ -92,6 +107,8 @@ class Kernel {
   static int64_t scale_bytes(const LinearParams& p) {
     return round_up(blocks_of(p.x.size(2)) * Rows::kScales * static_cast<int64_t>(sizeof(float)), 64);
   }
+  static bool few(const LinearParams& p) { return p.x.size(0) * parts(p) <= kMostInRegisters; }
+  static int64_t sum_registers(const LinearParams& p) { return (few(p) ? kMostInRegisters : kSumRows) * kLinearPanel; }
   static int64_t panel_rows(const LinearParams& p) {
     const int64_t fits = kPanelBytes / (row_elements(p) * static_cast<int64_t>(sizeof(bf16)) + 1) / kTile * kTile;
     return fits < kTile ? kTile : fits < kLinearPanel ? fits : kLinearPanel;
@@ -107,6 +124,15 @@ class Kernel {
     } else {
       widen_scales(p_.scale.as<const float>().at(from), count, padded, to);
     }
+  }
+
+  // The shifts of a row's scales; false if one does not fold.
+  bool fold(int64_t row, uint8_t* to) const {
+    const int64_t count = p_.scale.size(1), padded = blocks_of(p_.x.size(2));
+    if (p_.scale.dtype == DType::kUInt8) {
+      return fold_scales(p_.scale.as<const uint8_t>().at(row / 128), count, padded, to);
+    }
+    return fold_scales(p_.scale.as<const float>().at(row / 128), count, padded, to);
   }
 
   // Outputs [n, n + count) of a row, from float32.
@@ -133,56 +159,129 @@ class Kernel {
     }
   }
 
-  void few(const bf16* rows, int64_t count, int64_t group, int64_t begin, int64_t end) const {
-    alignas(64) float sums[kFewRows][kLinearPanel];
-    for (int64_t n = begin; n < end; ++n) {
-      const int64_t row = group * p_.out.size(2) + n;
-      if (Rows::kScales > 1 || n == begin || row % 128 == 0) read_scales(row, scales_);
-      float results[kFewRows];
-      const uint8_t* ahead = codes(row) + kAhead * p_.weight.stride[0];  // past the end it does nothing
-      for (int64_t at = 0; at < Rows::bytes(p_.x.size(2)); at += 64) _mm_prefetch(ahead + at, _MM_HINT_T1);
-      const auto dot = [&](auto m) {
-        dot_row<decltype(m)::value>(expand_, codes(row), Rows::bytes(p_.x.size(2)), scales_, rows, row_elements_,
-                                    results);
+  // Rows of weights of a panel: outputs [begin, begin + outputs) of a group, from `row` of the weight on.
+  struct Panel {
+    int64_t group, begin, outputs, row;
+  };
+
+  template <class Scale>
+  void products(const bf16* rows, const Panel& panel, const Scale* scales) const {
+    const int64_t count = p_.x.size(0) * parts_;
+    if (count > kMostInRegisters) return from_panel(rows, count, panel, scales);
+    switch (count) {
+      case 1:
+        return from_codes<1, 1>(rows, panel, scales);
+      case 2:
+        return from_codes<2, 2>(rows, panel, scales);
+      case 3:
+        return from_codes<3, 2>(rows, panel, scales);
+      case 4:
+        return from_codes<4, 2>(rows, panel, scales);
+      case 5:
+        return from_codes<5, 2>(rows, panel, scales);
+      case 6:
+        return from_codes<6, 2>(rows, panel, scales);
+      case 7:
+        return from_codes<7, 2>(rows, panel, scales);
+      default:
+        return from_codes<8, 2>(rows, panel, scales);
+    }
+  }
+
+  // As many inputs at a time as the first-level cache holds of kM rows.
+  template <int kM, int kN, class Scale>
+  void from_codes(const bf16* rows, const Panel& panel, const Scale* scales) const {
+    const int64_t range = kRangeBlocks * kTile / kM * Rows::kBlockBytes, stride = p_.weight.stride[0];
+    for (int64_t at = 0; at == 0 || at < bytes_; at += range) {
+      const int64_t here = bytes_ - at < range ? bytes_ - at : range, block = at / Rows::kBlockBytes;
+      const uint8_t* from = codes(panel.row) + at;
+      const auto tile = [&](int64_t n, auto width) {
+        constexpr int kWidth = decltype(width)::value;
+        ask_for(panel, n + kAhead, kWidth, at, range);
+        code_tile<kM, kWidth>(expand_, from + n * stride, stride, here,
+                              scales + n * scale_stride_ + block * Rows::kScales, scale_stride_, rows + block * kBlock,
+                              row_elements_, at == 0, sums_ + n * kM);
       };
-      pick(count, dot);
-      for (int64_t m = 0; m < count; ++m) sums[m][n - begin] = results[m];
-    }
-    put_rows(0, count / parts_, group, begin, end - begin, sums[0]);
-  }
-
-  void many(const bf16* rows, int64_t group, int64_t begin, int64_t end) const {
-    const int64_t base = group * p_.out.size(2);
-    for (int64_t n = begin; n < end; ++n) {
-      expand_row(expand_, codes(base + n), Rows::bytes(p_.x.size(2)), panel_ + (n - begin) * row_elements_);
-      read_scales(base + n, scales_ + (n - begin) * scale_floats_);
-    }
-    const int64_t tokens = p_.x.size(0);
-    const int64_t tile = parts_ == 1 ? kTile : 1;  // tokens: of three parts, one
-    for (int64_t token = 0; token < tokens; token += tile) {
-      const int64_t count = tokens - token < tile ? tokens - token : tile;
-      const bf16* x = rows + token * parts_ * row_elements_;
-      alignas(64) float sums[kTile][kLinearPanel];
       int64_t n = 0;
-      for (; n + kTile <= end - begin; n += kTile) tiles<kTile>(x, count * parts_, n, sums);
-      for (; n < end - begin; ++n) tiles<1>(x, count * parts_, n, sums);
-      put_rows(token, count, group, begin, end - begin, sums[0]);
+      for (; n + kN <= panel.outputs; n += kN) tile(n, Constant<kN>{});
+      for (; n < panel.outputs; ++n) tile(n, Constant<1>{});
+    }
+    alignas(64) float results[kMostInRegisters][kLinearPanel];
+    int64_t n = 0;
+    for (; n + kN <= panel.outputs; n += kN) add_lanes<kM, kN>(sums_ + n * kM, n, results);
+    for (; n < panel.outputs; ++n) add_lanes<kM, 1>(sums_ + n * kM, n, results);
+    put_rows(0, kM / parts_, panel.group, panel.begin, panel.outputs, results[0]);
+  }
+
+  // Asks for the codes of weight rows n to n + count, beyond the panel those of its next range or of the next panel.
+  void ask_for(const Panel& panel, int64_t n, int64_t count, int64_t at, int64_t range) const {
+    if (n >= panel.outputs) {
+      at = at + range < bytes_ ? at + range : 0;
+      n -= at > 0 ? panel.outputs : 0;
+    }
+    const int64_t end = at + range < bytes_ ? at + range : bytes_;
+    for (int64_t i = 0; i < count; ++i) {
+      const uint8_t* row = codes(panel.row) + (n + i) * p_.weight.stride[0];  // past the end it does nothing
+      for (int64_t b = at; b < end; b += 64) _mm_prefetch(row + b, _MM_HINT_T1);
     }
   }
 
-  // Up to kTile rows with weight rows n to n + kN of the panel.
-  template <int kN>
-  void tiles(const bf16* x, int64_t count, int64_t n, float (*sums)[kLinearPanel]) const {
-    float results[kTile * kN];
-    const auto dot = [&](auto m) {
-      dot_tile<decltype(m)::value, kN, Rows>(x, row_elements_, panel_ + n * row_elements_, row_elements_,
-                                             scales_ + n * scale_floats_, scale_floats_, blocks_of(p_.x.size(2)),
-                                             results);
-    };
-    pick(count, dot);
-    for (int64_t m = 0; m < count; ++m) {
-      for (int i = 0; i < kN; ++i) sums[m][n + i] = results[m * kN + i];
+  template <int kM, int kN>
+  static void add_lanes(const __m512* from, int64_t n, float (*sums)[kLinearPanel]) {
+    if constexpr (kM * kN >= 8) {
+      __m512 all[16];
+      for (int i = 0; i < 16; ++i) all[i] = i < kM * kN ? from[i] : _mm512_setzero_ps();
+      alignas(64) float results[16];
+      _mm512_store_ps(results, sums16(all));
+      for (int m = 0; m < kM; ++m) __builtin_memcpy(sums[m] + n, results + m * kN, kN * sizeof(float));
+    } else {
+      for (int i = 0; i < kM * kN; ++i) sums[i / kN][n + i % kN] = total(from[i]);
     }
+  }
+
+  template <class Scale>
+  void from_panel(const bf16* rows, int64_t count, const Panel& panel, const Scale* scales) const {
+    for (int64_t n = 0; n < panel.outputs; ++n) {
+      expand_codes(expand_, codes(panel.row + n), bytes_, scales + n * scale_stride_, panel_ + n * row_elements_);
+    }
+    const int64_t tile = parts_ == 1 ? kTile : parts_, chunk = kSumRows / kTile * tile;  // whole tokens
+    for (int64_t row = 0; row < count; row += chunk) {
+      const int64_t here = count - row < chunk ? count - row : chunk;
+      for (int64_t at = 0; at == 0 || at < row_elements_; at += kRangeBlocks * kBlock) {
+        for (int64_t m = 0; m < here; m += tile) {
+          const auto tiles = [&](auto height) {
+            panel_tiles<decltype(height)::value>(rows, row, m, at, panel, scales);
+          };
+          pick(here - m < tile ? here - m : tile, tiles);
+        }
+      }
+    }
+  }
+  // A range of inputs of rows row + m to row + m + kM with the whole panel.
+  template <int kM, class Scale>
+  void panel_tiles(const bf16* rows, int64_t row, int64_t m, int64_t at, const Panel& panel,
+                   const Scale* scales) const {
+    const int64_t left = row_elements_ - at, range = kRangeBlocks * kBlock, inputs = left < range ? left : range;
+    const bool last = left <= range;
+    const bf16* x = rows + (row + m) * row_elements_ + at;
+    __m512* sums = sums_ + m * kLinearPanel;
+    alignas(64) float results[kTile][kLinearPanel];
+    const auto tile = [&](int64_t n, auto width) {
+      constexpr int kN = decltype(width)::value;
+      const bf16* w = panel_ + n * row_elements_ + at;
+      if constexpr (sizeof(Scale) == 1) {
+        dense_tile<kM, kN>(x, row_elements_, w, row_elements_, inputs, at == 0, sums + n * kM);
+      } else {
+        scaled_tile<kM, kN, Rows>(x, row_elements_, w, row_elements_,
+                                  scales + n * scale_stride_ + at / kBlock * Rows::kScales, scale_stride_, inputs,
+                                  at == 0, sums + n * kM);
+      }
+      if (last) add_lanes<kM, kN>(sums + n * kM, n, results);
+    };
+    int64_t n = 0;
+    for (; n + kTile <= panel.outputs; n += kTile) tile(n, Constant<kTile>{});
+    for (; n < panel.outputs; ++n) tile(n, Constant<1>{});
+    if (last) put_rows((row + m) / parts_, kM / parts_, panel.group, panel.begin, panel.outputs, results[0]);
   }
 
   template <int kValue>
@@ -193,7 +292,7 @@ class Kernel {
   // body of a count from 1 to 4, as a constant.
   template <class Body>
   static void pick(int64_t count, const Body& body) {
-    static_assert(kTile == 4 && kFewRows == 4);
+    static_assert(kTile == 4);
     switch (count) {
       case 4:
         return body(Constant<4>{});
@@ -208,9 +307,10 @@ class Kernel {
 
   const LinearParams& p_;
   const Rows expand_;
-  int64_t parts_, row_elements_, scale_floats_;
+  int64_t parts_, row_elements_, bytes_, scale_stride_;
+  __m512* sums_;
+  uint8_t* scales_;  // of the panel: shifts of one row, or float32
   bf16* panel_;
-  float* scales_;
 };
 
 using Fp8 = Kernel<Fp8Rows, true>;

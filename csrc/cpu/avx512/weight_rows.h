@@ -18,7 +18,7 @@ namespace {
 
 inline constexpr int64_t kBlock = 128;  // inputs
 inline constexpr int64_t kBlockSteps = kBlock / kStep;
-inline constexpr int64_t kFewRows = 4;  // rows of activations up to which weights are expanded in registers alone
+inline constexpr int64_t kFewRows = 4;  // rows of activations up to which experts expand weights in registers alone
 
 DSV4_INLINE int64_t blocks_of(int64_t inputs) { return (inputs + kBlock - 1) / kBlock; }
 
@@ -34,6 +34,27 @@ DSV4_INLINE __m512 dot_bf16(__m512 sum, __m512i x, __m512i w) {
   return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(x), reinterpret_cast<__m512bh>(w));
 }
 
+// The upper and lower bytes of the bfloat16 values of e4m3's 128 magnitudes, and of half of them.
+struct E4m3Bytes {
+  uint8_t high[2][128] = {}, low[2][128] = {};
+
+  constexpr E4m3Bytes() {
+    for (int half = 0; half < 2; ++half) {
+      for (int code = 0; code < 128; ++code) {
+        int exponent = code >> 3, mantissa = code & 7;
+        if (exponent == 0) {  // steps of 2^-9: bring the highest bit to the front
+          for (exponent = 1; mantissa != 0 && (mantissa & 8) == 0; --exponent) mantissa *= 2;
+        }
+        int bits = code == 0 ? 0 : ((exponent + 120 - half) << 7) | (mantissa & 7) << 4;
+        if (code == 127) bits = 0x7FC0;
+        high[half][code] = static_cast<uint8_t>(bits >> 8);
+        low[half][code] = static_cast<uint8_t>(bits);
+      }
+    }
+  }
+};
+alignas(64) static constexpr E4m3Bytes kE4m3;
+
 // e4m3, a byte an input, one scale a block. Make one per piece of work: it holds tables.
 class Fp8Rows {
  public:
@@ -42,15 +63,9 @@ class Fp8Rows {
   static constexpr int64_t bytes(int64_t inputs) { return inputs; }
 
   Fp8Rows() {
-    alignas(64) uint8_t high[128], low[128];
-    for (int code = 0; code < 128; ++code) {
-      const uint16_t bits = bf16_from_float(e4m3_value(static_cast<uint8_t>(code))).bits;
-      high[code] = static_cast<uint8_t>(bits >> 8);
-      low[code] = static_cast<uint8_t>(bits);
-    }
     for (int half = 0; half < 2; ++half) {
-      high_[half] = _mm512_load_si512(high + 64 * half);
-      low_[half] = _mm512_load_si512(low + 64 * half);
+      high_[half] = _mm512_load_si512(kE4m3.high[0] + 64 * half);
+      low_[half] = _mm512_load_si512(kE4m3.low[0] + 64 * half);
     }
   }
 
@@ -61,6 +76,16 @@ class Fp8Rows {
   DSV4_MEMBER Block expand(const uint8_t* codes, int64_t count) const {
     return words(_mm512_maskz_loadu_epi8(mask64(count), codes),
                  _mm512_maskz_loadu_epi8(mask64(count - 64), codes + 64));
+  }
+
+  // The same times 2^-shift, 0 to 60: an even part off the exponent's upper seven bits, an odd rest by a table of
+  // halves.
+  DSV4_MEMBER Block expand_folded(const uint8_t* codes, const uint8_t* shift) const {
+    return words(_mm512_loadu_si512(codes), _mm512_loadu_si512(codes + 64), *shift);
+  }
+  DSV4_MEMBER Block expand_folded(const uint8_t* codes, const uint8_t* shift, int64_t count) const {
+    return words(_mm512_maskz_loadu_epi8(mask64(count), codes), _mm512_maskz_loadu_epi8(mask64(count - 64), codes + 64),
+                 *shift);
   }
 
   // A block of activations from the order of memory into that of `expand`: bytes unpack within lanes of 16.
@@ -93,8 +118,33 @@ class Fp8Rows {
     return block;
   }
 
+  DSV4_MEMBER Block words(__m512i first, __m512i second, uint8_t shift) const {
+    Block block;
+    const uint8_t *high_table = kE4m3.high[shift & 1], *low_table = kE4m3.low[shift & 1];
+    const __m512i magnitude = _mm512_set1_epi8(0x7F), down = _mm512_set1_epi8(static_cast<char>(shift >> 1));
+    const __m512i codes[2] = {first, second};
+    for (int half = 0; half < 2; ++half) {
+      const __m512i code = codes[half];
+      const __mmask64 number = _mm512_cmpneq_epi8_mask(_mm512_add_epi8(code, code), _mm512_set1_epi8(-2));  // not NaN
+      __m512i high = _mm512_permutex2var_epi8(_mm512_load_si512(high_table), code, _mm512_load_si512(high_table + 64));
+      high = _mm512_mask_subs_epu8(high, number, high, down);  // zero stays zero
+      high = _mm512_ternarylogic_epi32(magnitude, high, code, 0xCA);
+      const __m512i low =
+          _mm512_permutex2var_epi8(_mm512_load_si512(low_table), code, _mm512_load_si512(low_table + 64));
+      block.w[2 * half] = _mm512_unpacklo_epi8(low, high);
+      block.w[2 * half + 1] = _mm512_unpackhi_epi8(low, high);
+    }
+    return block;
+  }
+
   __m512i high_[2], low_[2];  // bytes of the bfloat16 values of the 128 magnitudes
 };
+
+// bfloat16 values of e2m1's codes; twice, so that the lowest bit of the next nibble does not matter.
+alignas(64) static constexpr uint16_t kE2m1[32] = {0x0000, 0x3F00, 0x3F80, 0x3FC0, 0x4000, 0x4040, 0x4080, 0x40C0,
+                                                   0x8000, 0xBF00, 0xBF80, 0xBFC0, 0xC000, 0xC040, 0xC080, 0xC0C0,
+                                                   0x0000, 0x3F00, 0x3F80, 0x3FC0, 0x4000, 0x4040, 0x4080, 0x40C0,
+                                                   0x8000, 0xBF00, 0xBF80, 0xBFC0, 0xC000, 0xC040, 0xC080, 0xC0C0};
 
 // e2m1, two inputs a byte, the even one in the low nibble; four scales a block, of 32 inputs each. Word i of the codes
 // holds inputs 4 i to 4 i + 3; register j of a block takes nibble j of every word.
@@ -104,11 +154,7 @@ class Fp4Rows {
   static constexpr int64_t kScales = 4;
   static constexpr int64_t bytes(int64_t inputs) { return inputs / 2; }
 
-  Fp4Rows() {
-    alignas(64) uint16_t words[32];  // twice, so that the lowest bit of the next nibble does not matter
-    for (int i = 0; i < 32; ++i) words[i] = bf16_from_float(e2m1_value(static_cast<uint8_t>(i & 15))).bits;
-    table_ = _mm512_load_si512(words);
-  }
+  Fp4Rows() : table_(_mm512_load_si512(kE2m1)) {}
 
   DSV4_MEMBER Block expand(const uint8_t* codes) const { return words(_mm512_loadu_si512(codes)); }
   DSV4_MEMBER Block expand(const uint8_t* codes, int64_t count) const {
