@@ -1,6 +1,7 @@
 #include "ops/linear.h"
 
 #include "cpu/linear.h"
+#include "cuda/sm80/linear.h"
 #include "ops/candidates.h"
 #include "ops/validate.h"
 
@@ -8,18 +9,22 @@ namespace dsv4 {
 namespace {
 
 constexpr Candidate<LinearParams> kFp8Linear[] = {
+    {"sm80", Isa::kSm80, DSV4_SM80(sm80::fp8_linear)},
     {"avx512", Isa::kAvx512, DSV4_AVX512(avx512::fp8_linear)},
     {"scalar", Isa::kScalar, DSV4_SCALAR(scalar::fp8_linear)},
 };
 constexpr Candidate<LinearParams> kFp4Linear[] = {
+    {"sm80", Isa::kSm80, DSV4_SM80(sm80::fp4_linear)},
     {"avx512", Isa::kAvx512, DSV4_AVX512(avx512::fp4_linear)},
     {"scalar", Isa::kScalar, DSV4_SCALAR(scalar::fp4_linear)},
 };
 constexpr Candidate<LinearParams> kGroupedLinear[] = {
+    {"sm80", Isa::kSm80, DSV4_SM80(sm80::grouped_linear)},
     {"avx512", Isa::kAvx512, DSV4_AVX512(avx512::grouped_linear)},
     {"scalar", Isa::kScalar, DSV4_SCALAR(scalar::grouped_linear)},
 };
 constexpr Candidate<DenseLinearParams> kDenseLinear[] = {
+    {"sm80", Isa::kSm80, DSV4_SM80(sm80::dense_linear)},
     {"avx512", Isa::kAvx512, DSV4_AVX512(avx512::dense_linear)},
     {"scalar", Isa::kScalar, DSV4_SCALAR(scalar::dense_linear)},
 };
@@ -53,8 +58,9 @@ using WorkspaceBytes = BytesOf<LinearParams>;
 
 // The most that a kernel which this context admits asks for.
 template <class Params>
-int64_t most_bytes(const Params& p, const Context& context, BytesOf<Params> scalar, BytesOf<Params> avx512) {
-  if (context.device != Device::kCpu) return 0;
+int64_t most_bytes(const Params& p, const Context& context, BytesOf<Params> scalar, BytesOf<Params> avx512,
+                   BytesOf<Params> sm80) {
+  if (context.device == Device::kCuda) return sm80 != nullptr ? sm80(p, context) : 0;
   int64_t bytes = scalar != nullptr ? scalar(p, context) : 0;
   if (avx512 != nullptr && context.best >= Isa::kAvx512) {
     const int64_t needed = avx512(p, context);
@@ -64,10 +70,10 @@ int64_t most_bytes(const Params& p, const Context& context, BytesOf<Params> scal
 }
 
 int64_t workspace_bytes(const LinearParams& p, const Context& context, const char* op, Form form, WorkspaceBytes scalar,
-                        WorkspaceBytes avx512) {
+                        WorkspaceBytes avx512, WorkspaceBytes sm80) {
   Validator v(op);
   validate_arguments(v, p, form);
-  return v.status().is_ok() ? most_bytes(p, context, scalar, avx512) : 0;
+  return v.status().is_ok() ? most_bytes(p, context, scalar, avx512, sm80) : 0;
 }
 
 Status validate(const LinearParams& p, const Context& context, const char* op, Form form, WorkspaceBytes bytes) {
@@ -104,19 +110,23 @@ int64_t dense_linear_workspace_bytes(const DenseLinearParams& p, const Context& 
   validate_dense_arguments(v, p);
   if (!v.status().is_ok()) return 0;
   return most_bytes<DenseLinearParams>(p, c, DSV4_SCALAR(scalar::dense_linear_workspace_bytes),
-                                       DSV4_AVX512(avx512::dense_linear_workspace_bytes));
+                                       DSV4_AVX512(avx512::dense_linear_workspace_bytes),
+                                       DSV4_SM80(sm80::dense_linear_workspace_bytes));
 }
 int64_t fp8_linear_workspace_bytes(const LinearParams& p, const Context& c) {
   return workspace_bytes(p, c, "fp8_linear", Form::kFp8, DSV4_SCALAR(scalar::fp8_linear_workspace_bytes),
-                         DSV4_AVX512(avx512::fp8_linear_workspace_bytes));
+                         DSV4_AVX512(avx512::fp8_linear_workspace_bytes),
+                         DSV4_SM80(sm80::quantised_linear_workspace_bytes));
 }
 int64_t fp4_linear_workspace_bytes(const LinearParams& p, const Context& c) {
   return workspace_bytes(p, c, "fp4_linear", Form::kFp4, DSV4_SCALAR(scalar::fp4_linear_workspace_bytes),
-                         DSV4_AVX512(avx512::fp4_linear_workspace_bytes));
+                         DSV4_AVX512(avx512::fp4_linear_workspace_bytes),
+                         DSV4_SM80(sm80::quantised_linear_workspace_bytes));
 }
 int64_t grouped_linear_workspace_bytes(const LinearParams& p, const Context& c) {
   return workspace_bytes(p, c, "grouped_linear", Form::kGrouped, DSV4_SCALAR(scalar::grouped_linear_workspace_bytes),
-                         DSV4_AVX512(avx512::grouped_linear_workspace_bytes));
+                         DSV4_AVX512(avx512::grouped_linear_workspace_bytes),
+                         DSV4_SM80(sm80::grouped_linear_workspace_bytes));
 }
 
 Status fp8_linear(const LinearParams& p, const Context& c) {

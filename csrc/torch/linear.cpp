@@ -5,8 +5,6 @@
 namespace dsv4::binding {
 namespace {
 
-#if !defined(DSV4_TORCH_CUDA)  // no CUDA kernel yet: there Python's formulas run
-
 constexpr char kFloats[] = "bfloat16 or float32 or float64";
 
 int64_t ceil_div(int64_t value, int64_t divisor) { return (value + divisor - 1) / divisor; }
@@ -155,8 +153,6 @@ DSV4_OP("fp8_linear(Tensor x, Tensor weight, Tensor scale, ScalarType? out_dtype
 DSV4_OP("fp4_linear(Tensor x, Tensor weight, Tensor scale, ScalarType? out_dtype=None) -> Tensor", fp4_linear)
 DSV4_OP("grouped_linear(Tensor x, Tensor weight, Tensor? scale=None) -> Tensor", grouped_linear)
 DSV4_OP("dense_linear(Tensor x, Tensor weight, ScalarType? out_dtype=None) -> Tensor", dense_linear)
-
-#endif
 
 }  // namespace
 }  // namespace dsv4::binding

@@ -358,4 +358,37 @@ TEST(e4m3_codes_are_the_nearest) {
   }
 }
 
+// Pairs of bfloat16, denormal ones too, and every selector of bytes without replication of signs.
+DSV4_KERNEL(kThreads, 1) packed_pairs(const Arguments a) {
+  const int t = ptx::thread_index();
+  const uint32_t* in = a.in + 3 * t;
+  a.out[16 * t] = ptx::select_bytes(in[0], in[1], in[2] & 0x7777u);
+  a.out[16 * t + 1] = ptx::multiply_bf16_pairs(in[0], in[1]);
+}
+
+TEST(packed_pairs_are_taken_apart_and_multiplied) {
+  if (no_device()) return;
+  auto in = random_words(3 * kThreads, 11);
+  // Products with zeros of both signs and of denormal numbers: 2^-133 * 2^120, 2^-126 * 2^-7.
+  in[0] = 0x80000000u, in[1] = 0x40004000u;
+  in[3] = 0x00010080u, in[4] = 0x7B803C00u;
+  const auto out = run(packed_pairs, in);
+  for (size_t t = 0; t < kThreads; ++t) {
+    const uint32_t words[] = {in[3 * t], in[3 * t + 1]}, selector = in[3 * t + 2];
+    uint32_t selected = 0;
+    for (size_t i = 0; i < 4; ++i) {
+      const uint32_t byte = selector >> (4 * i) & 7u;
+      selected |= (words[byte / 4] >> (8 * (byte % 4)) & 0xFFu) << (8 * i);
+    }
+    CHECK(out[16 * t] == selected);
+    for (int half = 0; half < 2; ++half) {
+      const auto value = [&](uint32_t word) { return float_from_bits((word >> (16 * half) & 0xFFFFu) << 16); };
+      const float product = value(words[0]) * value(words[1]), got = value(out[16 * t + 1]);
+      if (product != 0 && std::fabs(product) < 0x1p-126f) continue;  // the float has been rounded already
+      CHECK(product != product ? got != got : bits_from_float(got) >> 16 == bf16_from_float(product).bits);
+    }
+  }
+  CHECK(out[1] == 0x80000000u && out[16 + 1] == 0x39000001u);
+}
+
 }  // namespace

@@ -35,6 +35,13 @@ CLAIMS = {
     "bf16_index_scores": TENSOR_CORES,
     "bf16_index_scores_plain": ["FFMA"],
     "f32_index_scores_plain": ["FFMA"],
+    **{
+        f"{form}_linear_{tile}": ["HMMA.16816.F32.BF16", "LDGSTS.E.BYPASS", "LDS.128", "BAR.SYNC", "LDGDEPBAR"]
+        for form in ("fp8", "fp4", "fp4_wide", "bf16", "f32")
+        for tile in ("few", "some", "many")
+    },
+    "bf16_linear_prepare": ["LDG.E.128", "STG.E.128", "SHFL.BFLY"],
+    "f32_linear_prepare": ["LDG.E.128", "STG.E.128", "SHFL.BFLY"],
     "f32_index_select": ["REDUX.SUM", "VOTE.ANY", "POPC", "BAR.SYNC"],
     **{
         f"{dtype}_{op}": ["LDG.E.128", "STG.E.128", "SHFL.BFLY", "VOTE.ANY"]

@@ -453,6 +453,31 @@ DSV4_DEVICE uint32_t pack_e4m3(float low, float high) {
 #endif
 }
 
+// Four of the eight bytes of a (0 to 3) and b (4 to 7): the lowest nibble of the selector names the lowest byte.
+DSV4_DEVICE uint32_t select_bytes(uint32_t a, uint32_t b, uint32_t selector) {
+#if defined(__CUDACC__)
+  return __byte_perm(a, b, selector);
+#else
+  const uint64_t bytes = static_cast<uint64_t>(b) << 32 | a;
+  uint32_t result = 0;
+  for (int i = 0; i < 4; ++i)
+    result |= static_cast<uint32_t>(bytes >> (8 * (selector >> (4 * i) & 7u)) & 0xFFu) << (8 * i);
+  return result;
+#endif
+}
+
+// The products of two pairs of bfloat16, each rounded once. Denormals count.
+DSV4_DEVICE uint32_t multiply_bf16_pairs(uint32_t a, uint32_t b) {
+#if defined(__CUDACC__)
+  uint32_t product;  // plus -0: a product alone is an instruction of newer GPUs
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(product) : "r"(a), "r"(b), "r"(0x80008000u));
+  return product;
+#else
+  const float low = float_from_bits(a << 16) * float_from_bits(b << 16);
+  return pack_bf16(low, float_from_bits(a & 0xFFFF0000u) * float_from_bits(b & 0xFFFF0000u));
+#endif
+}
+
 DSV4_DEVICE float low_bf16(uint32_t packed) { return float_from_bits(packed << 16); }
 DSV4_DEVICE float high_bf16(uint32_t packed) { return float_from_bits(packed & 0xFFFF0000u); }
 

@@ -1,0 +1,124 @@
+// Activations as the tiles of weight_tile.h read them: bfloat16, in planes. One plane where a value is a bfloat16:
+// plain ones, and all that went through the quantiser, times its scale (e4m3 times a power of two is exact). Three
+// where it is a float32, which is their sum. Plain bfloat16 rows are read where they lie; `prepare` writes the others,
+// padded with zeros to whole blocks of 128.
+#pragma once
+
+#include "common/view.h"
+#include "cuda/sm80/weight_forms.h"
+
+namespace dsv4::sm80 {
+
+struct ActivationRows {
+  const uint8_t* data;           // row 0
+  const int32_t* map;            // the row of data of each row; none: the same
+  int64_t stride, plane_stride;  // bytes
+  int64_t bytes;                 // of a row of a plane that may be read
+  int64_t inputs;
+  int64_t first, count;  // the tile's rows
+  int planes;
+  bool vector;  // rows are made of whole, aligned 16-byte pieces
+
+  // Null where there is no such row.
+  DSV4_DEVICE const uint8_t* row(int i, int plane) const {
+    if (i >= count) return nullptr;
+    const int64_t at = map != nullptr ? map[first + i] : first + i;
+    return data + at * stride + plane * plane_stride;
+  }
+};
+
+struct PrepareArguments {
+  AnyView<3> x;   // [T, G, K]; row t G + g of the result is x[t, g]
+  uint8_t* to;    // [T G, planes, padded K]
+  int64_t units;  // of 8 inputs, of a row
+  int64_t rows;
+  int planes;
+  bool quantise;
+  bool permute;  // for quantised weights: see weight_forms.h
+  bool vector;   // rows are made of whole, aligned 16-byte pieces
+};
+
+inline constexpr int kPrepareThreads = 128;
+
+// Eight inputs of a row, zeros past its end.
+template <class X>
+DSV4_DEVICE void load_inputs(const X* row, int64_t first, int64_t inputs, bool vector, float (&value)[8]) {
+  if (vector && first < inputs) {
+    DSV4_UNROLL
+    for (int i = 0; i < static_cast<int>(sizeof(X)) / 2; ++i) {
+      const Words4 piece = ptx::load_global_16(row + first + 16 / static_cast<int>(sizeof(X)) * i);
+      DSV4_UNROLL
+      for (int w = 0; w < 4; ++w) {
+        if constexpr (sizeof(X) == 2) {
+          value[2 * w] = ptx::low_bf16(piece.word[w]);
+          value[2 * w + 1] = ptx::high_bf16(piece.word[w]);
+        } else {
+          value[4 * i + w] = float_from_bits(piece.word[w]);
+        }
+      }
+    }
+    return;
+  }
+  DSV4_UNROLL
+  for (int i = 0; i < 8; ++i) value[i] = first + i < inputs ? to_float(row[first + i]) : 0.0f;
+}
+
+// The 16 lanes of a half warp hold a block of 128: what its values are after quantising to e4m3 with one power-of-two
+// scale, NaN where one of them is not finite.
+DSV4_DEVICE void round_trip_fp8(float (&value)[8]) {
+  uint32_t most = 0;
+  DSV4_UNROLL
+  for (int i = 0; i < 8; ++i) {
+    const uint32_t magnitude = bits_from_float(value[i]) & 0x7FFFFFFFu;
+    most = magnitude > most ? magnitude : most;
+  }
+  DSV4_UNROLL
+  for (int mask = 8; mask > 0; mask /= 2) {
+    const uint32_t other = ptx::shuffle_xor(most, mask);
+    most = other > most ? other : most;
+  }
+  const uint8_t scale = fp8_scale(most);
+  DSV4_UNROLL
+  for (int i = 0; i < 8; ++i) {
+    const uint8_t code = e4m3_code(ptx::multiply(value[i], inverse_scale(scale)));
+    value[i] = scale == 255 ? float_from_bits(0x7FC00000u) : ptx::multiply(e4m3_value(code), e8m0_value(scale));
+  }
+}
+
+// Where a block's unit c (inputs 8 c ...) lies, in 16-byte pieces, and its words.
+DSV4_DEVICE int unit_place(int c, bool permute) { return permute ? c % 4 * 4 + c / 4 : c; }
+
+DSV4_DEVICE Words4 unit_words(const float (&value)[8], bool permute) {
+  Words4 words;
+  DSV4_UNROLL
+  for (int w = 0; w < 4; ++w) {
+    words.word[w] = permute ? ptx::pack_bf16(value[w], value[w + 4]) : ptx::pack_bf16(value[2 * w], value[2 * w + 1]);
+  }
+  return words;
+}
+
+// A thread takes eight inputs.
+template <class X>
+DSV4_DEVICE void prepare(const PrepareArguments& a) {
+  const int64_t at = ptx::block_index_x() * kPrepareThreads + ptx::thread_index();
+  const int64_t row = at / a.units, unit = at % a.units, inputs = a.x.shape[2], groups = a.x.shape[1];
+  const bool exists = row < a.rows;
+  float value[8] = {};
+  if (exists) {
+    const X* from = static_cast<const X*>(a.x.data) + row / groups * a.x.stride[0] + row % groups * a.x.stride[1];
+    load_inputs(from, 8 * unit, inputs, a.vector, value);
+  }
+  if (a.quantise) round_trip_fp8(value);
+  if (!exists) return;
+  const int64_t place = unit / 16 * 16 + unit_place(static_cast<int>(unit % 16), a.permute);
+  for (int plane = 0; plane < a.planes; ++plane) {
+    float part[8];
+    DSV4_UNROLL
+    for (int i = 0; i < 8; ++i) {
+      part[i] = a.planes == 1 ? value[i] : float_from_bits(float_part(value[i], plane) << 16);
+    }
+    ptx::store_global_16(a.to + ((row * a.planes + plane) * a.units + place) * 16, unit_words(part, a.permute));
+  }
+}
+
+}  // namespace dsv4::sm80
