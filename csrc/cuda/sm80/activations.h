@@ -5,6 +5,7 @@
 #pragma once
 
 #include "common/view.h"
+#include "cuda/sm80/row_lanes.h"
 #include "cuda/sm80/weight_forms.h"
 
 namespace dsv4::sm80 {
@@ -39,29 +40,6 @@ struct PrepareArguments {
 };
 
 inline constexpr int kPrepareThreads = 128;
-
-// Eight inputs of a row, zeros past its end.
-template <class X>
-DSV4_DEVICE void load_inputs(const X* row, int64_t first, int64_t inputs, bool vector, float (&value)[8]) {
-  if (vector && first < inputs) {
-    DSV4_UNROLL
-    for (int i = 0; i < static_cast<int>(sizeof(X)) / 2; ++i) {
-      const Words4 piece = ptx::load_global_16(row + first + 16 / static_cast<int>(sizeof(X)) * i);
-      DSV4_UNROLL
-      for (int w = 0; w < 4; ++w) {
-        if constexpr (sizeof(X) == 2) {
-          value[2 * w] = ptx::low_bf16(piece.word[w]);
-          value[2 * w + 1] = ptx::high_bf16(piece.word[w]);
-        } else {
-          value[4 * i + w] = float_from_bits(piece.word[w]);
-        }
-      }
-    }
-    return;
-  }
-  DSV4_UNROLL
-  for (int i = 0; i < 8; ++i) value[i] = first + i < inputs ? to_float(row[first + i]) : 0.0f;
-}
 
 // The 16 lanes of a half warp hold a block of 128: what its values are after quantising to e4m3 with one power-of-two
 // scale, NaN where one of them is not finite.
@@ -106,7 +84,7 @@ DSV4_DEVICE void prepare(const PrepareArguments& a) {
   float value[8] = {};
   if (exists) {
     const X* from = static_cast<const X*>(a.x.data) + row / groups * a.x.stride[0] + row % groups * a.x.stride[1];
-    load_inputs(from, 8 * unit, inputs, a.vector, value);
+    load_eight(from, static_cast<int>(8 * unit), static_cast<int>(inputs), a.vector, value);
   }
   if (a.quantise) round_trip_fp8(value);
   if (!exists) return;
