@@ -193,7 +193,8 @@ void measure(bench::Bench& bench, const Cost& cost, const char* shape, int64_t t
   context.best = isa;
   Context scalar = context;
   scalar.best = Isa::kScalar;
-  const int64_t scratch = mhc_pre_backward_workspace_bytes(tokens, hidden, DType::kBFloat16, context);
+  const int64_t scratch = std::max(mhc_pre_workspace_bytes(tokens, hidden, DType::kBFloat16, context),
+                                   mhc_pre_backward_workspace_bytes(tokens, hidden, DType::kBFloat16, context));
   Problem problem(tokens, hidden, scratch), last(std::min(tokens, kChecked), hidden, scratch);
   problem.fill();
   last.take_last(problem);

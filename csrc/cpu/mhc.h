@@ -30,6 +30,8 @@ Status mhc_head_backward(const MhcHeadBackwardParams&, const Context&);
 
 namespace dsv4::avx512 {
 int64_t mhc_workspace_bytes(int64_t hidden, int mixes);  // packed fn
+// What mhc_post_pre needs behind it, in any instruction set, where its new streams are too large for the caches.
+int64_t mhc_kept_bytes(int64_t tokens, int64_t hidden, DType x, const Context&);
 Status mhc_pre(const MhcPreParams&, const Context&);
 Status mhc_post(const MhcPostParams&, const Context&);
 Status mhc_post_pre(const MhcPostPreParams&, const Context&);

@@ -215,8 +215,15 @@ int64_t backward_workspace(int64_t tokens) { return tokens * static_cast<int64_t
 
 }  // namespace
 
-int64_t mhc_pre_workspace_bytes(int64_t tokens, int64_t hidden, DType, const Context& context) {
-  return forward_workspace(tokens, hidden, kMixes, context);
+int64_t mhc_pre_workspace_bytes(int64_t tokens, int64_t hidden, DType x, const Context& context) {
+  int64_t bytes = forward_workspace(tokens, hidden, kMixes, context);
+#if defined(DSV4_WITH_AVX512)
+  if (context.device == Device::kCpu && context.best >= Isa::kAvx512) {
+    bytes += avx512::mhc_kept_bytes(tokens, hidden, x, context);
+  }
+#endif
+  (void)x;
+  return bytes;
 }
 
 int64_t mhc_head_workspace_bytes(int64_t tokens, int64_t hidden, DType, const Context& context) {

@@ -28,6 +28,9 @@ struct Product {
 
   static constexpr int tiles(int outputs) { return (2 * outputs + 15) / 16; }
   static int64_t steps(int64_t hidden) { return (hidden + kStep - 1) / kStep; }
+  static int64_t bytes(int64_t hidden, int outputs) {
+    return kStreams * steps(hidden) * tiles(outputs) * kTileWords * static_cast<int64_t>(sizeof(uint32_t));
+  }
 
   // 32 elements of a row of fn as bfloat16: the nearest value, or what that leaves over.
   DSV4_INLINE __m512i split(Pair x, bool low) {
@@ -62,7 +65,7 @@ struct Product {
     }
   }
 
-  template <class X, int kOutputs>
+  template <int kOutputs>
   DSV4_INLINE void pack(const View<const float, 2>& fn, int64_t hidden, int64_t part, void* to) {
     const int64_t all = steps(hidden), stream = part / 4, begin = all * (part % 4) / 4, end = all * (part % 4 + 1) / 4;
     pack_steps<kOutputs>(fn, hidden, stream, begin, end - begin,
@@ -99,9 +102,11 @@ struct Product {
     return _mm512_reduce_add_ps(_mm512_add_ps(sums[0], sums[1]));
   }
 
+  // The products and squares of one stream. packed null: fn is packed on the way.
   template <class X, int kOutputs>
-  DSV4_INLINE void segment(const Rows<X>& rows, int64_t first, int64_t tokens, int64_t stream,
-                           const View<const float, 2>& fn, const void* packed, float (*out)[kSums]) {
+  DSV4_INLINE void segment(const Rows<X>& rows, int64_t stream, const View<const float, 2>& fn, const void* packed,
+                           float (*out)[kSums]) {
+    const int64_t tokens = rows.tokens;
     constexpr int kCount = tiles(kOutputs), kStepWords = kCount * kTileWords;
     alignas(64) uint32_t chunk[kChunk * kStepWords];
     alignas(64) float products[kTileRows][kCount * 16];
@@ -120,7 +125,7 @@ struct Product {
     }
 
     const int64_t all = steps(rows.hidden), tail = rows.hidden % kStep;
-    const X* r = rows.data + first * rows.token + stream * rows.stream;
+    const X* r = rows.data + stream * rows.stream;
     for (int64_t step = 0; step < all; step += kChunk) {
       const int64_t end = step + kChunk <= all ? step + kChunk : all;
       const uint32_t* block = static_cast<const uint32_t*>(packed) + (stream * all + step) * kStepWords;
@@ -152,13 +157,44 @@ struct Product {
       out[t][kSquares] = squares(r + t * rows.token, rows.hidden);
     }
   }
+
+  // Adds up the streams' sums, first to last.
+  DSV4_INLINE void add_segments(const float (*parts)[avx512::kTile][kSums], int64_t tokens, float (*out)[kSums]) {
+    for (int64_t t = 0; t < tokens; ++t) {
+      for (int j = 0; j < kSums; j += 16) {
+        __m512 sum = _mm512_load_ps(parts[0][t] + j);
+        for (int s = 1; s < kStreams; ++s) sum = _mm512_add_ps(sum, _mm512_load_ps(parts[s][t] + j));
+        _mm512_store_ps(out[t] + j, sum);
+      }
+    }
+  }
+
+  template <class X, int kOutputs>
+  DSV4_INLINE void many(const Rows<X>& rows, const void* packed, const avx512::Traffic<X>& traffic,
+                        float (*out)[kSums]) {
+    alignas(64) float parts[kStreams][avx512::kTile][kSums] = {};
+    for (int s = 0; s < kStreams; ++s) {
+      segment<X, kOutputs>(rows, s, {}, packed, parts[s]);
+      if (traffic.write != nullptr) avx512::write_rows(rows, s, traffic);
+    }
+    add_segments(parts, rows.tokens, out);
+  }
+
+  // The streams are spread over the threads.
+  template <class X, int kOutputs>
+  DSV4_INLINE void few(const Rows<X>& rows, const View<const float, 2>& fn, const Context& context,
+                       float (*out)[kSums]) {
+    alignas(64) float parts[kStreams][avx512::kTile][kSums] = {};
+    parallel(context, kStreams, [&](int64_t begin, int64_t end) {
+      for (int64_t s = begin; s < end; ++s) segment<X, kOutputs>(rows, s, fn, nullptr, parts[s]);
+    });
+    add_segments(parts, rows.tokens, out);
+  }
 };
 
 }  // namespace
 
-int64_t mhc_workspace_bytes(int64_t hidden, int mixes) {
-  return kStreams * Product::steps(hidden) * Product::tiles(mixes) * kTileWords * 4;
-}
+int64_t mhc_workspace_bytes(int64_t hidden, int mixes) { return Product::bytes(hidden, mixes); }
 
 Status mhc_pre(const MhcPreParams& p, const Context& context) {
   return avx512::run<Product, bf16>(avx512::PreOp{p, nullptr}, context);

@@ -58,13 +58,6 @@ DSV4_INLINE void store(float* p, Pair value, int64_t count) {
   _mm512_mask_storeu_ps(p + 16, high16(count), value.b);
 }
 
-// Past the caches; p is 64-byte aligned. A fence must follow the last one.
-DSV4_INLINE void stream(bf16* p, Pair value) { _mm512_stream_si512(reinterpret_cast<__m512i*>(p), pack(value)); }
-DSV4_INLINE void stream(float* p, Pair value) {
-  _mm512_stream_ps(p, value.a);
-  _mm512_stream_ps(p + 16, value.b);
-}
-
 // Float32 values in the order in which elements of type X unpack, and back.
 DSV4_INLINE Pair arrange(Pair natural, const bf16*) {
   const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
@@ -79,14 +72,6 @@ DSV4_INLINE Pair natural(Pair arranged, const bf16*) {
           _mm512_permutex2var_ps(arranged.a, second, arranged.b)};
 }
 DSV4_INLINE Pair natural(Pair arranged, const float*) { return arranged; }
-
-// Elements of a second tensor beside ones of type X, in X's order.
-DSV4_INLINE Pair load_as(const bf16* p, const bf16*) { return load(p); }
-DSV4_INLINE Pair load_as(const float* p, const float*) { return load(p); }
-DSV4_INLINE Pair load_as(const float* p, const bf16* x) { return arrange(load(p), x); }
-DSV4_INLINE Pair load_as(const bf16* p, int64_t count, const bf16*) { return load(p, count); }
-DSV4_INLINE Pair load_as(const float* p, int64_t count, const float*) { return load(p, count); }
-DSV4_INLINE Pair load_as(const float* p, int64_t count, const bf16* x) { return arrange(load(p, count), x); }
 
 // What is left of a value after rounding to X.
 DSV4_INLINE Pair rounded(Pair value, const bf16*) { return unpack(pack(value)); }

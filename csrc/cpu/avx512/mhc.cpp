@@ -13,20 +13,16 @@
 namespace dsv4::avx512 {
 namespace {
 
-constexpr int64_t kStreamBytes = int64_t{8} << 20;
 template <class X>
 Status post(const MhcPostParams& p, const Context& context) {
-  const int64_t tokens = p.streams.shape[0], hidden = p.streams.shape[2], size = sizeof(X);
-  const bool aligned = (reinterpret_cast<uintptr_t>(p.result.data) | static_cast<uintptr_t>(p.result.stride[0] * size) |
-                        static_cast<uintptr_t>(p.result.stride[1] * size)) %
-                           64 ==
-                       0;
-  const bool past_caches = aligned && tokens * kStreams * hidden * size > kStreamBytes;
-  parallel(context, tokens, [&](int64_t begin, int64_t end) {
-    if (past_caches) {
-      post_tokens<X, Store::kPastCaches>(p, begin, end);
+  const bool past = past_caches(p.result, sizeof(X));
+  const int64_t token = p.result.stride[0], stride = p.result.stride[1];
+  parallel(context, p.streams.shape[0], [&](int64_t begin, int64_t end) {
+    X* result = static_cast<X*>(p.result.data) + begin * token;
+    if (past) {
+      post_tokens<X, Store::kPastCaches>(p, begin, end, result, token, stride);
     } else {
-      post_tokens<X, Store::kWhole>(p, begin, end);
+      post_tokens<X, Store::kWhole>(p, begin, end, result, token, stride);
     }
   });
   return Status::ok();
@@ -34,8 +30,11 @@ Status post(const MhcPostParams& p, const Context& context) {
 
 }  // namespace
 
-int64_t mhc_workspace_bytes(int64_t hidden, int mixes) {
-  return mixes * kStreams * Product::steps(hidden) * kStep * static_cast<int64_t>(sizeof(float));
+int64_t mhc_workspace_bytes(int64_t hidden, int mixes) { return Product::bytes(hidden, mixes); }
+
+int64_t mhc_kept_bytes(int64_t tokens, int64_t hidden, DType x, const Context& context) {
+  const int64_t token = kStreams * hidden * (x == DType::kBFloat16 ? 2 : 4);
+  return tokens * token > kCachedBytes ? context.threads * kTile * token : 0;
 }
 
 Status mhc_post(const MhcPostParams& p, const Context& context) {

@@ -10,8 +10,9 @@
 namespace dsv4::avx512 {
 namespace {
 
-constexpr int kBlock = 32;      // tokens that a sum over tokens takes together
-constexpr int kChunkSteps = 8;  // steps of a column chunk
+constexpr int kBlock = 32;    // tokens that a sum over tokens takes together
+constexpr int kRunSteps = 8;  // steps of a row that are taken together
+constexpr int kRun = kRunSteps * kStep;
 
 template <class X>
 struct Problem {
@@ -34,22 +35,9 @@ struct Problem {
   }
 };
 
-template <bool kPart, class T>
-DSV4_INLINE Pair get(const T* p, int64_t count) {
-  return kPart ? load(p, count) : load(p);
-}
-template <bool kPart, class T>
-DSV4_INLINE void put(T* p, Pair value, int64_t count) {
-  kPart ? store(p, value, count) : store(p, value);
-}
-
 template <bool kPart, class X>
 DSV4_INLINE Pair norm_weight(const AnyView<1>& weight, int64_t d, int64_t count) {
-  const X* order = nullptr;
-  if (weight.dtype == DType::kFloat32) {
-    const float* w = static_cast<const float*>(weight.data) + d;
-    return kPart ? load_as(w, count, order) : load_as(w, order);
-  }
+  if (weight.dtype == DType::kFloat32) return get<kPart>(static_cast<const float*>(weight.data) + d, count);
   return get<kPart>(static_cast<const X*>(weight.data) + d, count);
 }
 
@@ -60,7 +48,7 @@ template <class X>
 DSV4_INLINE Pair mixed(const Pair* r, const float* pre) {
   Pair sum = scaled(r[0], _mm512_set1_ps(pre[0]));
   for (int i = 1; i < kStreams; ++i) sum = fma(r[i], _mm512_set1_ps(pre[i]), sum);
-  return rounded(sum, static_cast<const X*>(nullptr));
+  return nearest<X>(sum);
 }
 
 // d input / d mixed of the optional RMSNorm: grad_mixed = rms * (w g) - along * mixed.
@@ -186,78 +174,112 @@ void mixing_backward(const float (*rows)[kSums], const float (*grads)[kSums], co
   }
 }
 
-// One step of d streams for kTokens tokens.
-template <class X, int kOutputs, int kTokens, bool kPart>
-DSV4_INLINE void streams_step(const Problem<X>& p, int64_t first, const NormGradient* norm, const float* along,
-                              int64_t step, int64_t count) {
-  constexpr int kColumns = Product::columns<kOutputs>(), kGroups = kOutputs / kColumns;
-  const int64_t d = step * kStep, all = Product::steps(p.streams.hidden);
-  Pair grad[kTokens];
-  for (int n = 0; n < kTokens; ++n) {
-    grad[n] = get<kPart>(Problem<X>::grad(p, first + n) + d, count);
-    if (!p.norm_weight.given()) continue;
+// The gradient of the sublayer's input before its norm: one step of a token, [32] float32.
+template <bool kPart, class X>
+DSV4_INLINE void mixed_gradient(const Problem<X>& p, int64_t token, const NormGradient& norm, int64_t d, int64_t count,
+                                float* to) {
+  Pair grad = get<kPart>(Problem<X>::grad(p, token) + d, count);
+  if (p.norm_weight.given()) {
     Pair r[kStreams];
-    for (int i = 0; i < kStreams; ++i) r[i] = get<kPart>(Problem<X>::r(p, first + n, i) + d, count);
-    const Pair weighted = times(grad[n], norm_weight<kPart, X>(p.norm_weight, d, count));
-    const Pair u = mixed<X>(r, p.tokens[first + n].pre);
-    grad[n] = fma(u, _mm512_set1_ps(-norm[n].along), scaled(weighted, _mm512_set1_ps(norm[n].rms)));
+    for (int i = 0; i < kStreams; ++i) r[i] = get<kPart>(Problem<X>::r(p, token, i) + d, count);
+    const Pair weighted = times(grad, norm_weight<kPart, X>(p.norm_weight, d, count));
+    grad =
+        fma(mixed<X>(r, p.tokens[token].pre), _mm512_set1_ps(-norm.along), scaled(weighted, _mm512_set1_ps(norm.rms)));
   }
-  for (int i = 0; i < kStreams; ++i) {
-    Pair sum[kTokens];
+  store(to, grad);
+}
+
+// One step of d streams for kTokens tokens and one stream. `grad` has their mixed_gradient.
+template <class X, int kOutputs, int kTokens, Store kStore>
+DSV4_INLINE void streams_step(const Problem<X>& p, int64_t first, const float* along, int i, int64_t step,
+                              const float (*grad)[kRun], int64_t count) {
+  constexpr int kColumns = Product::columns<kOutputs>();
+  constexpr bool kPart = kStore == Store::kPart;
+  const int64_t d = step * kStep, all = Product::steps(p.streams.hidden);
+  Pair sum[kTokens];
 #pragma GCC unroll 4
-    for (int n = 0; n < kTokens; ++n) sum[n] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
-    for (int group = 0; group < kGroups; ++group) {
-      const float* fn = static_cast<const float*>(p.packed) + ((i * kGroups + group) * all + step) * kColumns * kStep;
+  for (int n = 0; n < kTokens; ++n) sum[n] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+  for (int group = 0; group < kOutputs / kColumns; ++group) {
+    const float* fn = static_cast<const float*>(p.packed) + Product::packed_step<kOutputs>(all, i, group, step);
 #pragma GCC unroll 4
-      for (int c = 0; c < kColumns; ++c) {
-        const Pair row = load(fn + c * kStep);
+    for (int c = 0; c < kColumns; ++c) {
+      const Pair row = load(fn + c * kStep);
 #pragma GCC unroll 4
-        for (int n = 0; n < kTokens; ++n) {
-          __m512 factor = _mm512_set1_ps(p.tokens[first + n].product[group * kColumns + c]);
-          __asm__("" : "+v"(factor));  // one load for two products
-          sum[n] = fma(row, factor, sum[n]);
-        }
+      for (int n = 0; n < kTokens; ++n) {
+        __m512 factor = _mm512_set1_ps(p.tokens[first + n].product[group * kColumns + c]);
+        __asm__("" : "+v"(factor));  // one load for two products
+        sum[n] = fma(row, factor, sum[n]);
       }
     }
+  }
 #pragma GCC unroll 4
-    for (int n = 0; n < kTokens; ++n) {
-      // The largest terms come last: they would round the small ones.
-      const Pair r = get<kPart>(Problem<X>::r(p, first + n, i) + d, count);
-      sum[n] = fma(r, _mm512_set1_ps(-along[n]), sum[n]);
-      sum[n] = fma(grad[n], _mm512_set1_ps(p.tokens[first + n].pre[i]), sum[n]);
-      if (p.grad_residual.given()) {
-        const X* residual = static_cast<const X*>(p.grad_residual.data) + (first + n) * p.grad_residual.stride[0] +
-                            i * p.grad_residual.stride[1] + d;
-        const Pair add = get<kPart>(residual, count);
-        sum[n] = {_mm512_add_ps(sum[n].a, add.a), _mm512_add_ps(sum[n].b, add.b)};
-      }
-      X* out = static_cast<X*>(p.grad_streams.data) + (first + n) * p.grad_streams.stride[0] +
-               i * p.grad_streams.stride[1] + d;
-      put<kPart>(out, sum[n], count);
+  for (int n = 0; n < kTokens; ++n) {
+    // The largest terms come last: they would round the small ones.
+    const Pair r = get<kPart>(Problem<X>::r(p, first + n, i) + d, count);
+    sum[n] = fma(r, _mm512_set1_ps(-along[n]), sum[n]);
+    sum[n] = fma(load(grad[n] + d % kRun), _mm512_set1_ps(p.tokens[first + n].pre[i]), sum[n]);
+    if (p.grad_residual.given()) {
+      const X* residual = static_cast<const X*>(p.grad_residual.data) + (first + n) * p.grad_residual.stride[0] +
+                          i * p.grad_residual.stride[1] + d;
+      const Pair add = get<kPart>(residual, count);
+      sum[n] = {_mm512_add_ps(sum[n].a, add.a), _mm512_add_ps(sum[n].b, add.b)};
+    }
+    X* out = static_cast<X*>(p.grad_streams.data) + (first + n) * p.grad_streams.stride[0] +
+             i * p.grad_streams.stride[1] + d;
+    put<kStore>(out, sum[n], count);
+  }
+}
+
+template <class X, int kOutputs, int kTokens, Store kStore>
+DSV4_INLINE void streams_run(const Problem<X>& p, int64_t first, const float* along, int i, int64_t begin, int64_t end,
+                             const float (*grad)[kRun]) {
+  const int64_t whole = p.streams.hidden / kStep;
+  for (int64_t step = begin; step < end; ++step) {
+    if (step < whole) {
+      streams_step<X, kOutputs, kTokens, kStore>(p, first, along, i, step, grad, kStep);
+    } else {
+      streams_step<X, kOutputs, kTokens, Store::kPart>(p, first, along, i, step, grad, p.streams.hidden % kStep);
     }
   }
 }
 
-template <class X, int kOutputs, bool kPart>
-DSV4_INLINE void streams_tile_step(const Problem<X>& p, int64_t first, int64_t tokens, const NormGradient* norm,
-                                   const float* along, int64_t step, int64_t count) {
-  int64_t t = 0;
-  for (; t + 4 <= tokens; t += 4) {
-    streams_step<X, kOutputs, 4, kPart>(p, first + t, norm + t, along + t, step, count);
+// d streams of a tile in runs of kRun elements, whose fn stays in the first-level cache while the tokens pass.
+template <class X, int kOutputs, Store kStore>
+void tile_streams(const Problem<X>& p, int64_t first, int64_t tokens, const NormGradient* norm, const float* along) {
+  const int64_t hidden = p.streams.hidden, steps = Product::steps(hidden);
+  alignas(64) float grad[kTile][kRun];
+  for (int64_t begin = 0; begin < steps; begin += kRunSteps) {
+    const int64_t end = begin + kRunSteps < steps ? begin + kRunSteps : steps;
+    for (int64_t t = 0; t < tokens; ++t) {
+      for (int64_t d = begin * kStep; d < end * kStep; d += kStep) {
+        if (d + kStep <= hidden) {
+          mixed_gradient<false>(p, first + t, norm[t], d, kStep, grad[t] + d % kRun);
+        } else {
+          mixed_gradient<true>(p, first + t, norm[t], d, hidden - d, grad[t] + d % kRun);
+        }
+      }
+    }
+    for (int i = 0; i < kStreams; ++i) {
+      int64_t t = 0;
+      for (; t + 4 <= tokens; t += 4) {
+        streams_run<X, kOutputs, 4, kStore>(p, first + t, along + t, i, begin, end, grad + t);
+      }
+      for (; t < tokens; ++t) {
+        streams_run<X, kOutputs, 1, kStore>(p, first + t, along + t, i, begin, end, grad + t);
+      }
+    }
   }
-  for (; t < tokens; ++t) streams_step<X, kOutputs, 1, kPart>(p, first + t, norm + t, along + t, step, count);
+  if (kStore == Store::kPastCaches) _mm_sfence();
 }
 
 template <class X, int kOutputs>
 void tile_backward(const Problem<X>& p, int64_t first, int64_t tokens) {
-  alignas(64) float parts[kStreams][kTile][kSums] = {}, grads[kTile][kSums] = {};
-  for (int s = 0; s < kStreams; ++s) {
-    Product::segment<X, kOutputs>(p.streams, first, tokens, s, p.mixing.fn, p.packed, parts[s]);
-  }
-  add_segments(parts, tokens);
+  alignas(64) float sums[kTile][kSums] = {}, grads[kTile][kSums] = {};
+  Product::many<X, kOutputs>(p.streams.part(first, tokens), p.packed, {nullptr, p.streams.token, 0, nullptr, 0, 0},
+                             sums);
   const int64_t hidden = p.streams.hidden, width = kStreams * hidden;
   __m512 pre[4];
-  pre_weights(parts[0], p.mixing, reciprocal_rms(column(parts[0], kSquares), width, p.mixing.norm_eps), pre);
+  pre_weights(sums, p.mixing, reciprocal_rms(column(sums, kSquares), width, p.mixing.norm_eps), pre);
   const float* lanes = reinterpret_cast<const float*>(pre);
   NormGradient norm[kTile];
   float along[kTile];
@@ -270,78 +292,96 @@ void tile_backward(const Problem<X>& p, int64_t first, int64_t tokens) {
     for (int i = 0; i < 4; ++i) grads[t][4 + i] = p.grad_post[(first + t) * p.grad_post_stride + i];
     for (int k = 0; k < 16; ++k) grads[t][8 + k] = p.grad_comb[(first + t) * p.grad_comb_stride + k];
   }
-  mixing_backward<kOutputs>(parts[0], grads, p.mixing, width, tokens, p.tokens + first, along);
-  const int64_t whole = hidden / kStep;
-  for (int64_t step = 0; step < whole; ++step) {
-    streams_tile_step<X, kOutputs, false>(p, first, tokens, norm, along, step, kStep);
-  }
-  if (hidden % kStep != 0) {
-    streams_tile_step<X, kOutputs, true>(p, first, tokens, norm, along, whole, hidden % kStep);
+  mixing_backward<kOutputs>(sums, grads, p.mixing, width, tokens, p.tokens + first, along);
+  if (past_caches(p.grad_streams, sizeof(X))) {
+    tile_streams<X, kOutputs, Store::kPastCaches>(p, first, tokens, norm, along);
+  } else {
+    tile_streams<X, kOutputs, Store::kWhole>(p, first, tokens, norm, along);
   }
 }
 
-// d fn over one chunk of one stream, all tokens.
+// totals[column] += the sum over a block of tokens of product x r, one step of it.
+template <class X, int kOutputs, int kColumns>
+DSV4_INLINE void fn_step(const X (*r)[kRun], const float (*products)[kOutputs], int64_t tokens, int64_t d, int column,
+                         float (*totals)[kRun]) {
+  Pair sum[kColumns];
+#pragma GCC unroll 12
+  for (int c = 0; c < kColumns; ++c) sum[c] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+  for (int64_t t = 0; t < tokens; ++t) {
+    const Pair x = get<false>(r[t] + d);
+#pragma GCC unroll 12
+    for (int c = 0; c < kColumns; ++c) {
+      __m512 factor = _mm512_set1_ps(products[t][column + c]);
+      __asm__("" : "+v"(factor));  // one load for two products
+      sum[c] = fma(x, factor, sum[c]);
+    }
+  }
+#pragma GCC unroll 12
+  for (int c = 0; c < kColumns; ++c) {
+    const Pair old = load(totals[column + c] + d);
+    store(totals[column + c] + d, {_mm512_add_ps(old.a, sum[c].a), _mm512_add_ps(old.b, sum[c].b)});
+  }
+}
+
+// d fn over one run of one stream, all tokens. A block's rows are copied together, or they would push each other out
+// of the first-level cache, where rows that lie a power of two apart compete for the same sets.
 template <class X, int kOutputs>
-void fn_chunk(const Problem<X>& p, const View<float, 2>& grad_fn, int64_t stream, int64_t chunk) {
+void fn_run(const Problem<X>& p, const View<float, 2>& grad_fn, int64_t stream, int64_t run) {
   constexpr int kColumns = Product::columns<kOutputs>();
-  const int64_t hidden = p.streams.hidden, first = chunk * kChunkSteps * kStep;
-  const int64_t width = first + kChunkSteps * kStep <= hidden ? kChunkSteps * kStep : hidden - first;
-  alignas(64) X dense[kBlock][kChunkSteps * kStep];
-  alignas(64) float products[kBlock][kOutputs];
-  for (int64_t token = 0; token < p.streams.tokens; token += kBlock) {
-    const int64_t tokens = token + kBlock <= p.streams.tokens ? kBlock : p.streams.tokens - token;
+  const int64_t hidden = p.streams.hidden, first = run * kRun, count = p.streams.tokens;
+  const int64_t width = first + kRun <= hidden ? kRun : hidden - first;
+  alignas(64) X dense[kBlock][kRun];
+  alignas(64) float products[kBlock][kOutputs], totals[kOutputs][kRun] = {};
+  for (int64_t token = 0; token < count; token += kBlock) {
+    const int64_t tokens = token + kBlock <= count ? kBlock : count - token;
     for (int64_t t = 0; t < tokens; ++t) {
       const X* r = Problem<X>::r(p, token + t, static_cast<int>(stream)) + first;
       for (int64_t d = 0; d < width; d += kStep) {
+        prefetch(r + kBlock * p.streams.token + d);
         store(dense[t] + d, width - d >= kStep ? load(r + d) : load(r + d, width - d));
       }
       for (int j = 0; j < kOutputs; ++j) products[t][j] = p.tokens[token + t].product[j];
     }
     for (int64_t d = 0; d < width; d += kStep) {
-      const int64_t count = width - d < kStep ? width - d : kStep;
-      for (int group = 0; group < kOutputs / kColumns; ++group) {
-        Pair sum[kColumns];
-#pragma GCC unroll 12
-        for (int c = 0; c < kColumns; ++c) sum[c] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
-        for (int64_t t = 0; t < tokens; ++t) {
-          const Pair r = load(dense[t] + d);
-#pragma GCC unroll 12
-          for (int c = 0; c < kColumns; ++c) {
-            __m512 factor = _mm512_set1_ps(products[t][group * kColumns + c]);
-            __asm__("" : "+v"(factor));  // one load for two products
-            sum[c] = fma(r, factor, sum[c]);
-          }
-        }
-        for (int c = 0; c < kColumns; ++c) {
-          float* to = grad_fn.data + (group * kColumns + c) * grad_fn.stride[0] + stream * hidden + first + d;
-          Pair total = natural(sum[c], static_cast<const X*>(nullptr));
-          if (token > 0) {
-            const Pair old = load(to, count);
-            total = {_mm512_add_ps(old.a, total.a), _mm512_add_ps(old.b, total.b)};
-          }
-          store(to, total, count);
-        }
+      for (int column = 0; column < kOutputs; column += kColumns) {
+        fn_step<X, kOutputs, kColumns>(dense, products, tokens, d, column, totals);
       }
     }
   }
+  for (int j = 0; j < kOutputs; ++j) {
+    float* to = grad_fn.data + j * grad_fn.stride[0] + stream * hidden + first;
+    for (int64_t d = 0; d < width; ++d) to[d] = totals[j][d];
+  }
 }
 
-// d norm_weight over one step, all tokens.
-template <class X, bool kPart>
-DSV4_INLINE void norm_step(const Problem<X>& p, float* grad, int64_t d, int64_t count) {
-  Pair total = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+// d norm_weight over one run, all tokens.
+template <class X>
+void norm_run(const Problem<X>& p, float* grad, int64_t run) {
+  const int64_t hidden = p.streams.hidden, first = run * kRun;
+  const int64_t width = first + kRun <= hidden ? kRun : hidden - first;
+  alignas(64) float totals[kRun] = {}, sums[kRun];
+  const auto step = [&](int64_t t, int64_t d, auto part) __attribute__((always_inline)) {
+    constexpr bool kPart = decltype(part)::value;
+    Pair r[kStreams];
+    for (int i = 0; i < kStreams; ++i) r[i] = get<kPart>(Problem<X>::r(p, t, i) + first + d, width - d);
+    const Pair u = mixed<X>(r, p.tokens[t].pre), g = get<kPart>(Problem<X>::grad(p, t) + first + d, width - d);
+    store(sums + d, fma(times(u, g), _mm512_set1_ps(p.tokens[t].rms), load(sums + d)));
+  };
   for (int64_t token = 0; token < p.streams.tokens; token += kBlock) {
     const int64_t end = token + kBlock <= p.streams.tokens ? token + kBlock : p.streams.tokens;
-    Pair sum = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+    for (float& sum : sums) sum = 0.f;
     for (int64_t t = token; t < end; ++t) {
-      Pair r[kStreams];
-      for (int i = 0; i < kStreams; ++i) r[i] = get<kPart>(Problem<X>::r(p, t, i) + d, count);
-      const Pair u = mixed<X>(r, p.tokens[t].pre), g = get<kPart>(Problem<X>::grad(p, t) + d, count);
-      sum = fma(times(u, g), _mm512_set1_ps(p.tokens[t].rms), sum);
+      for (int64_t d = 0; d < width; d += kStep) {
+        if (d + kStep <= width) {
+          step(t, d, std::false_type());
+        } else {
+          step(t, d, std::true_type());
+        }
+      }
     }
-    total = {_mm512_add_ps(total.a, sum.a), _mm512_add_ps(total.b, sum.b)};
+    for (int k = 0; k < kRun; ++k) totals[k] += sums[k];
   }
-  put<kPart>(grad + d, natural(total, static_cast<const X*>(nullptr)), count);
+  for (int64_t d = 0; d < width; ++d) grad[first + d] = totals[d];
 }
 
 void small_sums(const MhcTokenGradient* tokens, int64_t count, int mixes, const View<float, 1>& grad_scale,
@@ -362,29 +402,21 @@ void backward(const Problem<X>& p, const View<float, 2>& grad_fn, const View<flo
               const View<float, 1>& grad_base, float* grad_norm_weight, const Context& context) {
   const int64_t tokens = p.streams.tokens, hidden = p.streams.hidden;
   parallel(context, Product::kParts, [&](int64_t begin, int64_t end) {
-    for (int64_t part = begin; part < end; ++part) Product::pack<X, kOutputs>(p.mixing.fn, hidden, part, p.packed);
+    for (int64_t part = begin; part < end; ++part) Product::pack<kOutputs>(p.mixing.fn, hidden, part, p.packed);
   });
-  const int64_t tile = tile_tokens<X>(hidden);
-  parallel(context, (tokens + tile - 1) / tile, [&](int64_t begin, int64_t end) {
+  parallel(context, (tokens + kTile - 1) / kTile, [&](int64_t begin, int64_t end) {
     for (int64_t index = begin; index < end; ++index) {
-      const int64_t first = index * tile;
-      tile_backward<X, kOutputs>(p, first, first + tile <= tokens ? tile : tokens - first);
+      const int64_t first = index * kTile;
+      tile_backward<X, kOutputs>(p, first, first + kTile <= tokens ? kTile : tokens - first);
     }
   });
-  const int64_t chunks = (Product::steps(hidden) + kChunkSteps - 1) / kChunkSteps;
-  parallel(context, kStreams * chunks, [&](int64_t begin, int64_t end) {
-    for (int64_t index = begin; index < end; ++index) fn_chunk<X, kOutputs>(p, grad_fn, index / chunks, index % chunks);
+  const int64_t runs = (hidden + kRun - 1) / kRun;
+  parallel(context, kStreams * runs, [&](int64_t begin, int64_t end) {
+    for (int64_t index = begin; index < end; ++index) fn_run<X, kOutputs>(p, grad_fn, index / runs, index % runs);
   });
   if (p.norm_weight.given()) {
-    parallel(context, Product::steps(hidden), [&](int64_t begin, int64_t end) {
-      for (int64_t step = begin; step < end; ++step) {
-        const int64_t d = step * kStep;
-        if (d + kStep <= hidden) {
-          norm_step<X, false>(p, grad_norm_weight, d, kStep);
-        } else {
-          norm_step<X, true>(p, grad_norm_weight, d, hidden - d);
-        }
-      }
+    parallel(context, runs, [&](int64_t begin, int64_t end) {
+      for (int64_t run = begin; run < end; ++run) norm_run(p, grad_norm_weight, run);
     });
   }
   small_sums(p.tokens, tokens, kOutputs, grad_scale, grad_base);
@@ -446,9 +478,10 @@ struct PostToken {
   __m512 grad_post[4], grad_comb[16];
 };
 
-template <bool kPart, class X>
+template <Store kStore, class X>
 DSV4_INLINE void post_backward_step(const X* grad, int64_t grad_stride, const X* y, const X* r, int64_t stride,
                                     X* grad_y, X* grad_r, int64_t grad_r_stride, int64_t count, PostToken* token) {
+  constexpr bool kPart = kStore == Store::kPart;
   Pair g[kStreams];
 #pragma GCC unroll 4
   for (int o = 0; o < kStreams; ++o) g[o] = get<kPart>(grad + o * grad_stride, count);
@@ -459,7 +492,7 @@ DSV4_INLINE void post_backward_step(const X* grad, int64_t grad_stride, const X*
     if (o > 0) sum = fma(g[o], _mm512_set1_ps(token->post[o]), sum);
     token->grad_post[o] = dot(g[o], sublayer, token->grad_post[o]);
   }
-  put<kPart>(grad_y, sum, count);
+  put<kStore>(grad_y, sum, count);
 #pragma GCC unroll 4
   for (int i = 0; i < kStreams; ++i) {
     const Pair in = get<kPart>(r + i * stride, count);
@@ -469,11 +502,11 @@ DSV4_INLINE void post_backward_step(const X* grad, int64_t grad_stride, const X*
       if (o > 0) back = fma(g[o], _mm512_set1_ps(token->comb[4 * i + o]), back);
       token->grad_comb[4 * i + o] = dot(in, g[o], token->grad_comb[4 * i + o]);
     }
-    put<kPart>(grad_r + i * grad_r_stride, back, count);
+    put<kStore>(grad_r + i * grad_r_stride, back, count);
   }
 }
 
-template <class X>
+template <class X, Store kStore>
 void post_tokens_backward(const MhcPostBackwardParams& a, int64_t begin, int64_t end) {
   const Rows<X> streams(a.streams), grads(a.grad_result);
   const int64_t hidden = streams.hidden, out_stride = a.grad_streams.stride[1];
@@ -489,18 +522,35 @@ void post_tokens_backward(const MhcPostBackwardParams& a, int64_t begin, int64_t
     X* grad_r = static_cast<X*>(a.grad_streams.data) + t * a.grad_streams.stride[0];
     int64_t d = 0;
     for (; d + kStep <= hidden; d += kStep) {
-      post_backward_step<false>(g + d, grads.stream, y + d, r + d, streams.stream, grad_y + d, grad_r + d, out_stride,
-                                kStep, &token);
+      post_backward_step<kStore>(g + d, grads.stream, y + d, r + d, streams.stream, grad_y + d, grad_r + d, out_stride,
+                                 kStep, &token);
     }
     if (d < hidden) {
-      post_backward_step<true>(g + d, grads.stream, y + d, r + d, streams.stream, grad_y + d, grad_r + d, out_stride,
-                               hidden - d, &token);
+      post_backward_step<Store::kPart>(g + d, grads.stream, y + d, r + d, streams.stream, grad_y + d, grad_r + d,
+                                       out_stride, hidden - d, &token);
     }
     float *grad_post = a.grad_post.data + t * a.grad_post.stride[0],
           *grad_comb = a.grad_comb.data + t * a.grad_comb.stride[0];
     for (int o = 0; o < kStreams; ++o) grad_post[o] = _mm512_reduce_add_ps(token.grad_post[o]);
     _mm512_storeu_ps(grad_comb, sums16(token.grad_comb));
   }
+  if (kStore == Store::kPastCaches) _mm_sfence();
+}
+
+template <class X>
+Status post_backward(const MhcPostBackwardParams& a, const Context& context) {
+  const AnyView<2>& y = a.grad_sublayer;
+  const bool aligned =
+      (reinterpret_cast<uintptr_t>(y.data) | static_cast<uintptr_t>(y.stride[0]) * sizeof(X)) % 64 == 0;
+  const bool past = aligned && past_caches(a.grad_streams, sizeof(X));
+  parallel(context, a.streams.shape[0], [&](int64_t begin, int64_t end) {
+    if (past) {
+      post_tokens_backward<X, Store::kPastCaches>(a, begin, end);
+    } else {
+      post_tokens_backward<X, Store::kWhole>(a, begin, end);
+    }
+  });
+  return Status::ok();
 }
 
 }  // namespace
@@ -514,9 +564,7 @@ Status mhc_head_backward(const MhcHeadBackwardParams& a, const Context& context)
 }
 
 Status mhc_post_backward(const MhcPostBackwardParams& a, const Context& context) {
-  const auto tokens = a.streams.dtype == DType::kBFloat16 ? post_tokens_backward<bf16> : post_tokens_backward<float>;
-  parallel(context, a.streams.shape[0], [&](int64_t begin, int64_t end) { tokens(a, begin, end); });
-  return Status::ok();
+  return a.streams.dtype == DType::kBFloat16 ? post_backward<bf16>(a, context) : post_backward<float>(a, context);
 }
 
 }  // namespace dsv4::avx512

@@ -1,11 +1,10 @@
 // The forward mHC ops for any way of computing the product of fn with the streams. A Product is a struct of static
 // functions:
-//   bytes(hidden, mixes)                  what all of fn takes once packed
-//   pack<X>(fn, mixes, hidden, part, to)  packs one of kParts parts of fn
-//   segment<X>(...)                       the products and squares of up to 16 tokens over one stream
-// A token's product is the sum over its 4 streams, first to last, each summed in an order that only D decides. So the
-// result depends neither on the tile the token falls into nor on whether fn was packed before (many tokens) or on the
-// way (few).
+//   pack<kOutputs>(fn, hidden, part, to)          packs one of kParts parts of fn
+//   many<X, kOutputs>(rows, packed, traffic, out) the products and squares of up to kTile tokens, with packed fn
+//   few<X, kOutputs>(rows, fn, context, out)      the same of tokens that are all there are, with fn as it is
+// A token's result must be the same either way, in any tile. Tiles of up to 16 tokens stay in the second-level cache
+// between the product and the weighted sum.
 #pragma once
 
 #include "cpu/avx512/mhc_mixing.h"
@@ -24,113 +23,143 @@ struct Rows {
         stream(view.stride[1]),
         tokens(view.shape[0]),
         hidden(view.shape[2]) {}
+  Rows(const X* first, int64_t token_stride, int64_t stream_stride, int64_t count, int64_t width)
+      : data(first), token(token_stride), stream(stream_stride), tokens(count), hidden(width) {}
+
+  Rows part(int64_t first, int64_t count) const { return {data + first * token, token, stream, count, hidden}; }
 };
 
-// A tile's streams should stay in the second-level cache between the product and the weighted sum.
+// The memory traffic that goes on while a tile is multiplied, spread over the product so that it costs no time of its
+// own.
 template <class X>
-DSV4_INLINE int64_t tile_tokens(int64_t hidden) {
-  constexpr int64_t kBytes = 512 * 1024;
-  const int64_t fit = kBytes / (kStreams * hidden * static_cast<int64_t>(sizeof(X))) & ~int64_t{1};
-  return fit < 2 ? 2 : fit > kTile ? kTile : fit;
+struct Traffic {
+  // Rows to fetch: those that the next tile is made of, element for element. Null: the tile's own, a chunk ahead, for
+  // the whole of the next tile would not fit into the second-level cache beside it.
+  const X* fetch;
+  int64_t fetch_token, fetch_stream;
+  // Where the tile's rows are to be written past the caches. Null: nowhere.
+  X* write;
+  int64_t write_token, write_stream;
+
+  DSV4_INLINE const X* fetch_at(const Traffic& t, const Rows<X>& rows, int stream, int64_t d, int64_t chunk) {
+    if (t.fetch != nullptr) return t.fetch + stream * t.fetch_stream + d;
+    if (d + chunk < rows.hidden) return rows.data + stream * rows.stream + d + chunk;
+    return stream + 1 < kStreams ? rows.data + (stream + 1) * rows.stream : rows.data + rows.tokens * rows.token;
+  }
+};
+
+// The write of one stream of a tile, for a product that has no use for it in between.
+template <class X>
+DSV4_INLINE void write_rows(const Rows<X>& rows, int stream, const Traffic<X>& traffic) {
+  const int64_t whole = rows.hidden / kStep * kStep, tail = rows.hidden - whole;
+  for (int64_t t = 0; t < rows.tokens; ++t) {
+    const X* from = rows.data + t * rows.token + stream * rows.stream;
+    X* to = traffic.write + t * traffic.write_token + stream * traffic.write_stream;
+    for (int64_t d = 0; d < whole; d += kStep) copy_past_caches(from + d, to + d);
+    if (tail > 0) put<Store::kPart>(to + whole, get<true>(from + whole, tail), tail);
+  }
+}
+
+// Results of more than kCachedBytes are stored past the caches: to read them before they are overwritten would add to
+// the traffic of what nobody will find there anyway.
+constexpr int64_t kCachedBytes = int64_t{8} << 20;
+
+template <int N>
+DSV4_INLINE bool past_caches(const AnyView<N>& result, int64_t size) {
+  uintptr_t misaligned = reinterpret_cast<uintptr_t>(result.data);
+  int64_t bytes = size;
+  for (int axis = 0; axis < N; ++axis) {
+    if (axis + 1 < N) misaligned |= static_cast<uintptr_t>(result.stride[axis] * size);
+    bytes *= result.shape[axis];
+  }
+  return misaligned % 64 == 0 && bytes > kCachedBytes;
+}
+
+// One step of sum_i pre[i] * streams[i] as X keeps it; adds its square where a norm follows.
+template <Store kStore, class X>
+DSV4_INLINE void collapse_step(const X* r, int64_t stride, const __m512* pre, X* out, int64_t count, bool norm,
+                               __m512* squares, int64_t ahead) {
+  constexpr bool kPart = kStore == Store::kPart;
+  for (int i = 0; i < kStreams; ++i) prefetch(r + i * stride + ahead);
+  Pair sum = scaled(get<kPart>(r, count), pre[0]);
+#pragma GCC unroll 3
+  for (int i = 1; i < kStreams; ++i) sum = fma(get<kPart>(r + i * stride, count), pre[i], sum);
+  put<kStore>(out, sum, count);
+  if (!norm) return;
+  sum = nearest<X>(sum);
+  *squares = dot(sum, sum, *squares);
+}
+
+template <bool kPart, class X, class W>
+DSV4_INLINE void scale_step(X* out, const W* weight, __m512 rms, int64_t count) {
+  const Pair w = get<kPart>(weight, count), x = scaled(get<kPart>(out, count), rms);
+  put<kPart ? Store::kPart : Store::kWhole>(out, {_mm512_mul_ps(x.a, w.a), _mm512_mul_ps(x.b, w.b)}, count);
 }
 
 // sum_i pre[i] * streams[i] of one token, and the RMSNorm of it where norm_weight is given.
 template <class X, class W>
 DSV4_INLINE void collapse(const X* streams, int64_t stride, int64_t hidden, const float* pre, X* out,
-                          const W* norm_weight, float rms_eps) {
-  const __m512 w0 = _mm512_set1_ps(pre[0]), w1 = _mm512_set1_ps(pre[1]), w2 = _mm512_set1_ps(pre[2]),
-               w3 = _mm512_set1_ps(pre[3]);
-  __m512 squares = _mm512_setzero_ps();
-  int64_t d = 0;
-  for (; d + kStep <= hidden; d += kStep) {
-    const X* r = streams + d;
-    Pair sum = scaled(load(r), w0);
-    sum = fma(load(r + stride), w1, sum);
-    sum = fma(load(r + 2 * stride), w2, sum);
-    sum = rounded(fma(load(r + 3 * stride), w3, sum), out);
-    squares = dot(sum, sum, squares);
-    store(out + d, sum);
-  }
-  const int64_t tail = hidden - d;
-  if (tail > 0) {
-    const X* r = streams + d;
-    Pair sum = scaled(load(r, tail), w0);
-    sum = fma(load(r + stride, tail), w1, sum);
-    sum = fma(load(r + 2 * stride, tail), w2, sum);
-    sum = rounded(fma(load(r + 3 * stride, tail), w3, sum), out);
-    squares = dot(sum, sum, squares);
-    store(out + d, sum, tail);
-  }
-  if (norm_weight == nullptr) return;
-  const __m512 total = _mm512_set1_ps(_mm512_reduce_add_ps(squares));
-  const __m512 rms = reciprocal_rms(total, hidden, rms_eps);
-  for (d = 0; d + kStep <= hidden; d += kStep) {
-    const Pair w = load_as(norm_weight + d, out), x = scaled(load(out + d), rms);
-    store(out + d, Pair{_mm512_mul_ps(x.a, w.a), _mm512_mul_ps(x.b, w.b)});
+                          const W* norm_weight, float rms_eps, int64_t ahead, bool past_caches) {
+  const bool norm = norm_weight != nullptr;
+  const int64_t whole = hidden / kStep * kStep, tail = hidden - whole;
+  __m512 weights[kStreams], squares = _mm512_setzero_ps();
+  for (int i = 0; i < kStreams; ++i) weights[i] = _mm512_set1_ps(pre[i]);
+  if (past_caches && !norm) {
+    for (int64_t d = 0; d < whole; d += kStep) {
+      collapse_step<Store::kPastCaches>(streams + d, stride, weights, out + d, kStep, false, &squares, ahead);
+    }
+  } else {
+    for (int64_t d = 0; d < whole; d += kStep) {
+      collapse_step<Store::kWhole>(streams + d, stride, weights, out + d, kStep, norm, &squares, ahead);
+    }
   }
   if (tail > 0) {
-    const Pair w = load_as(norm_weight + d, tail, out), x = scaled(load(out + d, tail), rms);
-    store(out + d, Pair{_mm512_mul_ps(x.a, w.a), _mm512_mul_ps(x.b, w.b)}, tail);
+    collapse_step<Store::kPart>(streams + whole, stride, weights, out + whole, tail, norm, &squares, ahead);
   }
+  if (!norm) return;
+  const __m512 rms = reciprocal_rms(_mm512_set1_ps(_mm512_reduce_add_ps(squares)), hidden, rms_eps);
+  for (int64_t d = 0; d < whole; d += kStep) scale_step<false>(out + d, norm_weight + d, rms, kStep);
+  if (tail > 0) scale_step<true>(out + whole, norm_weight + whole, rms, tail);
 }
 
-enum class Store { kWhole, kPastCaches, kPart };
-
-// One step of the new streams of a token, `count` elements of it if kPart. Past the caches where the result is too
-// large to be found there again.
+// One step of the new streams of a token, `count` elements of it if kPart.
 template <class X, Store kStore>
 DSV4_INLINE void post_step(const X* sublayer, const X* streams, int64_t stride, const float* post, const float* comb,
                            X* result, int64_t result_stride, int64_t count) {
   constexpr bool kPart = kStore == Store::kPart;
-  const Pair y = kPart ? load(sublayer, count) : load(sublayer);
+  const Pair y = get<kPart>(sublayer, count);
   Pair r[kStreams];
 #pragma GCC unroll 4
-  for (int i = 0; i < kStreams; ++i) r[i] = kPart ? load(streams + i * stride, count) : load(streams + i * stride);
+  for (int i = 0; i < kStreams; ++i) r[i] = get<kPart>(streams + i * stride, count);
 #pragma GCC unroll 4
   for (int o = 0; o < kStreams; ++o) {
     Pair sum = scaled(y, _mm512_set1_ps(post[o]));
 #pragma GCC unroll 4
     for (int i = 0; i < kStreams; ++i) sum = fma(r[i], _mm512_set1_ps(comb[4 * i + o]), sum);
-    if (kPart) {
-      store(result + o * result_stride, sum, count);
-    } else if (kStore == Store::kPastCaches) {
-      stream(result + o * result_stride, sum);
-    } else {
-      store(result + o * result_stride, sum);
-    }
+    put<kStore>(result + o * result_stride, sum, count);
   }
 }
 
+// The new streams of tokens [begin, end), the first of them at `result`.
 template <class X, Store kStore>
-DSV4_INLINE void post_tokens(const MhcPostParams& p, int64_t begin, int64_t end) {
+DSV4_INLINE void post_tokens(const MhcPostParams& p, int64_t begin, int64_t end, X* result, int64_t token,
+                             int64_t stride) {
   const Rows<X> rows(p.streams);
-  const int64_t stride = p.result.stride[1];
-  for (int64_t t = begin; t < end; ++t) {
+  const int64_t hidden = rows.hidden, whole = hidden / kStep * kStep;
+  for (int64_t t = begin; t < end; ++t, result += token) {
     const X* sublayer = static_cast<const X*>(p.sublayer.data) + t * p.sublayer.stride[0];
     const X* streams = rows.data + t * rows.token;
     const float *post = p.post.data + t * p.post.stride[0], *comb = p.comb.data + t * p.comb.stride[0];
-    X* result = static_cast<X*>(p.result.data) + t * p.result.stride[0];
-    int64_t d = 0;
-    for (; d + kStep <= rows.hidden; d += kStep) {
+    for (int64_t d = 0; d < whole; d += kStep) {
+      prefetch(sublayer + p.sublayer.stride[0] + d);
       post_step<X, kStore>(sublayer + d, streams + d, rows.stream, post, comb, result + d, stride, kStep);
     }
-    if (d < rows.hidden) {
-      post_step<X, Store::kPart>(sublayer + d, streams + d, rows.stream, post, comb, result + d, stride,
-                                 rows.hidden - d);
+    if (whole < hidden) {
+      post_step<X, Store::kPart>(sublayer + whole, streams + whole, rows.stream, post, comb, result + whole, stride,
+                                 hidden - whole);
     }
   }
   if (kStore == Store::kPastCaches) _mm_sfence();
-}
-
-// Adds up the streams' sums: parts[stream][token][kSums] to parts[0].
-DSV4_INLINE void add_segments(float (*parts)[kTile][kSums], int64_t tokens) {
-  for (int64_t t = 0; t < tokens; ++t) {
-    for (int j = 0; j < kSums; j += 16) {
-      __m512 sum = _mm512_load_ps(parts[0][t] + j);
-      for (int s = 1; s < kStreams; ++s) sum = _mm512_add_ps(sum, _mm512_load_ps(parts[s][t] + j));
-      _mm512_store_ps(parts[0][t] + j, sum);
-    }
-  }
 }
 
 // rows[token][0:4] = pre; post and comb go to their tensors.
@@ -148,14 +177,15 @@ DSV4_INLINE void tile_weights(const MhcPreParams& p, int64_t first, int64_t toke
 }
 
 template <class X>
-DSV4_INLINE void pre_collapse(const MhcPreParams& p, int64_t token, const float* pre) {
-  const Rows<X> rows(p.streams);
+DSV4_INLINE void pre_collapse(const MhcPreParams& p, int64_t token, const X* r, int64_t stride, const float* pre,
+                              int64_t ahead) {
   X* out = static_cast<X*>(p.input.data) + token * p.input.stride[0];
-  const X* r = rows.data + token * rows.token;
+  const int64_t hidden = p.streams.shape[2];
+  const bool past = past_caches(p.input, sizeof(X));
   if (p.norm_weight.dtype == DType::kFloat32) {
-    collapse(r, rows.stream, rows.hidden, pre, out, static_cast<const float*>(p.norm_weight.data), p.rms_eps);
+    collapse(r, stride, hidden, pre, out, static_cast<const float*>(p.norm_weight.data), p.rms_eps, ahead, past);
   } else {
-    collapse(r, rows.stream, rows.hidden, pre, out, static_cast<const X*>(p.norm_weight.data), p.rms_eps);
+    collapse(r, stride, hidden, pre, out, static_cast<const X*>(p.norm_weight.data), p.rms_eps, ahead, past);
   }
 }
 
@@ -164,16 +194,37 @@ struct PreOp {
   const MhcPreParams& p;
   const MhcPostParams* before;  // mhc_post_pre: makes the streams of a tile before they are read
 
+  DSV4_INLINE bool keeps(const PreOp& op) {
+    return op.before != nullptr && past_caches(op.before->result, op.p.streams.dtype == DType::kBFloat16 ? 2 : 4);
+  }
+  // The streams of tokens [first, first + count). New ones that will be written past the caches are made in `kept`,
+  // which has room for a tile.
   template <class X>
-  DSV4_INLINE void prepare(const PreOp& op, int64_t begin, int64_t end) {
-    if (op.before != nullptr) post_tokens<X, Store::kWhole>(*op.before, begin, end);
+  DSV4_INLINE Rows<X> rows(const PreOp& op, int64_t first, int64_t count, X* kept) {
+    const Rows<X> streams = Rows<X>(op.p.streams).part(first, count);
+    if (op.before == nullptr) return streams;
+    if (keeps(op)) {
+      const int64_t hidden = streams.hidden;
+      post_tokens<X, Store::kWhole>(*op.before, first, first + count, kept, kStreams * hidden, hidden);
+      return {kept, kStreams * hidden, hidden, count, hidden};
+    }
+    post_tokens<X, Store::kWhole>(*op.before, first, first + count, const_cast<X*>(streams.data), streams.token,
+                                  streams.stream);
+    return streams;
+  }
+  template <class X>
+  DSV4_INLINE Traffic<X> traffic(const PreOp& op, int64_t first, int64_t next) {
+    if (op.before == nullptr) return {nullptr, op.p.streams.stride[0], 0, nullptr, 0, 0};
+    const Rows<X> from(op.before->streams), to(op.before->result);
+    X* write = keeps(op) ? static_cast<X*>(op.before->result.data) + first * to.token : nullptr;
+    return {from.data + next * from.token, from.token, from.stream, write, to.token, to.stream};
   }
   DSV4_INLINE void weights(const PreOp& op, int64_t first, int64_t tokens, float (*rows)[kSums]) {
     tile_weights(op.p, first, tokens, rows);
   }
   template <class X>
-  DSV4_INLINE void finish(const PreOp& op, int64_t token, const float* pre) {
-    pre_collapse<X>(op.p, token, pre);
+  DSV4_INLINE void finish(const PreOp& op, int64_t token, const X* r, int64_t stride, const float* pre, int64_t ahead) {
+    pre_collapse(op.p, token, r, stride, pre, ahead);
   }
 };
 
@@ -182,7 +233,13 @@ struct HeadOp {
   const MhcHeadParams& p;
 
   template <class X>
-  DSV4_INLINE void prepare(const HeadOp&, int64_t, int64_t) {}
+  DSV4_INLINE Rows<X> rows(const HeadOp& op, int64_t first, int64_t count, X*) {
+    return Rows<X>(op.p.streams).part(first, count);
+  }
+  template <class X>
+  DSV4_INLINE Traffic<X> traffic(const HeadOp& op, int64_t, int64_t) {
+    return {nullptr, op.p.streams.stride[0], 0, nullptr, 0, 0};
+  }
   DSV4_INLINE void weights(const HeadOp& op, int64_t, int64_t tokens, float (*rows)[kSums]) {
     __m512 pre[4];
     const int64_t width = kStreams * op.p.streams.shape[2];
@@ -193,63 +250,76 @@ struct HeadOp {
     }
   }
   template <class X>
-  DSV4_INLINE void finish(const HeadOp& op, int64_t token, const float* pre) {
-    const Rows<X> rows(op.p.streams);
+  DSV4_INLINE void finish(const HeadOp& op, int64_t token, const X* r, int64_t stride, const float* pre,
+                          int64_t ahead) {
     X* out = static_cast<X*>(op.p.output.data) + token * op.p.output.stride[0];
-    collapse(rows.data + token * rows.token, rows.stream, rows.hidden, pre, out, static_cast<const X*>(nullptr), 0.f);
+    collapse(r, stride, op.p.streams.shape[2], pre, out, static_cast<const X*>(nullptr), 0.f, ahead,
+             past_caches(op.p.output, sizeof(X)));
   }
 };
 
-// Few tokens: the streams are spread over the threads, and fn is packed on the way.
+// Where the work takes no longer than waking threads.
+DSV4_INLINE Context on_this_thread(Context context) {
+  context.parallel_for = [](void*, int64_t count, void (*body)(void*, int64_t, int64_t), void* argument) {
+    if (count > 0) body(argument, 0, count);
+  };
+  return context;
+}
+
+// Few tokens: every step is spread over the threads.
 template <class Product, class X, class Op>
-void run_single_tile(const Op& op, const Context& context) {
+void run_few(const Op& op, const Context& all_threads) {
+  constexpr int64_t kSmall = 8192;  // elements of fn and tokens together, a stream: 10 to 20 us
+  const int64_t tokens = op.p.streams.shape[0], hidden = op.p.streams.shape[2];
+  const Context context = (tokens + 2) * hidden <= kSmall ? on_this_thread(all_threads) : all_threads;
+  alignas(64) float sums[kTile][kSums] = {};
+  parallel(context, tokens, [&](int64_t begin, int64_t end) { Op::template rows<X>(op, begin, end - begin, nullptr); });
   const Rows<X> rows(op.p.streams);
-  alignas(64) float parts[kStreams][kTile][kSums] = {};
-  parallel(context, rows.tokens, [&](int64_t begin, int64_t end) { Op::template prepare<X>(op, begin, end); });
-  parallel(context, kStreams, [&](int64_t begin, int64_t end) {
-    for (int64_t s = begin; s < end; ++s) {
-      Product::template segment<X, Op::kOutputs>(rows, 0, rows.tokens, s, op.p.mixing.fn, nullptr, parts[s]);
-    }
-  });
-  add_segments(parts, rows.tokens);
-  Op::weights(op, 0, rows.tokens, parts[0]);
-  parallel(context, rows.tokens, [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; ++t) Op::template finish<X>(op, t, parts[0][t]);
+  Product::template few<X, Op::kOutputs>(rows, op.p.mixing.fn, context, sums);
+  Op::weights(op, 0, tokens, sums);
+  parallel(context, tokens, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t)
+      Op::finish(op, t, rows.data + t * rows.token, rows.stream, sums[t], rows.token);
+    _mm_sfence();
   });
 }
 
+// Many tokens: every thread takes some tiles. Behind the packed fn, the workspace has room for a tile of each.
 template <class Product, class X, class Op>
-void run_tiles(const Op& op, const Context& context) {
-  const Rows<X> rows(op.p.streams);
+void run_many(const Op& op, const Context& context) {
+  const int64_t tokens = op.p.streams.shape[0], hidden = op.p.streams.shape[2];
   void* packed = op.p.workspace.data;
   parallel(context, Product::kParts, [&](int64_t begin, int64_t end) {
     for (int64_t part = begin; part < end; ++part) {
-      Product::template pack<X, Op::kOutputs>(op.p.mixing.fn, rows.hidden, part, packed);
+      Product::template pack<Op::kOutputs>(op.p.mixing.fn, hidden, part, packed);
     }
   });
-  const int64_t tile = tile_tokens<X>(rows.hidden), tiles = (rows.tokens + tile - 1) / tile;
-  parallel(context, tiles, [&](int64_t begin, int64_t end) {
-    alignas(64) float parts[kStreams][kTile][kSums] = {};
-    for (int64_t index = begin; index < end; ++index) {
-      const int64_t first = index * tile, count = first + tile <= rows.tokens ? tile : rows.tokens - first;
-      Op::template prepare<X>(op, first, first + count);
-      for (int s = 0; s < kStreams; ++s) {
-        Product::template segment<X, Op::kOutputs>(rows, first, count, s, op.p.mixing.fn, packed, parts[s]);
+  X* kept = reinterpret_cast<X*>(static_cast<char*>(packed) + Product::bytes(hidden, Op::kOutputs));
+  const int64_t tiles = (tokens + kTile - 1) / kTile, pieces = tiles < context.threads ? tiles : context.threads;
+  parallel(context, pieces, [&](int64_t begin, int64_t end) {
+    alignas(64) float sums[kTile][kSums] = {};
+    for (int64_t piece = begin; piece < end; ++piece) {
+      for (int64_t tile = tiles * piece / pieces; tile < tiles * (piece + 1) / pieces; ++tile) {
+        const int64_t first = tile * kTile, count = first + kTile <= tokens ? kTile : tokens - first;
+        const Rows<X> rows = Op::rows(op, first, count, kept + piece * kTile * kStreams * hidden);
+        Product::template many<X, Op::kOutputs>(rows, packed, Op::template traffic<X>(op, first, first + count), sums);
+        Op::weights(op, first, count, sums);
+        for (int64_t t = 0; t < count; ++t) {
+          Op::finish(op, first + t, rows.data + t * rows.token, rows.stream, sums[t], rows.token);
+        }
       }
-      add_segments(parts, count);
-      Op::weights(op, first, count, parts[0]);
-      for (int64_t t = 0; t < count; ++t) Op::template finish<X>(op, first + t, parts[0][t]);
     }
+    _mm_sfence();  // after what was written past the caches
   });
 }
 
 template <class Product, class X, class Op>
 Status run(const Op& op, const Context& context) {
   if (op.p.streams.shape[0] == 0) return Status::ok();
-  if (op.p.streams.shape[0] <= tile_tokens<X>(op.p.streams.shape[2])) {
-    run_single_tile<Product, X>(op, context);
+  if (op.p.streams.shape[0] <= kTile) {
+    run_few<Product, X>(op, context);
   } else {
-    run_tiles<Product, X>(op, context);
+    run_many<Product, X>(op, context);
   }
   return Status::ok();
 }

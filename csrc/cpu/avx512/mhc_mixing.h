@@ -2,7 +2,7 @@
 // mhc_pre. All 16 entries of comb sit in registers, so a Sinkhorn round is 32 additions, 8 divisions and 32 products.
 #pragma once
 
-#include "cpu/avx512/lanes.h"
+#include "cpu/avx512/mhc_lanes.h"
 #include "ops/mhc.h"
 
 namespace dsv4::avx512 {
