@@ -370,24 +370,120 @@ TEST(no_tokens_give_zero_sums) {
   });
 }
 
-TEST(past_caches_gives_the_same_streams) {
+// 64-byte aligned rows, so that results may be written past the caches, which needs more than 8 MiB of them.
+template <class V>
+class Aligned {
+ public:
+  explicit Aligned(std::initializer_list<int64_t> shape) {
+    int64_t size = 1, axis = 0;
+    for (const int64_t extent : shape) view_.shape[axis++] = extent, size *= extent;
+    for (int64_t stride = 1; axis-- > 0; stride *= view_.shape[axis]) view_.stride[axis] = stride;
+    memory_.resize(static_cast<size_t>(size) + 64);
+    view_.data = reinterpret_cast<bf16*>((reinterpret_cast<uintptr_t>(memory_.data()) + 63) / 64 * 64);
+    view_.dtype = DType::kBFloat16;
+  }
+  const V& view() const { return view_; }
+  // Whether the last tokens are those of `other`.
+  bool ends_with(const Guarded<bf16>& other) const {
+    const bf16* last = static_cast<const bf16*>(view_.data) + view_.shape[0] * view_.stride[0] - other.size();
+    for (int64_t i = 0; i < other.size(); ++i) {
+      if (to_float(last[i]) != to_float(other[i])) return false;
+    }
+    return true;
+  }
+
+ private:
+  std::vector<bf16> memory_;
+  V view_;
+};
+
+TEST(results_past_the_caches_are_the_same) {
   for_each_implementation([](const Implementation& by) {
     ThreadPool pool(2);
-    constexpr int64_t kTokens = 300, kHidden = 4096;  // a result beyond the size that bypasses the caches
+    constexpr int64_t kTokens = 1045, kHidden = 4096 + 64, kLast = 5;  // a last tile that is not full
     Problem<bf16> p(kTokens, kHidden, 11, false);
-    std::vector<bf16> memory(kTokens * 4 * kHidden + 64);
-    bf16* aligned = reinterpret_cast<bf16*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) / 64 * 64);
-    MhcPostParams params{p.sublayer.any<2>(), p.streams.any<3>(), p.post.const_view<2>(), p.comb.const_view<3>(),
-                         p.streams.any<3>()};
-    params.result.data = aligned;
-    CHECK(by.post(params, pool.context()).is_ok());
-    Problem<bf16> last = p.part(kTokens - 1, 1);
-    Guarded<bf16> alone({1, 4, kHidden});
-    CHECK(by.post({last.sublayer.any<2>(), last.streams.any<3>(), last.post.const_view<2>(), last.comb.const_view<3>(),
-                   alone.any<3>()},
-                  pool.context())
+    Problem<bf16> last = p.part(kTokens - kLast, kLast);
+    Aligned<AnyView<3>> result({kTokens, 4, kHidden}), fused({kTokens, 4, kHidden});
+    Aligned<AnyView<2>> input({kTokens, kHidden});
+    Guarded<bf16> result2({kLast, 4, kHidden}), input2({kLast, kHidden});
+    Guarded<float> post({kTokens, 4}), comb({kTokens, 4, 4}), post2({kLast, 4}), comb2({kLast, 4, 4});
+    Scratch scratch(mhc_pre_workspace_bytes(kTokens, kHidden, DType::kBFloat16, widest(pool.context())));
+    MhcPostParams whole{p.sublayer.any<2>(), p.streams.any<3>(), p.post.const_view<2>(), p.comb.const_view<3>(),
+                        result.view()};
+    CHECK(by.post(whole, pool.context()).is_ok());
+    const MhcPostPreParams both{{last.sublayer.any<2>(), last.streams.any<3>(), last.post.const_view<2>(),
+                                 last.comb.const_view<3>(), result2.any<3>()},
+                                {result2.any<3>(),
+                                 last.mixing(),
+                                 {},
+                                 1e-6f,
+                                 input2.any<2>(),
+                                 post2.view<2>(),
+                                 comb2.view<3>(),
+                                 scratch.workspace()}};
+    CHECK(by.post_pre(both, pool.context()).is_ok());
+    CHECK(result.ends_with(result2));
+    whole.result = fused.view();
+    CHECK(by.post_pre({whole,
+                       {fused.view(),
+                        p.mixing(),
+                        {},
+                        1e-6f,
+                        input.view(),
+                        post.view<2>(),
+                        comb.view<3>(),
+                        scratch.workspace()}},
+                      pool.context())
               .is_ok());
-    CHECK(memcmp(alone.data(), aligned + (kTokens - 1) * 4 * kHidden, 4 * kHidden * sizeof(bf16)) == 0);
+    CHECK(fused.ends_with(result2) && input.ends_with(input2) && scratch.intact());
+    CHECK(memcmp(&post[(kTokens - kLast) * 4], post2.data(), kLast * 4 * sizeof(float)) == 0);
+    CHECK(memcmp(&comb[(kTokens - kLast) * 16], comb2.data(), kLast * 16 * sizeof(float)) == 0);
+  });
+}
+
+TEST(gradients_past_the_caches_are_the_same) {
+  for_each_implementation([](const Implementation& by) {
+    if (by.pre_backward == nullptr) return;
+    ThreadPool pool(2);
+    constexpr int64_t kTokens = 1045, kHidden = 1024 + 64, kLast = 5;
+    Problem<bf16> p(kTokens, kHidden, 12, false);
+    Problem<bf16> last = p.part(kTokens - kLast, kLast);
+    Aligned<AnyView<3>> streams({kTokens, 4, kHidden});
+    Aligned<AnyView<2>> sublayer({kTokens, kHidden});
+    Guarded<bf16> streams2({kLast, 4, kHidden}), sublayer2({kLast, kHidden});
+    Guarded<float> post({kTokens, 4}), comb({kTokens, 4, 4}), fn({24, 4 * kHidden}), scale({3}), base({24});
+    const auto run_post = [&](Problem<bf16>& q, const AnyView<2>& to_sublayer, const AnyView<3>& to_streams) {
+      View<float, 2> to_post = post.view<2>();
+      View<float, 3> to_comb = comb.view<3>();
+      to_post.shape[0] = to_comb.shape[0] = q.tokens;
+      return by.post_backward({q.grad.any<3>(), q.sublayer.any<2>(), q.streams.any<3>(), q.post.const_view<2>(),
+                               q.comb.const_view<3>(), to_sublayer, to_streams, to_post, to_comb},
+                              pool.context());
+    };
+    CHECK(run_post(p, sublayer.view(), streams.view()).is_ok());
+    CHECK(run_post(last, sublayer2.any<2>(), streams2.any<3>()).is_ok());
+    CHECK(streams.ends_with(streams2) && sublayer.ends_with(sublayer2));
+    Scratch scratch(mhc_pre_backward_workspace_bytes(kTokens, kHidden, DType::kBFloat16, widest(pool.context())));
+    const auto run_pre = [&](Problem<bf16>& q, const AnyView<3>& to_streams) {
+      return by.pre_backward({q.sublayer.any<2>(),
+                              q.grad_post.const_view<2>(),
+                              q.grad_comb.const_view<3>(),
+                              q.grad.any<3>(),
+                              q.streams.any<3>(),
+                              q.mixing(),
+                              {},
+                              1e-6f,
+                              to_streams,
+                              fn.view<2>(),
+                              scale.view<1>(),
+                              base.view<1>(),
+                              {},
+                              scratch.workspace()},
+                             pool.context());
+    };
+    CHECK(run_pre(p, streams.view()).is_ok());
+    CHECK(run_pre(last, streams2.any<3>()).is_ok());
+    CHECK(streams.ends_with(streams2));
   });
 }
 
