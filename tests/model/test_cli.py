@@ -356,13 +356,17 @@ KEYS = [
 MHC = ["mhc_pre", "mhc_post", "mhc_post_pre", "mhc_head", "mhc_pre_backward", "mhc_post_backward"]
 # Op -> shapes at context 33, in the order of the report. Prefill of 33 rows sees 0 to 8 entries of CSA, none of HCA.
 SHAPES = {
+    # Each against eager torch and then against transformers.
     "sparse_attention": [
         f"{kind} {step} context=33 rows={rows} heads=8 head_dim=128 fp8"
         for kind in ("csa", "hca")
-        for step, rows in (("decode", 1), ("prefill", 33))
+        for step, rows in (("decode", "1"), ("decode", "8 sequences=8"), ("prefill", "33"))
+        for _ in range(2)
     ],
     "index_topk": [
-        f"{step} context=33 rows={rows} heads=4 dim=128 k=64 fp4" for step, rows in (("decode", 1), ("prefill", 33))
+        f"{step} context=33 rows={rows} heads=4 dim=128 k=64 fp4"
+        for step, rows in (("decode", "1"), ("decode", "8 sequences=8"), ("prefill", "33"))
+        for _ in range(2)
     ],
     "fp8_linear": [
         "wq_a rows=33 in=256 out=128 fp8", "wq_b rows=33 in=128 out=1024 fp8", "wo_b rows=33 in=128 out=256 fp8",
@@ -413,7 +417,12 @@ def test_bytes_and_flops_of_the_attention(run, fast_bench, tmp_path):
     run("bench", "--op=sparse_attention", "--op=index_topk", "--shape=nano", "--context=2048",
         "--json", tmp_path / "results.jsonl")  # fmt: skip
     results = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()[3:]]
-    csa, csa_prefill, hca, hca_prefill, index, index_prefill = results
+    ours = [result for result in results if result["baseline"] == "eager torch bf16"]
+    csa, csa_batch, csa_prefill, hca, hca_batch, hca_prefill, index, index_batch, index_prefill = ours
+    assert [result["baseline"] for result in results] == ["eager torch bf16", "transformers"] * len(ours)
+    for one, eight in ((csa, csa_batch), (hca, hca_batch), (index, index_batch)):
+        assert eight["gflop"] == pytest.approx(8 * one["gflop"])
+        assert eight["mbyte"] == pytest.approx(8 * one["mbyte"])
     query = 8 * 128 * 2
     assert csa["mbyte"] * 1e6 == pytest.approx((128 + 64) * 200 + 2 * query + 256 + 64 * 4)
     assert hca["mbyte"] * 1e6 == pytest.approx((128 + 16) * 200 + 2 * query + 256)

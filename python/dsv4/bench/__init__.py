@@ -91,9 +91,11 @@ def _measure(case: Case, clock: Clock, peaks: Peaks) -> dict[str, Any]:
     result |= {"gflop": case.flops / 1e9, "mbyte": case.nbytes / 1e6, "roof_us": peaks.roof_us(case)}
     result |= {"error": error, "error_limit": limit, "baseline": case.baseline}
     if error <= limit:
-        own, other = clock.time(case.run), clock.time(case.run_baseline)
+        own = clock.time(case.run)
         result |= {"us": own.us, "spread": own.spread, "roof_fraction": result["roof_us"] / own.us}
-        result |= {"baseline_us": other.us, "ratio": other.us / own.us}
+        if case.run_baseline is not None:
+            other = clock.time(case.run_baseline)
+            result |= {"baseline_us": other.us, "ratio": other.us / own.us}
     return result
 
 
@@ -140,7 +142,8 @@ def line(result: dict[str, Any]) -> str:
         parts.append(f"{result['mbyte'] / result['us'] * 1e3:,.2f} GB/s")
     if result["baseline"]:
         parts.append(f"{result['roof_fraction']:.0%} of roof")
-        parts.append(f"{result['ratio']:.2f} x {result['baseline']} ({result['baseline_us']:,.1f} us)")
+        compared = f"{result['ratio']:.2f} x " if result["ratio"] else ""
+        parts.append(compared + result["baseline"] + (f" ({result['baseline_us']:,.1f} us)" if compared else ""))
         parts.append(f"ok err={result['error']:.1e} limit={result['error_limit']:.1e}")
     return f"{name} | {' | '.join(parts)}"
 

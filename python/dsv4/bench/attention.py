@@ -1,21 +1,24 @@
 """sparse_attention on FP8 pages against gather, product and softmax in eager torch on bfloat16 rows.
 
-One sequence of `context` tokens. decode: its last token; prefill: its last rows. csa: entries as an indexer picks them
-(here at random, which is the worst for a cache), hca: all entries. FLOPs: 4 head_dim a head and key; bytes: every
-stored row that is touched, once, and queries, outputs, indices.
+Sequences of `context` tokens. decode: the last token of one, and of several at once; prefill: the last rows of one.
+csa: entries as an indexer picks them (here at random, which is the worst for a cache), hca: all entries. FLOPs: 4
+head_dim a head and key; bytes: every stored row that is touched, once, and queries, outputs, indices.
+
+A second line of each shape has transformers' attention between its projections as baseline (bench/transformers_cores).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from dsv4 import ops
 from dsv4.bench.measure import Case, Comparison
-from dsv4.bench.pages import prefill_rows, row_pages, rows_of, shuffled_table, spread
+from dsv4.bench.pages import batch, prefill_rows, row_pages, rows_of, shuffled_table, spread
+from dsv4.bench.transformers_cores import against_transformers, attention_bytes, prepare_attention
 from dsv4.cache import BLOCK, entries_per_page
 from dsv4.model.config import Config
 from dsv4.ops.layout import row_bytes, row_scale_bytes
@@ -32,7 +35,7 @@ _EAGER_ROWS = 64
 
 
 @dataclass(frozen=True)
-class _Plain:
+class Plain:
     """What eager torch works on: plain rows in the order of their positions and entries."""
 
     query: Tensor  # [tokens, heads, head_dim]
@@ -46,15 +49,15 @@ class _Plain:
     rope: Tensor
     window: int
 
-    def rows(self, index: Tensor | slice) -> _Plain:
+    def rows(self, index: Tensor | slice) -> Plain:
         some = None if self.indices is None else self.indices[index]
         values = (value[index] for value in (self.query, self.position, self.lengths, self.rope))
         query, position, lengths, rope = values
-        return _Plain(
+        return Plain(
             query, self.raw, self.first, self.entries, position, some, lengths, self.sink, rope, self.window
         )  # fmt: skip
 
-    def to(self, device: torch.device | None = None, dtype: torch.dtype | None = None) -> _Plain:
+    def to(self, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Plain:
         """Everything moved; the floating tensors cast."""
 
         def move(value: object) -> object:
@@ -62,16 +65,16 @@ class _Plain:
                 return value
             return value.to(device=device, dtype=dtype if value.is_floating_point() else None)
 
-        return _Plain(**{name: move(value) for name, value in vars(self).items()})  # type: ignore[arg-type]
+        return Plain(**{name: move(value) for name, value in vars(self).items()})  # type: ignore[arg-type]
 
 
-def eager_attention(data: _Plain) -> Tensor:
+def eager_attention(data: Plain) -> Tensor:
     """sparse_attention, [tokens, heads, head_dim]."""
     parts = [_eager_block(data.rows(slice(at, at + _EAGER_ROWS))) for at in range(0, len(data.query), _EAGER_ROWS)]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _eager_block(data: _Plain) -> Tensor:
+def _eager_block(data: Plain) -> Tensor:
     keys, valid = _shared_keys(data) if data.indices is None else _listed_keys(data, data.indices)
     if keys.dim() == 2:
         scores = (data.query.flatten(0, 1) @ keys.t()).unflatten(0, data.query.shape[:2])
@@ -87,7 +90,7 @@ def _eager_block(data: _Plain) -> Tensor:
     return torch.cat((out[..., : -turned.shape[-1]], turned), -1)
 
 
-def _shared_keys(data: _Plain) -> tuple[Tensor, Tensor]:
+def _shared_keys(data: Plain) -> tuple[Tensor, Tensor]:
     """Keys [keys, head_dim] that all rows share, and which of them a row sees [tokens, keys]."""
     low, high = (int(value) for value in data.position.aminmax())
     low = max(low - data.window + 1, 0)
@@ -100,7 +103,7 @@ def _shared_keys(data: _Plain) -> tuple[Tensor, Tensor]:
     return keys, torch.cat((in_window, visible), 1)
 
 
-def _listed_keys(data: _Plain, indices: Tensor) -> tuple[Tensor, Tensor]:
+def _listed_keys(data: Plain, indices: Tensor) -> tuple[Tensor, Tensor]:
     """Keys [tokens, keys, head_dim] of each row, and which of them count."""
     raw = data.position.unsqueeze(1) - torch.arange(data.window, device=data.position.device)
     keys = torch.cat((data.raw[(raw - data.first).clamp_min(0)], data.entries[indices.clamp_min(0)]), 1)
@@ -116,66 +119,114 @@ def _draw_indices(lengths: Tensor, k: int) -> Tensor:
     return indices
 
 
-def _case(name: str, config: Config, context: int, kind: str, rows: int, device: torch.device) -> Case:
-    torch.manual_seed(0)
+def _draw(
+    config: Config, context: int, kind: str, rows: int, tables: tuple[Tensor, Tensor], pools: tuple[Tensor, Tensor]
+) -> Plain:
+    """The last `rows` rows of one sequence whose pages `tables` name, as plain rows."""
     ratio = config.csa_ratio if kind == "csa" else _HCA_RATIO
-    entries, page_size, blocks = context // ratio, entries_per_page(ratio), -(-context // BLOCK)
     position = torch.arange(context - rows, context, dtype=torch.int32)
     lengths = ((position + 1) // ratio).int()
     first = max(context - rows - config.sliding_window + 1, 0)
-    raw_table, table = shuffled_table(blocks, first // BLOCK), shuffled_table(blocks)
-    raw_pages = row_pages(config, blocks - first // BLOCK, BLOCK)
-    pages = row_pages(config, blocks, page_size)
-    pairs = config.qk_rope_head_dim // 2
-    plain = _Plain(
+    return Plain(
         query=torch.randn(rows, config.num_attention_heads, config.head_dim).bfloat16(),
-        raw=rows_of(config, raw_pages, raw_table, first, context, BLOCK),
+        raw=rows_of(config, pools[0], tables[0], first, context, BLOCK),
         first=first,
-        entries=rows_of(config, pages, table, 0, entries, page_size),
+        entries=rows_of(config, pools[1], tables[1], 0, context // ratio, entries_per_page(ratio)),
         position=position,
         indices=_draw_indices(lengths, config.index_topk) if kind == "csa" else None,
         lengths=lengths,
-        sink=torch.randn(config.num_attention_heads),
-        rope=ops.rope_rows(position, ops.rope_frequencies(2 * pairs, config.compress_rope_theta)),
+        sink=torch.randn(config.num_attention_heads, generator=torch.Generator().manual_seed(1)),
+        rope=ops.rope_rows(position, ops.rope_frequencies(config.qk_rope_head_dim, config.compress_rope_theta)),
         window=config.sliding_window,
-    ).to(device)
-    raw_pages, raw_table, pages, table = (value.to(device) for value in (raw_pages, raw_table, pages, table))
-    sequence = torch.zeros_like(plain.position)
+    )
+
+
+def _work(config: Config, context: int, plains: Sequence[Plain]) -> tuple[float, float]:
+    """FLOPs, and bytes that have to move."""
+    head_bytes = row_bytes(config.head_dim, config.qk_rope_head_dim)
+    head_bytes += row_scale_bytes(config.head_dim, config.qk_rope_head_dim)
+    keys, nbytes = 0, 0
+    for plain in plains:
+        keys += int((plain.position + 1).clamp_max(plain.window).sum())
+        if plain.indices is None:
+            keys, touched = keys + int(plain.lengths.sum()), len(plain.entries)
+        else:
+            chosen = plain.indices[plain.indices >= 0]
+            keys, touched = keys + chosen.numel(), int(chosen.unique().numel())
+            nbytes += plain.indices.nbytes
+        nbytes += (context - plain.first + touched) * head_bytes + 2 * plain.query.nbytes + plain.rope.nbytes
+    return 4.0 * config.head_dim * config.num_attention_heads * keys, nbytes
+
+
+def _cases(name: str, config: Config, context: int, kind: str, step: str, device: torch.device) -> Iterator[Case]:
+    """Against eager torch, then against transformers. `step`: "decode", "batch" or "prefill"."""
+    torch.manual_seed(0)
+    ratio = config.csa_ratio if kind == "csa" else _HCA_RATIO
+    page_size, blocks = entries_per_page(ratio), -(-context // BLOCK)
+    entries = config.index_topk if kind == "csa" else context // ratio
+    flops = 4.0 * config.head_dim * config.num_attention_heads * (config.sliding_window + entries)
+    rows = prefill_rows(context, flops) if step == "prefill" else 1
+    sequences = batch(context // ratio * config.head_dim * 4) if step == "batch" else 1
+    if step == "prefill" and rows == 1:
+        return
+    first_block = max(context - rows - config.sliding_window + 1, 0) // BLOCK
+    tables = (shuffled_table(blocks, first_block, sequences), shuffled_table(blocks, 0, sequences))
+    pools = (
+        row_pages(config, sequences * (blocks - first_block), BLOCK),
+        row_pages(config, sequences * blocks, page_size),
+    )
+    plains = [
+        _draw(config, context, kind, rows, (tables[0][s : s + 1], tables[1][s : s + 1]), pools).to(device)
+        for s in range(sequences)
+    ]
+    whole = _joined(plains)
+    raw_pages, pages, raw_table, table = (value.to(device) for value in (*pools, *tables))
+    sequence = torch.arange(sequences, dtype=torch.int32, device=device).repeat_interleave(rows)
 
     def run() -> Tensor:
         return ops.sparse_attention(
-            plain.query, raw_pages, raw_table, pages, table, sequence, plain.position, plain.indices, plain.lengths,
-            plain.sink, plain.rope, plain.window, config.head_dim**-0.5, BLOCK, page_size,
+            whole.query, raw_pages, raw_table, pages, table, sequence, whole.position, whole.indices, whole.lengths,
+            whole.sink, whole.rope, whole.window, config.head_dim**-0.5, BLOCK, page_size,
         )[0]  # fmt: skip
 
-    def compare() -> list[Comparison]:
-        index = spread(rows, _CHECKED_ROWS).to(device)
-        some = plain.rows(index)
-        return [Comparison(run()[index], eager_attention(some), eager_attention(some.to(dtype=torch.float64)))]
+    def eager() -> list[Tensor]:
+        return [eager_attention(plain) for plain in plains]
 
-    keys = int((position + 1).clamp_max(plain.window).sum())
-    if plain.indices is None:
-        keys, touched = keys + int(lengths.sum()), entries
-    else:
-        keys, touched = keys + int((plain.indices >= 0).sum()), int(plain.indices[plain.indices >= 0].unique().numel())
-    head_bytes = row_bytes(config.head_dim, 2 * pairs) + row_scale_bytes(config.head_dim, 2 * pairs)
-    nbytes = (context - first + touched) * head_bytes + 2 * plain.query.nbytes + plain.rope.nbytes
-    nbytes += 0 if plain.indices is None else plain.indices.nbytes
-    step = "decode" if rows == 1 else "prefill"
-    shape = f"{name} {kind} {step} context={context} rows={rows} heads={config.num_attention_heads}"
-    return Case(
-        "sparse_attention", f"{shape} head_dim={config.head_dim} fp8", run, "eager torch bf16",
-        lambda: eager_attention(plain), compare, 4.0 * config.head_dim * config.num_attention_heads * keys, nbytes,
-        "bfloat16",
+    def compare() -> list[Comparison]:
+        result, found = run(), []
+        for at in sorted({0, sequences - 1}):
+            index = spread(rows, _CHECKED_ROWS).to(device)
+            some = plains[at].rows(index)
+            exact = eager_attention(some.to(dtype=torch.float64))
+            found.append(Comparison(result[at * rows + index], eager_attention(some), exact))
+        return found
+
+    shape = f"{name} {kind} {'prefill' if step == 'prefill' else 'decode'} context={context} rows={rows * sequences}"
+    batched = f" sequences={sequences}" if sequences > 1 else ""
+    case = Case(
+        "sparse_attention", f"{shape}{batched} heads={config.num_attention_heads} head_dim={config.head_dim} fp8", run,
+        "eager torch bf16", eager, compare, *_work(config, context, plains), "bfloat16",
     )  # fmt: skip
+    yield case
+    yield replace(case, **against_transformers(attention_bytes(plains), lambda: prepare_attention(plains)))
+
+
+def _joined(plains: Sequence[Plain]) -> Plain:
+    """The rows of all sequences; what each sequence has of its own stays that of the first."""
+    if len(plains) == 1:
+        return plains[0]
+    query, position, lengths, rope = (
+        torch.cat([getattr(plain, name) for plain in plains]) for name in ("query", "position", "lengths", "rope")
+    )
+    listed = [plain.indices for plain in plains if plain.indices is not None]
+    indices = torch.cat(listed) if listed else None
+    return replace(plains[0], query=query, position=position, lengths=lengths, rope=rope, indices=indices)
 
 
 def cases(op: str, shape: str, context: int, device: torch.device) -> Iterator[Case]:
-    """`op` for the sizes of the model `shape`, in a sequence of `context` tokens: decode and prefill of both kinds."""
+    """`op` for the sizes of the model `shape`, in sequences of `context` tokens: decode, a batch of it, and prefill of
+    both kinds."""
     config = Config.preset(shape)
-    flops = 4.0 * config.head_dim * config.num_attention_heads
-    for kind, entries in (("csa", config.index_topk), ("hca", context // _HCA_RATIO)):
-        yield _case(shape, config, context, kind, 1, device)
-        rows = prefill_rows(context, flops * (config.sliding_window + entries))
-        if rows > 1:
-            yield _case(shape, config, context, kind, rows, device)
+    for kind in ("csa", "hca"):
+        for step in ("decode", "batch", "prefill"):
+            yield from _cases(shape, config, context, kind, step, device)

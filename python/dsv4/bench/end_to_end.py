@@ -29,6 +29,7 @@ from dsv4.bench.million import text_tokens
 from dsv4.bench.peers import MISSING, Engine, LlamaEngine, TransformersEngine, installed
 from dsv4.checkpoint import init
 from dsv4.console import say, size
+from dsv4.environment import free_bytes
 from dsv4.model.config import Config
 from dsv4.planner import format_context
 
@@ -191,21 +192,13 @@ def _results(
 
 def _refusal(engine: Engine, context: int, before: int, seconds: float) -> str | None:
     """Why a prompt is not run: it would take too much memory, or, by the last one, too long."""
-    needed, free = engine.bytes_needed(context), _free_bytes()
+    needed, free = engine.bytes_needed(context), free_bytes()
     if free is not None and needed > 0.9 * free:
         return f"not run: needs about {size(needed)}, {size(free)} are free"
     expected = seconds * (context / before) ** 2 if before else 0.0
     if expected > MOST_SECONDS:
         return f"not run: would take up to {expected:,.0f} s"
     return None
-
-
-def _free_bytes() -> int | None:
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")), None)
 
 
 def _timed(engine: Engine, ids: Tensor) -> tuple[tuple[float, float], Tensor]:
@@ -262,8 +255,8 @@ def _profile(engine: OwnEngine, ids: Tensor) -> str:
             calls += event.count
     rest = whole - sum(spent.values())
     return (
-        f"profiled {whole:,.0f} us: {spent['dsv4']:,.0f} in dsv4 ops, {spent['aten']:,.0f} in torch ops, {rest:,.0f} in "
-        f"Python and dispatch of {calls / len(ids):,.0f} calls"
+        f"profiled {whole:,.0f} us: {spent['dsv4']:,.0f} in dsv4 ops, {spent['aten']:,.0f} in torch ops, "
+        f"{rest:,.0f} in Python and dispatch of {calls / len(ids):,.0f} calls"
     )
 
 

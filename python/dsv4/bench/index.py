@@ -1,7 +1,8 @@
 """index_topk on FP4 pages against product, ReLU, weighted sum and topk in eager torch on bfloat16 keys.
 
-One sequence of `context` tokens; decode: its last token, prefill: its last rows. FLOPs: 2 dim + 2 a head and visible
-key; bytes: every stored key once, and queries, weights, indices.
+Sequences of `context` tokens; decode: the last token of one, and of several at once; prefill: the last rows of one.
+FLOPs: 2 dim + 2 a head and visible key; bytes: every stored key once, and queries, weights, indices. A second line of
+each shape has transformers' scorer and top-k as baseline (bench/transformers_cores).
 
 The check holds the scores of what was chosen, in float64, against the best there are; the limit is what the same maths
 in float32 reaches, since bfloat16 scores choose other entries.
@@ -10,13 +11,15 @@ in float32 reaches, since bfloat16 scores choose other entries.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from dsv4 import ops
 from dsv4.bench.measure import Case, Comparison
-from dsv4.bench.pages import key_pages, keys_of, prefill_rows, shuffled_table, spread
+from dsv4.bench.pages import batch, key_pages, keys_of, prefill_rows, shuffled_table, spread
+from dsv4.bench.transformers_cores import against_transformers, index_bytes, prepare_index
 from dsv4.cache import BLOCK, entries_per_page
 from dsv4.model.config import Config
 from dsv4.ops.layout import FP4_BLOCK
@@ -64,50 +67,68 @@ def _is_selection(chosen: Tensor, count: Tensor) -> bool:
     return bool(rising.all()) and bool(((chosen >= 0) == filled).all())
 
 
-def _case(name: str, config: Config, context: int, rows: int, device: torch.device) -> Case:
+def _cases(name: str, config: Config, context: int, step: str, device: torch.device) -> Iterator[Case]:
+    """Against eager torch, then against transformers. `step`: "decode", "batch" or "prefill"."""
     torch.manual_seed(0)
     heads, dim, ratio = config.index_n_heads, config.index_head_dim, config.csa_ratio
     entries, page_size, blocks = context // ratio, entries_per_page(ratio), -(-context // BLOCK)
-    pages, table = key_pages(config, blocks, page_size), shuffled_table(blocks)
-    keys = keys_of(config, pages, table, entries, page_size).to(device)
-    query = ops.fp4_round_trip(torch.randn(rows, heads, dim).bfloat16()).to(device)
-    weights = (torch.randn(rows, heads) / heads).to(device)
-    lengths = ((torch.arange(context - rows, context) + 1) // ratio).int().to(device)
+    key_bytes = dim // 2 + dim // FP4_BLOCK
+    rows = prefill_rows(context, 2.0 * dim * heads * entries) if step == "prefill" else 1
+    sequences = batch(entries * (key_bytes + 2 * dim)) if step == "batch" else 1
+    if step == "prefill" and rows == 1:
+        return
+    pages, table = key_pages(config, sequences * blocks, page_size), shuffled_table(blocks, 0, sequences)
+    keys = [keys_of(config, pages, row, entries, page_size).to(device) for row in table.split(1)]
+    query = ops.fp4_round_trip(torch.randn(sequences * rows, heads, dim).bfloat16()).to(device)
+    weights = (torch.randn(sequences * rows, heads) / heads).to(device)
+    lengths = ((torch.arange(context - rows, context) + 1) // ratio).int().repeat(sequences).to(device)
     pages, table = pages.to(device), table.to(device)
-    sequence = torch.zeros(rows, dtype=torch.int32, device=device)
+    sequence = torch.arange(sequences, dtype=torch.int32, device=device).repeat_interleave(rows)
     k, narrow = config.index_topk, weights.bfloat16()
 
     def run() -> Tensor:
         return ops.index_topk(query, weights, pages, table, sequence, lengths, k, page_size)
 
+    def eager() -> list[Tensor]:
+        parts = zip(query.split(rows), narrow.split(rows), keys, lengths.split(rows), strict=True)
+        return [eager_topk(*part, k) for part in parts]
+
     def compare() -> list[Comparison]:
-        index = spread(rows, _CHECKED_ROWS).to(device)
-        q, w, visible = query[index], weights[index], lengths[index]
-        scores = eager_scores(q.double(), w.double(), keys.double(), visible)
-        others = eager_topk(q.float(), w, keys.float(), visible, k)
-        count = visible.clamp_max(k)
-        best = scores.topk(others.shape[1]).indices
-        chosen = run()[index]
-        if not _is_selection(chosen, count):
-            chosen = torch.full_like(chosen, -1)
-        result, eager, exact = (_taken(scores, entry, count) for entry in (chosen[:, : best.shape[1]], others, best))
-        return [Comparison(result.float(), eager.float(), exact)]
+        whole = run()
+        return [_compare(whole, query, weights, keys[at], lengths, at * rows, rows, k) for at in {0, sequences - 1}]
 
     visible = float(lengths.sum())
-    key_bytes = dim // 2 + dim // FP4_BLOCK
-    step = "decode" if rows == 1 else "prefill"
-    return Case(
-        "index_topk", f"{name} {step} context={context} rows={rows} heads={heads} dim={dim} k={k} fp4", run,
-        "eager torch bf16", lambda: eager_topk(query, narrow, keys, lengths, k), compare,
-        (2.0 * dim + 2) * heads * visible, entries * key_bytes + query.nbytes + weights.nbytes + 4.0 * rows * k,
-        "bfloat16",
+    batched = f" sequences={sequences}" if sequences > 1 else ""
+    shape = f"{name} {'prefill' if step == 'prefill' else 'decode'} context={context} rows={rows * sequences}{batched}"
+    case = Case(
+        "index_topk", f"{shape} heads={heads} dim={dim} k={k} fp4", run, "eager torch bf16", eager, compare,
+        (2.0 * dim + 2) * heads * visible,
+        sequences * entries * key_bytes + query.nbytes + weights.nbytes + 4.0 * rows * sequences * k, "bfloat16",
     )  # fmt: skip
+    yield case
+    prepared = (query, narrow, keys, lengths, k)
+    yield replace(case, **against_transformers(index_bytes(*prepared), lambda: prepare_index(*prepared)))
+
+
+def _compare(
+    result: Tensor, query: Tensor, weights: Tensor, keys: Tensor, lengths: Tensor, first: int, rows: int, k: int
+) -> Comparison:
+    """Some of the `rows` rows from `first` on, which see these keys."""
+    index = first + spread(rows, _CHECKED_ROWS).to(query.device)
+    q, w, visible = query[index], weights[index], lengths[index]
+    scores = eager_scores(q.double(), w.double(), keys.double(), visible)
+    others = eager_topk(q.float(), w, keys.float(), visible, k)
+    count = visible.clamp_max(k)
+    best = scores.topk(others.shape[1]).indices
+    chosen = result[index]
+    if not _is_selection(chosen, count):
+        chosen = torch.full_like(chosen, -1)
+    own, eager, exact = (_taken(scores, entry, count) for entry in (chosen[:, : best.shape[1]], others, best))
+    return Comparison(own.float(), eager.float(), exact)
 
 
 def cases(op: str, shape: str, context: int, device: torch.device) -> Iterator[Case]:
-    """`op` for the sizes of the model `shape`, in a sequence of `context` tokens: decode, then prefill."""
+    """`op` for the sizes of the model `shape`, in sequences of `context` tokens: decode, a batch of it, prefill."""
     config = Config.preset(shape)
-    yield _case(shape, config, context, 1, device)
-    rows = prefill_rows(context, 2.0 * config.index_head_dim * config.index_n_heads * (context // config.csa_ratio))
-    if rows > 1:
-        yield _case(shape, config, context, rows, device)
+    for step in ("decode", "batch", "prefill"):
+        yield from _cases(shape, config, context, step, device)

@@ -37,7 +37,8 @@ class Case:
         op: the registered op, whose implementation is reported.
         shape: in words: the model it belongs to, and its sizes.
         run: computes it once.
-        baseline: what a user would otherwise call, and `run_baseline` calls it.
+        baseline: what a user would otherwise call, and `run_baseline` calls it; None where it cannot be run here, for a
+            reason that `baseline` names.
         compare: results beside the truth, on as many rows as can be afforded.
         flops, nbytes: of the maths, and the fewest that must move.
         precision: of the operands: decides the peak FLOPs are held against. "none": there are hardly any.
@@ -48,7 +49,7 @@ class Case:
     shape: str
     run: Callable[[], Any]
     baseline: str
-    run_baseline: Callable[[], Any]
+    run_baseline: Callable[[], Any] | None
     compare: Callable[[], Sequence[Comparison]]
     flops: float
     nbytes: float

@@ -10,23 +10,37 @@ from dsv4.ops.layout import allocate_key_pages, allocate_pages, locate, read_key
 
 _MOST_ROWS = 2048
 _MOST_FLOPS = 2**36
+# Up to this length a whole prefill step is wanted, though a run may then take seconds.
+_WHOLE_STEP_CONTEXT = 1 << 16
+_MOST_BATCH_BYTES = 5 << 30
+#: Sequences of a decoding batch.
+BATCH = 8
 _DRAWN_ROWS = 4096
 _READ_ROWS = 1 << 14
 
 
 def prefill_rows(context: int, flops: float) -> int:
-    """Rows of a prefill step that end a sequence of `context` tokens: 2048, fewer where a row of so many FLOPs would
-    let one run take seconds."""
+    """Rows of a prefill step that end a sequence of `context` tokens: 2048; in long sequences fewer, where a row of so
+    many FLOPs would let one run take seconds."""
     rows = min(_MOST_ROWS, context)
-    while rows > 2 and rows * flops > _MOST_FLOPS:
+    while context > _WHOLE_STEP_CONTEXT and rows > 2 and rows * flops > _MOST_FLOPS:
         rows //= 2
     return rows
 
 
-def shuffled_table(blocks: int, first: int = 0) -> Tensor:
-    """int32 [1, blocks]: pages in random order; the blocks before `first` are not stored."""
-    table = torch.full((1, blocks), -1, dtype=torch.int32)
-    table[0, first:] = torch.randperm(blocks - first, dtype=torch.int32)
+def batch(nbytes: float) -> int:
+    """Sequences of `nbytes` bytes that are measured together: BATCH, fewer where memory would not hold them."""
+    sequences = BATCH
+    while sequences > 2 and sequences * nbytes > _MOST_BATCH_BYTES:
+        sequences //= 2
+    return sequences
+
+
+def shuffled_table(blocks: int, first: int = 0, sequences: int = 1) -> Tensor:
+    """int32 [sequences, blocks]: pages in random order; the blocks before `first` are not stored."""
+    table = torch.full((sequences, blocks), -1, dtype=torch.int32)
+    stored = blocks - first
+    table[:, first:] = torch.randperm(sequences * stored, dtype=torch.int32).view(sequences, stored)
     return table
 
 
@@ -51,7 +65,7 @@ def key_pages(config: Config, count: int, page_size: int) -> Tensor:
 
 
 def rows_of(config: Config, pages: Tensor, table: Tensor, begin: int, end: int, page_size: int) -> Tensor:
-    """Rows `begin` to `end` of the one sequence, bfloat16 [rows, head_dim]; every value as it is stored."""
+    """Rows `begin` to `end` of the one sequence of `table`, bfloat16 [rows, head_dim]; every value as it is stored."""
 
     def read(page: Tensor, offset: Tensor) -> Tensor:
         return read_rows(pages, page, offset, page_size, config.head_dim, config.qk_rope_head_dim, torch.bfloat16)
@@ -61,7 +75,7 @@ def rows_of(config: Config, pages: Tensor, table: Tensor, begin: int, end: int, 
 
 
 def keys_of(config: Config, pages: Tensor, table: Tensor, end: int, page_size: int) -> Tensor:
-    """Index keys 0 to `end` of the one sequence, bfloat16 [keys, dim]; every value as it is stored."""
+    """Index keys 0 to `end` of the one sequence of `table`, bfloat16 [keys, dim]; every value as it is stored."""
     dim = config.index_head_dim
     parts = [read_keys(pages, *at, page_size, dim, torch.bfloat16) for at in _places(table, 0, end, page_size)]
     return torch.cat(parts) if parts else torch.empty(0, dim, dtype=torch.bfloat16)

@@ -1,0 +1,94 @@
+"""What the attention and index ops are timed beside: the same rows, in eager torch and in transformers."""
+
+import json
+
+import pytest
+import torch
+
+from dsv4 import bench, cli
+from dsv4.bench import attention, index, pages, transformers_cores
+from dsv4.bench.measure import Clock, Peaks, Timing
+
+PEAKS = Peaks(Timing(130.0, 1.0, 100.0), 1e6, Timing(70.0, 1.0, 50.0), Timing(11.0, 1.0, 10.0), 1e9)
+
+
+@pytest.mark.parametrize("context", [33, 700])
+def test_attention_of_transformers_is_the_op(context):
+    """Decode, eight sequences of it, and prefill, of both kinds: bfloat16 rounding apart."""
+    found = [
+        case for case in attention.cases("", "nano", context, torch.device("cpu")) if case.baseline != "transformers"
+    ]
+    theirs = [
+        case for case in attention.cases("", "nano", context, torch.device("cpu")) if case.baseline == "transformers"
+    ]
+    assert len(found) == len(theirs) == 6
+    for case, other in zip(found, theirs, strict=True):
+        expected, result = case.run(), other.run_baseline().flatten(0, 1)
+        assert (result.float() - expected.float()).abs().max() <= 0.02 * expected.float().abs().max()
+        eager = torch.cat(case.run_baseline())
+        assert (eager.float() - expected.float()).abs().max() <= 0.02 * expected.float().abs().max()
+
+
+@pytest.mark.parametrize("context", [200, 1500])
+def test_index_of_transformers_is_the_op(context):
+    """Up to the few entries whose scores bfloat16 weights reorder."""
+    for case in index.cases("", "nano", context, torch.device("cpu")):
+        if case.baseline != "transformers":
+            continue
+        chosen, theirs = case.run(), case.run_baseline().flatten(0, 1)
+        assert len(chosen) == len(theirs)
+        for row, other in zip(chosen.tolist(), theirs.tolist(), strict=True):
+            ours, others = {*row} - {-1}, {*other} - {-1}
+            assert len(ours) == len(others)
+            assert len(ours & others) >= 0.8 * len(ours)
+
+
+def test_batch_of_other_sequences():
+    """Each of the eight has pages and indices of its own: their rows differ, and one alone gives its row."""
+    case = next(c for c in attention.cases("", "nano", 300, torch.device("cpu")) if "sequences=8" in c.shape)
+    rows = case.run()
+    assert len(rows) == 8
+    assert len({tuple(row.flatten().tolist()) for row in rows}) == 8
+    for row, alone in zip(rows, case.run_baseline(), strict=True):
+        assert (alone[0].float() - row.float()).abs().max() <= 0.02 * row.float().abs().max()
+
+
+@pytest.fixture
+def results(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(bench, "measure_peaks", lambda clock: PEAKS)
+    monkeypatch.setattr(Clock, "time", lambda self, run: (run(), Timing(1000.0, 2.0, 990.0))[1])
+
+    def call():
+        file = tmp_path / "results.jsonl"
+        assert cli.main(["bench", "--op=index_topk", "--shape=nano", "--context=256", "--json", str(file)]) == 0
+        return [json.loads(line) for line in file.read_text().splitlines()[3:]], capsys.readouterr().out
+
+    return call
+
+
+def test_without_transformers(results, monkeypatch):
+    find = transformers_cores.importlib.util.find_spec
+    monkeypatch.setattr(
+        transformers_cores.importlib.util, "find_spec", lambda name: None if name == "transformers" else find(name)
+    )
+    lines, out = results()
+    assert [line["baseline"] for line in lines[1::2]] == ["transformers not run: install dsv4[peers]"] * 3
+    for line in lines[1::2]:
+        assert line["baseline_us"] is line["ratio"] is None
+        assert line["us"] == 1000.0
+    assert out.count("transformers not run: install dsv4[peers] | ok") == 3
+
+
+def test_without_the_memory(results, monkeypatch):
+    monkeypatch.setattr(transformers_cores, "free_bytes", lambda: 1000)
+    lines, _ = results()
+    assert [line["baseline_us"] is None for line in lines] == [False, True, False, True, False, True]
+    assert lines[-1]["baseline"].startswith("transformers not run: needs ")
+
+
+def test_sizes():
+    """A prefill step is whole up to 64K; batches shrink where memory would not hold them."""
+    assert pages.prefill_rows(65536, 2.0**40) == 2048
+    assert pages.prefill_rows(100, 1.0) == 100
+    assert pages.prefill_rows(1 << 20, 2.0**28) == 256
+    assert (pages.batch(1 << 20), pages.batch(1 << 30), pages.batch(1 << 40)) == (8, 4, 2)
