@@ -180,6 +180,20 @@ def test_every_code_and_scale(implementation, rows, name):
 
 
 @pytest.mark.parametrize("implementation", KERNELS)
+@pytest.mark.parametrize("rows", [8, 256], ids=["few", "many"])
+def test_every_code_under_scales_around_those_that_fold(implementation, rows):
+    """Weights may take in scales from 2^-60 to 1; what rows with a single 1 read back does not tell."""
+    codes = torch.arange(2 * 256).to(torch.uint8)
+    weight = torch.where(codes & 0x7F == 0x7F, 0, codes).view(2, 256).view(E4M3)
+    x = torch.eye(256)
+    for byte in range(64, 131):
+        scale = torch.tensor([[byte, 120]], dtype=torch.uint8).view(E8M0)
+        with only(implementation, "fp8_linear"):
+            y = torch.cat([ops.fp8_linear(part, weight, scale) for part in x.split(rows)])
+        assert torch.equal(y, ops.dequantize_weight(weight, scale, torch.float32).T)
+
+
+@pytest.mark.parametrize("implementation", KERNELS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_activations_are_those_of_the_quantiser(implementation, dtype):
     """Weights with a single 1 in each row read the quantised activations back, bit for bit."""

@@ -1,4 +1,4 @@
-"""The linear layers on stored weights against torch's bfloat16 product with the dequantised weight.
+"""The linear layers on stored weights against torch's product with the dequantised or plain weight.
 
 `context` counts rows: one decodes, thousands prefill. FLOPs: 2 in out a row; bytes: codes and scales of the weight,
 rows, outputs. The check is against float64 with the activations as the definition quantises them.
@@ -18,7 +18,7 @@ from dsv4.bench.pages import spread
 from dsv4.model.config import Config
 
 #: Ops of this family, and the rows at once unless told otherwise.
-OPS = ("fp8_linear", "grouped_linear", "fp4_linear")
+OPS = ("fp8_linear", "grouped_linear", "fp4_linear", "dense_linear")
 CONTEXTS = (1, 8, 64, 1024)
 QUICK_CONTEXTS = (1, 64)
 
@@ -32,6 +32,9 @@ def _matrices(op: str, config: Config) -> list[tuple[str, int, int, int]]:
     groups = config.o_groups
     if op == "grouped_linear":
         return [("wo_a", groups, wide // groups, config.o_lora_rank)]
+    if op == "dense_linear":
+        hidden = config.hidden_size
+        return [("wkv", 1, hidden, 2 * config.head_dim), ("weights_proj", 1, hidden, config.index_n_heads)]
     if op == "fp4_linear":
         hidden, inter = config.hidden_size, config.moe_intermediate_size
         return [("w1", 1, hidden, inter), ("w2", 1, inter, hidden)]
@@ -83,7 +86,33 @@ def _case(op: str, shape: str, matrix: tuple[str, int, int, int], rows: int, dev
     )  # fmt: skip
 
 
+def _dense_case(shape: str, matrix: tuple[str, int, int, int], rows: int, device: torch.device) -> Case:
+    """float32 weights, as the compressors and the head of the official program multiply."""
+    torch.manual_seed(0)
+    name, _, inputs, outputs = matrix
+    x = torch.randn(rows, inputs).bfloat16().to(device)
+    weight = torch.randn(outputs, inputs).to(device)
+
+    def call(x: Tensor) -> Tensor:
+        return ops.dense_linear(x, weight, torch.float32)
+
+    def compare() -> list[Comparison]:
+        index = spread(rows, _CHECKED_ROWS).to(device)
+        some = x[index]
+        exact = F.linear(some.double(), weight.double())
+        return [Comparison(call(x)[index], F.linear(some.float(), weight), exact)]
+
+    text = f"{shape} {name} rows={rows} in={inputs} out={outputs} float32"
+    return Case(
+        "dense_linear", text, lambda: call(x), "eager torch f32", lambda: F.linear(x.float(), weight), compare,
+        2.0 * rows * inputs * outputs, weight.nbytes + x.nbytes + 4.0 * rows * outputs, "float32",
+    )  # fmt: skip
+
+
 def cases(op: str, shape: str, context: int, device: torch.device) -> Iterator[Case]:
     """`op` for the matrices of the model `shape`, on `context` rows at once (4096 at most: prompts come in chunks)."""
     for matrix in _matrices(op, Config.preset(shape)):
+        if op == "dense_linear":
+            yield _dense_case(shape, matrix, min(context, _MOST_ROWS), device)
+            continue
         yield _case(op, shape, matrix, min(context, _MOST_ROWS), device)
