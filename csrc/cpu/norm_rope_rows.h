@@ -28,4 +28,45 @@ Status rms_norm_rows(const L& lanes, const RmsNormParams& p, const Context& cont
   return Status::ok();
 }
 
+template <class X, class L>
+Status kv_norm_rope_rows(const L& lanes, const KvNormRopeParams& p, const Context& context) {
+  const int64_t dim = p.kv.size(1), pairs = p.rope.size(1);
+  parallel(context, p.kv.size(0), rows_a_piece(dim), [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
+      X* result = p.result.as<X>().at(t);
+      normalise<X>(lanes, p.kv.as<const X>().at(t), dim, p.weight, p.eps, result);
+      lanes.template rotate<X>(result + dim - 2 * pairs, p.rope.as<const float>().at(t), pairs);
+    }
+  });
+  return Status::ok();
+}
+
+template <class X, class L>
+Status apply_rope_rows(const L& lanes, const ApplyRopeParams& p, const Context& context) {
+  const int64_t heads = p.x.size(1), dim = p.x.size(2), pairs = p.rope.size(1);
+  parallel(context, p.x.size(0) * heads, rows_a_piece(dim), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t t = i / heads, h = i % heads;
+      X* result = p.result.as<X>().at(t, h);
+      memcpy(result, p.x.as<const X>().at(t, h), static_cast<size_t>(dim) * sizeof(X));
+      lanes.template rotate<X>(result + dim - 2 * pairs, p.rope.as<const float>().at(t), pairs, p.inverse);
+    }
+  });
+  return Status::ok();
+}
+
+template <class L>
+Status rope_table_rows(const L& lanes, const RopeRowsParams& p, const Context& context) {
+  const int64_t pairs = p.frequency.size(0);
+  parallel(context, p.position.size(0), rows_a_piece(16 * pairs), [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
+      const float position = p.position.dtype == DType::kInt32
+                                 ? static_cast<float>(*p.position.as<const int32_t>().at(t))
+                                 : static_cast<float>(*p.position.as<const int64_t>().at(t));
+      lanes.turns(position, p.frequency.as<const float>().data, pairs, p.result.as<float>().at(t));
+    }
+  });
+  return Status::ok();
+}
+
 }  // namespace dsv4

@@ -34,6 +34,28 @@ constexpr Candidate<QueryNormRopeParams> kQueryNormRope[] = {
 };
 const Op query_norm_rope_op("query_norm_rope", kQueryNormRope);
 
+[[maybe_unused]] bool whole_kv(const KvNormRopeParams& p) { return p.kv.size(1) % 32 == 0 && p.rope.size(1) % 16 == 0; }
+[[maybe_unused]] bool whole_turns(const ApplyRopeParams& p) { return p.rope.size(1) % 16 == 0; }
+[[maybe_unused]] bool whole_tables(const RopeRowsParams& p) { return p.frequency.size(0) % 16 == 0; }
+
+constexpr Candidate<KvNormRopeParams> kKvNormRope[] = {
+    {"avx512", Isa::kAvx512, DSV4_AVX512(avx512::kv_norm_rope), whole_kv},
+    {"scalar", Isa::kScalar, DSV4_SCALAR(scalar::kv_norm_rope)},
+};
+const Op kv_norm_rope_op("kv_norm_rope", kKvNormRope);
+
+constexpr Candidate<ApplyRopeParams> kApplyRope[] = {
+    {"avx512", Isa::kAvx512, DSV4_AVX512(avx512::apply_rope), whole_turns},
+    {"scalar", Isa::kScalar, DSV4_SCALAR(scalar::apply_rope)},
+};
+const Op apply_rope_op("apply_rope", kApplyRope);
+
+constexpr Candidate<RopeRowsParams> kRopeRows[] = {
+    {"avx512", Isa::kAvx512, DSV4_AVX512(avx512::rope_rows), whole_tables},
+    {"scalar", Isa::kScalar, DSV4_SCALAR(scalar::rope_rows)},
+};
+const Op rope_rows_op("rope_rows", kRopeRows);
+
 constexpr Candidate<StoreWindowParams> kStoreWindow[] = {
     {"sm80", Isa::kSm80, DSV4_SM80(sm80::store_window)},
     {"avx512", Isa::kAvx512, DSV4_AVX512(avx512::store_window), whole_rows},
@@ -64,6 +86,37 @@ Status validate(const QueryNormRopeParams& p) {
   return v.status();
 }
 
+Status validate(const KvNormRopeParams& p) {
+  Validator v("kv_norm_rope");
+  const int64_t tokens = p.kv.size(0), head_dim = p.kv.size(1);
+  v.floating("kv", p.kv.dtype);
+  v.view("kv", p.kv, p.kv.dtype, {Validator::kAny, Validator::kAny});
+  v.floating("weight", p.weight.dtype);
+  v.view("weight", p.weight, p.weight.dtype, {head_dim});
+  v.rope(p.rope, tokens, head_dim);
+  v.view("result", p.result, p.kv.dtype, {tokens, head_dim});
+  return v.status();
+}
+
+Status validate(const ApplyRopeParams& p) {
+  Validator v("apply_rope");
+  const int64_t tokens = p.x.size(0), heads = p.x.size(1), head_dim = p.x.size(2);
+  v.floating("x", p.x.dtype);
+  v.view("x", p.x, p.x.dtype, {Validator::kAny, Validator::kAny, Validator::kAny});
+  v.rope(p.rope, tokens, head_dim);
+  v.view("result", p.result, p.x.dtype, {tokens, heads, head_dim});
+  return v.status();
+}
+
+Status validate(const RopeRowsParams& p) {
+  Validator v("rope_rows");
+  v.require(p.position.dtype == DType::kInt32 || p.position.dtype == DType::kInt64, "position must be int32 or int64");
+  v.view("position", p.position, p.position.dtype, {Validator::kAny});
+  v.view("inv_freq", p.frequency, DType::kFloat32, {Validator::kAny});
+  v.view("result", p.result, DType::kFloat32, {p.position.size(0), p.frequency.size(0), 2}, 2);
+  return v.status();
+}
+
 void validate_arguments(Validator& v, const StoreWindowParams& p) {
   const int64_t tokens = p.kv.size(0), head_dim = p.kv.size(1);
   v.floating("kv", p.kv.dtype);
@@ -91,6 +144,12 @@ Status rms_norm(const RmsNormParams& p, const Context& c) { return rms_norm_op.r
 Status query_norm_rope(const QueryNormRopeParams& p, const Context& c) {
   return query_norm_rope_op.run(validate(p), p, c);
 }
+
+Status kv_norm_rope(const KvNormRopeParams& p, const Context& c) { return kv_norm_rope_op.run(validate(p), p, c); }
+
+Status apply_rope(const ApplyRopeParams& p, const Context& c) { return apply_rope_op.run(validate(p), p, c); }
+
+Status rope_rows(const RopeRowsParams& p, const Context& c) { return rope_rows_op.run(validate(p), p, c); }
 
 int64_t store_window_workspace_bytes(const StoreWindowParams& p, const Context& context) {
   Validator v("store_window");

@@ -18,6 +18,34 @@ struct RmsNormParams {
 };
 Status rms_norm(const RmsNormParams&, const Context&);
 
+// kv / sqrt(mean(kv^2) + eps) * weight rounded to X, the last R dims rotated in pairs (x[2i], x[2i + 1]) by (cos, sin)
+// and rounded to X.
+struct KvNormRopeParams {
+  AnyView<2> kv;      // X [T, D]
+  AnyView<1> weight;  // bfloat16 or float32 [D]
+  AnyView<3> rope;    // float32 [T, R / 2, 2]
+  double eps;
+  AnyView<2> result;  // X [T, D]
+};
+Status kv_norm_rope(const KvNormRopeParams&, const Context&);
+
+// The last R dims of each head rotated, or rotated back, and rounded to X; the others keep their bits.
+struct ApplyRopeParams {
+  AnyView<3> x;     // X [T, H, D]
+  AnyView<3> rope;  // float32 [T, R / 2, 2]
+  bool inverse;
+  AnyView<3> result;  // X [T, H, D]
+};
+Status apply_rope(const ApplyRopeParams&, const Context&);
+
+// cos and sin of position times frequency; the product is rounded to float32, as is the position.
+struct RopeRowsParams {
+  AnyView<1> position;   // int32 or int64 [T]
+  AnyView<1> frequency;  // float32 [R / 2]
+  AnyView<3> result;     // float32 [T, R / 2, 2], (cos, sin)
+};
+Status rope_rows(const RopeRowsParams&, const Context&);
+
 // Each head: squares, their mean, mean + eps, its inverse root and the product with it, each rounded to X; then the
 // last R dims rotated in pairs (x[2i], x[2i + 1]) by (cos, sin) and rounded to X.
 struct QueryNormRopeParams {

@@ -116,14 +116,26 @@ std::vector<int64_t> Check::tensor(const char* name, const Tensor& tensor, std::
 }
 
 std::vector<int64_t> Check::rows(const char* name, const Tensor& tensor, const char* label,
-                                 std::initializer_list<ScalarType> dtypes, const char* dtype_words) {
+                                 std::initializer_list<ScalarType> dtypes, const char* dtype_words, size_t least) {
   const auto actual = tensor.sizes();
-  if (actual.size() == 0 || !is_one_of(tensor.scalar_type(), dtypes)) {
+  if (actual.size() < least || !is_one_of(tensor.scalar_type(), dtypes)) {
     require(false, std::string(name) + " must be " + dtypes_text(dtypes, dtype_words) + " [..., " + label + "], got " +
                        dtype_name(tensor.scalar_type()) + " " + shape_text(actual));
   }
   same_device(name, tensor);
   return std::vector<int64_t>(actual.begin(), actual.end());
+}
+
+void Check::sized(const char* name, const Tensor& tensor, const std::vector<int64_t>& sizes,
+                  std::initializer_list<ScalarType> dtypes) {
+  const auto actual = tensor.sizes();
+  bool fits = actual.size() == sizes.size();
+  for (size_t axis = 0; fits && axis < sizes.size(); ++axis) fits = sizes[axis] == actual[axis];
+  if (!fits || !is_one_of(tensor.scalar_type(), dtypes)) {
+    require(false, std::string(name) + " must be " + dtypes_text(dtypes, nullptr) + " " + shape_text(sizes) + ", got " +
+                       dtype_name(tensor.scalar_type()) + " " + shape_text(actual));
+  }
+  same_device(name, tensor);
 }
 
 void Check::rope(const Tensor& rope, int64_t tokens, int64_t head_dim) {
@@ -189,6 +201,11 @@ AnyView<2> mutable_rows_view(const Tensor& tensor) {
 Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype, const Tensor& device_of) {
   return torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()), dtype,
                               std::nullopt, device_of.device());
+}
+
+Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype, const Tensor& device_of) {
+  return torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(sizes.data(), sizes.size()), dtype, std::nullopt,
+                              device_of.device());
 }
 
 Tensor dense(const Tensor& tensor, int axes) {

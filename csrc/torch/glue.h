@@ -46,9 +46,14 @@ class Check {
   std::vector<int64_t> tensor(const char* name, const Tensor& tensor, std::initializer_list<int64_t> sizes,
                               std::initializer_list<ScalarType> dtypes, const Words& words = {});
 
-  // The sizes of a tensor of at least one dimension, whatever they are; `label` names the last one.
+  // The sizes of a tensor of at least `least` dimensions, whatever they are; `label` names the last ones.
   std::vector<int64_t> rows(const char* name, const Tensor& tensor, const char* label,
-                            std::initializer_list<ScalarType> dtypes, const char* dtype_words = nullptr);
+                            std::initializer_list<ScalarType> dtypes, const char* dtype_words = nullptr,
+                            size_t least = 1);
+
+  // A tensor of these sizes.
+  void sized(const char* name, const Tensor& tensor, const std::vector<int64_t>& sizes,
+             std::initializer_list<ScalarType> dtypes);
 
   // float32 (cos, sin) [tokens, pairs, 2] for the last dims of heads of head_dim.
   void rope(const Tensor& rope, int64_t tokens, int64_t head_dim);
@@ -78,6 +83,7 @@ class Check {
 };
 
 Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype, const Tensor& device_of);
+Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype, const Tensor& device_of);
 
 // Scratch memory of a call.
 class Scratch {

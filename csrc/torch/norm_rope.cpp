@@ -61,6 +61,54 @@ Tensor rms_norm(const Tensor& x_, const std::optional<Tensor>& weight_, double e
 }
 DSV4_OP("rms_norm(Tensor x, Tensor? weight=None, float eps=1e-06) -> Tensor", rms_norm)
 
+Tensor kv_norm_rope(const Tensor& kv_, const Tensor& weight_, const Tensor& rope_, double eps) {
+  Check check("kv_norm_rope");
+  const auto sizes = check.tensor("kv", kv_, {kAny, kAny}, {ScalarType::BFloat16, ScalarType::Float},
+                                  {kFloats, {"tokens", "head_dim"}});
+  check.tensor("weight", weight_, {sizes[1]}, {ScalarType::BFloat16, ScalarType::Float}, {kFloats});
+  check.rope(rope_, sizes[0], sizes[1]);
+  const Tensor kv = dense(kv_), weight = dense(weight_), rope = dense(rope_, 2);
+  const Tensor result = empty({sizes[0], sizes[1]}, kv.scalar_type(), kv);
+  check.run(dsv4::kv_norm_rope, {view(kv), view(weight), view(rope), eps, mutable_view(result)}, kv);
+  return result;
+}
+DSV4_OP("kv_norm_rope(Tensor kv, Tensor weight, Tensor rope, float eps=1e-06) -> Tensor", kv_norm_rope)
+
+// [tokens, head_dim] as [tokens, 1, head_dim].
+AnyView<3> heads_view(const Tensor& tensor, AnyView<2> rows) {
+  const int64_t tokens = tensor.size(0), heads = tensor.dim() == 3 ? tensor.size(1) : 1, dim = rows.size(1);
+  return {rows.data, rows.dtype, {tokens, heads, dim}, {heads * dim, dim, 1}};
+}
+
+Tensor apply_rope(const Tensor& x_, const Tensor& rope_, bool inverse) {
+  Check check("apply_rope");
+  const auto sizes =
+      check.rows("x", x_, "head_dim", {ScalarType::BFloat16, ScalarType::Float}, "bfloat16 or float32 or float64");
+  if (sizes.size() != 2 && sizes.size() != 3) {
+    check.require(false, "x must be [tokens, head_dim] or [tokens, heads, head_dim]");
+  }
+  check.rope(rope_, sizes.front(), sizes.back());
+  const Tensor x = dense(x_, static_cast<int>(x_.dim())), rope = dense(rope_, 2);
+  const Tensor result = torch::stable::empty_like(x);
+  const AnyView<3> from = heads_view(x, rows_view(x)), to = heads_view(result, mutable_rows_view(result));
+  check.run(dsv4::apply_rope, {from, view(rope), inverse, to}, x);
+  return result;
+}
+DSV4_OP("apply_rope(Tensor x, Tensor rope, bool inverse=False) -> Tensor", apply_rope)
+
+Tensor rope_rows(const Tensor& position_, const Tensor& inv_freq_) {
+  Check check("rope_rows");
+  const int64_t tokens =
+      check.tensor("position", position_, {kAny}, {ScalarType::Int, ScalarType::Long}, {nullptr, {"tokens"}})[0];
+  const int64_t pairs =
+      check.tensor("inv_freq", inv_freq_, {kAny}, {ScalarType::Float}, {"float32 or float64", {"rope_dim / 2"}})[0];
+  const Tensor position = dense(position_), inv_freq = dense(inv_freq_);
+  const Tensor result = empty({tokens, pairs, 2}, ScalarType::Float, position);
+  check.run(dsv4::rope_rows, {view(position), view(inv_freq), mutable_view(result)}, position);
+  return result;
+}
+DSV4_OP("rope_rows(Tensor position, Tensor inv_freq) -> Tensor", rope_rows)
+
 #endif
 
 }  // namespace

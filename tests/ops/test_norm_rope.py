@@ -395,6 +395,10 @@ def test_opcheck():
     check_op(dsv4.rms_norm, real(3, 8), real(8), 1e-5)
     check_op(dsv4.rms_norm, torch.randn(3, 8).bfloat16())
     check_op(dsv4._rms_norm_reference, real(3, 8).double())
+    check_op(dsv4.rope_rows, torch.arange(3), ops.rope_frequencies(4, 1e4))
+    check_op(dsv4._rope_rows_reference, torch.arange(3), ops.rope_frequencies(4, 1e4).double())
+    check_op(dsv4._apply_rope_reference, real(3, 2, 8).double(), rope)
+    check_op(dsv4._kv_norm_rope_reference, real(3, 8).double(), real(8), rope)
     check_op(dsv4.apply_rope, real(3, 2, 8), rope)
     check_op(dsv4.apply_rope, torch.randn(3, 8).bfloat16(), rope, True)
     check_op(dsv4.query_norm_rope, real(3, 2, 8), rope)
@@ -473,6 +477,19 @@ BAD = {
             ({"q": X.view(3, 1, 8).half()}, f"q must be {FLOATS} [tokens, heads, head_dim], got float16 [3, 1, 8]"),
             ({"rope": ROPE_TABLE.to("meta")}, "rope must be on cpu as q is, got meta"),
             *BAD_ROPE,
+        ],
+    ),
+    "rope_rows": (
+        {"position": torch.arange(3), "inv_freq": WEIGHT},
+        [
+            ({"position": torch.arange(3.0)}, "position must be int32 or int64 [tokens], got float32 [3]"),
+            ({"position": torch.arange(3).short()}, "position must be int32 or int64 [tokens], got another dtype [3]"),
+            ({"position": torch.zeros(3, 1).int()}, "position must be int32 or int64 [tokens], got int32 [3, 1]"),
+            ({"position": torch.zeros(()).int()}, "position must be int32 or int64 [tokens], got int32 []"),
+            ({"inv_freq": X}, "inv_freq must be float32 or float64 [rope_dim / 2], got float32 [3, 8]"),
+            ({"inv_freq": WEIGHT.bfloat16()}, "inv_freq must be float32 or float64 [rope_dim / 2], got bfloat16 [8]"),
+            ({"inv_freq": WEIGHT.int()}, "inv_freq must be float32 or float64 [rope_dim / 2], got int32 [8]"),
+            ({"inv_freq": WEIGHT.to("meta")}, "inv_freq must be on cpu as position is, got meta"),
         ],
     ),
     "kv_norm_rope": ({"kv": X, "weight": WEIGHT, "rope": ROPE_TABLE}, BAD_KV),

@@ -23,6 +23,7 @@ from dsv4.testing import (
     implementation_cases,
     max_isa,
     strided,
+    ulp_distance,
 )
 
 NARROW = [torch.bfloat16, torch.float32]
@@ -94,6 +95,125 @@ def test_norms_company_and_threads(implementation: str, dtype: torch.dtype) -> N
             with max_isa(implementation):
                 assert_rows_independent(lambda rows: ops.rms_norm(rows, weight), [x])
                 assert_same_bits(ops.rms_norm(x, weight), expected)
+    finally:
+        torch.set_num_threads(before)
+
+
+ROWS = grid(tokens=[0, 1, 5], dims=DIMS, dtype=NARROW, weight=NARROW)
+
+
+@pytest.mark.parametrize("implementation", implementation_cases("kv_norm_rope"))
+@pytest.mark.parametrize("case", ROWS)
+def test_rows(implementation: str, case: dict[str, Any]) -> None:
+    head_dim, rope_dim = case["dims"]
+    kv, rope = (3 * torch.randn(case["tokens"], head_dim)).to(case["dtype"]), turns(case["tokens"], rope_dim)
+    weight = torch.randn(head_dim).to(case["weight"])
+    expected, whole = ops.kv_norm_rope_reference(kv, weight, rope, 1e-5), whole_steps(head_dim, rope_dim)
+    for change in (torch.clone, strided):
+        own = [change(x) for x in (kv, weight, rope)]
+        y = run(implementation, "kv_norm_rope", lambda own=own: ops.kv_norm_rope(*own, 1e-5), whole=whole)
+        assert y.is_contiguous()
+        assert_same_bits(y, expected)
+
+
+TURNS = grid(tokens=[0, 1, 5], heads=[None, 1, 3], dims=DIMS, dtype=NARROW, inverse=[False, True])
+
+
+@pytest.mark.parametrize("implementation", implementation_cases("apply_rope"))
+@pytest.mark.parametrize("case", TURNS)
+def test_turns(implementation: str, case: dict[str, Any]) -> None:
+    head_dim, rope_dim = case["dims"]
+    heads = () if case["heads"] is None else (case["heads"],)
+    x = torch.randn(case["tokens"], *heads, head_dim)
+    x = (x * torch.randint(-140, 20, x.shape).float().exp2()).to(case["dtype"])  # denormals among them
+    rope = turns(case["tokens"], rope_dim)
+    expected = ops.apply_rope_reference(x, rope, case["inverse"])
+    for change in (torch.clone, strided):
+        a, b = change(x), change(rope)
+        y = run(
+            implementation,
+            "apply_rope",
+            lambda a=a, b=b: ops.apply_rope(a, b, case["inverse"]),
+            whole=rope_dim % 32 == 0,
+        )
+        assert y.is_contiguous()
+        assert_same_bits(y, expected)
+
+
+@pytest.mark.parametrize("implementation", implementation_cases("apply_rope"))
+def test_dims_that_are_not_turned_keep_their_bits(implementation: str) -> None:
+    """NaNs of any bits among them."""
+    x = torch.randint(-(2**15), 2**15, (50, 4, 96), dtype=torch.int16).view(torch.bfloat16)
+    y = run(implementation, "apply_rope", lambda: ops.apply_rope(x, turns(50, 32)))
+    assert torch.equal(y[..., :64].view(torch.int16), x[..., :64].view(torch.int16))
+
+
+@pytest.mark.parametrize("implementation", implementation_cases("rope_rows"))
+@pytest.mark.parametrize("rope_dim", [0, 2, 30, 32, 34, 64, 128])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_tables(implementation: str, rope_dim: int, dtype: torch.dtype) -> None:
+    """Both instruction sets use the same operations. torch's own cosine differs from them by far less than a step."""
+    position = torch.cat((torch.arange(300), torch.randint(0, 1 << 20, (300,)), torch.randint(0, 2**31, (300,))))
+    frequency = ops.rope_frequencies(rope_dim, 1.6e5) if rope_dim else torch.zeros(0)
+    whole = rope_dim % 32 == 0
+    for change in (torch.clone, strided):
+        a, b = change(position.to(dtype)), change(frequency)
+        rows = run(implementation, "rope_rows", lambda a=a, b=b: ops.rope_rows(a, b), whole=whole)
+        assert rows.is_contiguous()
+        with max_isa("scalar"):
+            assert_same_bits(rows, ops.rope_rows(position, frequency))
+        expected = ops.rope_rows_reference(position, frequency)
+        assert ulp_distance(rows, expected).amax() <= 1 if rope_dim else rows.shape == expected.shape
+        assert (rows != expected).double().sum() <= 1e-4 * rows.numel()
+
+
+@pytest.mark.parametrize("implementation", implementation_cases("rope_rows"))
+def test_tables_of_any_angle(implementation: str) -> None:
+    """Angles next to multiples of pi / 2, negative and beyond what is reduced, infinities and NaN; each alone."""
+    angle = torch.cat((torch.arange(-4000, 4000) * torch.pi / 2, torch.logspace(-30, 38, 4000), torch.zeros(1)))
+    angle = torch.cat((angle.float(), torch.tensor([torch.inf, -torch.inf, torch.nan])))
+    angle = torch.nn.functional.pad(angle, (0, -len(angle) % 16))
+    one = torch.ones(1, dtype=torch.int32)
+    rows = run(implementation, "rope_rows", lambda: ops.rope_rows(one, angle))
+    with max_isa("scalar"):
+        assert_same_bits(rows, ops.rope_rows(one, angle))
+    expected = ops.rope_rows_reference(one, angle)
+    assert ulp_distance(rows, expected).amax() <= 1
+    assert rows.isnan().sum() == 6
+
+
+@pytest.mark.parametrize("implementation", implementation_cases("rope_rows"))
+def test_rows_company_and_threads(implementation: str) -> None:
+    kv, weight, rope, x = torch.randn(80, 512).bfloat16(), torch.randn(512), turns(80, 64), torch.randn(80, 4, 128)
+    position, frequency = torch.arange(80) * 1001, ops.rope_frequencies(64, 1e4)
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            with max_isa(implementation):
+                assert_rows_independent(lambda k, r: ops.kv_norm_rope(k, weight, r), [kv, rope])
+                assert_rows_independent(ops.apply_rope, [x, rope])
+                assert_rows_independent(lambda p: ops.rope_rows(p, frequency), [position])
+                results.append((ops.kv_norm_rope(kv, weight, rope), ops.apply_rope(x, rope)))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        for mine, first in zip(other, results[0], strict=True):
+            assert_same_bits(mine, first)
+
+
+@pytest.mark.parametrize("implementation", implementation_cases("query_norm_rope"))
+@pytest.mark.parametrize("dtype", NARROW)
+def test_heads_of_one_row_over_threads(implementation: str, dtype: torch.dtype) -> None:
+    q, rope = torch.randn(1, 128, 512).to(dtype), turns(1, 64)
+    expected = ops.query_norm_rope_reference(q, rope)
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            y = run(implementation, "query_norm_rope", lambda: ops.query_norm_rope(q, rope))
+            assert_same_bits(y, expected)
     finally:
         torch.set_num_threads(before)
 

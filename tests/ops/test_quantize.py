@@ -334,6 +334,11 @@ def test_opcheck():
     check_op(dsv4.dequantize_fp4, packed, packed_scale.float())
     check_op(dsv4.dequantize_weight, weight, torch.rand(2, 2))
     check_op(dsv4.dequantize_weight, packed.view(torch.int8), packed_scale.float())
+    check_op(dsv4._quantize_fp8_reference, x.double(), 64)
+    check_op(dsv4._quantize_fp4_reference, x.double())
+    check_op(dsv4._dequantize_fp8_reference, codes, scale, 128, torch.float64)
+    check_op(dsv4._dequantize_fp4_reference, packed, packed_scale, 32, torch.float64)
+    check_op(dsv4._dequantize_weight_reference, weight, torch.rand(2, 2), torch.float64)
     check_op(dsv4.hadamard, torch.randn(3, 8, requires_grad=True))
     check_op(dsv4._hadamard_reference, torch.randn(3, 8, dtype=torch.float64, requires_grad=True))
 

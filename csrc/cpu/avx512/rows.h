@@ -5,6 +5,7 @@
 #include "common/pages.h"
 #include "cpu/avx512/lanes.h"
 #include "cpu/compress.h"
+#include "cpu/turns.h"
 
 namespace dsv4::avx512 {
 namespace {
@@ -47,6 +48,22 @@ DSV4_INLINE Pair rotated(Pair x, const float* rope, bool inverse = false) {
                _mm512_fmsub_pd(even1, cos1, _mm512_mul_pd(odd1, sin1))),
           join(_mm512_fmadd_pd(even0, sin0, _mm512_mul_pd(odd0, cos0)),
                _mm512_fmadd_pd(even1, sin1, _mm512_mul_pd(odd1, cos1)))};
+}
+
+struct TurnLanes {
+  __m512d cos, sin;
+};
+
+// turn_of of 8 angles that can be reduced, in float64.
+DSV4_INLINE TurnLanes turn_lanes(__m512d angle) {
+  const auto turn = quarter_turn(angle);
+  const __m512i quarters = _mm512_cvtpd_epi64(turn.quarters);
+  const __mmask8 swap = _mm512_test_epi64_mask(quarters, _mm512_set1_epi64(1));
+  const __m512i one = _mm512_set1_epi64(1), two = _mm512_set1_epi64(2);
+  const __m512i cos_sign = _mm512_slli_epi64(_mm512_and_si512(_mm512_add_epi64(quarters, one), two), 62);
+  const __m512i sin_sign = _mm512_slli_epi64(_mm512_and_si512(quarters, two), 62);
+  return {_mm512_xor_pd(_mm512_mask_mov_pd(turn.cos, swap, turn.sin), _mm512_castsi512_pd(cos_sign)),
+          _mm512_xor_pd(_mm512_mask_mov_pd(turn.sin, swap, turn.cos), _mm512_castsi512_pd(sin_sign))};
 }
 
 // e^x for x <= 0, to a few units of the last place: x = n ln 2 + r and the series of e^r to the twelfth power (its
@@ -93,7 +110,18 @@ DSV4_INLINE __m512i e2m1_codes(__m512 value) {
   return _mm512_mask_add_epi32(code, _mm512_cmp_ps_mask(x, _mm512_set1_ps(5.f), _CMP_GT_OQ), code, one);
 }
 
-// The values of 16 such codes.
+// The values of 16 e4m3 codes: float16 has a wider exponent, so their bits read as float16 are 2^-8 of them.
+DSV4_INLINE __m512 e4m3_values(__m128i codes) {
+  const __m256i words = _mm256_cvtepu8_epi16(codes);
+  const __m256i magnitude = _mm256_and_si256(words, _mm256_set1_epi16(0x7F));
+  const __m256i sign = _mm256_slli_epi16(_mm256_xor_si256(words, magnitude), 8);
+  const __m256i halves = _mm256_or_si256(sign, _mm256_slli_epi16(magnitude, 7));
+  const __m512i bits = _mm512_castps_si512(_mm512_mul_ps(_mm512_cvtph_ps(halves), _mm512_set1_ps(256.f)));
+  const __mmask16 nan = _mm256_cmpeq_epi16_mask(magnitude, _mm256_set1_epi16(0x7F));
+  return _mm512_castsi512_ps(_mm512_mask_or_epi32(bits, nan, bits, _mm512_set1_epi32(0x7FC00000)));
+}
+
+// The values of 16 e2m1 codes, in the low four bits of each lane.
 DSV4_INLINE __m512 e2m1_values(__m512i codes) {
   const __m512 values =
       _mm512_setr_ps(0.f, 0.5f, 1.f, 1.5f, 2.f, 3.f, 4.f, 6.f, -0.f, -0.5f, -1.f, -1.5f, -2.f, -3.f, -4.f, -6.f);
@@ -135,6 +163,20 @@ struct Lanes {
       const __m512 x = load16(row + d), w = weight == nullptr ? _mm512_set1_ps(1.f) : load16(weight + d);
       put<N>(_mm512_mul_pd(_mm512_mul_pd(low(x), factor), low(w)),
              _mm512_mul_pd(_mm512_mul_pd(high(x), factor), high(w)), result + d);
+    }
+  }
+
+  // (cos, sin) of position times each frequency.
+  DSV4_INLINE void turns(float position, const float* frequency, int64_t pairs, float* result) {
+    for (int64_t i = 0; i < pairs; i += 16) {
+      const __m512 angle = _mm512_mul_ps(_mm512_set1_ps(position), load16(frequency + i));
+      if (_mm512_cmp_ps_mask(_mm512_abs_ps(angle), _mm512_set1_ps(kMostReducedAngle), _CMP_NLE_UQ) != 0) {
+        for (int64_t k = i; k < i + 16; ++k) turn_of(position * frequency[k], result + 2 * k);
+        continue;
+      }
+      const TurnLanes first = turn_lanes(low(angle)), second = turn_lanes(high(angle));
+      const Pair apart = {join(first.cos, second.cos), join(first.sin, second.sin)};
+      avx512::store(result + 2 * i, natural(apart, static_cast<const bf16*>(nullptr)));
     }
   }
 
@@ -213,6 +255,26 @@ struct Lanes {
     for (int64_t d = 0; d < count; d += 16) {
       const __m512i codes = e2m1_codes(_mm512_mul_ps(load16(row + d), inverse));
       store16(result + d, _mm512_mul_ps(e2m1_values(codes), factor));
+    }
+  }
+
+  template <class X>
+  DSV4_INLINE void dequantize_fp8(const uint8_t* codes, int64_t count, float scale, X* result) {
+    const __m512 factor = _mm512_set1_ps(scale);
+    for (int64_t d = 0; d < count; d += 16) {
+      const __m128i code = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + d));
+      store16(result + d, _mm512_mul_ps(e4m3_values(code), factor));
+    }
+  }
+  template <class X>
+  DSV4_INLINE void dequantize_fp4(const uint8_t* codes, int64_t count, float scale, X* result) {
+    const __m512 factor = _mm512_set1_ps(scale);
+    for (int64_t d = 0; d < count; d += kStep) {
+      const __m512i code = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + d / 2)));
+      const Pair apart = {e2m1_values(code), e2m1_values(_mm512_srli_epi32(code, 4))};
+      const Pair values = natural(scaled(apart, factor), static_cast<const bf16*>(nullptr));
+      store16(result + d, values.a);
+      store16(result + d + 16, values.b);
     }
   }
 

@@ -1,4 +1,4 @@
-// query_norm_rope and store_window, portable. Also the yardstick for the other kernels.
+// Norms, rotations and the window's store, portable. Also the yardstick for the other kernels.
 #include "cpu/norm_rope.h"
 
 #include "cpu/page_writer.h"
@@ -11,25 +11,17 @@ template <class X>
 Status rotate_queries(const QueryNormRopeParams& p, const Context& context) {
   const int64_t heads = p.query.size(1), dim = p.query.size(2), pairs = p.rope.size(1);
   const auto round = [](double value) -> double { return Lanes::rounded<X>(value); };
-  parallel(context, p.query.size(0), [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; ++t) {
-      for (int64_t h = 0; h < heads; ++h) {
-        const X* q = p.query.as<const X>().at(t, h);
-        X* out = p.result.as<X>().at(t, h);
-        double sum = 0;
-        for (int64_t d = 0; d < dim; ++d) sum += round(to_float(q[d]) * to_float(q[d]));
-        const double mean = round(sum / static_cast<double>(dim));
-        const float root = static_cast<float>(round(1 / std::sqrt(round(mean + p.eps))));
-        for (int64_t d = 0; d < dim; ++d) out[d] = from_float<X>(to_float(q[d]) * root);
-        X* pair = out + dim - 2 * pairs;
-        const float* rope = p.rope.as<const float>().at(t);
-        for (int64_t i = 0; i < 2 * pairs; i += 2) {
-          float turned[2] = {to_float(pair[i]), to_float(pair[i + 1])};
-          Lanes().rotate<X>(turned, rope + i, 1);
-          pair[i] = from_float<X>(turned[0]);
-          pair[i + 1] = from_float<X>(turned[1]);
-        }
-      }
+  parallel(context, p.query.size(0) * heads, rows_a_piece(dim), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t t = i / heads, h = i % heads;
+      const X* q = p.query.as<const X>().at(t, h);
+      X* out = p.result.as<X>().at(t, h);
+      double sum = 0;
+      for (int64_t d = 0; d < dim; ++d) sum += round(to_float(q[d]) * to_float(q[d]));
+      const double mean = round(sum / static_cast<double>(dim));
+      const float root = static_cast<float>(round(1 / std::sqrt(round(mean + p.eps))));
+      for (int64_t d = 0; d < dim; ++d) out[d] = from_float<X>(to_float(q[d]) * root);
+      Lanes().rotate<X>(out + dim - 2 * pairs, p.rope.as<const float>().at(t), pairs);
     }
   });
   return Status::ok();
@@ -45,6 +37,18 @@ Status rms_norm(const RmsNormParams& p, const Context& context) {
   return p.x.dtype == DType::kBFloat16 ? rms_norm_rows<bf16>(Lanes(), p, context)
                                        : rms_norm_rows<float>(Lanes(), p, context);
 }
+
+Status kv_norm_rope(const KvNormRopeParams& p, const Context& context) {
+  return p.kv.dtype == DType::kBFloat16 ? kv_norm_rope_rows<bf16>(Lanes(), p, context)
+                                        : kv_norm_rope_rows<float>(Lanes(), p, context);
+}
+
+Status apply_rope(const ApplyRopeParams& p, const Context& context) {
+  return p.x.dtype == DType::kBFloat16 ? apply_rope_rows<bf16>(Lanes(), p, context)
+                                       : apply_rope_rows<float>(Lanes(), p, context);
+}
+
+Status rope_rows(const RopeRowsParams& p, const Context& context) { return rope_table_rows(Lanes(), p, context); }
 
 Status store_window(const StoreWindowParams& p, const Context& context) {
   return p.kv.dtype == DType::kBFloat16 ? store_window_rows<bf16>(Lanes(), p, context)

@@ -5,6 +5,7 @@
 
 #include "common/pages.h"
 #include "cpu/compress.h"
+#include "cpu/turns.h"
 
 namespace dsv4::scalar {
 
@@ -44,6 +45,11 @@ struct Lanes {
       const double factor = weight == nullptr ? 1.0 : to_float(weight[d]);
       result[d] = from_float<R>(rounded<N>(to_float(row[d]) * root * factor));
     }
+  }
+
+  // (cos, sin) of position times each frequency.
+  void turns(float position, const float* frequency, int64_t pairs, float* result) const {
+    for (int64_t i = 0; i < pairs; ++i) turn_of(position * frequency[i], result + 2 * i);
   }
 
   // Each pair turned by its (cos, sin), or back, rounded to N.
@@ -95,6 +101,17 @@ struct Lanes {
   void fp4_round_trip(const float* row, int64_t count, X* result) const {
     const uint8_t scale = fp4_scale(largest(row, count));
     for (int64_t d = 0; d < count; ++d) result[d] = from_float<X>(e2m1_value(e2m1(row[d], scale)) * e8m0_value(scale));
+  }
+
+  template <class X>
+  void dequantize_fp8(const uint8_t* codes, int64_t count, float scale, X* result) const {
+    for (int64_t d = 0; d < count; ++d) result[d] = from_float<X>(e4m3_value(codes[d]) * scale);
+  }
+  template <class X>
+  void dequantize_fp4(const uint8_t* codes, int64_t count, float scale, X* result) const {
+    for (int64_t d = 0; d < count; ++d) {
+      result[d] = from_float<X>(e2m1_value(static_cast<uint8_t>(codes[d / 2] >> 4 * (d % 2) & 15)) * scale);
+    }
   }
 
   // row[d] = sum of kv[d] over the rows, weighted by the softmax of their gates, rounded to N.

@@ -23,7 +23,12 @@ import torch
 from torch import Tensor
 
 from dsv4.ops._check import Check, describe
-from dsv4.ops.quantize import dequantize_fp4, dequantize_fp8, quantize_fp4, quantize_fp8
+from dsv4.ops.quantize import (
+    dequantize_fp4_reference,
+    dequantize_fp8_reference,
+    quantize_fp4_reference,
+    quantize_fp8_reference,
+)
 
 __all__: list[str] = []  # not a family of ops: import from this module
 
@@ -193,7 +198,7 @@ def write_rows(pages: Tensor, rows: Tensor, page: Tensor, offset: Tensor, page_s
         return
     nope = head_dim - rope_dim
     values, scales = _byte_planes(pages, page_size, row_bytes(head_dim, rope_dim), row_scale_bytes(head_dim, rope_dim))
-    codes, exponents = quantize_fp8(rows[:, :nope], ROW_BLOCK)
+    codes, exponents = quantize_fp8_reference(rows[:, :nope], ROW_BLOCK)
     values[page, offset] = torch.cat((_bytes(codes), _bytes(rows[:, nope:].to(torch.bfloat16))), dim=1)
     scales[:, :, : exponents.shape[1]][page, offset] = _bytes(exponents)
 
@@ -230,7 +235,9 @@ def read_rows(
         codes = stored_bytes[..., :nope].contiguous().view(torch.float8_e4m3fn)
         exponents = scales[:, :, :blocks][page, offset].view(torch.float8_e8m0fnu)
         rope = stored_bytes[..., nope:].contiguous().view(torch.bfloat16)
-        rows = torch.cat((dequantize_fp8(codes, exponents, ROW_BLOCK, torch.float32), rope.float()), dim=-1).to(dtype)
+        rows = torch.cat(
+            (dequantize_fp8_reference(codes, exponents, ROW_BLOCK, torch.float32), rope.float()), dim=-1
+        ).to(dtype)
     return torch.where(stored.unsqueeze(-1), rows, 0)
 
 
@@ -251,12 +258,12 @@ def write_keys(pages: Tensor, keys: Tensor, page: Tensor, offset: Tensor, page_s
         pages[page, offset] = keys.to(pages.dtype)
     elif format == "fp8":
         values, scales = _byte_planes(pages, page_size, dim, 4)
-        codes, exponents = quantize_fp8(keys, dim)
+        codes, exponents = quantize_fp8_reference(keys, dim)
         values[page, offset] = _bytes(codes)
         scales[page, offset] = _bytes(exponents.float())
     else:
         values, scales = _byte_planes(pages, page_size, dim // 2, dim // FP4_BLOCK)
-        codes, exponents = quantize_fp4(keys, FP4_BLOCK)
+        codes, exponents = quantize_fp4_reference(keys, FP4_BLOCK)
         values[page, offset] = _bytes(codes)
         scales[page, offset] = _bytes(exponents)
 
@@ -286,7 +293,7 @@ def read_keys(
     else:
         values, scales = _byte_planes(pages, page_size, dim // 2, dim // FP4_BLOCK)
         exponents = scales[page, offset].view(torch.float8_e8m0fnu)
-        keys = dequantize_fp4(values[page, offset], exponents, FP4_BLOCK, torch.float32).to(dtype)
+        keys = dequantize_fp4_reference(values[page, offset], exponents, FP4_BLOCK, torch.float32).to(dtype)
     return torch.where(stored.unsqueeze(-1), keys, 0)
 
 

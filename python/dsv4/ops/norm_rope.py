@@ -29,6 +29,7 @@ __all__ = [
     "rms_norm_reference",
     "rope_frequencies",
     "rope_rows",
+    "rope_rows_reference",
     "store_window",
     "store_window_reference",
 ]
@@ -80,13 +81,30 @@ def rope_frequencies(rope_dim: int, theta: float, yarn: Yarn | None = None) -> T
 
 
 def rope_rows(position: Tensor, inv_freq: Tensor) -> Tensor:
-    """(cos, sin) of each position: [tokens] integers, [rope_dim / 2] -> [tokens, rope_dim / 2, 2] in the dtype of
-    inv_freq.
+    """(cos, sin) of each position, the table `rope` of the other ops.
 
-    The angle is the product rounded to that dtype, as the official tables have it; cos and sin are exact to rounding.
+    The angle is position * inv_freq rounded to the dtype of inv_freq, as the official tables have it; cos and sin are
+    computed in float64 and rounded once.
+
+    Args:
+        position: [tokens] int32 or int64.
+        inv_freq: [rope_dim / 2] float32 or float64, see rope_frequencies.
+    Returns: [tokens, rope_dim / 2, 2] in the dtype of inv_freq.
+    Raises: RuntimeError where a shape, dtype or device differs from the above.
     """
+    op = torch.ops.dsv4.rope_rows if inv_freq.dtype == torch.float32 else torch.ops.dsv4._rope_rows_reference
+    return op(position, inv_freq)
+
+
+def rope_rows_reference(position: Tensor, inv_freq: Tensor) -> Tensor:
     angle = (position.to(inv_freq.dtype).unsqueeze(-1) * inv_freq).double()
     return torch.stack((angle.cos(), angle.sin()), -1).to(inv_freq.dtype)
+
+
+def _check_rope_rows(position: Tensor, inv_freq: Tensor) -> None:
+    check = Check("rope_rows")
+    check.tensor("position", position, INTEGERS, ("tokens",))
+    check.tensor("inv_freq", inv_freq, _ROPE_DTYPES, ("rope_dim / 2",))
 
 
 def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tensor:
@@ -125,7 +143,9 @@ def apply_rope(x: Tensor, rope: Tensor, inverse: bool = False) -> Tensor:
     Returns: like x, rounded once. Differentiable in x.
     Raises: RuntimeError where a shape, dtype or device differs from the above.
     """
-    return torch.ops.dsv4.apply_rope(x, rope, inverse)
+    kernel = x.dtype in _KERNEL_FLOATS and rope.dtype == torch.float32 and x.dim() in (2, 3)
+    op = torch.ops.dsv4.apply_rope if kernel else torch.ops.dsv4._apply_rope_reference
+    return op(x, rope, inverse)
 
 
 def apply_rope_reference(x: Tensor, rope: Tensor, inverse: bool = False) -> Tensor:
@@ -194,7 +214,9 @@ def kv_norm_rope(kv: Tensor, weight: Tensor, rope: Tensor, eps: float = 1e-6) ->
     Raises: RuntimeError where a shape, dtype or device differs from the above.
     Source: the official inference code.
     """
-    return torch.ops.dsv4.kv_norm_rope(kv, weight, rope, eps)
+    kernel = kv.dtype in _KERNEL_FLOATS and weight.dtype in _KERNEL_FLOATS and rope.dtype == torch.float32
+    op = torch.ops.dsv4.kv_norm_rope if kernel else torch.ops.dsv4._kv_norm_rope_reference
+    return op(kv, weight, rope, eps)
 
 
 def kv_norm_rope_reference(kv: Tensor, weight: Tensor, rope: Tensor, eps: float = 1e-6) -> Tensor:
@@ -303,37 +325,41 @@ def _apply_rope_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped
     ctx.save_for_backward(rope)
 
 
-for _name in ("rms_norm", "_rms_norm_reference"):
+for _prefix, _suffix in (("", ""), ("_", "_reference")):  # the second takes float64, which kernels do not
     register(
-        f"{_name}(Tensor x, Tensor? weight=None, float eps=1e-06) -> Tensor",
+        f"{_prefix}rms_norm{_suffix}(Tensor x, Tensor? weight=None, float eps=1e-06) -> Tensor",
         rms_norm_reference,
         check=_check_rms_norm,
         recompute=True,
     )
-register(
-    "apply_rope(Tensor x, Tensor rope, bool inverse=False) -> Tensor",
-    apply_rope_reference,
-    check=_check_apply_rope,
-    backward=_apply_rope_backward,
-    setup_context=_apply_rope_context,
-)
-for _name in ("query_norm_rope", "_query_norm_rope_reference"):
     register(
-        f"{_name}(Tensor q, Tensor rope, float eps=1e-06) -> Tensor",
+        f"{_prefix}rope_rows{_suffix}(Tensor position, Tensor inv_freq) -> Tensor",
+        rope_rows_reference,
+        check=_check_rope_rows,
+        recompute=True,
+    )
+    register(
+        f"{_prefix}apply_rope{_suffix}(Tensor x, Tensor rope, bool inverse=False) -> Tensor",
+        apply_rope_reference,
+        check=_check_apply_rope,
+        backward=_apply_rope_backward,
+        setup_context=_apply_rope_context,
+    )
+    register(
+        f"{_prefix}query_norm_rope{_suffix}(Tensor q, Tensor rope, float eps=1e-06) -> Tensor",
         query_norm_rope_reference,
         check=_check_query_norm_rope,
         recompute=True,
     )
-register(
-    "kv_norm_rope(Tensor kv, Tensor weight, Tensor rope, float eps=1e-06) -> Tensor",
-    kv_norm_rope_reference,
-    check=_check_kv_norm_rope,
-    recompute=True,
-)
-for _name in ("store_window", "_store_window_reference"):
     register(
-        f"{_name}(Tensor kv, Tensor weight, Tensor rope, Tensor(a!) pages, Tensor table, Tensor sequence, "
-        "Tensor position, float eps=1e-06, int page_size=256) -> ()",
+        f"{_prefix}kv_norm_rope{_suffix}(Tensor kv, Tensor weight, Tensor rope, float eps=1e-06) -> Tensor",
+        kv_norm_rope_reference,
+        check=_check_kv_norm_rope,
+        recompute=True,
+    )
+    register(
+        f"{_prefix}store_window{_suffix}(Tensor kv, Tensor weight, Tensor rope, Tensor(a!) pages, Tensor table, "
+        "Tensor sequence, Tensor position, float eps=1e-06, int page_size=256) -> ()",
         store_window_reference,
         check=_check_store_window,
         fake=lambda *args, **kwargs: None,

@@ -65,13 +65,15 @@ def quantize_fp8(x: Tensor, block: int = 128) -> tuple[Tensor, Tensor]:
     Raises: RuntimeError on another dtype, a scalar x, or block < 1.
     Source: the activation quantiser of the official inference code.
     """
-    return torch.ops.dsv4.quantize_fp8(x, block)
+    op = torch.ops.dsv4.quantize_fp8 if x.dtype in _KERNEL_FLOATS else torch.ops.dsv4._quantize_fp8_reference
+    return op(x, block)
 
 
 def quantize_fp8_reference(x: Tensor, block: int = 128) -> tuple[Tensor, Tensor]:
     blocks = _blocks(x.float(), block)
     scale, byte = _power_of_two_scale(blocks, _FP8_FLOOR, _E4M3_MAX)
-    codes = (blocks / scale.unsqueeze(-1)).clamp(-_E4M3_MAX, _E4M3_MAX).to(E4M3)
+    scaled = (blocks / scale.unsqueeze(-1)).clamp(-_E4M3_MAX, _E4M3_MAX)
+    codes = torch.where(scaled.isnan(), torch.nan, scaled).to(E4M3)  # one NaN, whatever its sign was
     return _unblock(codes, x), byte.view(E8M0)
 
 
@@ -85,7 +87,8 @@ def quantize_fp4(x: Tensor, block: int = 32) -> tuple[Tensor, Tensor]:
     """Quantise blocks along the last dimension to e2m1 with one e8m0 scale each.
 
     scale = 2^ceil(log2(max(amax, 6 * 2^-126) * fl32(1/6))); code = e2m1(clamp(x / scale, +-6)), nearest, ties to even;
-    the sign of a zero is kept. The last block may be shorter. A block that holds an infinity or a NaN gets scale NaN.
+    the sign of a zero is kept. The last block may be shorter. A block that holds an infinity or a NaN gets scale NaN
+    and codes 0.
 
     Args:
         x:     [..., n] bfloat16, float32 or float64 (read as float32); n even.
@@ -94,13 +97,14 @@ def quantize_fp4(x: Tensor, block: int = 32) -> tuple[Tensor, Tensor]:
     Raises: RuntimeError on another dtype, a scalar x, odd n, or block not even and positive.
     Source: the index quantiser of the official inference code.
     """
-    return torch.ops.dsv4.quantize_fp4(x, block)
+    op = torch.ops.dsv4.quantize_fp4 if x.dtype in _KERNEL_FLOATS else torch.ops.dsv4._quantize_fp4_reference
+    return op(x, block)
 
 
 def quantize_fp4_reference(x: Tensor, block: int = 32) -> tuple[Tensor, Tensor]:
     blocks = _blocks(x.float(), block)
     scale, byte = _power_of_two_scale(blocks, _FP4_FLOOR, _E2M1_MAX)
-    scaled = blocks / scale.unsqueeze(-1)
+    scaled = (blocks / scale.unsqueeze(-1)).nan_to_num(nan=0.0)
     magnitude = scaled.abs()
     codes = torch.signbit(scaled).to(torch.uint8) << 3
     for midpoint in _E2M1_TIES_DOWN:
@@ -129,7 +133,8 @@ def dequantize_fp8(codes: Tensor, scale: Tensor, block: int = 128, dtype: torch.
     Returns: [..., n] dtype.
     Raises: RuntimeError where a shape or dtype differs from the above.
     """
-    return torch.ops.dsv4.dequantize_fp8(codes, scale, block, dtype)
+    op = torch.ops.dsv4.dequantize_fp8 if dtype in _KERNEL_FLOATS else torch.ops.dsv4._dequantize_fp8_reference
+    return op(codes, scale, block, dtype)
 
 
 def dequantize_fp8_reference(
@@ -157,7 +162,8 @@ def dequantize_fp4(codes: Tensor, scale: Tensor, block: int = 32, dtype: torch.d
     Returns: [..., n] dtype.
     Raises: RuntimeError where a shape or dtype differs from the above.
     """
-    return torch.ops.dsv4.dequantize_fp4(codes, scale, block, dtype)
+    op = torch.ops.dsv4.dequantize_fp4 if dtype in _KERNEL_FLOATS else torch.ops.dsv4._dequantize_fp4_reference
+    return op(codes, scale, block, dtype)
 
 
 def dequantize_fp4_reference(
@@ -186,7 +192,9 @@ def dequantize_weight(weight: Tensor, scale: Tensor, dtype: torch.dtype = torch.
     Returns: [..., out, in] dtype.
     Raises: RuntimeError where a shape or dtype differs from the above.
     """
-    return torch.ops.dsv4.dequantize_weight(weight, scale, dtype)
+    kernel = dtype in _KERNEL_FLOATS
+    op = torch.ops.dsv4.dequantize_weight if kernel else torch.ops.dsv4._dequantize_weight_reference
+    return op(weight, scale, dtype)
 
 
 def dequantize_weight_reference(weight: Tensor, scale: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -306,26 +314,34 @@ def _power_of_two_scale(blocks: Tensor, floor: float, largest: float) -> tuple[T
     return byte.view(E8M0).float(), byte
 
 
-register("quantize_fp8(Tensor x, int block=128) -> (Tensor, Tensor)", quantize_fp8_reference, check=_check_quantize_fp8)
-register("quantize_fp4(Tensor x, int block=32) -> (Tensor, Tensor)", quantize_fp4_reference, check=_check_quantize_fp4)
-register(
-    "dequantize_fp8(Tensor codes, Tensor scale, int block=128, ScalarType dtype=15) -> Tensor",
-    dequantize_fp8_reference,
-    check=_check_dequantize_fp8,
-)
-register(
-    "dequantize_fp4(Tensor codes, Tensor scale, int block=32, ScalarType dtype=15) -> Tensor",
-    dequantize_fp4_reference,
-    check=_check_dequantize_fp4,
-)
-register(
-    "dequantize_weight(Tensor weight, Tensor scale, ScalarType dtype=15) -> Tensor",
-    dequantize_weight_reference,
-    check=_check_dequantize_weight,
-)
-for _name in ("hadamard", "_hadamard_reference"):
+for _prefix, _suffix in (("", ""), ("_", "_reference")):  # the second takes float64, which kernels do not
     register(
-        f"{_name}(Tensor x) -> Tensor",
+        f"{_prefix}quantize_fp8{_suffix}(Tensor x, int block=128) -> (Tensor, Tensor)",
+        quantize_fp8_reference,
+        check=_check_quantize_fp8,
+    )
+    register(
+        f"{_prefix}quantize_fp4{_suffix}(Tensor x, int block=32) -> (Tensor, Tensor)",
+        quantize_fp4_reference,
+        check=_check_quantize_fp4,
+    )
+    register(
+        f"{_prefix}dequantize_fp8{_suffix}(Tensor codes, Tensor scale, int block=128, ScalarType dtype=15) -> Tensor",
+        dequantize_fp8_reference,
+        check=_check_dequantize_fp8,
+    )
+    register(
+        f"{_prefix}dequantize_fp4{_suffix}(Tensor codes, Tensor scale, int block=32, ScalarType dtype=15) -> Tensor",
+        dequantize_fp4_reference,
+        check=_check_dequantize_fp4,
+    )
+    register(
+        f"{_prefix}dequantize_weight{_suffix}(Tensor weight, Tensor scale, ScalarType dtype=15) -> Tensor",
+        dequantize_weight_reference,
+        check=_check_dequantize_weight,
+    )
+    register(
+        f"{_prefix}hadamard{_suffix}(Tensor x) -> Tensor",
         hadamard_reference,
         check=_check_hadamard,
         backward=lambda ctx, grad: hadamard(grad),
