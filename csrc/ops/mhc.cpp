@@ -201,7 +201,7 @@ int64_t forward_workspace(int64_t tokens, int64_t hidden, int mixes, const Conte
 #endif
     return bytes;
   }
-  (void)tokens;
+  (void)tokens, (void)mixes;
 #if defined(DSV4_WITH_AVX512)
   if (context.best >= Isa::kAvx512) at_least(avx512::mhc_workspace_bytes(hidden, mixes));
 #endif

@@ -1,11 +1,11 @@
-// mhc_pre, mhc_head: fn r by float32 FMA, 12 rows of fn x 2 tokens in 24 accumulators; fn packed once a call into
-// blocks of 12 rows x 32 elements that the kernel reads straight through. Tiles of up to 16 tokens stay in the
-// second-level cache, so the weighted sum finds their streams there and memory is read once: 10 D + 80 bytes a token
-// for bfloat16. Against that stand 208 D FLOPs: with one FMA unit a core (Zen 4) they bind, at less than half of the
-// copy bandwidth; 80 % of the FMA peak expected. fn as bfloat16 high + low would not help: vdpbf16ps does two products
-// for one FMA at best, and needs both halves. mhc_post: one pass, 40 D FLOPs for 18 D + 80 bytes a token: bound by
-// memory. Results of more than kStreamBytes bypass the caches, which saves reading what is about to be overwritten.
-// mhc_post_pre makes a tile's streams just before it reads them.
+// mhc_pre, mhc_head: fn r by float32 FMA (mhc_product.h). 208 D FLOPs a token against 10 D + 80 bytes (bfloat16): with
+// one FMA of 16 lanes a cycle the arithmetic binds, at less than half of the copy bandwidth. fn as bfloat16 high + low
+// would not help: vdpbf16ps does two products for one FMA at best, and needs both halves. Tiles of 16 tokens: the
+// weighted sum finds their streams in the second-level cache, memory is read once, and what the next tile needs is
+// fetched while this one multiplies. 85 % of the FMA peak expected. mhc_post: one pass, 40 D FLOPs for 18 D + 80 bytes
+// a token: bound by memory. mhc_post_pre: 248 D FLOPs for 20 D + 160 bytes; a tile's new streams are made in a buffer
+// that stays in the cache, and written to memory from there while they are multiplied. docs/investigations/mhc_cpu.md
+// has the measurements.
 #include "cpu/mhc.h"
 
 #include "cpu/avx512/mhc_product.h"
@@ -17,7 +17,9 @@ template <class X>
 Status post(const MhcPostParams& p, const Context& context) {
   const bool past = past_caches(p.result, sizeof(X));
   const int64_t token = p.result.stride[0], stride = p.result.stride[1];
-  parallel(context, p.streams.shape[0], [&](int64_t begin, int64_t end) {
+  constexpr int64_t kSmall = 16384;  // elements of one stream: 10 us
+  const bool small = p.streams.shape[0] * p.streams.shape[2] <= kSmall;
+  parallel(small ? on_this_thread(context) : context, p.streams.shape[0], [&](int64_t begin, int64_t end) {
     X* result = static_cast<X*>(p.result.data) + begin * token;
     if (past) {
       post_tokens<X, Store::kPastCaches>(p, begin, end, result, token, stride);

@@ -1,9 +1,10 @@
 // The gradients of mHC. mhc_post: one pass, 80 D FLOPs for 28 D + 160 bytes a token: bound by memory.
-// mhc_pre and mhc_head, with J = 24 or 4 rows of fn: a pass over tiles of up to 16 tokens takes the product again (as
-// in the forward pass), then the gradients within a token, then d streams = pre dx + fn^T dz + c r, 4 tokens x 32
-// elements at a time; a pass over columns forms d fn = sum_t dz r^T from dense copies of 32 tokens x 256 elements. 24 J
-// D FLOPs a token in all, three times the forward pass: bound by the FMA units; two thirds of their peak expected. Sums
-// over tokens run in ascending order, in blocks of 32 tokens, whatever the number of threads.
+// mhc_pre and mhc_head, with J = 24 or 4 rows of fn: a pass over tiles of 16 tokens takes the product again (as in the
+// forward pass), then the gradients within a token, then d streams = pre dx + fn^T dz + c r, 4 tokens x 32 elements at
+// a time in runs of 256, whose fn stays in the first-level cache; a pass over runs of 256 columns forms d fn = sum_t dz
+// r^T from dense copies of 32 tokens. 24 J D FLOPs a token in all, three times the forward pass: bound by the FMA
+// units; 70 % of their peak expected. Sums over tokens run in ascending order, in blocks of 32 tokens, whatever the
+// number of threads.
 #include "cpu/avx512/mhc_product.h"
 #include "cpu/mhc.h"
 

@@ -60,6 +60,14 @@ DSV4_INLINE void write_rows(const Rows<X>& rows, int stream, const Traffic<X>& t
   }
 }
 
+// Where the work takes no longer than waking threads.
+DSV4_INLINE Context on_this_thread(Context context) {
+  context.parallel_for = [](void*, int64_t count, void (*body)(void*, int64_t, int64_t), void* argument) {
+    if (count > 0) body(argument, 0, count);
+  };
+  return context;
+}
+
 // Results of more than kCachedBytes are stored past the caches: to read them before they are overwritten would add to
 // the traffic of what nobody will find there anyway.
 constexpr int64_t kCachedBytes = int64_t{8} << 20;
@@ -257,14 +265,6 @@ struct HeadOp {
              past_caches(op.p.output, sizeof(X)));
   }
 };
-
-// Where the work takes no longer than waking threads.
-DSV4_INLINE Context on_this_thread(Context context) {
-  context.parallel_for = [](void*, int64_t count, void (*body)(void*, int64_t, int64_t), void* argument) {
-    if (count > 0) body(argument, 0, count);
-  };
-  return context;
-}
 
 // Few tokens: every step is spread over the threads.
 template <class Product, class X, class Op>
