@@ -18,6 +18,7 @@
 
 #include "common/pages.h"
 #include "cpu/moe.h"
+#include "cpu/moe_map.h"
 
 namespace dsv4 {
 namespace {
@@ -26,13 +27,6 @@ inline constexpr int64_t kMoeTokens = 2048;    // tokens taken at a time
 inline constexpr int64_t kMoeRows = 256;       // activation rows of a group
 inline constexpr int64_t kMoeOutputs = 128;    // outputs of a piece; a block of the quantiser
 inline constexpr int64_t kMoeShare = 1 << 20;  // products that are worth waking a thread for, some 20 us
-
-template <int N>
-DSV4_HOST_DEVICE int64_t moe_integer(const AnyView<N>& view, int64_t row, int64_t column) {
-  const int64_t offset = row * view.stride[0] + column * view.stride[N - 1];
-  return view.dtype == DType::kInt64 ? static_cast<const int64_t*>(view.data)[offset]
-                                     : static_cast<const int32_t*>(view.data)[offset];
-}
 
 // Runs body(slot, item) for every item, each once, on whatever slot is free.
 template <class Body>
@@ -69,7 +63,7 @@ class MoeCall {
     const int64_t inter = p.w1.data.size(1), own = has_shared_ ? p.shared[0].data.size(1) : 0;
     widest_ = inter > own ? inter : own;
     const int64_t pairs = tokens_ * top_k_, rows = pairs + (has_shared_ ? tokens_ : 0);
-    start_ = take<int64_t>(experts_ + 2);
+    start_ = take<int64_t>(experts_ + 1);
     active_ = take<int64_t>(experts_ + 1);
     order_ = take<int64_t>(pairs);
     place_ = take<int64_t>(pairs);
@@ -168,31 +162,14 @@ class MoeCall {
     return most < slots_ ? most : slots_;
   }
 
-  // Sorts the pairs (token, slot) by expert: order_[row] = pair, place_[pair] = row or -1. Stable.
+  // order_[row] = pair, place_[pair] = row or -1; the groups that have rows.
   void map() {
-    const int64_t pairs = count_ * top_k_;
-    for (int64_t e = 0; e < experts_ + 2; ++e) start_[e] = 0;
-    for (int64_t pair = 0; pair < pairs; ++pair) {
-      const int64_t e = chosen(pair);
-      if (e >= 0) ++start_[e + 2];
-    }
-    for (int64_t e = 1; e < experts_ + 2; ++e) start_[e] += start_[e - 1];
-    for (int64_t pair = 0; pair < pairs; ++pair) {
-      const int64_t e = chosen(pair);
-      place_[pair] = e < 0 ? -1 : start_[e + 1]++;
-      if (e >= 0) order_[place_[pair]] = pair;
-    }
+    moe_sort(p_.indices, first_, count_, experts_, start_, order_, place_);
     groups_ = 0;
     for (int64_t e = 0; e < experts_; ++e) {
       if (start_[e + 1] > start_[e]) active_[groups_++] = e;
     }
     if (has_shared_) active_[groups_++] = experts_;
-  }
-
-  // The expert of a pair, -1 if there is none of that index.
-  int64_t chosen(int64_t pair) const {
-    const int64_t e = moe_integer(p_.indices, first_ + pair / top_k_, pair % top_k_);
-    return e < 0 || e >= experts_ ? -1 : e;
   }
 
   struct Slot {

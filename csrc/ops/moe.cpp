@@ -19,6 +19,11 @@ constexpr Candidate<MoeExpertsParams> kMoeExperts[] = {
 };
 const Op moe_experts_op("moe_experts", kMoeExperts);
 
+constexpr Candidate<MoeMapParams> kMoeMap[] = {
+    {"scalar", Isa::kScalar, DSV4_SCALAR(scalar::moe_map)},
+};
+const Op moe_map_op("moe_map", kMoeMap);
+
 int64_t blocks(int64_t size, int64_t block) { return (size + block - 1) / block; }
 
 template <int N>
@@ -137,6 +142,18 @@ Status validate(const MoeExpertsParams& p, const Context& context) {
   return v.status();
 }
 
+Status validate(const MoeMapParams& p) {
+  Validator v("moe_map");
+  validate_integer(v, "indices", p.indices, {Validator::kAny, Validator::kAny});
+  v.at_least("experts", p.experts, 1);
+  const int64_t pairs = p.indices.size(0) * p.indices.size(1);
+  v.require(p.experts < INT32_MAX && pairs <= INT32_MAX, "indices and experts must be fewer than 2^31");
+  if (!v.status().is_ok()) return v.status();
+  v.view("offsets", p.offsets, DType::kInt32, {p.experts + 1});
+  v.view("rows", p.rows, DType::kInt32, {pairs});
+  return v.status();
+}
+
 // The most that a kernel which may run needs.
 template <class Params>
 int64_t workspace_bytes(const char* op, const Params& p, const Context& context,
@@ -166,6 +183,7 @@ int64_t moe_experts_workspace_bytes(const MoeExpertsParams& p, const Context& co
 }
 
 Status moe_gate(const MoeGateParams& p, const Context& c) { return moe_gate_op.run(validate(p, c), p, c); }
+Status moe_map(const MoeMapParams& p, const Context& c) { return moe_map_op.run(validate(p), p, c); }
 Status moe_experts(const MoeExpertsParams& p, const Context& c) { return moe_experts_op.run(validate(p, c), p, c); }
 
 }  // namespace dsv4

@@ -63,4 +63,16 @@ int64_t moe_experts_workspace_bytes(const MoeExpertsParams&, const Context&);
 
 Status moe_experts(const MoeExpertsParams&, const Context&);
 
+// The pairs (token, slot) of a routing sorted by expert: rows[offsets[e]] ... rows[offsets[e + 1] - 1] are the pairs
+// token * K + slot of expert e, ascending. Indices outside 0 ... E - 1 have no place; the rows that they leave at the
+// end, from offsets[E] on, are -1.
+struct MoeMapParams {
+  AnyView<2> indices;  // int32 or int64 [T, K]
+  int64_t experts;     // E
+  AnyView<1> offsets;  // int32 [E + 1]
+  AnyView<1> rows;     // int32 [T * K]
+};
+
+Status moe_map(const MoeMapParams&, const Context&);
+
 }  // namespace dsv4

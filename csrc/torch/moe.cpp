@@ -45,6 +45,20 @@ DSV4_OP(
     "float route_scale=1.0) -> (Tensor, Tensor)",
     moe_gate)
 
+std::tuple<Tensor, Tensor> moe_map(const Tensor& indices_, int64_t experts) {
+  Check check("moe_map");
+  const auto sizes = check.tensor("indices", indices_, {kAny, kAny}, {ScalarType::Int, ScalarType::Long},
+                                  {nullptr, {"tokens", "top_k"}});
+  check.require(experts >= 1 && experts < INT32_MAX,
+                "experts must be 1 to " + std::to_string(INT32_MAX - 1) + ", got " + std::to_string(experts));
+  const Tensor indices = dense(indices_);
+  Tensor offsets = empty({experts + 1}, ScalarType::Int, indices);
+  Tensor rows = empty({sizes[0] * sizes[1]}, ScalarType::Int, indices);
+  check.run(dsv4::moe_map, MoeMapParams{view(indices), experts, mutable_view(offsets), mutable_view(rows)}, indices);
+  return {offsets, rows};
+}
+DSV4_OP("moe_map(Tensor indices, int experts) -> (Tensor, Tensor)", moe_map)
+
 constexpr const char* kNames[] = {"w1", "w3", "w2"};
 
 // A matrix and its scale as stored. Holds what had to be copied, so it must outlive the call.

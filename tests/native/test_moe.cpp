@@ -260,6 +260,25 @@ TEST(gate_equals_the_scalar_one) {
 #endif
 }
 
+TEST(map) {
+  const std::vector<int32_t> indices = {2, 0, -1, 2, 3, 0, 0, 1 << 30};
+  std::vector<int32_t> offsets(6, 77), rows(10, 77);
+  MoeMapParams p{};
+  p.indices.data = const_cast<int32_t*>(indices.data()), p.indices.dtype = DType::kInt32;
+  p.indices.shape[0] = 4, p.indices.shape[1] = 2, p.indices.stride[0] = 2, p.indices.stride[1] = 1;
+  p.experts = 3;
+  p.offsets.data = offsets.data(), p.rows.data = rows.data(), p.offsets.dtype = p.rows.dtype = DType::kInt32;
+  p.offsets.shape[0] = 4, p.rows.shape[0] = 8, p.offsets.stride[0] = p.rows.stride[0] = 1;
+  ThreadPool pool(1);
+  CHECK(moe_map(p, pool.context()).is_ok());
+  CHECK((offsets == std::vector<int32_t>{0, 3, 3, 5, 77, 77}));
+  CHECK((rows == std::vector<int32_t>{1, 5, 6, 0, 3, -1, -1, -1, 77, 77}));
+  p.rows.shape[0] = 7;
+  CHECK(std::string(moe_map(p, pool.context()).message()) == "moe_map: rows must be int32 [8], got int32 [7]");
+  p.rows.shape[0] = 8, p.experts = 0;
+  CHECK(std::string(moe_map(p, pool.context()).message()) == "moe_map: experts must be at least 1, got 0");
+}
+
 TEST(invalid_arguments) {
   Problem<bf16> problem(3, 64, 32, 2, 2, WeightFormat::kFp4, WeightFormat::kFp8, 1);
   Guarded<bf16> result({3, 64});

@@ -137,4 +137,11 @@ Status moe_gate(const MoeGateParams& p, const Context& c) { return GateCall<Gate
 int64_t moe_experts_workspace_bytes(const MoeExpertsParams& p, const Context& c) { return moe_bytes<Kernel>(p, c); }
 Status moe_experts(const MoeExpertsParams& p, const Context& c) { return moe_run<Kernel>(p, c); }
 
+Status moe_map(const MoeMapParams& p, const Context&) {
+  int32_t *offsets = static_cast<int32_t*>(p.offsets.data), *rows = static_cast<int32_t*>(p.rows.data);
+  moe_sort<int32_t>(p.indices, 0, p.indices.size(0), p.experts, offsets, rows, nullptr);
+  for (int64_t i = offsets[p.experts]; i < p.rows.size(0); ++i) rows[i] = -1;
+  return Status::ok();
+}
+
 }  // namespace dsv4::scalar

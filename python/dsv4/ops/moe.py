@@ -20,6 +20,8 @@ __all__ = [
     "moe_experts_reference",
     "moe_gate",
     "moe_gate_reference",
+    "moe_map",
+    "moe_map_reference",
 ]
 
 _KERNEL_FLOATS = (torch.bfloat16, torch.float32)
@@ -128,6 +130,43 @@ def _check_moe_gate_values(
         low, high = int(values.min()), int(values.max())
         if low < 0 or high >= limit:
             Check("moe_gate").fail(f"{name} must lie in [0, {limit}), got {low if low < 0 else high}")
+
+
+def moe_map(indices: Tensor, experts: int) -> tuple[Tensor, Tensor]:
+    """Sort the pairs (token, slot) of a routing by expert, so that each expert's rows follow one another.
+
+    Nothing here waits for a device: the sizes of the results do not depend on the indices.
+
+    Args:
+        indices: [tokens, top_k] int32 or int64, from moe_gate; an index outside 0 ... experts - 1 belongs to nobody.
+        experts: how many there are, at least 1.
+    Returns: offsets int32 [experts + 1] and rows int32 [tokens * top_k]. rows[offsets[e] : offsets[e + 1]] are the
+        pairs token * top_k + slot of expert e, ascending; rows from offsets[experts] on are -1.
+    Raises: RuntimeError where the shape or dtype differs from the above, or experts is out of range.
+    Source: the permutation of grouped products, as in DeepGEMM's contiguous layout without padding.
+    """
+    return torch.ops.dsv4.moe_map(indices, experts)
+
+
+def moe_map_reference(indices: Tensor, experts: int) -> tuple[Tensor, Tensor]:
+    flat = indices.flatten().long()
+    owner = torch.where((flat < 0) | (flat >= experts), experts, flat)
+    owner, rows = owner.sort(stable=True)
+    offsets = torch.searchsorted(owner, torch.arange(experts + 1, device=indices.device), out_int32=True)
+    return offsets, torch.where(owner < experts, rows, -1).to(torch.int32)
+
+
+def _check_moe_map(indices: Tensor, experts: int) -> None:
+    check = Check("moe_map")
+    check.tensor("indices", indices, INTEGERS, ("tokens", "top_k"))
+    check.that(1 <= experts < 2**31 - 1, f"experts must be 1 to {2**31 - 2}, got {experts}")
+
+
+def _moe_map_fake(indices: Tensor, experts: int) -> tuple[Tensor, Tensor]:
+    return (
+        indices.new_empty(experts + 1, dtype=torch.int32),
+        indices.new_empty(indices.shape[0] * indices.shape[1], dtype=torch.int32),
+    )
 
 
 def moe_experts(
@@ -416,6 +455,12 @@ for _name in ("moe_gate", "_moe_gate_reference"):
         backward=_gate_backward,
         setup_context=_gate_context,
     )
+register(
+    "moe_map(Tensor indices, int experts) -> (Tensor, Tensor)",
+    moe_map_reference,
+    check=_check_moe_map,
+    fake=_moe_map_fake,
+)
 for _name in ("moe_experts", "_moe_experts_reference"):
     register(
         f"{_name}(Tensor x, Tensor weights, Tensor indices, Tensor w1, Tensor w3, Tensor w2, Tensor? w1_scale=None, "
