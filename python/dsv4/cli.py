@@ -393,12 +393,12 @@ def _check_layers(options: argparse.Namespace) -> int:
         print("\n".join(checking.heading(check)), flush=True)
         try:
             for report in check.run():
-                print(checking.line(report), flush=True)
+                done.append(report.layer)
+                faults += report.faults
                 if out is not None:
                     out.write(json.dumps(report.to_dict()) + "\n")
                     out.flush()
-                done.append(report.layer)
-                faults += report.faults
+                print(checking.line(report), flush=True)
         except KeyboardInterrupt:
             say(f"dsv4 inspect: interrupted; checked {f'layers {checking.ranges(done)}' if done else 'no layer'}")
             raise
