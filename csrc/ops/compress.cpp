@@ -1,6 +1,7 @@
 #include "ops/compress.h"
 
 #include "cpu/compress.h"
+#include "cuda/sm80/compress.h"
 #include "ops/candidates.h"
 #include "ops/pool_checks.h"
 
@@ -12,7 +13,13 @@ namespace {
   return p.norm_weight.size(0) % 32 == 0 && p.rope.size(1) % 16 == 0;
 }
 
+// The CUDA kernel holds an entry in shared memory.
+[[maybe_unused]] bool in_shared_memory(const CompressParams& p) {
+  return p.norm_weight.size(0) <= (p.rotate ? sm80::kMostKeyDims : sm80::kMostEntryDims) && p.ratio <= sm80::kMostRatio;
+}
+
 constexpr Candidate<CompressParams> kCompress[] = {
+    {"sm80", Isa::kSm80, DSV4_SM80(sm80::compress), in_shared_memory},
     {"avx512", Isa::kAvx512, DSV4_AVX512(avx512::compress), whole_steps},
     {"scalar", Isa::kScalar, DSV4_SCALAR(scalar::compress)},
 };

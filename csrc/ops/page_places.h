@@ -15,6 +15,7 @@ struct PagePlaces {
     uint8_t* scales;  // of bytes
   };
 
+  PagePlaces() = default;
   DSV4_HOST_DEVICE PagePlaces(const RowPool& pool, int64_t the_dim, int64_t the_rope_dim, bool keys)
       : dim(the_dim), rope_dim(the_rope_dim), page_size(pool.page_size), table(pool.table.as<const int32_t>()) {
     if (pool.bytes.given()) {

@@ -5,8 +5,6 @@
 namespace dsv4::binding {
 namespace {
 
-#if !defined(DSV4_TORCH_CUDA)  // no CUDA kernel yet: there Python's formulas run
-
 constexpr const char* kFloats = "float32 or float64";
 
 struct Sizes {
@@ -84,8 +82,6 @@ DSV4_OP(
     "Tensor(b!) pages, Tensor table, Tensor sequence, Tensor position, int ratio, float eps=1e-06, "
     "int page_size=64, bool rotate=False) -> ()",
     compress)
-
-#endif
 
 }  // namespace
 }  // namespace dsv4::binding

@@ -53,6 +53,12 @@ CLAIMS = {
         for dtype in ("bf16", "f32")
         for steps in (1, 4)
     },
+    **{
+        f"{dtype}_compress_{what}": ["LDG.E.128", "MUFU.EX2", "SHFL.BFLY", "BAR.SYNC", "STG.E.64"]
+        for dtype in ("bf16", "f32")
+        for what in ("rows", "keys_1", "keys_4")
+    },
+    "f32_compress_state": ["LDG.E.128", "STG.E.128"],
     "bf16_hadamard_long": ["LDS", "STS", "BAR.SYNC"],
     "f32_hadamard_long": ["LDS", "STS", "BAR.SYNC"],
     **{

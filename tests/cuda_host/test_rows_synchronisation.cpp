@@ -3,6 +3,7 @@
 #include <functional>
 #include <set>
 
+#include "compress_cases.h"
 #include "quantize_cases.h"
 #include "simt/control.h"
 
@@ -54,6 +55,15 @@ TEST(hadamard_in_registers) {
 
 TEST(hadamard_of_long_rows) {
   check_synchronisation([] { return try_hadamard<bf16>({1, 2048}, false); }, 2);
+}
+
+// Blocks that make several entries, of several groups of positions.
+TEST(compress_of_rows_and_keys) {
+  const std::vector<CompressRun> runs = {{1, 0, 13}, {0, 5, 9}};
+  check_synchronisation(
+      [&] { return try_compress({4, 40, 8, 2, PageFormat::kFp8Rows, false, true, 3, 1, 0, runs}, 12); }, 3);
+  check_synchronisation(
+      [&] { return try_compress({4, 128, 64, 2, PageFormat::kFp4Keys, false, true, 3, 1, 0, runs}, 12); }, 3);
 }
 
 }  // namespace

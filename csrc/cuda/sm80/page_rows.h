@@ -74,7 +74,56 @@ class PageRow {
     }
   }
 
+  // A whole index key: element 8 (step * lanes + lane) + e is value[step][e].
+  template <int kSteps>
+  DSV4_DEVICE void write_key(const RowLanes& lanes, const float (&value)[kSteps][8]) const {
+    uint32_t largest[kSteps], most = 0;
+    DSV4_UNROLL
+    for (int s = 0; s < kSteps; ++s) {
+      largest[s] = largest_magnitude(value[s], 8);
+      most = most < largest[s] ? largest[s] : most;
+    }
+    if (format_ == PageFormat::kFp8Keys) most = largest_of_lanes(most, lanes.count);
+    DSV4_UNROLL
+    for (int s = 0; s < kSteps; ++s) {
+      const int column = 8 * (s * lanes.count + lanes.lane);
+      if (format_ == PageFormat::kFp8Keys) {
+        write_fp8_key(column, value[s], code_scale(fp8_scale(most)));
+      } else if (format_ == PageFormat::kFp4Keys) {
+        write_fp4_key(column, value[s], code_scale(fp4_scale(largest_of_lanes(largest[s], 4))));
+      } else {
+        write_row(column, value[s]);
+      }
+    }
+  }
+
  private:
+  DSV4_DEVICE void write_fp8_key(int column, const float (&value)[8], const CodeScale& by) const {
+    if (place_.data == nullptr || column >= dim_) return;
+    const ptx::Words2 codes = e4m3_eight(value, by);
+    if (vector_) {
+      ptx::store_global_8(place_.data + column, codes);
+    } else {
+      store_bytes(place_.data + column, dim_ - column, codes);
+    }
+    if (column > 0) return;
+    const uint32_t scale = bits_from_float(e8m0_value(by.scale));
+    DSV4_UNROLL
+    for (int i = 0; i < 4; ++i) place_.scales[i] = static_cast<uint8_t>(scale >> (8 * i));
+  }
+
+  DSV4_DEVICE void write_fp4_key(int column, const float (&value)[8], const CodeScale& by) const {
+    if (place_.data == nullptr || column >= dim_) return;
+    const uint32_t codes = e2m1_eight(value, by);
+    uint8_t* to = place_.data + column / 2;
+    if (vector_) {
+      *reinterpret_cast<uint32_t*>(to) = codes;
+    } else {
+      store_bytes(to, 4, {{codes, 0}});
+    }
+    if (column % kIndexScaleDims == 0) place_.scales[column / kIndexScaleDims] = by.scale;
+  }
+
   DSV4_DEVICE void write_fp8(int column, const float (&value)[8]) const {
     const int count = column < codes_ ? (codes_ - column < 8 ? codes_ - column : 8) : 0;
     const uint32_t largest = largest_of_lanes(largest_magnitude(value, count), lanes_ < 8 ? lanes_ : 8);

@@ -29,6 +29,9 @@ struct RowLanes {
     lane = static_cast<int>(thread % all);
     row = ptx::block_index_x() * (kRowThreads / all) + thread / all;
   }
+  // Every lane of a warp on one row: copies of it where it has fewer lanes.
+  DSV4_DEVICE RowLanes(int lanes, int64_t the_row)
+      : count(lanes), lane(ptx::thread_index() % 32 % lanes), row(the_row) {}
   DSV4_DEVICE int step() const { return 8 * count; }
 };
 

@@ -18,6 +18,8 @@ _BLOCK_ELEMENTS = 1 << 22
 _WIDE = (torch.float32, torch.float64)
 _WEIGHTS = (torch.bfloat16, torch.float32, torch.float64)
 _KERNEL_FLOATS = (torch.bfloat16, torch.float32)
+# What the CUDA kernel holds of an entry, and of a key.
+_MOST_CUDA_DIMS, _MOST_CUDA_KEY_DIMS = 8192, 1024
 
 
 def compress(
@@ -72,6 +74,9 @@ def compress(
         and rope.dtype == torch.float32
         and pages.dtype in (torch.uint8, *_KERNEL_FLOATS)
     )
+    if kv.is_cuda:
+        most = _MOST_CUDA_KEY_DIMS if rotate else _MOST_CUDA_DIMS
+        kernel = kernel and norm_weight.shape[-1:].numel() <= most and ratio <= 1 << 24
     op = torch.ops.dsv4.compress if kernel else torch.ops.dsv4._compress_reference
     op(kv, gate, ape, norm_weight, rope, state, pages, table, sequence, position, ratio, eps, page_size, rotate)
 

@@ -1,0 +1,170 @@
+// compress in two kernels, since entries read what the state held before: the entries; then the last rows of each
+// sequence to their slots.
+//
+// Entries (compress_pool.h): a block looks through a few rows for those that complete an entry, pools it, and a warp
+// norms, rotates, quantises and writes it. Every row of kv and gate is read once from memory, 8 c D bytes (of a block's
+// 512 threads some 96 KB on their way), for some 25 instructions an element: bound by memory, 60 % of the read
+// bandwidth expected of long prompts, since the one warp keeps others waiting. An entry of 128 positions keeps its
+// block some microseconds: few of them leave a GPU idle. State: 16 c D bytes for each of at most `ring` rows a
+// sequence.
+#include "cuda/sm80/compress.h"
+#include "cuda/sm80/compress_pool.h"
+#include "cuda/sm80/row_launch.h"
+
+namespace dsv4::sm80 {
+
+// Norm, rotation and store of the pooled row, by the first warp. Keys: kSteps eights of each lane; rows: kSteps = 0.
+template <class N, int kSteps>
+DSV4_DEVICE void finish_entry(const CompressArguments& a, int64_t t, const PagePlaces::Place& place) {
+  const RowLanes lanes(a.lanes, t);
+  const bool first_copy = ptx::thread_index() < a.lanes;  // of a row of fewer than 32 lanes
+  const SharedRow row = {pool_memory(a, 0, 0, 0), a.dim};
+  const RowRope rope = row_rope(a.params.rope, t, a.dim, a.vector_rope);
+  const WeightedNorm norm = {inverse_rms(sum_of_squares<ExactSquare>(lanes, row), a.dim, a.eps), a.weight};
+  const PageRow to(a.places, first_copy ? place : PagePlaces::Place{nullptr, nullptr}, lanes, a.vector_place);
+  if constexpr (kSteps == 0) {
+    for (int column = 8 * lanes.lane; column - 8 * lanes.lane < a.dim; column += lanes.step()) {
+      float value[8];
+      norm_rope_eight<N>(row, norm, rope, column, value);
+      to.write_row(column, value);
+    }
+  } else {
+    float value[kSteps][8];
+    DSV4_UNROLL
+    for (int s = 0; s < kSteps; ++s) norm_rope_eight<N>(row, norm, rope, s * lanes.step() + 8 * lanes.lane, value[s]);
+    hadamard_row(lanes, a.dim, a.hadamard, value);
+    DSV4_UNROLL
+    for (int s = 0; s < kSteps; ++s) round_eight(value[s], N{});
+    to.write_key(lanes, value);
+  }
+}
+
+template <class N, int kSteps>
+DSV4_DEVICE void make_entries(const CompressArguments& a) {
+  const int64_t first = ptx::block_index_x() * a.rows_per_block;
+  for (int64_t t = first; t < first + a.rows_per_block && t < a.tokens; ++t) {
+    const int64_t at = static_cast<const int32_t*>(a.params.position.data)[t * a.params.position.stride[0]];
+    if (at < 0 || (static_cast<uint32_t>(at) + 1) % a.ratio != 0) continue;
+    const int64_t own = static_cast<const int32_t*>(a.params.sequence.data)[t * a.params.sequence.stride[0]];
+    const PagePlaces::Place place = a.places.find(own, static_cast<uint32_t>(at) / a.ratio);
+    if (place.data == nullptr) continue;
+    pool_entry(a, {t, own, at});
+    ptx::sync_threads();
+    join_pools<N>(a);
+    ptx::sync_threads();
+    if (ptx::thread_index() < 32) finish_entry<N, kSteps>(a, t, place);
+    ptx::sync_threads();  // the next entry is pooled where this one lies
+  }
+}
+
+// The rows that no later one of their sequence replaces in its slot.
+DSV4_DEVICE void keep_rows(const CompressArguments& a) {
+  const CompressParams& p = a.params;
+  const auto sequence_of = [&](int64_t t) -> int64_t {
+    return static_cast<const int32_t*>(p.sequence.data)[t * p.sequence.stride[0]];
+  };
+  const int channels = a.dim * (a.pooled / static_cast<int>(a.ratio));
+  const int64_t first = ptx::block_index_x() * a.rows_per_block;
+  for (int64_t t = first; t < first + a.rows_per_block && t < a.tokens; ++t) {
+    const int64_t own = sequence_of(t), at = static_cast<const int32_t*>(p.position.data)[t * p.position.stride[0]];
+    if (own < 0 || own >= p.state.shape[0] || at < 0) continue;
+    if (t + a.ring < a.tokens && sequence_of(t + a.ring) == own) continue;
+    const float *kv = p.kv.data + t * p.kv.stride[0], *gate = p.gate.data + t * p.gate.stride[0];
+    const float* bias = p.ape.data + static_cast<uint32_t>(at) % a.ratio * p.ape.stride[0];
+    float* slot = p.state.data + own * p.state.stride[0] + static_cast<uint32_t>(at) % a.ring * p.state.stride[1];
+    for (int column = 4 * ptx::thread_index(); column < channels; column += 4 * kRowThreads) {
+      float value[4], by[4];
+      store_piece(slot, column, channels, a.vector, load_piece(kv, column, channels, a.vector));
+      load_quad(gate, column, channels, a.vector, value);
+      load_quad(bias, column, channels, a.vector, by);
+      DSV4_UNROLL
+      for (int c = 0; c < 4; ++c) value[c] = ptx::add(value[c], by[c]);
+      store_piece(slot + p.state.stride[2], column, channels, a.vector, pack(value));
+    }
+  }
+}
+
+DSV4_KERNEL(kPoolThreads, 1) sm80_bf16_compress_rows(const CompressArguments a) { make_entries<bf16, 0>(a); }
+DSV4_KERNEL(kPoolThreads, 1) sm80_f32_compress_rows(const CompressArguments a) { make_entries<float, 0>(a); }
+DSV4_KERNEL(kPoolThreads, 1) sm80_bf16_compress_keys_1(const CompressArguments a) { make_entries<bf16, 1>(a); }
+DSV4_KERNEL(kPoolThreads, 1) sm80_f32_compress_keys_1(const CompressArguments a) { make_entries<float, 1>(a); }
+DSV4_KERNEL(kWideKeyThreads, 1) sm80_bf16_compress_keys_4(const CompressArguments a) { make_entries<bf16, 4>(a); }
+DSV4_KERNEL(kWideKeyThreads, 1) sm80_f32_compress_keys_4(const CompressArguments a) { make_entries<float, 4>(a); }
+DSV4_KERNEL(kRowThreads, 8) sm80_f32_compress_state(const CompressArguments a) { keep_rows(a); }
+
+namespace {
+
+constexpr int64_t kBlocksAtLeast = 1024;  // before a block looks through several rows
+
+bool in_fours(const float* data, int64_t stride) { return in_sixteens(data) && stride % 4 == 0; }
+
+bool whole_quads(const CompressParams& p) {
+  return p.norm_weight.size(0) % 4 == 0 && in_fours(p.kv.data, p.kv.stride[0]) &&
+         in_fours(p.gate.data, p.gate.stride[0]) && in_fours(p.ape.data, p.ape.stride[0]) &&
+         in_fours(p.state.data, p.state.stride[0]) && p.state.stride[1] % 4 == 0 && p.state.stride[2] % 4 == 0;
+}
+
+int power_of_two(int64_t least) {
+  int power = 1;
+  while (power < least) power *= 2;
+  return power;
+}
+
+// Threads by channels and positions; at least a warp.
+void cut_block(CompressArguments& a, int most_threads) {
+  a.quads = power_of_two((a.dim + 3) / 4 < most_threads ? (a.dim + 3) / 4 : most_threads);
+  const int64_t batches = (a.pooled + kPoolBatch - 1) / kPoolBatch;
+  const int most = most_threads / a.quads;
+  a.groups = batches < most ? power_of_two(batches) : most;
+  while (a.quads * a.groups < 32) a.quads *= 2;
+  a.threads = a.quads * a.groups;
+}
+
+}  // namespace
+
+int compress_rows_per_block(const CompressParams& p) {
+  const int64_t most = p.ratio < 16 ? p.ratio : 16, rows = p.kv.size(0) / kBlocksAtLeast;
+  return static_cast<int>(rows < 1 ? 1 : rows < most ? rows : most);
+}
+
+Status compress(const CompressParams& p, int rows_per_block, const Context& context) {
+  const int64_t tokens = p.kv.size(0), dim = p.norm_weight.size(0), sets = p.kv.size(1) / dim;
+  if (tokens == 0) return Status::ok();
+  CompressArguments a = {};
+  a.params = p;
+  a.places = PagePlaces(p.pool, dim, 2 * p.rope.size(1), p.rotate);
+  a.weight = norm_weight(p.norm_weight);
+  a.tokens = tokens;
+  a.rows_per_block = rows_per_block;
+  a.eps = two_floats(p.eps);
+  a.hadamard = hadamard_scale(dim);
+  a.dim = static_cast<int>(dim);
+  a.pooled = static_cast<int>(sets * p.ratio);
+  a.lanes = row_lanes(dim);
+  a.ratio = static_cast<uint32_t>(p.ratio);
+  a.ring = static_cast<uint32_t>(p.state.size(1) < INT32_MAX ? p.state.size(1) : INT32_MAX);
+  a.vector = whole_quads(p);
+  a.vector_rope = whole_turns(p.rope, dim);
+  a.vector_place = whole_places(a.places);
+  const bool wide_keys = p.rotate && dim > 32 * 8;
+  cut_block(a, wide_keys ? kWideKeyThreads : kPoolThreads);
+  cuda::LaunchShape shape;
+  shape.blocks_x = (tokens + rows_per_block - 1) / rows_per_block;
+  shape.threads = a.threads;
+  shape.shared_bytes = 12 * a.groups * a.dim;
+  const bool wide = p.norm_weight.dtype == DType::kFloat32;
+  const auto rows = wide ? sm80_f32_compress_rows : sm80_bf16_compress_rows;
+  const auto keys = wide_keys ? (wide ? sm80_f32_compress_keys_4 : sm80_bf16_compress_keys_4)
+                              : (wide ? sm80_f32_compress_keys_1 : sm80_bf16_compress_keys_1);
+  const Status status = cuda::launch("compress", p.rotate ? keys : rows, shape, context, a);
+  if (!status.is_ok()) return status;
+  shape.threads = kRowThreads;
+  shape.shared_bytes = 0;
+  return cuda::launch("compress", sm80_f32_compress_state, shape, context, a);
+}
+
+Status compress(const CompressParams& p, const Context& context) {
+  return compress(p, compress_rows_per_block(p), context);
+}
+
+}  // namespace dsv4::sm80

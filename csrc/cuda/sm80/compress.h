@@ -1,0 +1,20 @@
+// The compressor for every NVIDIA GPU from Ampere on. ops/compress.cpp chooses among the candidates and has checked the
+// parameters, but not the values of `sequence` and `position`: a row whose sequence is none of the table, or whose
+// position is negative, is dropped. Any ratio, any number of rows and sequences.
+#pragma once
+
+#include "ops/compress.h"
+
+namespace dsv4::sm80 {
+
+// What shared memory, and for the Hadamard rotation of keys registers hold.
+inline constexpr int64_t kMostEntryDims = 8192, kMostKeyDims = 1024;
+inline constexpr int64_t kMostRatio = int64_t{1} << 24;
+
+// Rows that a block looks through, on which no result depends.
+int compress_rows_per_block(const CompressParams&);
+Status compress(const CompressParams&, int rows_per_block, const Context&);
+
+Status compress(const CompressParams&, const Context&);
+
+}  // namespace dsv4::sm80
