@@ -18,7 +18,7 @@ namespace {
 inline constexpr int64_t kLinearPanel = 32;  // weight rows
 
 // Products below which one thread is done before a second one has woken.
-inline constexpr int64_t kAloneProducts = 1 << 19;
+inline constexpr int64_t kAloneProducts = 1 << 18;
 inline constexpr int64_t kAlonePrepared = 1 << 15;  // activations, alike
 
 // body(slot, next) on each of `slots` threads; next() gives the items 0 to items - 1, each once, then -1.

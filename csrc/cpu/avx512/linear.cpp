@@ -17,6 +17,7 @@ constexpr int kTile = 4;
 constexpr int64_t kRangeBlocks = 16;     // of a tile's activations, which stay in the first-level cache
 constexpr int64_t kSumRows = 64;         // rows of activations whose sums wait in scratch memory
 constexpr int64_t kMostInRegisters = 8;  // rows of activations up to which weights are expanded in registers alone
+constexpr int64_t kShortRow = 512;  // bytes of codes
 constexpr int64_t kAhead = 8;            // weight rows asked for before their use
 
 template <int kParts, class X>
@@ -169,8 +170,9 @@ class Kernel {
     const int64_t count = p_.x.size(0) * parts_;
     if (count > kMostInRegisters) return from_panel(rows, count, panel, scales);
     switch (count) {
-      case 1:
-        return from_codes<1, 1>(rows, panel, scales);
+      case 1:  // long rows one after another as memory likes it, short ones side by side to hide the latency of sums
+        if (bytes_ > kShortRow) return from_codes<1, 1>(rows, panel, scales);
+        return from_codes<1, 4>(rows, panel, scales);
       case 2:
         return from_codes<2, 2>(rows, panel, scales);
       case 3:
@@ -208,6 +210,9 @@ class Kernel {
     }
     alignas(64) float results[kMostInRegisters][kLinearPanel];
     int64_t n = 0;
+    if constexpr (kM == 1) {  // whatever kN, the sums of outputs follow one another
+      for (; n + 16 <= panel.outputs; n += 16) add_lanes<1, 16>(sums_ + n, n, results);
+    }
     for (; n + kN <= panel.outputs; n += kN) add_lanes<kM, kN>(sums_ + n * kM, n, results);
     for (; n < panel.outputs; ++n) add_lanes<kM, 1>(sums_ + n * kM, n, results);
     put_rows(0, kM / parts_, panel.group, panel.begin, panel.outputs, results[0]);

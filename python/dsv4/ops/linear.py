@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -161,6 +164,22 @@ def dense_linear_reference(x: Tensor, weight: Tensor, out_dtype: torch.dtype | N
     return exact_matmul(x, weight.mT, out_dtype or x.dtype)
 
 
+def _save_operands(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[0], inputs[1])
+
+
+def _dense_linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """dx = dy W, dW = dy^T x: the same products, of transposed operands."""
+    x, weight = ctx.saved_tensors
+    needs_x, needs_weight = ctx.needs_input_grad[:2]
+    grad_x = dense_linear(grad, weight.mT, x.dtype) if needs_x else None
+    if not needs_weight:
+        return grad_x, None, None
+    rows = math.prod(x.shape[:-1])
+    by_output, by_input = grad.reshape(rows, weight.shape[0]).mT, x.reshape(rows, weight.shape[1]).mT
+    return grad_x, dense_linear(by_output, by_input, weight.dtype), None
+
+
 def _check_dense_linear(x: Tensor, weight: Tensor, out_dtype: torch.dtype | None = None) -> None:
     check = Check("dense_linear")
     size = check.tensor("x", x, WIDE_FLOATS, (..., "in"))[-1]
@@ -207,5 +226,6 @@ for _op in ("dense_linear", "_dense_linear_reference"):  # the second takes floa
         f"{_op}(Tensor x, Tensor weight, ScalarType? out_dtype=None) -> Tensor",
         dense_linear_reference,
         check=_check_dense_linear,
-        recompute=True,
+        backward=_dense_linear_backward,
+        setup_context=_save_operands,
     )
