@@ -37,7 +37,7 @@ CONTEXTS = (1024, 4096, 16384, 65536)
 NEW_TOKENS = 32
 #: Most seconds that a prompt may be expected to take, as the square of its length.
 MOST_SECONDS = 900.0
-LIMITS = {"float32": 0.05, "bfloat16": 0.1, "checkpoint": 0.4}
+LIMITS = {"float32": 0.05, "bfloat16": 0.15, "checkpoint": 0.4}
 #: The fields of one result, in order.
 KEYS = (
     "bench", "what", "engine", "precision", "context", "tokens_per_s", "us", "spread", "cpu_us", "error", "error_limit",
