@@ -1,4 +1,4 @@
-// query_norm_rope, store_window, hadamard and compress without torch: one row (decoding) and many, at the shapes of
+// Norms, rotations, quantisers, store_window and compress without torch: one row (decoding) and many, at the shapes of
 // V4-Flash. Bound by memory, or by the fixed cost of a call. The check compares every byte written with the scalar
 // kernel's, which a single row is timed against as well.
 #include <cmath>
@@ -10,6 +10,7 @@
 #include "common/pages.h"
 #include "native/bench.h"
 #include "ops/compress.h"
+#include "ops/index.h"
 #include "ops/norm_rope.h"
 #include "ops/quantize.h"
 
@@ -17,7 +18,7 @@ namespace {
 
 using namespace dsv4;
 
-constexpr int64_t kDim = 512, kRope = 64, kHeads = 64, kBlock = 256;
+constexpr int64_t kHidden = 4096, kDim = 512, kRope = 64, kHeads = 64, kBlock = 256;
 
 // Zeroed memory with a view of its own, filled with numbers or not.
 template <class T, int N>
@@ -60,16 +61,21 @@ class Problem {
         rows_(rows),
         keys_(op == "compress keys"),
         ratio_(op == "compress hca" ? 128 : 4),
-        dim_(op == "hadamard" || keys_ ? 128 : kDim),
+        dim_(op == "hadamard" || op == "index_query" || keys_ ? 128
+             : op == "rms_norm" || quantizes()                ? kHidden
+                                                              : kDim),
         channels_(op == "compress hca" ? dim_ : 2 * dim_),
         blocks_((rows + kBlock - 1) / kBlock),
-        x_(DType::kBFloat16, {rows, op == "query_norm_rope" || op == "hadamard" ? kHeads : 1, dim_}, 2),
+        x_(DType::kBFloat16,
+           {rows, op == "query_norm_rope" || op == "hadamard" || op == "index_query" ? kHeads : 1, dim_}, 2),
         result_(DType::kBFloat16, {rows, x_.view.shape[1], dim_}),
         kv_(DType::kFloat32, {rows, channels_}, 2),
         gate_(DType::kFloat32, {rows, channels_}, 4),
         ape_(DType::kFloat32, {ratio_, channels_}, 1),
         rope_(DType::kFloat32, {rows, kRope / 2, 2}, 1),
         weight_(DType::kFloat32, {dim_}, 1),
+        codes_(DType::kUInt8, {rows, quantizes() ? dim_ : 0}),
+        scale_(DType::kUInt8, {rows, quantizes() ? dim_ / (op == "quantize_fp4" ? 32 : 128) : 0}),
         state_(DType::kFloat32, {1, 2 * ratio_ + 8, 2, channels_}),
         table_(DType::kInt32, {1, blocks_}),
         sequence_(DType::kInt32, {rows}),
@@ -84,6 +90,18 @@ class Problem {
   Status run(const Context& context) {
     RowPool pool{{}, pages_.view, table_.view, page_size_};
     if (op_ == "query_norm_rope") return query_norm_rope({x_.view, rope_.view, 1e-6, result_.view}, context);
+    if (op_ == "index_query") return index_query({x_.view, rope_.view, result_.view}, context);
+    const AnyView<2> row{x_.memory.data(), DType::kBFloat16, {rows_, dim_}, {dim_, 1}};
+    if (op_ == "rms_norm") {
+      AnyView<2> out = row;
+      out.data = result_.memory.data();
+      return rms_norm({row, weight_.view, 1e-6, out}, context);
+    }
+    if (op_ == "quantize_fp8") return quantize_fp8({row, 128, codes_.view, scale_.view}, context);
+    if (op_ == "quantize_fp4") {
+      const AnyView<2> packed{codes_.memory.data(), DType::kUInt8, {rows_, dim_ / 2}, {dim_ / 2, 1}};
+      return quantize_fp4({row, 32, packed, scale_.view}, context);
+    }
     if (op_ == "hadamard") {
       AnyView<2> flat{x_.memory.data(), DType::kBFloat16, {rows_ * kHeads, dim_}, {dim_, 1}}, out = flat;
       out.data = result_.memory.data();
@@ -117,13 +135,16 @@ class Problem {
   // The fewest bytes that must move, and operations.
   double bytes() const {
     const double rows = static_cast<double>(rows_), x = static_cast<double>(x_.memory.size()) * 2;
-    if (op_ == "query_norm_rope" || op_ == "hadamard") return 2 * x;
+    if (op_ == "query_norm_rope" || op_ == "hadamard" || op_ == "index_query" || op_ == "rms_norm") return 2 * x;
+    if (op_ == "quantize_fp8") return x * (1 + 0.5 * (1 + 1.0 / 128));
+    if (op_ == "quantize_fp4") return x * (1 + 0.5 * (0.5 + 1.0 / 32));
     if (op_ == "store_window") return x + rows * 584;
     return rows * static_cast<double>(channels_) * 8 + rows / static_cast<double>(ratio_) * (keys_ ? 68 : 584);
   }
   double flops() const {
     const double x = static_cast<double>(x_.memory.size());
-    if (op_ == "hadamard") return x * std::log2(static_cast<double>(dim_));
+    if (op_ == "rms_norm" || quantizes()) return 4 * x;
+    if (op_ == "hadamard" || op_ == "index_query") return x * std::log2(static_cast<double>(dim_));
     return op_ == "query_norm_rope" || op_ == "store_window"
                ? 6 * x
                : 30 * static_cast<double>(rows_) * static_cast<double>(channels_);
@@ -131,10 +152,13 @@ class Problem {
 
   bool same(const Problem& other) const {
     return pages_.memory == other.pages_.memory && state_.memory == other.state_.memory &&
+           codes_.memory == other.codes_.memory && scale_.memory == other.scale_.memory &&
            std::memcmp(result_.memory.data(), other.result_.memory.data(), result_.memory.size() * 2) == 0;
   }
 
  private:
+  bool quantizes() const { return op_ == "quantize_fp8" || op_ == "quantize_fp4"; }
+
   Workspace scratch(int64_t bytes) {
     if (static_cast<int64_t>(scratch_.size()) < bytes + 64) scratch_.resize(static_cast<size_t>(bytes + 64));
     return {reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(scratch_.data()) + 63) / 64 * 64), bytes};
@@ -148,6 +172,7 @@ class Problem {
   Array<float, 2> kv_, gate_, ape_;
   Array<float, 3> rope_;
   Array<float, 1> weight_;
+  Array<uint8_t, 2> codes_, scale_;
   Array<float, 4> state_;
   Array<int32_t, 2> table_;
   Array<int32_t, 1> sequence_, position_;
@@ -189,8 +214,8 @@ int main(int argc, char** argv) {
   if (!bench.usable()) return bench.exit_code();
   const Isa isa = bench.pool().context().best >= Isa::kAvx512 ? Isa::kAvx512 : Isa::kScalar;
   for (const int64_t rows : {int64_t{1}, bench.quick() ? int64_t{256} : int64_t{2048}}) {
-    for (const char* op :
-         {"query_norm_rope", "store_window", "hadamard", "compress csa", "compress hca", "compress keys"}) {
+    for (const char* op : {"rms_norm", "query_norm_rope", "store_window", "hadamard", "index_query", "quantize_fp8",
+                           "quantize_fp4", "compress csa", "compress hca", "compress keys"}) {
       measure(bench, op, rows, isa);
     }
   }

@@ -373,11 +373,23 @@ SHAPES = {
     ],
     "grouped_linear": ["wo_a rows=33 in=512 out=64 groups=2 fp8"],
     "fp4_linear": ["w1 rows=33 in=256 out=128 fp4", "w2 rows=33 in=128 out=256 fp4"],
+    "dense_linear": ["wkv rows=33 in=256 out=256 float32", "weights_proj rows=33 in=256 out=4 float32"],
     **{op: ["tokens=33 hidden=256 bf16"] for op in MHC},
     "moe_experts": ["tokens=33 hidden=256 inter=128 experts=16 top_k=2 fp4"],
     "query_norm_rope": ["rows=33 heads=8 head_dim=128 bf16"],
     "store_window": ["rows=33 head_dim=128 fp8"],
     "compress": ["csa rows=33 ratio=4 head_dim=128 fp8"],
+    "rms_norm": ["rows=33 hidden=256 bf16"],
+    "kv_norm_rope": ["rows=33 head_dim=128 bf16"],
+    "apply_rope": ["rows=33 heads=4 dim=128 bf16"],
+    "rope_rows": ["rows=33 rope_dim=64 f32"],
+    "index_query": ["rows=33 heads=4 dim=128 bf16"],
+    "hadamard": ["rows=33 heads=4 dim=128 bf16"],
+    "quantize_fp8": ["rows=33 n=256 block=128 bf16"],
+    "quantize_fp4": ["rows=33 n=256 block=32 bf16"],
+    "dequantize_fp8": ["rows=33 n=256 block=128 bf16"],
+    "dequantize_fp4": ["rows=33 n=256 block=32 bf16"],
+    "dequantize_weight": ["wq_b out=1024 in=128 fp8"],
 }  # fmt: skip
 
 
@@ -474,6 +486,12 @@ def _next_entry(chosen):
     return torch.where(chosen >= 0, chosen - 1, chosen)
 
 
+def _next_code(result):
+    codes = result[0].clone()
+    codes.view(torch.uint8)[0, 0] ^= 1
+    return codes, result[1]
+
+
 def _descending(chosen):
     return chosen.flip(1)
 
@@ -483,7 +501,10 @@ def _descending(chosen):
     [
         ("sparse_attention", _scaled), ("fp8_linear", _scaled), ("grouped_linear", _scaled), ("fp4_linear", _scaled),
         ("moe_experts", lambda result: result * 1.1), ("index_topk", _next_entry), ("index_topk", _descending),
-        ("query_norm_rope", _scaled), ("store_window", None), ("compress", None),
+        ("query_norm_rope", _scaled), ("store_window", None), ("compress", None), ("rms_norm", _scaled),
+        ("kv_norm_rope", _scaled), ("apply_rope", _scaled), ("rope_rows", _scaled), ("hadamard", _scaled),
+        ("index_query", lambda result: result * 1.1), ("quantize_fp8", _next_code), ("quantize_fp4", _next_code),
+        ("dequantize_fp8", _scaled), ("dequantize_fp4", _scaled), ("dequantize_weight", _scaled),
     ],
 )  # fmt: skip
 def test_bench_notices_a_wrong_result(run, fast_bench, monkeypatch, op, fault):

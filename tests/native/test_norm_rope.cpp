@@ -8,12 +8,14 @@
 #include "common/pages.h"
 #include "common/thread_pool.h"
 #include "native/check.h"
+#include "native/kernels.h"
 #include "ops/norm_rope.h"
 #include "ops/quantize.h"
 
 namespace {
 
 using namespace dsv4;
+using testing::check_all_equal;
 using testing::Guarded;
 using testing::Random;
 
@@ -22,32 +24,6 @@ AnyView<N> typed(Guarded<T>& x, DType dtype) {
   AnyView<N> view = x.template any<N>();
   view.dtype = dtype;
   return view;
-}
-
-Context context_of(ThreadPool& pool, Isa best) {
-  Context context = pool.context();
-  context.best = best;
-  return context;
-}
-
-// Every result but the first equals the first.
-template <class Result, class Run>
-void check_all_equal(const Run& run, const char* what) {
-  ThreadPool one(1);
-  const Result expected = run(context_of(one, Isa::kScalar));
-  for (const int threads : {1, 2, 3}) {
-    ThreadPool pool(threads);
-    for (const Isa isa : {Isa::kScalar, Isa::kAvx512}) {
-      if (isa > cpu_isa()) {
-        testing::not_run("this machine has no AVX-512");
-        continue;
-      }
-      const Result result = run(context_of(pool, isa));
-      CHECK(result.intact());
-      CHECK_MESSAGE(result.same_bits(expected),
-                    std::string(what) + ", " + isa_name(isa) + ", threads " + std::to_string(threads));
-    }
-  }
 }
 
 void fill_rope(Guarded<float>& rope, Random& random) {
@@ -83,6 +59,67 @@ TEST(query_norm_rope_of_every_shape) {
         queries<float>(tokens, 3, dim, rope_dim);
       }
     }
+  }
+}
+
+// The other ops of rows, one after the other in one result.
+template <class X>
+void rows(int64_t tokens, int64_t heads, int64_t dim, int64_t rope_dim) {
+  Random random(static_cast<uint64_t>(tokens * 1000 + dim));
+  Guarded<X> x({tokens, heads, dim});
+  Guarded<float> weight({dim}), rope({tokens, rope_dim / 2, 2});
+  x.fill(random, -4, 4);
+  weight.fill(random, 0.5f, 1.5f);
+  fill_rope(rope, random);
+  const AnyView<2> flat{x.data(), x.template any<3>().dtype, {tokens, dim}, {heads * dim, 1}};
+  check_all_equal<Guarded<X>>(
+      [&](const Context& context) {
+        Guarded<X> result({4, tokens, heads, dim});
+        AnyView<3> turned = x.template any<3>();
+        const int64_t size = tokens * heads * dim;
+        const auto place = [&](int64_t index) {
+          return AnyView<2>{result.data() + index * size, turned.dtype, {tokens, dim}, {dim, 1}};
+        };
+        CHECK(rms_norm({flat, weight.any<1>(), 1e-6, place(0)}, context).is_ok());
+        CHECK(rms_norm({flat, {}, 1e-6, place(1)}, context).is_ok());
+        CHECK(kv_norm_rope({flat, weight.any<1>(), rope.any<3>(), 1e-6, place(2)}, context).is_ok());
+        turned.data = result.data() + 3 * size;
+        CHECK(apply_rope({x.template any<3>(), rope.any<3>(), true, turned}, context).is_ok());
+        return result;
+      },
+      "rms_norm, kv_norm_rope, apply_rope");
+  CHECK(x.intact() && weight.intact() && rope.intact());
+}
+
+TEST(rows_of_every_shape) {
+  for (const int64_t tokens : {0, 1, 70}) {
+    for (const int64_t dim : {32, 33, 96, 512}) {
+      for (const int64_t rope_dim : {0, 2, 32}) {
+        rows<bf16>(tokens, 3, dim, rope_dim);
+        rows<float>(tokens, 1, dim, rope_dim);
+      }
+    }
+  }
+}
+
+TEST(rope_tables_of_every_size) {
+  for (const int64_t pairs : {0, 1, 16, 17, 32, 64}) {
+    Guarded<float> frequency({pairs});
+    Guarded<int32_t> position({90});
+    for (int64_t i = 0; i < pairs; ++i) frequency[i] = std::pow(1.6e5f, -static_cast<float>(i) / 32);
+    for (int64_t t = 0; t < 90; ++t) position[t] = static_cast<int32_t>(t < 60 ? t * t * t : 2147483647 - 7 * t);
+    check_all_equal<Guarded<float>>(
+        [&](const Context& context) {
+          Guarded<float> result({90, pairs, 2});
+          CHECK(rope_rows({typed<1>(position, DType::kInt32), frequency.any<1>(), result.any<3>()}, context).is_ok());
+          for (int64_t i = 0; i < 90 * pairs; ++i) {
+            const float angle = static_cast<float>(position[i / pairs]) * frequency[i % pairs];
+            CHECK(std::fabs(result[2 * i] - std::cos(static_cast<double>(angle))) < 6e-8);
+            CHECK(std::fabs(result[2 * i + 1] - std::sin(static_cast<double>(angle))) < 6e-8);
+          }
+          return result;
+        },
+        "rope_rows");
   }
 }
 
