@@ -13,7 +13,16 @@ constexpr Candidate<MoeGateParams> kMoeGate[] = {
 };
 const Op moe_gate_op("moe_gate", kMoeGate);
 
+// Tiles multiply bfloat16 values of codes; plain matrices stay with the vectors.
+bool all_quantised(const MoeExpertsParams& p) {
+  for (const ExpertMatrix* w : {&p.w1, &p.w3, &p.w2, &p.shared[0], &p.shared[1], &p.shared[2]}) {
+    if (w->format == WeightFormat::kPlain) return false;
+  }
+  return true;
+}
+
 constexpr Candidate<MoeExpertsParams> kMoeExperts[] = {
+    {"amx", Isa::kAmx, DSV4_AMX(amx::moe_experts), all_quantised},
     {"avx512", Isa::kAvx512, DSV4_AVX512(avx512::moe_experts)},
     {"scalar", Isa::kScalar, DSV4_SCALAR(scalar::moe_experts)},
 };
@@ -178,8 +187,16 @@ int64_t moe_gate_workspace_bytes(const MoeGateParams& p, const Context& context)
 }
 
 int64_t moe_experts_workspace_bytes(const MoeExpertsParams& p, const Context& context) {
-  return workspace_bytes<MoeExpertsParams>("moe_experts", p, context, DSV4_SCALAR(scalar::moe_experts_workspace_bytes),
-                                           DSV4_AVX512(avx512::moe_experts_workspace_bytes));
+  const int64_t bytes =
+      workspace_bytes<MoeExpertsParams>("moe_experts", p, context, DSV4_SCALAR(scalar::moe_experts_workspace_bytes),
+                                        DSV4_AVX512(avx512::moe_experts_workspace_bytes));
+#if defined(DSV4_WITH_AMX)
+  if (bytes > 0 && context.best >= Isa::kAmx && all_quantised(p)) {
+    const int64_t tiles = amx::moe_experts_workspace_bytes(p, context);
+    return tiles > bytes ? tiles : bytes;
+  }
+#endif
+  return bytes;
 }
 
 Status moe_gate(const MoeGateParams& p, const Context& c) { return moe_gate_op.run(validate(p, c), p, c); }

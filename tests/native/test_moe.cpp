@@ -10,6 +10,13 @@
 #include "cpu/moe.h"
 #include "native/check.h"
 
+#if defined(DSV4_WITH_AVX512)
+namespace dsv4::amx_model {
+int64_t moe_experts_workspace_bytes(const MoeExpertsParams&, const Context&);
+Status moe_experts(const MoeExpertsParams&, const Context&);
+}  // namespace dsv4::amx_model
+#endif
+
 namespace {
 
 using namespace dsv4;
@@ -139,6 +146,19 @@ double relative_rms(const std::vector<float>& a, const std::vector<float>& b) {
 constexpr WeightFormat kFormats[] = {WeightFormat::kPlain, WeightFormat::kFp8, WeightFormat::kFp4};
 
 #if defined(DSV4_WITH_AVX512)
+struct Implementation {
+  Isa isa;
+  Status (*run)(const MoeExpertsParams&, const Context&);
+  int64_t (*bytes)(const MoeExpertsParams&, const Context&);
+};
+const Implementation kImplementations[] = {
+    {Isa::kAvx512, avx512::moe_experts, avx512::moe_experts_workspace_bytes},
+    {Isa::kAvx512, amx_model::moe_experts, amx_model::moe_experts_workspace_bytes},
+#if defined(DSV4_WITH_AMX)
+    {Isa::kAmx, amx::moe_experts, amx::moe_experts_workspace_bytes},
+#endif
+};
+
 template <class X>
 void compare(int64_t tokens, int64_t hidden, int64_t inter, WeightFormat format, double limit) {
   const WeightFormat shared = tokens % 2 == 0                  ? WeightFormat::kNone
@@ -146,16 +166,17 @@ void compare(int64_t tokens, int64_t hidden, int64_t inter, WeightFormat format,
                                                                : WeightFormat::kFp8;
   Problem<X> problem(tokens, hidden, inter, 3, 2, format, shared, 7 + static_cast<uint64_t>(tokens));
   const auto expected = problem.run(scalar::moe_experts, scalar::moe_experts_workspace_bytes, 1);
-  const auto found = problem.run(avx512::moe_experts, avx512::moe_experts_workspace_bytes, 1);
-  const double error = relative_rms(found, expected);
-  CHECK_MESSAGE(error <= limit, "error " + std::to_string(error) + " of " + std::to_string(tokens) + " tokens, width " +
-                                    std::to_string(hidden) + ", " + std::to_string(inter));
-  for (const int threads : {2, 3}) {
-    CHECK(problem.run(avx512::moe_experts, avx512::moe_experts_workspace_bytes, threads) == found);
-  }
-  for (int64_t first = 0; first < tokens; first += 5) {  // alone, where weights are read for one token
-    const auto alone = problem.run(avx512::moe_experts, avx512::moe_experts_workspace_bytes, 1, first, 1);
-    CHECK(std::equal(alone.begin(), alone.end(), found.begin() + first * hidden));
+  for (const Implementation& one : kImplementations) {
+    if (cpu_isa() < one.isa) continue;
+    const auto found = problem.run(one.run, one.bytes, 1);
+    const double error = relative_rms(found, expected);
+    CHECK_MESSAGE(error <= limit, "error " + std::to_string(error) + " of " + std::to_string(tokens) +
+                                      " tokens, width " + std::to_string(hidden) + ", " + std::to_string(inter));
+    for (const int threads : {2, 3}) CHECK(problem.run(one.run, one.bytes, threads) == found);
+    for (int64_t first = 0; first < tokens; first += 5) {  // alone, where weights are read for one token
+      const auto alone = problem.run(one.run, one.bytes, 1, first, 1);
+      CHECK(std::equal(alone.begin(), alone.end(), found.begin() + first * hidden));
+    }
   }
 }
 #endif
