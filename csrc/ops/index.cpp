@@ -2,6 +2,7 @@
 
 #include "cpu/index.h"
 #include "cuda/sm80/index.h"
+#include "cuda/sm80/index_query.h"
 #include "ops/candidates.h"
 #include "ops/index_keys.h"
 #include "ops/validate.h"
@@ -22,6 +23,7 @@ namespace {
 }
 
 constexpr Candidate<IndexQueryParams> kIndexQuery[] = {
+    {"sm80", Isa::kSm80, DSV4_SM80(sm80::index_query)},
     {"avx512", Isa::kAvx512, DSV4_AVX512(avx512::index_query), whole_heads},
     {"scalar", Isa::kScalar, DSV4_SCALAR(scalar::index_query)},
 };

@@ -16,16 +16,21 @@ namespace {
   return p.kv.size(1) % 32 == 0 && p.rope.size(1) % 16 == 0;
 }
 
+// The CUDA kernels count dims in 32 bits.
+constexpr int64_t kMostDims = int64_t{1} << 28;
+[[maybe_unused]] bool countable(const RmsNormParams& p) { return p.x.size(1) < kMostDims; }
+[[maybe_unused]] bool countable(const KvNormRopeParams& p) { return p.kv.size(1) < kMostDims; }
+[[maybe_unused]] bool countable(const ApplyRopeParams& p) { return p.x.size(2) < kMostDims; }
+[[maybe_unused]] bool countable(const QueryNormRopeParams& p) { return p.query.size(2) < kMostDims; }
+
 [[maybe_unused]] bool whole_norms(const RmsNormParams& p) { return p.x.size(1) % 32 == 0; }
 
 constexpr Candidate<RmsNormParams> kRmsNorm[] = {
+    {"sm80", Isa::kSm80, DSV4_SM80(sm80::rms_norm), countable},
     {"avx512", Isa::kAvx512, DSV4_AVX512(avx512::rms_norm), whole_norms},
     {"scalar", Isa::kScalar, DSV4_SCALAR(scalar::rms_norm)},
 };
 const Op rms_norm_op("rms_norm", kRmsNorm);
-
-// The CUDA kernels count dims in 32 bits.
-[[maybe_unused]] bool countable(const QueryNormRopeParams& p) { return p.query.size(2) < (int64_t{1} << 28); }
 
 constexpr Candidate<QueryNormRopeParams> kQueryNormRope[] = {
     {"sm80", Isa::kSm80, DSV4_SM80(sm80::query_norm_rope), countable},
@@ -39,18 +44,21 @@ const Op query_norm_rope_op("query_norm_rope", kQueryNormRope);
 [[maybe_unused]] bool whole_tables(const RopeRowsParams& p) { return p.frequency.size(0) % 16 == 0; }
 
 constexpr Candidate<KvNormRopeParams> kKvNormRope[] = {
+    {"sm80", Isa::kSm80, DSV4_SM80(sm80::kv_norm_rope), countable},
     {"avx512", Isa::kAvx512, DSV4_AVX512(avx512::kv_norm_rope), whole_kv},
     {"scalar", Isa::kScalar, DSV4_SCALAR(scalar::kv_norm_rope)},
 };
 const Op kv_norm_rope_op("kv_norm_rope", kKvNormRope);
 
 constexpr Candidate<ApplyRopeParams> kApplyRope[] = {
+    {"sm80", Isa::kSm80, DSV4_SM80(sm80::apply_rope), countable},
     {"avx512", Isa::kAvx512, DSV4_AVX512(avx512::apply_rope), whole_turns},
     {"scalar", Isa::kScalar, DSV4_SCALAR(scalar::apply_rope)},
 };
 const Op apply_rope_op("apply_rope", kApplyRope);
 
 constexpr Candidate<RopeRowsParams> kRopeRows[] = {
+    {"sm80", Isa::kSm80, DSV4_SM80(sm80::rope_rows)},
     {"avx512", Isa::kAvx512, DSV4_AVX512(avx512::rope_rows), whole_tables},
     {"scalar", Isa::kScalar, DSV4_SCALAR(scalar::rope_rows)},
 };

@@ -15,13 +15,18 @@ namespace {
 [[maybe_unused]] bool whole_blocks(const QuantizeParams& p) { return p.x.size(1) % 32 == 0 && p.block % 32 == 0; }
 [[maybe_unused]] bool whole_codes(const DequantizeParams& p) { return p.result.size(2) % 32 == 0 && p.block % 32 == 0; }
 
+// The CUDA kernels count values in 32 bits.
+[[maybe_unused]] bool countable(const QuantizeParams& p) { return p.x.size(1) < (int64_t{1} << 28); }
+
 constexpr Candidate<QuantizeParams> kQuantizeFp8[] = {
+    {"sm80", Isa::kSm80, DSV4_SM80(sm80::quantize_fp8), countable},
     {"avx512", Isa::kAvx512, DSV4_AVX512(avx512::quantize_fp8), whole_blocks},
     {"scalar", Isa::kScalar, DSV4_SCALAR(scalar::quantize_fp8)},
 };
 const Op quantize_fp8_op("quantize_fp8", kQuantizeFp8);
 
 constexpr Candidate<QuantizeParams> kQuantizeFp4[] = {
+    {"sm80", Isa::kSm80, DSV4_SM80(sm80::quantize_fp4), countable},
     {"avx512", Isa::kAvx512, DSV4_AVX512(avx512::quantize_fp4), whole_blocks},
     {"scalar", Isa::kScalar, DSV4_SCALAR(scalar::quantize_fp4)},
 };

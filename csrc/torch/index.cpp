@@ -60,8 +60,6 @@ DSV4_OP(
     "int page_size=64) -> Tensor",
     index_topk)
 
-#if !defined(DSV4_TORCH_CUDA)  // no CUDA kernel yet: there Python's formulas run
-
 Tensor index_query(const Tensor& query_, const Tensor& rope_) {
   Check check("index_query");
   const auto sizes = check.tensor("query", query_, {kAny, kAny, kAny}, {ScalarType::BFloat16, ScalarType::Float},
@@ -73,8 +71,6 @@ Tensor index_query(const Tensor& query_, const Tensor& rope_) {
   return result;
 }
 DSV4_OP("index_query(Tensor query, Tensor rope) -> Tensor", index_query)
-
-#endif
 
 }  // namespace
 }  // namespace dsv4::binding

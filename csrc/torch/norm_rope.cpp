@@ -45,8 +45,6 @@ DSV4_OP(
     "Tensor position, float eps=1e-06, int page_size=256) -> ()",
     store_window)
 
-#if !defined(DSV4_TORCH_CUDA)  // no CUDA kernel yet: there Python's formulas run
-
 Tensor rms_norm(const Tensor& x_, const std::optional<Tensor>& weight_, double eps) {
   Check check("rms_norm");
   const int64_t dim = check.rows("x", x_, "n", {ScalarType::BFloat16, ScalarType::Float}, kFloats).back();
@@ -108,8 +106,6 @@ Tensor rope_rows(const Tensor& position_, const Tensor& inv_freq_) {
   return result;
 }
 DSV4_OP("rope_rows(Tensor position, Tensor inv_freq) -> Tensor", rope_rows)
-
-#endif
 
 }  // namespace
 }  // namespace dsv4::binding

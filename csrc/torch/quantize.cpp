@@ -22,12 +22,9 @@ Tensor hadamard(const Tensor& x_) {
 }
 DSV4_OP("hadamard(Tensor x) -> Tensor", hadamard)
 
-#if !defined(DSV4_TORCH_CUDA)  // no CUDA kernel yet: there Python's formulas run
-
 constexpr const char* kFloats = "bfloat16 or float32 or float64";
 
 using Quantize = Status (*)(const QuantizeParams&, const Context&);
-using Dequantize = Status (*)(const DequantizeParams&, const Context&);
 
 void check_block(const Check& check, int64_t block, bool fp4) {
   if (block >= 1 && (!fp4 || block % 2 == 0)) return;
@@ -63,6 +60,13 @@ std::tuple<Tensor, Tensor> quantize_fp4(const Tensor& x, int64_t block) {
   Check check("quantize_fp4");
   return quantize(check, x, block, true, dsv4::quantize_fp4);
 }
+
+DSV4_OP("quantize_fp8(Tensor x, int block=128) -> (Tensor, Tensor)", quantize_fp8)
+DSV4_OP("quantize_fp4(Tensor x, int block=32) -> (Tensor, Tensor)", quantize_fp4)
+
+#if !defined(DSV4_TORCH_CUDA)  // no CUDA kernel yet: there Python's formulas run
+
+using Dequantize = Status (*)(const DequantizeParams&, const Context&);
 
 // Rows in groups: [rows, n] as [rows / group, group, n].
 AnyView<3> grouped(AnyView<2> rows, int64_t group) {
@@ -117,8 +121,6 @@ Tensor dequantize_weight(const Tensor& weight, const Tensor& scale, ScalarType d
   return dequantize(check, weight, scale, fp4, rows, group, block, dtype, dsv4::dequantize_weight);
 }
 
-DSV4_OP("quantize_fp8(Tensor x, int block=128) -> (Tensor, Tensor)", quantize_fp8)
-DSV4_OP("quantize_fp4(Tensor x, int block=32) -> (Tensor, Tensor)", quantize_fp4)
 DSV4_OP("dequantize_fp8(Tensor codes, Tensor scale, int block=128, ScalarType dtype=15) -> Tensor", dequantize_fp8)
 DSV4_OP("dequantize_fp4(Tensor codes, Tensor scale, int block=32, ScalarType dtype=15) -> Tensor", dequantize_fp4)
 DSV4_OP("dequantize_weight(Tensor weight, Tensor scale, ScalarType dtype=15) -> Tensor", dequantize_weight)

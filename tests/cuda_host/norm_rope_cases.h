@@ -1,8 +1,10 @@
 // Problems for the CUDA kernels of norms and rotations, and the scalar kernels' answers.
 #pragma once
 
+#include "cpu/index_query_rows.h"
 #include "cpu/page_writer.h"
 #include "cpu/scalar/rows.h"
+#include "cuda/sm80/index_query.h"
 #include "cuda/sm80/norm_rope.h"
 #include "row_cases.h"
 
@@ -10,10 +12,14 @@ namespace dsv4::testing {
 
 constexpr double kRowEps = 1e-5;
 
+// On heads of rows.
+enum class HeadOp { kQueryNormRope, kApplyRope, kApplyRopeBack, kIndexQuery };
+
 struct QueryCase {
   int64_t tokens, heads, dim, rope_dim;
   float size = 3;
   int64_t shift = 0;  // elements by which operands begin off 16 bytes
+  HeadOp op = HeadOp::kQueryNormRope;
   uint64_t seed = 1;
 };
 
@@ -36,9 +42,19 @@ struct QueryProblem {
     fill_turns(rope, c.seed);
   }
 
+  Status launch() {
+    const AnyView<3> from = view_of<3>(query, false), turns = view_of<3>(rope, false), to = view_of<3>(result, false);
+    switch (c.op) {
+      case HeadOp::kQueryNormRope:
+        return sm80::query_norm_rope({from, turns, kRowEps, to}, cuda_context());
+      case HeadOp::kIndexQuery:
+        return sm80::index_query({from, turns, to}, cuda_context());
+      default:
+        return sm80::apply_rope({from, turns, c.op == HeadOp::kApplyRopeBack, to}, cuda_context());
+    }
+  }
   std::string run() {
-    const Status status = sm80::query_norm_rope(
-        {view_of<3>(query, false), view_of<3>(rope, false), kRowEps, view_of<3>(result, false)}, cuda_context());
+    const Status status = launch();
     if (!status.is_ok()) return status.message();
     if (!finish_device()) return "the kernel failed";
     result.download();
@@ -47,6 +63,7 @@ struct QueryProblem {
 
   // As the definition has it, in float64.
   std::vector<X> expected(int64_t t, int64_t h) {
+    if (c.op != HeadOp::kQueryNormRope) return scalar_head(t, h);
     const auto rounded = [](double value) -> double { return scalar::Lanes::rounded<X>(value); };
     const X* q = &query.at(t, h * c.dim);
     double sum = 0;
@@ -59,6 +76,22 @@ struct QueryProblem {
     std::vector<X> result_row;
     for (const float value : row) result_row.push_back(from_float<X>(value));
     return result_row;
+  }
+  // As the scalar kernel has it.
+  std::vector<X> scalar_head(int64_t t, int64_t h) {
+    std::vector<X> head(static_cast<size_t>(c.dim));
+    AnyView<3> from = view_of<3>(query, true), turns = view_of<3>(rope, true), to = from;
+    from.data = &query.at(t, h * c.dim);
+    turns.data = &rope.at(t);
+    to.data = head.data();
+    for (AnyView<3>* view : {&from, &to}) view->shape[0] = view->shape[1] = 1;
+    turns.shape[0] = 1;
+    const Status status =
+        c.op == HeadOp::kIndexQuery
+            ? index_query_rows<X>(scalar::Lanes(), {from, turns, to}, scalar_context())
+            : apply_rope_rows<X>(scalar::Lanes(), {from, turns, c.op == HeadOp::kApplyRopeBack, to}, scalar_context());
+    CHECK_MESSAGE(status.is_ok(), status.message());
+    return head;
   }
 
   std::string wrong() {
@@ -81,6 +114,87 @@ struct QueryProblem {
 template <class X>
 std::string try_queries(const QueryCase& c) {
   QueryProblem<X> p(c);
+  const std::string fault = p.run();
+  return fault.empty() ? p.wrong() : fault;
+}
+
+// rms_norm, and kv_norm_rope where there are dims to rotate.
+struct NormCase {
+  int64_t rows, dim, rope_dim = -1;
+  int weight = 2;  // none, bfloat16, float32
+  float size = 3;
+  int64_t shift = 0;
+  uint64_t seed = 1;
+};
+
+template <class X>
+struct NormProblem {
+  NormCase c;
+  DeviceTensor<X> x, result;
+  DeviceTensor<float> rope, wide_weight;
+  DeviceTensor<bf16> narrow_weight;
+
+  explicit NormProblem(const NormCase& the_case)
+      : c(the_case),
+        x({c.rows, c.dim}, c.shift),
+        result({c.rows, c.dim}, c.shift),
+        rope({c.rows, c.rope_dim > 0 ? c.rope_dim / 2 : 0, 2}, c.shift),
+        wide_weight({c.dim}),
+        narrow_weight({c.dim}) {
+    for (int64_t row = 0; row < c.rows; ++row) {
+      Random random(c.seed * 1000003 + static_cast<uint64_t>(row));
+      for (int64_t d = 0; d < c.dim; ++d) x.at(row, d) = from_float<X>(random.uniform(-c.size, c.size));
+    }
+    x.upload();
+    Random random(c.seed);
+    narrow_weight.fill(random, -1.5f, 1.5f);
+    wide_weight.fill(random, -1.5f, 1.5f);
+    fill_turns(rope, c.seed);
+  }
+
+  AnyView<1> weight(bool on_host) {
+    if (c.weight == 0) return {};
+    return c.weight == 1 ? view_of<1>(narrow_weight, on_host) : view_of<1>(wide_weight, on_host);
+  }
+
+  std::string run() {
+    const AnyView<2> from = view_of<2>(x, false), to = view_of<2>(result, false);
+    const Status status =
+        c.rope_dim < 0
+            ? sm80::rms_norm({from, weight(false), kRowEps, to}, cuda_context())
+            : sm80::kv_norm_rope({from, weight(false), view_of<3>(rope, false), kRowEps, to}, cuda_context());
+    if (!status.is_ok()) return status.message();
+    if (!finish_device()) return "the kernel failed";
+    result.download();
+    return x.intact() && result.intact() && rope.intact() ? "" : "wrote outside of the result";
+  }
+
+  std::string wrong() {
+    std::vector<X> expected(static_cast<size_t>(c.rows * (c.dim + c.shift)));
+    AnyView<2> from = view_of<2>(x, true), to = from;
+    to.data = expected.data();
+    const Status status =
+        c.rope_dim < 0
+            ? rms_norm_rows<X>(scalar::Lanes(), {from, weight(true), kRowEps, to}, scalar_context())
+            : kv_norm_rope_rows<X>(scalar::Lanes(), {from, weight(true), view_of<3>(rope, true), kRowEps, to},
+                                   scalar_context());
+    if (!status.is_ok()) return status.message();
+    for (int64_t row = 0; row < c.rows; ++row) {
+      for (int64_t d = 0; d < c.dim; ++d) {
+        const X got = result.at(row, d), wanted = expected[static_cast<size_t>(row * (c.dim + c.shift) + d)];
+        if (std::isnan(to_float(got)) && std::isnan(to_float(wanted))) continue;
+        if (memcmp(&got, &wanted, sizeof(X)) == 0) continue;
+        return "row " + std::to_string(row) + " dim " + std::to_string(d) + ": got " + std::to_string(to_float(got)) +
+               ", expected " + std::to_string(to_float(wanted));
+      }
+    }
+    return "";
+  }
+};
+
+template <class X>
+std::string try_norm(const NormCase& c) {
+  NormProblem<X> p(c);
   const std::string fault = p.run();
   return fault.empty() ? p.wrong() : fault;
 }

@@ -1,6 +1,7 @@
 // Problems for the CUDA kernels of quantize, and the scalar kernels' answers.
 #pragma once
 
+#include "cpu/quantize_rows.h"
 #include "cpu/scalar/rows.h"
 #include "cuda/sm80/quantize.h"
 #include "row_cases.h"
@@ -66,6 +67,78 @@ std::string try_hadamard(const HadamardCase& c, bool exact = true) {
   HadamardProblem<X> p(c);
   const std::string fault = p.run();
   return fault.empty() ? p.wrong(exact) : fault;
+}
+
+struct QuantizeCase {
+  int64_t rows, n, block;
+  bool fp4 = false;
+  float size = 3;
+  int64_t shift = 0;
+  uint64_t seed = 1;
+};
+
+template <class X>
+struct QuantizeProblem {
+  QuantizeCase c;
+  DeviceTensor<X> x;
+  DeviceTensor<uint8_t> codes, scale;
+
+  explicit QuantizeProblem(const QuantizeCase& the_case)
+      : c(the_case),
+        x({c.rows, c.n}, c.shift),
+        codes({c.rows, c.fp4 ? c.n / 2 : c.n}, c.shift),
+        scale({c.rows, (c.n + c.block - 1) / c.block}, c.shift) {
+    for (int64_t row = 0; row < c.rows; ++row) {
+      Random random(c.seed * 1000003 + static_cast<uint64_t>(row));
+      for (int64_t i = 0; i < c.n; ++i) {
+        x.at(row, i) =
+            from_float<X>(c.size * std::exp2(random.uniform(-9, 0)) * (random.bits() >> 20 & 1 ? 1.f : -1.f));
+      }
+    }
+    x.upload();
+  }
+
+  QuantizeParams params(bool on_host) {
+    return {view_of<2>(x, on_host), c.block, view_of<2>(codes, on_host), view_of<2>(scale, on_host)};
+  }
+  std::string run() {
+    const QuantizeParams p = params(false);
+    const Status status = c.fp4 ? sm80::quantize_fp4(p, cuda_context()) : sm80::quantize_fp8(p, cuda_context());
+    if (!status.is_ok()) return status.message();
+    if (!finish_device()) return "the kernel failed";
+    codes.download();
+    scale.download();
+    return x.intact() && codes.intact() && scale.intact() ? "" : "wrote outside of the result";
+  }
+  std::string wrong() {
+    std::vector<uint8_t> own_codes(static_cast<size_t>(c.rows * (codes.inner() + c.shift)) + 1, 0xFF);
+    std::vector<uint8_t> own_scale(static_cast<size_t>(c.rows * (scale.inner() + c.shift)) + 1, 0xFF);
+    QuantizeParams p = params(true);
+    p.codes.data = own_codes.data();
+    p.scale.data = own_scale.data();
+    const Status status = c.fp4 ? quantize_fp4_rows(scalar::Lanes(), p, scalar_context())
+                                : quantize_fp8_rows(scalar::Lanes(), p, scalar_context());
+    if (!status.is_ok()) return status.message();
+    for (int64_t row = 0; row < c.rows; ++row) {
+      const size_t at = static_cast<size_t>(row);
+      if (memcmp(&scale.at(row), &own_scale[at * static_cast<size_t>(scale.inner() + c.shift)],
+                 static_cast<size_t>(scale.inner())) != 0) {
+        return "scales of row " + std::to_string(row);
+      }
+      if (memcmp(&codes.at(row), &own_codes[at * static_cast<size_t>(codes.inner() + c.shift)],
+                 static_cast<size_t>(codes.inner())) != 0) {
+        return "codes of row " + std::to_string(row);
+      }
+    }
+    return "";
+  }
+};
+
+template <class X>
+std::string try_quantize(const QuantizeCase& c) {
+  QuantizeProblem<X> p(c);
+  const std::string fault = p.run();
+  return fault.empty() ? p.wrong() : fault;
 }
 
 }  // namespace dsv4::testing

@@ -302,6 +302,8 @@ DSV4_KERNEL(kThreads, 1) arithmetic(const Arguments a) {
                            ptx::logarithm(fabsf(in[0]))};
   for (int i = 0; i < 10; ++i) out[i] = bits_from_float(results[i]);
   out[10] = packed;
+  const double wide = ptx::fma(static_cast<double>(in[0]), static_cast<double>(in[1]), -1.0 / in[2]);
+  memcpy(out + 12, &wide, 8);
 }
 
 TEST(arithmetic_rounds_as_it_says) {
@@ -317,6 +319,9 @@ TEST(arithmetic_rounds_as_it_says) {
     const auto got = [&](size_t i) { return float_from_bits(out[16 * t + i]); };
     CHECK(got(0) == std::fma(a, b, c));
     CHECK(got(1) == a + b);
+    double wide;
+    memcpy(&wide, &out[16 * t + 12], 8);
+    CHECK(wide == std::fma(static_cast<double>(a), static_cast<double>(b), -1.0 / c));
     CHECK(got(2) == a * b);
     CHECK(got(3) == a / b);
     CHECK(got(4) == std::sqrt(std::fabs(a)));

@@ -20,6 +20,57 @@ void check_hadamard(const HadamardCase& c, bool exact = true) {
                                    std::to_string(c.size) + ": " + wrong);
 }
 
+template <class X>
+void check_quantize(const QuantizeCase& c) {
+  const std::string wrong = try_quantize<X>(c);
+  CHECK_MESSAGE(wrong.empty(), "rows " + std::to_string(c.rows) + " n " + std::to_string(c.n) + " block " +
+                                   std::to_string(c.block) + " size " + std::to_string(c.size) + ": " + wrong);
+}
+
+TEST(codes_of_every_block) {
+  if (no_device()) return;
+  for (const int64_t block : {1, 2, 3, 7, 8, 16, 32, 64, 100, 128, 256, 264, 1000}) {
+    for (const int64_t n : {1, 2, 8, 31, 64, 128, 200, 384, 777}) {
+      check_quantize<bf16>({3, n, block});
+      check_quantize<float>({2, n, block});
+      if (n % 2 != 0 || block % 2 != 0) continue;
+      check_quantize<bf16>({3, n, block, true});
+      check_quantize<float>({2, n, block, true});
+    }
+  }
+  for (const int64_t rows : {0, 1, 40}) {
+    check_quantize<bf16>({rows, 4096, 128});
+    check_quantize<bf16>({rows, 1024, 32, true});
+  }
+}
+
+TEST(codes_of_any_size_anywhere_in_memory) {
+  if (no_device()) return;
+  for (const bool fp4 : {false, true}) {
+    for (const float size : {0.0f, 1e-38f, 1e-20f, 1e-4f, 448.0f, 6.0f, 1e30f, 3e38f, INFINITY}) {
+      check_quantize<bf16>({5, 256, 64, fp4, size});
+      check_quantize<float>({5, 256, 64, fp4, size});
+    }
+    check_quantize<bf16>({5, 256, 128, fp4, 3, 1});
+    check_quantize<float>({5, 256, 32, fp4, 3, 2});
+  }
+}
+
+TEST(codes_of_what_is_not_finite) {
+  if (no_device()) return;
+  for (const bool fp4 : {false, true}) {
+    for (const float value : {NAN, INFINITY, -INFINITY}) {
+      QuantizeProblem<bf16> p({3, 192, 64, fp4});
+      p.x.at(1, 70) = from_float<bf16>(value);
+      p.x.at(2, 191) = from_float<bf16>(value);
+      p.x.upload();
+      CHECK(p.run().empty());
+      const std::string wrong = p.wrong();
+      CHECK_MESSAGE(wrong.empty(), wrong);
+    }
+  }
+}
+
 TEST(hadamard_of_every_width) {
   if (no_device()) return;
   for (int64_t dim = 1; dim <= 1024; dim *= 2) {
@@ -102,6 +153,15 @@ TEST(the_op_runs_the_kernel) {
   CHECK_MESSAGE(status.is_ok() && finish_device(), status.message());
   p.result.download();
   CHECK(p.wrong().empty());
+  QuantizeProblem<bf16> fp8({3, 256, 128}), fp4({3, 256, 32, true});
+  CHECK(quantize_fp8(fp8.params(false), cuda_context()).is_ok() && finish_device());
+  fp8.codes.download();
+  fp8.scale.download();
+  CHECK(fp8.wrong().empty());
+  CHECK(quantize_fp4(fp4.params(false), cuda_context()).is_ok() && finish_device());
+  fp4.codes.download();
+  fp4.scale.download();
+  CHECK(fp4.wrong().empty());
   status = hadamard({view_of<2>(wide.x, false), view_of<2>(wide.result, false), {}}, cuda_context());
   CHECK(std::string(status.message()) == "hadamard: no implementation for this device in this build");
 }

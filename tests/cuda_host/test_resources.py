@@ -46,8 +46,21 @@ CLAIMS = {
     **{
         f"{dtype}_{op}": ["LDG.E.128", "STG.E.128", "SHFL.BFLY", "VOTE.ANY"]
         for dtype in ("bf16", "f32")
-        for op in ("query_norm_rope", "store_window")
+        for op in ("query_norm_rope", "store_window", "kv_norm_rope", "rms_norm")
     },
+    **{
+        f"{dtype}_{op}": claims
+        for dtype in ("bf16", "f32")
+        for op, claims in (
+            ("apply_rope", ["LDG.E.128", "STG.E.128"]),
+            ("rms_norm_long", ["LDG.E.128", "STG.E.128", "SHFL.BFLY", "BAR.SYNC"]),
+            ("index_query_1", ["LDG.E.128", "STG.E.128", "SHFL.BFLY"]),
+            ("index_query_4", ["LDG.E.128", "STG.E.128", "SHFL.BFLY"]),
+            ("quantize_fp8", ["LDG.E.128", "STG.E.64", "SHFL.BFLY"]),
+            ("quantize_fp4", ["LDG.E.128", "STG.E", "SHFL.BFLY"]),
+        )
+    },
+    "f32_rope_rows": ["DFMA"],
     **{
         f"{dtype}_hadamard_{steps}": ["LDG.E.128", "STG.E.128", "SHFL.BFLY"]
         for dtype in ("bf16", "f32")

@@ -1,9 +1,10 @@
-// The synchronisation of the kernels of quantize and compress, on the host model: no alarm and the same bits in any
-// order of threads; and every synchronisation is needed: a run that leaves one line's out fails.
+// The synchronisation of the kernels of norms, quantize and compress, on the host model: no alarm and the same bits in
+// any order of threads; and every synchronisation is needed: a run that leaves one line's out fails.
 #include <functional>
 #include <set>
 
 #include "compress_cases.h"
+#include "norm_rope_cases.h"
 #include "quantize_cases.h"
 #include "simt/control.h"
 
@@ -55,6 +56,12 @@ TEST(hadamard_in_registers) {
 
 TEST(hadamard_of_long_rows) {
   check_synchronisation([] { return try_hadamard<bf16>({1, 2048}, false); }, 2);
+}
+
+// Rows whose sum is lost are read again.
+TEST(rms_norm_of_long_rows) {
+  check_synchronisation([] { return try_norm<bf16>({2, 1536}); }, 1);
+  check_synchronisation([] { return try_norm<bf16>({2, 1536, -1, 2, 1e30f}); }, 2);
 }
 
 // Blocks that make several entries, of several groups of positions.

@@ -5,7 +5,7 @@
 #include "common/pages.h"
 #include "cpu/avx512/lanes.h"
 #include "cpu/compress.h"
-#include "cpu/turns.h"
+#include "common/turns.h"
 
 namespace dsv4::avx512 {
 namespace {

@@ -5,7 +5,7 @@
 
 #include "common/pages.h"
 #include "cpu/compress.h"
-#include "cpu/turns.h"
+#include "common/turns.h"
 
 namespace dsv4::scalar {
 

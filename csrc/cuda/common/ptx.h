@@ -364,6 +364,14 @@ DSV4_DEVICE float fma(float a, float b, float c) {
 #endif
 }
 
+DSV4_DEVICE double fma(double a, double b, double c) {
+#if defined(__CUDACC__)
+  return __fma_rn(a, b, c);
+#else
+  return std::fma(a, b, c);
+#endif
+}
+
 DSV4_DEVICE float add(float a, float b) {
 #if defined(__CUDACC__)
   return __fadd_rn(a, b);

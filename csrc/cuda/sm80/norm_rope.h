@@ -7,6 +7,10 @@
 
 namespace dsv4::sm80 {
 
+Status rms_norm(const RmsNormParams&, const Context&);
+Status kv_norm_rope(const KvNormRopeParams&, const Context&);
+Status apply_rope(const ApplyRopeParams&, const Context&);
+Status rope_rows(const RopeRowsParams&, const Context&);
 Status query_norm_rope(const QueryNormRopeParams&, const Context&);
 Status store_window(const StoreWindowParams&, const Context&);
 

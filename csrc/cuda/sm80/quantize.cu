@@ -3,6 +3,7 @@
 // the copy bandwidth expected.
 #include "cuda/common/launch.h"
 #include "cuda/sm80/hadamard_row.h"
+#include "cuda/sm80/page_rows.h"
 #include "cuda/sm80/quantize.h"
 #include "cuda/sm80/row_launch.h"
 
@@ -17,6 +18,66 @@ struct HadamardArguments {
   int dim, lanes;
   bool vector;
 };
+
+struct QuantizeArguments {
+  QuantizeParams params;
+  int64_t first_row;
+  uint32_t units, blocks;  // blocks of this launch, and of a row
+  int dim, block, lanes;
+  bool vector;
+};
+
+// The codes of eight values of a block of `count`, from `column` on.
+template <bool kFp4>
+DSV4_DEVICE void store_codes(uint8_t* codes, int column, int count, bool vector, const float (&value)[8],
+                             const CodeScale& by) {
+  const int left = count - column < 8 ? count - column : 8;
+  if constexpr (kFp4) {
+    const uint32_t four = e2m1_eight(value, by);
+    if (vector) {
+      *reinterpret_cast<uint32_t*>(codes + column / 2) = four;
+    } else {
+      store_bytes(codes + column / 2, left / 2, {{four, 0}});
+    }
+  } else {
+    const ptx::Words2 eight = e4m3_eight(value, by);
+    if (vector) {
+      ptx::store_global_8(codes + column, eight);
+    } else {
+      store_bytes(codes + column, left, eight);
+    }
+  }
+}
+
+template <class X, bool kFp4>
+DSV4_DEVICE void quantize_blocks(const QuantizeArguments& a) {
+  const RowLanes lanes(a.lanes);
+  const bool own = lanes.row < a.units;
+  const uint32_t unit = own ? static_cast<uint32_t>(lanes.row) : a.units - 1;  // shuffles need whole warps
+  const int64_t row = a.first_row + unit / a.blocks, block = unit % a.blocks;
+  const int start = static_cast<int>(block) * a.block, count = a.dim - start < a.block ? a.dim - start : a.block;
+  const X* x = static_cast<const X*>(a.params.x.data) + row * a.params.x.stride[0] + start;
+  uint8_t* codes = static_cast<uint8_t*>(a.params.codes.data) + row * a.params.codes.stride[0] + start / (kFp4 ? 2 : 1);
+  float first[8];
+  load_eight(x, 8 * lanes.lane, count, a.vector, first);
+  uint32_t largest = largest_magnitude(first, 8);
+  for (int column = 8 * lanes.lane + lanes.step(); column < count; column += lanes.step()) {
+    float value[8];
+    load_eight(x, column, count, a.vector, value);
+    const uint32_t other = largest_magnitude(value, 8);
+    largest = largest < other ? other : largest;
+  }
+  largest = largest_of_lanes(largest, lanes.count);
+  if (!own || 8 * lanes.lane >= count) return;
+  const CodeScale by = code_scale(kFp4 ? fp4_scale(largest) : fp8_scale(largest));
+  if (lanes.lane == 0) static_cast<uint8_t*>(a.params.scale.data)[row * a.params.scale.stride[0] + block] = by.scale;
+  store_codes<kFp4>(codes, 8 * lanes.lane, count, a.vector, first, by);
+  for (int column = 8 * lanes.lane + lanes.step(); column < count; column += lanes.step()) {
+    float value[8];
+    load_eight(x, column, count, a.vector, value);
+    store_codes<kFp4>(codes, column, count, a.vector, value, by);
+  }
+}
 
 template <class X, int kSteps>
 DSV4_DEVICE void rotate_rows(const HadamardArguments& a) {
@@ -93,12 +154,51 @@ DSV4_DEVICE void rotate_long_row(const HadamardArguments& a) {
   }
 }
 
+DSV4_KERNEL(kRowThreads, 8) sm80_bf16_quantize_fp8(const QuantizeArguments a) { quantize_blocks<bf16, false>(a); }
+DSV4_KERNEL(kRowThreads, 8) sm80_f32_quantize_fp8(const QuantizeArguments a) { quantize_blocks<float, false>(a); }
+DSV4_KERNEL(kRowThreads, 8) sm80_bf16_quantize_fp4(const QuantizeArguments a) { quantize_blocks<bf16, true>(a); }
+DSV4_KERNEL(kRowThreads, 8) sm80_f32_quantize_fp4(const QuantizeArguments a) { quantize_blocks<float, true>(a); }
 DSV4_KERNEL(kRowThreads, 8) sm80_bf16_hadamard_1(const HadamardArguments a) { rotate_rows<bf16, 1>(a); }
 DSV4_KERNEL(kRowThreads, 8) sm80_f32_hadamard_1(const HadamardArguments a) { rotate_rows<float, 1>(a); }
 DSV4_KERNEL(kRowThreads, 3) sm80_bf16_hadamard_4(const HadamardArguments a) { rotate_rows<bf16, 4>(a); }
 DSV4_KERNEL(kRowThreads, 3) sm80_f32_hadamard_4(const HadamardArguments a) { rotate_rows<float, 4>(a); }
 DSV4_KERNEL(kLongThreads, 2) sm80_bf16_hadamard_long(const HadamardArguments a) { rotate_long_row<bf16>(a); }
 DSV4_KERNEL(kLongThreads, 2) sm80_f32_hadamard_long(const HadamardArguments a) { rotate_long_row<float>(a); }
+
+namespace {
+
+Status quantize(const char* name, void (*kernel)(QuantizeArguments), const QuantizeParams& p, const Context& context) {
+  constexpr int64_t kUnitsAtOnce = int64_t{1} << 30;  // so that they fit in 32 bits
+  const int64_t rows = p.x.size(0), dim = p.x.size(1), block = p.block < dim ? p.block : dim;
+  if (rows == 0 || dim == 0) return Status::ok();
+  QuantizeArguments a = {};
+  a.params = p;
+  a.blocks = static_cast<uint32_t>((dim + block - 1) / block);
+  a.dim = static_cast<int>(dim);
+  a.block = static_cast<int>(block);
+  a.lanes = row_lanes(block);
+  a.vector = in_eights(p.x) && block % 8 == 0 && in_sixteens(p.codes.data) && p.codes.stride[0] % 8 == 0;
+  const int64_t at_once = kUnitsAtOnce / a.blocks > 0 ? kUnitsAtOnce / a.blocks : 1;
+  for (a.first_row = 0; a.first_row < rows; a.first_row += at_once) {
+    const int64_t left = rows - a.first_row;
+    a.units = static_cast<uint32_t>((left < at_once ? left : at_once) * a.blocks);
+    const Status status = cuda::launch(name, kernel, row_shape(a.units, a.lanes), context, a);
+    if (!status.is_ok()) return status;
+  }
+  return Status::ok();
+}
+
+}  // namespace
+
+Status quantize_fp8(const QuantizeParams& p, const Context& context) {
+  const bool wide = p.x.dtype == DType::kFloat32;
+  return quantize("quantize_fp8", wide ? sm80_f32_quantize_fp8 : sm80_bf16_quantize_fp8, p, context);
+}
+
+Status quantize_fp4(const QuantizeParams& p, const Context& context) {
+  const bool wide = p.x.dtype == DType::kFloat32;
+  return quantize("quantize_fp4", wide ? sm80_f32_quantize_fp4 : sm80_bf16_quantize_fp4, p, context);
+}
 
 Status hadamard(const HadamardParams& p, const Context& context) {
   const int64_t rows = p.x.size(0), dim = p.x.size(1);

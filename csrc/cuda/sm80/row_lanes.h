@@ -174,6 +174,7 @@ DSV4_DEVICE SumOfSquares sum_of_squares(const RowLanes& lanes, const Row& row) {
 struct RowRope {
   const float* turn;  // (cos, sin) of the first pair
   int passed, dim;
+  float way;    // 1, or -1 to rotate back
   bool vector;  // eights are of whole pairs, whose turns are aligned
 
   DSV4_DEVICE bool covers(int column) const { return column + 8 > passed && column < dim; }
@@ -188,8 +189,8 @@ struct RowRope {
       for (int half = 0; half < 8; half += 4) {
         float two[4];
         unpack(ptx::load_global_16(turns + half), two);
-        rotate_pair(value[half], value[half + 1], two[0], two[1]);
-        rotate_pair(value[half + 2], value[half + 3], two[2], two[3]);
+        rotate_pair(value[half], value[half + 1], two[0], ptx::multiply(two[1], way));
+        rotate_pair(value[half + 2], value[half + 3], two[2], ptx::multiply(two[3], way));
       }
     } else {
       rotate_slowly(column, value, before, after);
@@ -210,7 +211,7 @@ struct RowRope {
       const int at = column + e - passed;
       const float own = value[e], next = e < 7 ? value[e < 7 ? e + 1 : e] : after;
       if (at >= 0 && column + e < dim) {
-        const float cos = turn[at / 2 * 2], sin = turn[at / 2 * 2 + 1];
+        const float cos = turn[at / 2 * 2], sin = ptx::multiply(turn[at / 2 * 2 + 1], way);
         value[e] = at % 2 == 0 ? sum_of_products(own, cos, -next, sin) : sum_of_products(last, sin, own, cos);
       }
       last = own;

@@ -7,9 +7,10 @@
 
 namespace dsv4::sm80 {
 
-DSV4_DEVICE RowRope row_rope(const AnyView<3>& rope, int64_t token, int dim, bool vector) {
+DSV4_DEVICE RowRope row_rope(const AnyView<3>& rope, int64_t token, int dim, bool vector, bool inverse = false) {
   const int passed = dim - 2 * static_cast<int>(rope.shape[1]);
-  return {static_cast<const float*>(rope.data) + token * rope.stride[0], passed, dim, vector};
+  const float* turn = static_cast<const float*>(rope.data) + token * rope.stride[0];
+  return {turn, passed, dim, inverse ? -1.0f : 1.0f, vector};
 }
 
 inline bool in_sixteens(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
@@ -38,7 +39,5 @@ inline cuda::LaunchShape row_shape(int64_t rows, int lanes) {
   shape.threads = kRowThreads;
   return shape;
 }
-
-inline constexpr int64_t kRowsAtOnce = int64_t{1} << 30;  // of a launch, so that they and blocks fit in 32 bits
 
 }  // namespace dsv4::sm80

@@ -13,14 +13,17 @@ DSV4_DEVICE TwoFloats inverse_rms(const SumOfSquares& squares, int dim, const Tw
   return {ptx::multiply(root.high, squares.scale), ptx::multiply(root.low, squares.scale)};
 }
 
-// The weight of a norm, bfloat16 or float32.
+// The weight of a norm, bfloat16 or float32; none: 1.
 struct NormWeight {
   const void* data;
   int dim;
   bool wide, vector;
 
   DSV4_DEVICE void eight(int column, float (&value)[8]) const {
-    if (wide) {
+    if (data == nullptr) {
+      DSV4_UNROLL
+      for (int e = 0; e < 8; ++e) value[e] = 1.0f;
+    } else if (wide) {
       load_eight(static_cast<const float*>(data), column, dim, vector, value);
     } else {
       load_eight(static_cast<const bf16*>(data), column, dim, vector, value);
@@ -59,6 +62,11 @@ struct PlainNorm {
     for (int e = 0; e < 8; ++e) value[e] = ptx::multiply(value[e], root);
   }
   DSV4_DEVICE float one(int, float x) const { return ptx::multiply(x, root); }
+};
+
+struct NoNorm {
+  DSV4_DEVICE void eight(int, float (&)[8]) const {}
+  DSV4_DEVICE float one(int, float x) const { return x; }
 };
 
 // The root of queries: mean, mean + eps and root are rounded to X.

@@ -41,6 +41,14 @@ DSV4_HOST_DEVICE QuarterTurn<D> quarter_turn(D angle) {
   return {cosine, sine * s * r + r, n};
 }
 
+// turn = (cos, sin) of the angle that was split.
+DSV4_HOST_DEVICE void join_turn(const QuarterTurn<double>& of, float* turn) {
+  const int64_t n = static_cast<int64_t>(of.quarters);
+  const double cosine = n & 1 ? of.sin : of.cos, sine = n & 1 ? of.cos : of.sin;
+  turn[0] = static_cast<float>((n + 1) & 2 ? -cosine : cosine);
+  turn[1] = static_cast<float>(n & 2 ? -sine : sine);
+}
+
 // turn = (cos, sin) of the angle, whatever it is.
 DSV4_HOST_DEVICE void turn_of(float angle, float* turn) {
   if (!(fabsf(angle) <= kMostReducedAngle)) {
@@ -48,11 +56,7 @@ DSV4_HOST_DEVICE void turn_of(float angle, float* turn) {
     turn[1] = static_cast<float>(::sin(static_cast<double>(angle)));
     return;
   }
-  const QuarterTurn<double> of = quarter_turn(static_cast<double>(angle));
-  const int64_t n = static_cast<int64_t>(of.quarters);
-  const double cosine = n & 1 ? of.sin : of.cos, sine = n & 1 ? of.cos : of.sin;
-  turn[0] = static_cast<float>((n + 1) & 2 ? -cosine : cosine);
-  turn[1] = static_cast<float>(n & 2 ? -sine : sine);
+  join_turn(quarter_turn(static_cast<double>(angle)), turn);
 }
 
 }  // namespace dsv4
