@@ -77,7 +77,7 @@ else
 fi
 
 if has_package; then
-  step ops 120 "$PYTHON" -m pytest -q -p no:cacheprovider tests/ops/test_mhc.py
+  step ops 120 "$PYTHON" -m pytest -q -p no:cacheprovider tests/ops/test_mhc.py tests/ops/test_rows_on_cuda.py
   step bench 120 "$PYTHON" -m dsv4 bench --device cuda --shape v4-flash --shape v4-pro --context 1 --context 64 \
     --context 4096 --json "$LOGS/bench.jsonl"
 else

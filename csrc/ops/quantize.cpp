@@ -16,7 +16,11 @@ namespace {
 [[maybe_unused]] bool whole_codes(const DequantizeParams& p) { return p.result.size(2) % 32 == 0 && p.block % 32 == 0; }
 
 // The CUDA kernels count values in 32 bits.
-[[maybe_unused]] bool countable(const QuantizeParams& p) { return p.x.size(1) < (int64_t{1} << 28); }
+constexpr int64_t kMostValues = int64_t{1} << 28;
+[[maybe_unused]] bool countable(const QuantizeParams& p) { return p.x.size(1) < kMostValues; }
+[[maybe_unused]] bool countable(const DequantizeParams& p) {
+  return p.result.size(2) < kMostValues && p.result.size(1) < kMostValues;
+}
 
 constexpr Candidate<QuantizeParams> kQuantizeFp8[] = {
     {"sm80", Isa::kSm80, DSV4_SM80(sm80::quantize_fp8), countable},
@@ -33,6 +37,7 @@ constexpr Candidate<QuantizeParams> kQuantizeFp4[] = {
 const Op quantize_fp4_op("quantize_fp4", kQuantizeFp4);
 
 constexpr Candidate<DequantizeParams> kDequantize[] = {
+    {"sm80", Isa::kSm80, DSV4_SM80(sm80::dequantize), countable},
     {"avx512", Isa::kAvx512, DSV4_AVX512(avx512::dequantize), whole_codes},
     {"scalar", Isa::kScalar, DSV4_SCALAR(scalar::dequantize)},
 };

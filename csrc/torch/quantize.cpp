@@ -64,8 +64,6 @@ std::tuple<Tensor, Tensor> quantize_fp4(const Tensor& x, int64_t block) {
 DSV4_OP("quantize_fp8(Tensor x, int block=128) -> (Tensor, Tensor)", quantize_fp8)
 DSV4_OP("quantize_fp4(Tensor x, int block=32) -> (Tensor, Tensor)", quantize_fp4)
 
-#if !defined(DSV4_TORCH_CUDA)  // no CUDA kernel yet: there Python's formulas run
-
 using Dequantize = Status (*)(const DequantizeParams&, const Context&);
 
 // Rows in groups: [rows, n] as [rows / group, group, n].
@@ -124,8 +122,6 @@ Tensor dequantize_weight(const Tensor& weight, const Tensor& scale, ScalarType d
 DSV4_OP("dequantize_fp8(Tensor codes, Tensor scale, int block=128, ScalarType dtype=15) -> Tensor", dequantize_fp8)
 DSV4_OP("dequantize_fp4(Tensor codes, Tensor scale, int block=32, ScalarType dtype=15) -> Tensor", dequantize_fp4)
 DSV4_OP("dequantize_weight(Tensor weight, Tensor scale, ScalarType dtype=15) -> Tensor", dequantize_weight)
-
-#endif
 
 }  // namespace
 }  // namespace dsv4::binding

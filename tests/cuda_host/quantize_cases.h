@@ -141,4 +141,76 @@ std::string try_quantize(const QuantizeCase& c) {
   return fault.empty() ? p.wrong() : fault;
 }
 
+struct DequantizeCase {
+  int64_t batch, rows, n, block, group = 1;
+  bool fp4 = false, wide_scale = false;
+  int64_t shift = 0;
+  uint64_t seed = 1;
+};
+
+template <class X>
+struct DequantizeProblem {
+  DequantizeCase c;
+  DeviceTensor<uint8_t> codes, scale;
+  DeviceTensor<float> wide_scale;
+  DeviceTensor<X> result;
+
+  explicit DequantizeProblem(const DequantizeCase& the_case)
+      : c(the_case),
+        codes({c.batch, c.rows, c.fp4 ? c.n / 2 : c.n}, c.shift),
+        scale({c.batch, scale_rows(c), scale_columns(c)}, c.shift),
+        wide_scale({c.batch, scale_rows(c), scale_columns(c)}, c.shift),
+        result({c.batch, c.rows, c.n}, c.shift) {
+    Random random(c.seed);
+    for (int64_t b = 0; b < c.batch; ++b) {
+      for (int64_t i = 0; i < codes.inner(); ++i) codes.at(b, i) = static_cast<uint8_t>(random.bits() >> 20);
+      for (int64_t i = 0; i < scale.inner(); ++i) {
+        scale.at(b, i) = static_cast<uint8_t>(random.bits() >> 20);  // 0 and 255 among them
+        wide_scale.at(b, i) = random.uniform(-2, 2);
+      }
+    }
+    codes.upload();
+    scale.upload();
+    wide_scale.upload();
+  }
+  static int64_t scale_rows(const DequantizeCase& c) { return (c.rows + c.group - 1) / c.group; }
+  static int64_t scale_columns(const DequantizeCase& c) { return (c.n + c.block - 1) / c.block; }
+
+  DequantizeParams params(bool on_host) {
+    const AnyView<3> by = c.wide_scale ? view_of<3>(wide_scale, on_host) : view_of<3>(scale, on_host);
+    return {c.fp4, view_of<3>(codes, on_host), by, c.group, c.block, view_of<3>(result, on_host)};
+  }
+  std::string run() {
+    const Status status = sm80::dequantize(params(false), cuda_context());
+    if (!status.is_ok()) return status.message();
+    if (!finish_device()) return "the kernel failed";
+    result.download();
+    return codes.intact() && scale.intact() && result.intact() ? "" : "wrote outside of the result";
+  }
+  std::string wrong() {
+    std::vector<X> expected(static_cast<size_t>(c.batch * (result.inner() + c.shift)) + 1);
+    DequantizeParams p = params(true);
+    p.result.data = expected.data();
+    const Status status = dequantize_rows<X>(scalar::Lanes(), p, scalar_context());
+    if (!status.is_ok()) return status.message();
+    for (int64_t b = 0; b < c.batch; ++b) {
+      for (int64_t i = 0; i < result.inner(); ++i) {
+        const X got = result.at(b, i), wanted = expected[static_cast<size_t>(b * (result.inner() + c.shift) + i)];
+        if (std::isnan(to_float(got)) && std::isnan(to_float(wanted))) continue;
+        if (memcmp(&got, &wanted, sizeof(X)) == 0) continue;
+        return "batch " + std::to_string(b) + " element " + std::to_string(i) + ": got " +
+               std::to_string(to_float(got)) + ", expected " + std::to_string(to_float(wanted));
+      }
+    }
+    return "";
+  }
+};
+
+template <class X>
+std::string try_dequantize(const DequantizeCase& c) {
+  DequantizeProblem<X> p(c);
+  const std::string fault = p.run();
+  return fault.empty() ? p.wrong() : fault;
+}
+
 }  // namespace dsv4::testing

@@ -71,6 +71,33 @@ TEST(codes_of_what_is_not_finite) {
   }
 }
 
+template <class X>
+void check_dequantize(const DequantizeCase& c) {
+  const std::string wrong = try_dequantize<X>(c);
+  CHECK_MESSAGE(wrong.empty(), "rows " + std::to_string(c.rows) + " n " + std::to_string(c.n) + " block " +
+                                   std::to_string(c.block) + " group " + std::to_string(c.group) + " fp4 " +
+                                   std::to_string(c.fp4) + ": " + wrong);
+}
+
+TEST(values_of_codes) {
+  if (no_device()) return;
+  for (const bool fp4 : {false, true}) {
+    for (const bool wide : {false, true}) {
+      for (const int64_t n : {2, 8, 30, 64, 200, 384}) {
+        for (const int64_t block : {2, 8, 32, 100, 128, 512}) {
+          check_dequantize<bf16>({1, 5, n, block, 1, fp4, wide});
+          check_dequantize<float>({2, 3, n, block, 1, fp4, wide});
+        }
+      }
+      check_dequantize<bf16>({2, 130, 136, 128, 128, fp4, wide});
+      check_dequantize<float>({3, 9, 64, 32, 4, fp4, wide});
+      check_dequantize<bf16>({2, 5, 64, 32, 1, fp4, wide, 1});
+      check_dequantize<bf16>({0, 5, 64, 32, 1, fp4, wide});
+    }
+  }
+  check_dequantize<bf16>({1, 3, 33, 7});
+}
+
 TEST(hadamard_of_every_width) {
   if (no_device()) return;
   for (int64_t dim = 1; dim <= 1024; dim *= 2) {
@@ -162,6 +189,10 @@ TEST(the_op_runs_the_kernel) {
   fp4.codes.download();
   fp4.scale.download();
   CHECK(fp4.wrong().empty());
+  DequantizeProblem<bf16> values({1, 256, 256, 128, 128});
+  CHECK(dequantize_weight(values.params(false), cuda_context()).is_ok() && finish_device());
+  values.result.download();
+  CHECK(values.wrong().empty());
   status = hadamard({view_of<2>(wide.x, false), view_of<2>(wide.result, false), {}}, cuda_context());
   CHECK(std::string(status.message()) == "hadamard: no implementation for this device in this build");
 }

@@ -57,6 +57,7 @@ CLAIMS = {
             ("index_query_1", ["LDG.E.128", "STG.E.128", "SHFL.BFLY"]),
             ("index_query_4", ["LDG.E.128", "STG.E.128", "SHFL.BFLY"]),
             ("quantize_fp8", ["LDG.E.128", "STG.E.64", "SHFL.BFLY"]),
+            ("dequantize", ["LDG.E", "STG.E.128"]),
             ("quantize_fp4", ["LDG.E.128", "STG.E", "SHFL.BFLY"]),
         )
     },

@@ -10,6 +10,7 @@ inline constexpr int64_t kMostHadamardDims = 8192;  // of a row that shared memo
 
 Status quantize_fp8(const QuantizeParams&, const Context&);
 Status quantize_fp4(const QuantizeParams&, const Context&);
+Status dequantize(const DequantizeParams&, const Context&);
 Status hadamard(const HadamardParams&, const Context&);
 
 }  // namespace dsv4::sm80

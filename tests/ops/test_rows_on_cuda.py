@@ -1,0 +1,126 @@
+"""Norms, rotations, quantisers, store_window and compress through torch on a GPU: the bits of the definitions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import dsv4.ops as ops
+from dsv4 import _library
+from dsv4.ops.layout import allocate_key_pages, allocate_pages
+from dsv4.testing import assert_same_bits
+
+DEVICE = "cuda"
+NARROW = [torch.bfloat16, torch.float32]
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="not run: no CUDA device")
+
+
+def there(value: Any) -> Any:
+    return value.to(DEVICE) if isinstance(value, Tensor) else value
+
+
+def check(op: str, function: Callable[..., Any], reference: Callable[..., Any], *args: Any) -> None:
+    got, expected = function(*map(there, args)), reference(*args)
+    assert _library.last_implementation(op, DEVICE) == "sm80"
+    pairs = zip(got, expected, strict=True) if isinstance(got, tuple) else [(got, expected)]
+    for own, wanted in pairs:
+        assert_same_bits(own.cpu(), wanted)
+
+
+def turns(tokens: int, rope_dim: int) -> Tensor:
+    angle = 100 * torch.randn(tokens, rope_dim // 2)
+    return torch.stack((angle.cos(), angle.sin()), -1)
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize("dims", [(512, 64), (128, 64), (40, 8), (33, 2)])
+def test_heads(dims: tuple[int, int], dtype: torch.dtype) -> None:
+    q, rope = torch.randn(37, 5, dims[0]).to(dtype), turns(37, dims[1])
+    check("query_norm_rope", ops.query_norm_rope, ops.query_norm_rope_reference, q, rope, 1e-5)
+    check("apply_rope", ops.apply_rope, ops.apply_rope_reference, q, rope, True)
+    if dims[0] == 128:
+        check("index_query", ops.index_query, ops.index_query_reference, q, rope)
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize("dim", [40, 512, 1536, 7168])
+def test_norms(dim: int, dtype: torch.dtype) -> None:
+    x, weight = torch.randn(19, dim).to(dtype), torch.randn(dim)
+    check("rms_norm", ops.rms_norm, ops.rms_norm_reference, x, weight, 1e-5)
+    check("rms_norm", ops.rms_norm, ops.rms_norm_reference, x, None, 1e-5)
+    check("kv_norm_rope", ops.kv_norm_rope, ops.kv_norm_rope_reference, x, weight, turns(19, 16), 1e-5)
+
+
+def test_tables() -> None:
+    position = torch.tensor([0, 1, 77, 65536, 1 << 20, 2**31 - 1])
+    for dtype in (torch.int32, torch.int64):
+        frequencies = ops.rope_frequencies(64, 10000.0)
+        check("rope_rows", ops.rope_rows, ops.rope_rows_reference, position.to(dtype), frequencies)
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+def test_codes(dtype: torch.dtype) -> None:
+    x = (torch.randn(9, 3, 512) * torch.randint(-9, 9, (9, 3, 1)).exp2()).to(dtype)
+    check("quantize_fp8", ops.quantize_fp8, ops.quantize_fp8_reference, x, 128)
+    check("quantize_fp4", ops.quantize_fp4, ops.quantize_fp4_reference, x, 32)
+    check("hadamard", ops.hadamard, ops.hadamard_reference, x)
+    fp8, fp4 = ops.quantize_fp8_reference(x, 128), ops.quantize_fp4_reference(x, 32)
+    check("dequantize_fp8", ops.dequantize_fp8, ops.dequantize_fp8_reference, *fp8, 128, dtype)
+    check("dequantize_fp4", ops.dequantize_fp4, ops.dequantize_fp4_reference, *fp4, 32, dtype)
+
+
+def run_both(op: str, a: dict[str, Any], written: tuple[str, ...]) -> list[tuple[Tensor, Tensor]]:
+    """What the op wrote on the device, and its definition on the CPU."""
+    own = {name: value.to(DEVICE) if isinstance(value, Tensor) else value for name, value in a.items()}
+    own.update({name: a[name].clone().to(DEVICE) for name in written})
+    expected = {**a, **{name: a[name].clone() for name in written}}
+    getattr(ops, op)(**own)
+    getattr(ops, f"{op}_reference")(**expected)
+    assert _library.last_implementation(op, DEVICE) == "sm80"
+    return [(own[name].cpu(), expected[name]) for name in written]
+
+
+@pytest.mark.parametrize("format", ["fp8", *NARROW])
+def test_windows(format: Any) -> None:
+    pages = allocate_pages(8, 4, 512, 64, "fp8") if format == "fp8" else torch.zeros(8, 4, 512, dtype=format)
+    a = {
+        "kv": torch.randn(17, 512).bfloat16(),
+        "weight": torch.randn(512),
+        "rope": turns(17, 64),
+        "pages": pages,
+        "table": torch.tensor([[3, 0, -1, 5], [1, 2, 4, 7]], dtype=torch.int32),
+        "sequence": torch.tensor([0] * 9 + [1] * 8, dtype=torch.int32),
+        "position": torch.cat((torch.arange(3, 12), torch.arange(8))).int(),
+        "page_size": 4,
+    }
+    for own, expected in run_both("store_window", a, ("pages",)):
+        assert_same_bits(own, expected)
+
+
+@pytest.mark.parametrize("rotate", [False, True])
+@pytest.mark.parametrize(("ratio", "overlap"), [(4, True), (128, False)])
+def test_entries(ratio: int, overlap: bool, rotate: bool) -> None:
+    """Gates that choose, so that pooling is exact: then pages are, too."""
+    dim = 128 if rotate else 512
+    channels, tokens = (2 if overlap else 1) * dim, 300
+    pages = allocate_key_pages(8, 64, dim, "fp4") if rotate else allocate_pages(8, 64, dim, 64, "fp8")
+    a = {
+        "kv": torch.randint(1, 9, (tokens, channels)).float(),
+        "gate": 2000.0 * torch.randint(0, 2, (tokens, channels)),
+        "ape": torch.zeros(ratio, channels),
+        "norm_weight": torch.randn(dim).bfloat16(),
+        "rope": turns(tokens, 64),
+        "state": torch.zeros(2, channels // dim * ratio + 1, 2, channels),
+        "pages": pages,
+        "table": torch.tensor([[3, 0], [1, 2]], dtype=torch.int32),
+        "sequence": torch.tensor([0] * 200 + [1] * 100, dtype=torch.int32),
+        "position": torch.cat((torch.arange(200), torch.arange(28, 128))).int(),
+        "ratio": ratio,
+        "rotate": rotate,
+    }
+    for own, expected in run_both("compress", a, ("pages", "state")):
+        assert_same_bits(own, expected)
