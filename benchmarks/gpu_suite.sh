@@ -56,7 +56,7 @@ if [ ! -x "$DEVICE_TESTS/device_test_ptx" ] || ! has_package; then
     --force-reinstall -C build-dir="$BUILD" -C cmake.define.DSV4_CUDA=ON -C cmake.define.DSV4_NATIVE=ON .
 fi
 
-for program in test_ptx test_mhc test_attention test_index test_norm_rope test_quantize test_compress test_linear; do
+for program in test_ptx test_mhc test_attention test_index test_norm_rope test_quantize test_compress test_linear test_moe; do
   step "device.$program" 60 "$DEVICE_TESTS/device_$program"
 done
 
@@ -70,6 +70,7 @@ if [ -n "$sanitizer" ]; then
     step "$tool.test_norm_rope" 40 "$sanitizer" --tool "$tool" --error-exitcode 9 "$DEVICE_TESTS/device_test_norm_rope" every_count
     step "$tool.test_quantize" 40 "$sanitizer" --tool "$tool" --error-exitcode 9 "$DEVICE_TESTS/device_test_quantize" every_width
     step "$tool.test_linear" 60 "$sanitizer" --tool "$tool" --error-exitcode 9 "$DEVICE_TESTS/device_test_linear" input_counts
+    step "$tool.test_moe" 60 "$sanitizer" --tool "$tool" --error-exitcode 9 "$DEVICE_TESTS/device_test_moe" float32_scales
     step "$tool.test_compress" 60 "$sanitizer" --tool "$tool" --error-exitcode 9 "$DEVICE_TESTS/device_test_compress" every_format
   done
 else

@@ -1,6 +1,7 @@
 #include "ops/moe.h"
 
 #include "cpu/moe.h"
+#include "cuda/sm80/moe.h"
 #include "ops/candidates.h"
 #include "ops/validate.h"
 
@@ -8,6 +9,7 @@ namespace dsv4 {
 namespace {
 
 constexpr Candidate<MoeGateParams> kMoeGate[] = {
+    {"sm80", Isa::kSm80, DSV4_SM80(sm80::moe_gate)},
     {"avx512", Isa::kAvx512, DSV4_AVX512(avx512::moe_gate)},
     {"scalar", Isa::kScalar, DSV4_SCALAR(scalar::moe_gate)},
 };
@@ -22,6 +24,7 @@ bool all_quantised(const MoeExpertsParams& p) {
 }
 
 constexpr Candidate<MoeExpertsParams> kMoeExperts[] = {
+    {"sm80", Isa::kSm80, DSV4_SM80(sm80::moe_experts), DSV4_SM80(sm80::accepts_moe_experts)},
     {"amx", Isa::kAmx, DSV4_AMX(amx::moe_experts), all_quantised},
     {"avx512", Isa::kAvx512, DSV4_AVX512(avx512::moe_experts)},
     {"scalar", Isa::kScalar, DSV4_SCALAR(scalar::moe_experts)},
@@ -29,6 +32,7 @@ constexpr Candidate<MoeExpertsParams> kMoeExperts[] = {
 const Op moe_experts_op("moe_experts", kMoeExperts);
 
 constexpr Candidate<MoeMapParams> kMoeMap[] = {
+    {"sm80", Isa::kSm80, DSV4_SM80(sm80::moe_map)},
     {"scalar", Isa::kScalar, DSV4_SCALAR(scalar::moe_map)},
 };
 const Op moe_map_op("moe_map", kMoeMap);
@@ -167,10 +171,12 @@ Status validate(const MoeMapParams& p) {
 template <class Params>
 int64_t workspace_bytes(const char* op, const Params& p, const Context& context,
                         int64_t (*portable)(const Params&, const Context&),
-                        int64_t (*vectorised)(const Params&, const Context&)) {
+                        int64_t (*vectorised)(const Params&, const Context&),
+                        int64_t (*cuda)(const Params&, const Context&)) {
   Validator v(op);
   validate_arguments(v, p);
-  if (!v.status().is_ok() || context.device != Device::kCpu) return 0;
+  if (!v.status().is_ok()) return 0;
+  if (context.device == Device::kCuda) return cuda == nullptr ? 0 : cuda(p, context);
   int64_t bytes = portable == nullptr ? 0 : portable(p, context);
   if (vectorised != nullptr && context.best >= Isa::kAvx512) {
     const int64_t needed = vectorised(p, context);
@@ -183,15 +189,16 @@ int64_t workspace_bytes(const char* op, const Params& p, const Context& context,
 
 int64_t moe_gate_workspace_bytes(const MoeGateParams& p, const Context& context) {
   return workspace_bytes<MoeGateParams>("moe_gate", p, context, DSV4_SCALAR(scalar::moe_gate_workspace_bytes),
-                                        DSV4_AVX512(avx512::moe_gate_workspace_bytes));
+                                        DSV4_AVX512(avx512::moe_gate_workspace_bytes),
+                                        DSV4_SM80(sm80::moe_gate_workspace_bytes));
 }
 
 int64_t moe_experts_workspace_bytes(const MoeExpertsParams& p, const Context& context) {
-  const int64_t bytes =
-      workspace_bytes<MoeExpertsParams>("moe_experts", p, context, DSV4_SCALAR(scalar::moe_experts_workspace_bytes),
-                                        DSV4_AVX512(avx512::moe_experts_workspace_bytes));
+  const int64_t bytes = workspace_bytes<MoeExpertsParams>(
+      "moe_experts", p, context, DSV4_SCALAR(scalar::moe_experts_workspace_bytes),
+      DSV4_AVX512(avx512::moe_experts_workspace_bytes), DSV4_SM80(sm80::moe_experts_workspace_bytes));
 #if defined(DSV4_WITH_AMX)
-  if (bytes > 0 && context.best >= Isa::kAmx && all_quantised(p)) {
+  if (bytes > 0 && context.device == Device::kCpu && context.best >= Isa::kAmx && all_quantised(p)) {
     const int64_t tiles = amx::moe_experts_workspace_bytes(p, context);
     return tiles > bytes ? tiles : bytes;
   }

@@ -5,8 +5,6 @@
 namespace dsv4::binding {
 namespace {
 
-#if !defined(DSV4_TORCH_CUDA)  // no CUDA kernel yet: there Python's formulas run
-
 constexpr char kFloats[] = "bfloat16 or float32 or float64";
 constexpr char kWeights[] = "float32 or float64";
 
@@ -188,8 +186,6 @@ DSV4_OP(
     "moe_experts(Tensor x, Tensor weights, Tensor indices, Tensor w1, Tensor w3, Tensor w2, Tensor? w1_scale=None, "
     "Tensor? w3_scale=None, Tensor? w2_scale=None, Tensor[]? shared=None, float swiglu_limit=0.0) -> Tensor",
     moe_experts)
-
-#endif
 
 }  // namespace
 }  // namespace dsv4::binding

@@ -95,6 +95,9 @@ DSV4_KERNEL(kThreads, 1) memory(const Arguments a) {
   const uint32_t other = ptx::shared_base() + static_cast<uint32_t>((t + 37) % kThreads * 32);
   ptx::store_global_16(a.out + 16 * t, ptx::load_shared_16(other));
   ptx::store_global_16(a.out + 16 * t + 8, ptx::load_constant_16(a.in + 8 * t + 4));
+  const ptx::Words2 pair = ptx::load_shared_8(other + 24);
+  a.out[16 * t + 12] = pair.word[0];
+  a.out[16 * t + 13] = pair.word[1];
   ptx::store_global_8(a.out + 16 * t + 14, ptx::Words2{{a.in[8 * t], a.in[8 * t + 1]}});
   for (int i = 0; i < 4; ++i) {
     a.out[16 * t + 4 + i] = bits_from_float(ptx::load_shared_float(other + 16 + static_cast<uint32_t>(4 * i)));
@@ -107,6 +110,7 @@ TEST(memory_of_every_width) {
   for (size_t t = 0; t < kThreads; ++t) {
     for (size_t i = 0; i < 8; ++i) CHECK(out[16 * t + i] == in[8 * ((t + 37) % kThreads) + i]);
     for (size_t i = 0; i < 4; ++i) CHECK(out[16 * t + 8 + i] == in[8 * t + 4 + i]);
+    for (size_t i = 0; i < 2; ++i) CHECK(out[16 * t + 12 + i] == in[8 * ((t + 37) % kThreads) + 6 + i]);
     for (size_t i = 0; i < 2; ++i) CHECK(out[16 * t + 14 + i] == in[8 * t + i]);
   }
 }
@@ -394,6 +398,22 @@ TEST(packed_pairs_are_taken_apart_and_multiplied) {
     }
   }
   CHECK(out[1] == 0x80000000u && out[16 + 1] == 0x39000001u);
+}
+
+DSV4_KERNEL(kThreads, 1) logarithms_1p(const Arguments a) {
+  const int t = ptx::thread_index();
+  a.out[16 * t] = bits_from_float(ptx::logarithm_1p(float_from_bits(a.in[t])));
+}
+
+TEST(logarithms_near_one_keep_their_digits) {
+  if (no_device()) return;
+  std::vector<uint32_t> in;
+  for (int i = 0; i < kThreads; ++i) in.push_back(bits_from_float(std::ldexp(1.0f + 0.01f * i, i / 2 - 40)));
+  const auto out = run(logarithms_1p, in);
+  for (size_t t = 0; t < kThreads; ++t) {
+    const double exact = std::log1p(static_cast<double>(float_from_bits(in[t])));
+    CHECK(std::fabs(float_from_bits(out[16 * t]) - exact) <= 2.5e-7 * exact);
+  }
 }
 
 }  // namespace

@@ -40,6 +40,18 @@ CLAIMS = {
         for form in ("fp8", "fp4", "fp4_wide", "bf16", "f32")
         for tile in ("few", "some", "many")
     },
+    **{
+        f"{form}_moe_{op}_{tile}": ["HMMA.16816.F32.BF16", "LDGSTS.E.BYPASS", "LDS.128", "BAR.SYNC", *stores]
+        for form in ("fp8", "fp4", "fp4_wide", "bf16", "f32")
+        for op, stores in (("gate_up", ["STG.E.128", "MUFU.EX2"]), ("down", []))
+        for tile in ("few", "many")
+    },
+    "bf16_moe_prepare": ["LDG.E.128", "STG.E.128", "SHFL.BFLY"],
+    "f32_moe_prepare": ["LDG.E.128", "STG.E.128", "SHFL.BFLY"],
+    "i32_moe_map": ["REDUX.SUM", "VOTE.ANY", "POPC", "BAR.SYNC"],
+    "bf16_moe_combine": ["LDG.E.128", "STG.E.128"],
+    "f32_moe_combine": ["LDG.E.128", "STG.E.128"],
+    "f32_moe_gate": ["SHFL.BFLY", "MUFU.EX2"],
     "bf16_linear_prepare": ["LDG.E.128", "STG.E.128", "SHFL.BFLY"],
     "f32_linear_prepare": ["LDG.E.128", "STG.E.128", "SHFL.BFLY"],
     "f32_index_select": ["REDUX.SUM", "VOTE.ANY", "POPC", "BAR.SYNC"],

@@ -103,6 +103,16 @@ DSV4_DEVICE Words4 load_shared_16(uint32_t address, Site site = Site::here()) {
   return value;
 }
 
+DSV4_DEVICE Words2 load_shared_8(uint32_t address, Site site = Site::here()) {
+  Words2 value;
+#if defined(__CUDACC__)
+  asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(value.word[0]), "=r"(value.word[1]) : "r"(address) : "memory");
+#else
+  simt::load_shared(address, &value, 8, site);
+#endif
+  return value;
+}
+
 DSV4_DEVICE float load_shared_float(uint32_t address, Site site = Site::here()) {
   float value;
 #if defined(__CUDACC__)
@@ -419,6 +429,15 @@ DSV4_DEVICE float logarithm(float value) {
   return logf(value);
 #else
   return std::log(value);
+#endif
+}
+
+// Of 1 + value; at most 2 ulp from exact on a GPU.
+DSV4_DEVICE float logarithm_1p(float value) {
+#if defined(__CUDACC__)
+  return log1pf(value);
+#else
+  return std::log1p(value);
 #endif
 }
 

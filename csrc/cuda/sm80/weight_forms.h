@@ -1,9 +1,9 @@
 // The forms in which weights are stored, and how a lane turns eight of them into the tensor cores' bfloat16. K is taken
-// in blocks of 128. In a block, unit u (0 to 3) of lane quarter q is eight inputs: 32 q + 8 u ... of quantised weights,
-// 32 u + 8 q ... of plain ones, so that a lane finds its units in few 16-byte pieces of the row, and FP4 inputs that
-// share a scale in one lane. A unit makes two steps of mma.sync m16n8k16. Which inputs those multiply together is free
-// as long as both operands agree; of quantised weights they are (0, 4) (1, 5) and (2, 6) (3, 7), the pairs that come
-// out of packed codes with fewest instructions, and activations.h lays the activations out alike.
+// in blocks of 128. In a block, unit u (0 to 3: two of each half) of lane quarter q is eight inputs: 32 q + 8 u ... of
+// quantised weights, 32 u + 8 q ... of plain ones, so that a lane finds its units in few 16-byte pieces of the row, and
+// FP4 inputs that share a scale in one lane. A unit makes two steps of mma.sync m16n8k16. Which inputs those multiply
+// together is free as long as both operands agree; of quantised weights they are (0, 4) (1, 5) and (2, 6) (3, 7), the
+// pairs that come out of packed codes with fewest instructions, and activations.h lays the activations out alike.
 #pragma once
 
 #include "common/pages.h"
@@ -14,7 +14,7 @@ namespace dsv4::sm80 {
 using ptx::Words4;
 
 inline constexpr int kBlockInputs = 128;
-inline constexpr int kUnits = 4;  // of a lane and block
+inline constexpr int kUnits = 2;  // of a lane and half block
 
 enum class WeightForm {
   kFp8,      // e4m3, a scale for 128 x 128
@@ -38,8 +38,8 @@ DSV4_DEVICE uint32_t float_part(float value, int part) {
 }
 
 // Of a form: the bytes of a row of a block, the bfloat16 parts that a weight is the sum of, and a lane's eight weights
-// at a time. `load` reads shared memory where the unit begins a piece; `pairs` gives the operands of the unit's two
-// steps, each step's lower k first. `factor` comes from scale_factor below.
+// at a time. `load` reads shared memory where the unit (0 or 1 of a half) begins a piece; `pairs` gives the operands of
+// the unit's two steps, each step's lower k first. `factor` comes from scale_factor below.
 template <WeightForm>
 struct WeightUnit;
 
@@ -51,10 +51,9 @@ struct WeightUnit<WeightForm::kFp8> {
 
   static DSV4_DEVICE int place(int row, int piece) { return piece ^ (row & 1); }
 
-  DSV4_DEVICE void load(uint32_t rows, int row, int quarter, int unit) {
-    if (unit % 2 != 0) return;
-    codes =
-        ptx::load_shared_16(rows + static_cast<uint32_t>(row * kRowBytes + place(row, 2 * quarter + unit / 2) * 16));
+  DSV4_DEVICE void load(uint32_t rows, int row, int quarter, int half, int unit) {
+    if (unit != 0) return;
+    codes = ptx::load_shared_16(rows + static_cast<uint32_t>(row * kRowBytes + place(row, 2 * quarter + half) * 16));
     special = 0;
     DSV4_UNROLL
     for (int i = 0; i < 4; ++i) special |= (codes.word[i] & 0x7F7F7F7Fu) + 0x01010101u;
@@ -63,7 +62,7 @@ struct WeightUnit<WeightForm::kFp8> {
 
   // Moved into the fields of a bfloat16 a code is its value times 2^-120, NaN 480.
   DSV4_DEVICE void pairs(int unit, int, uint32_t factor, uint32_t (&pair)[4]) const {
-    const uint32_t low = codes.word[unit % 2 * 2], high = codes.word[unit % 2 * 2 + 1];
+    const uint32_t low = codes.word[2 * unit], high = codes.word[2 * unit + 1];
     DSV4_UNROLL
     for (int i = 0; i < 4; ++i) {
       const uint32_t both = ptx::select_bytes(low, high, 0x4000u + 0x1010u * static_cast<uint32_t>(i));
@@ -80,12 +79,12 @@ struct WeightUnit<WeightForm::kFp8> {
 
 struct Fp4Unit {
   static constexpr int kRowBytes = kBlockInputs / 2;
-  Words4 codes;
+  ptx::Words2 codes;
 
   static DSV4_DEVICE int place(int, int piece) { return piece; }
 
-  DSV4_DEVICE void load(uint32_t rows, int row, int quarter, int unit) {
-    if (unit == 0) codes = ptx::load_shared_16(rows + static_cast<uint32_t>(row * kRowBytes + quarter * 16));
+  DSV4_DEVICE void load(uint32_t rows, int row, int quarter, int half, int unit) {
+    if (unit == 0) codes = ptx::load_shared_8(rows + static_cast<uint32_t>(row * kRowBytes + quarter * 16 + half * 8));
   }
 
   // Moved into the fields of a bfloat16 a code is its value times 2^-126.
@@ -135,8 +134,9 @@ struct WeightUnit<WeightForm::kBFloat16> {
 
   static DSV4_DEVICE int place(int row, int piece) { return piece ^ (row & 1) * 4; }
 
-  DSV4_DEVICE void load(uint32_t rows, int row, int quarter, int unit) {
-    values = ptx::load_shared_16(rows + static_cast<uint32_t>(row * kRowBytes + place(row, 4 * unit + quarter) * 16));
+  DSV4_DEVICE void load(uint32_t rows, int row, int quarter, int half, int unit) {
+    const int piece = 8 * half + 4 * unit + quarter;
+    values = ptx::load_shared_16(rows + static_cast<uint32_t>(row * kRowBytes + place(row, piece) * 16));
   }
 
   DSV4_DEVICE void pairs(int, int, uint32_t, uint32_t (&pair)[4]) const {
@@ -152,10 +152,10 @@ struct WeightUnit<WeightForm::kFloat32> {
 
   static DSV4_DEVICE int place(int row, int piece) { return piece ^ (row & 1); }
 
-  DSV4_DEVICE void load(uint32_t rows, int row, int quarter, int unit) {
+  DSV4_DEVICE void load(uint32_t rows, int row, int quarter, int half, int unit) {
     DSV4_UNROLL
     for (int i = 0; i < 2; ++i) {
-      const int piece = 8 * unit + 2 * quarter + i;
+      const int piece = 16 * half + 8 * unit + 2 * quarter + i;
       values[i] = ptx::load_shared_16(rows + static_cast<uint32_t>(row * kRowBytes + place(row, piece) * 16));
     }
   }

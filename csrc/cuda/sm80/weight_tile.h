@@ -132,6 +132,8 @@ class WeightTile {
   static constexpr int kM = Shape::kM, kN = Shape::kN, kWarpsK = Shape::kWarpsK;
   static constexpr WeightForm kForm = Shape::kForm;
   using Unit = WeightUnit<kForm>;
+  // Such weights meet quantised activations alone.
+  static constexpr bool kOnePlane = kForm == WeightForm::kFp4 || kForm == WeightForm::kFp4Wide;
 
   float sum[Shape::kOwned][4];
 
@@ -164,26 +166,27 @@ class WeightTile {
 
   template <class Weights>
   DSV4_DEVICE void run(const Weights& weights, const ActivationRows& x) {
+    const int planes = kOnePlane ? 1 : x.planes;
     const int blocks = static_cast<int>((x.inputs + kBlockInputs - 1) / kBlockInputs);
     DSV4_UNROLL
     for (int i = 0; i < 4 * Shape::kOwned; ++i) sum[i / 4][i % 4] = 0.0f;
-    TileScales<kForm, kM> scales;
+    TileScales<kForm, kM> scales = {};
     scales.load(weights, first_row_, part_, blocks);
     Step ahead = {};
     DSV4_UNROLL_IF(false)
     for (int i = 0; i < Shape::kStages - 1; ++i) {
       load(weights, x, ahead, blocks);
       ptx::cp_async_commit();
-      ahead.advance(x.planes);
+      ahead.advance(planes);
     }
     Step step = {};
     DSV4_UNROLL_IF(false)
-    for (; step.block < blocks; step.advance(x.planes)) {
+    for (; step.block < blocks; step.advance(planes)) {
       ptx::cp_async_wait<Shape::kStages - 2>();
       ptx::sync_threads();  // the stage is whole, the one before it and the products of its blocks are done with
       load(weights, x, ahead, blocks);
       ptx::cp_async_commit();
-      ahead.advance(x.planes);
+      ahead.advance(planes);
       if (step.plane == 0 && step.block > 0) collect(step.block - kWarpsK, blocks);
       if (step.block + part_ >= blocks) continue;
       if (step.plane == 0) {
@@ -192,8 +195,8 @@ class WeightTile {
         clear();
       }
       const uint32_t block = stage(step) + static_cast<uint32_t>(part_ * Shape::kBlockBytes);
-      if (first_token_ < x.count) multiply(block, scales, x.planes - 1 - step.plane);
-      if (step.plane == x.planes - 1) close(scales, step.block);
+      if (first_token_ < x.count) multiply(block, scales, planes - 1 - step.plane);
+      if (step.plane == planes - 1) close(scales, step.block);
     }
     if constexpr (kWarpsK > 1) {
       ptx::sync_threads();  // the last products are there
@@ -241,7 +244,7 @@ class WeightTile {
       const uint32_t address = to + static_cast<uint32_t>(part * Shape::kBlockBytes + Shape::kWeightBytes +
                                                           token * Shape::kTokenBytes + (piece ^ (token & 1) * 4) * 16);
       const int64_t offset = static_cast<int64_t>(step.block + part) * Shape::kTokenBytes + piece * 16;
-      stage_piece(address, x.row(token, x.planes - 1 - step.plane), offset, x.bytes, x.vector, x.data);
+      stage_piece(address, x.row(token, kOnePlane ? 0 : x.planes - 1 - step.plane), offset, x.bytes, x.vector, x.data);
     }
   }
 
@@ -254,36 +257,45 @@ class WeightTile {
   }
 
   DSV4_DEVICE void multiply(uint32_t block, const TileScales<kForm, kM>& scales, int plane) {
-    Unit unit[kM][2];
-    const uint32_t rows = block + static_cast<uint32_t>(first_row_ * Unit::kRowBytes);
-    DSV4_UNROLL
-    for (int u = 0; u < kUnits; ++u) {
+    DSV4_UNROLL_IF(false)
+    for (int half = 0; half < 2; ++half) {
+      Unit unit[kM][2];
       DSV4_UNROLL
-      for (int i = 0; i < 2 * kM; ++i) {
-        unit[i / 2][i % 2].load(rows + static_cast<uint32_t>(8 * i * Unit::kRowBytes), lane_ / 4, lane_ % 4, u);
-      }
-      DSV4_UNROLL
-      for (int part = 0; part < Unit::kParts; ++part) {
-        // The product of a float32 weight's and activation's last parts is below the rounding of the first's.
-        if (kForm == WeightForm::kFloat32 && part + plane >= Unit::kParts) break;
-        uint32_t a[kM][2][4];
+      for (int u = 0; u < kUnits; ++u) {
         DSV4_UNROLL
         for (int i = 0; i < 2 * kM; ++i) {
-          uint32_t pair[4];
-          unit[i / 2][i % 2].pairs(u, part, scales.factor[i], pair);
-          DSV4_UNROLL
-          for (int j = 0; j < 4; ++j) a[i / 2][j / 2][j % 2 * 2 + i % 2] = pair[j];
+          const uint32_t rows = block + static_cast<uint32_t>((first_row_ + 8 * i) * Unit::kRowBytes);
+          unit[i / 2][i % 2].load(rows, lane_ / 4, lane_ % 4, half, u);
         }
-        const uint32_t tokens = block + tokens_at_ + static_cast<uint32_t>((u ^ lane_ / 4 % 2) * 64);
+        const uint32_t tokens = block + tokens_at_ + static_cast<uint32_t>(half * 128 + (u ^ lane_ / 4 % 2) * 64);
         DSV4_UNROLL
-        for (int n = 0; n < kN; ++n) {
-          const Words4 b = ptx::load_shared_16(tokens + static_cast<uint32_t>(n * 8 * Shape::kTokenBytes));
-          DSV4_UNROLL
-          for (int i = 0; i < 2 * kM; ++i) {
-            float (&to)[4] = kHasMinor && part > 0 ? minor_[i / 2 % kMinorM][n % kMinorN] : product_[i / 2][n];
-            ptx::mma_m16n8k16(to, a[i / 2][i % 2], b.word[i % 2 * 2], b.word[i % 2 * 2 + 1]);
-          }
+        for (int part = 0; part < Unit::kParts; ++part) {
+          // The product of a float32 weight's and activation's last parts is below the rounding of the first's.
+          if (kForm == WeightForm::kFloat32 && part + plane >= Unit::kParts) break;
+          multiply(unit, scales, u, part, tokens);
         }
+      }
+    }
+  }
+
+  // One part of a unit: two steps.
+  DSV4_DEVICE void multiply(const Unit (&unit)[kM][2], const TileScales<kForm, kM>& scales, int u, int part,
+                            uint32_t tokens) {
+    uint32_t a[kM][2][4];
+    DSV4_UNROLL
+    for (int i = 0; i < 2 * kM; ++i) {
+      uint32_t pair[4];
+      unit[i / 2][i % 2].pairs(u, part, scales.factor[i], pair);
+      DSV4_UNROLL
+      for (int j = 0; j < 4; ++j) a[i / 2][j / 2][j % 2 * 2 + i % 2] = pair[j];
+    }
+    DSV4_UNROLL
+    for (int n = 0; n < kN; ++n) {
+      const Words4 b = ptx::load_shared_16(tokens + static_cast<uint32_t>(n * 8 * Shape::kTokenBytes));
+      DSV4_UNROLL
+      for (int i = 0; i < 2 * kM; ++i) {
+        float (&to)[4] = kHasMinor && part > 0 ? minor_[i / 2 % kMinorM][n % kMinorN] : product_[i / 2][n];
+        ptx::mma_m16n8k16(to, a[i / 2][i % 2], b.word[i % 2 * 2], b.word[i % 2 * 2 + 1]);
       }
     }
   }

@@ -1,0 +1,455 @@
+// moe_experts in at most seven kernels, none of which waits for the host: activations to the form of quantised weights;
+// the map of pairs by expert (moe_map.h); gate and up (expert_tiles.h), down, each for the routed experts and for the
+// shared one; the sum of a token's outputs by ascending expert, then the shared one's, in float32.
+//
+// Few rows an expert: tiles of 8 rows, each weight read once, 128 rows of a matrix a block, 48 KB of weights in flight
+// (e2m1): bound by the bandwidth of the bytes of the experts touched. Many: tiles of 64, 57 FLOP a byte from L2 with
+// e2m1 weights: bound by the tensor cores and the instructions that expand codes. The launch has a tile for every pair
+// or, from some pairs on, for every expert and 64 pairs, whichever is less; tiles without rows end at once.
+#include "cuda/common/launch.h"
+#include "cuda/sm80/expert_tiles.h"
+#include "cuda/sm80/moe.h"
+
+namespace dsv4::sm80 {
+
+struct CombineArguments {
+  const int32_t* places;  // [tokens, top_k]: rows of outputs, -1: none
+  const void* outputs;    // [pairs, hidden]
+  const void* shared;     // [tokens, hidden], or none
+  void* result;
+  int64_t result_stride, hidden;
+  int top_k;
+  bool vector;
+};
+
+namespace {
+
+constexpr int kCombineThreads = 128;
+constexpr int kTilesRows[2] = {8, 64};  // of the map; few, many
+
+template <WeightForm kForm>
+inline constexpr int kPassWarps = kForm == WeightForm::kFloat32    ? 2
+                                  : kForm == WeightForm::kBFloat16 ? 4
+                                                                   : 8;
+template <WeightForm kForm>
+inline constexpr bool kIsFp4 = kForm == WeightForm::kFp4 || kForm == WeightForm::kFp4Wide;
+template <WeightForm kForm>
+inline constexpr int kManyN = kForm == WeightForm::kFp8 || kForm == WeightForm::kFp4 ? 8 : 4;
+
+template <WeightForm kForm>
+using GateUpFew = TileShape<kForm, 2, 1, kPassWarps<kForm>, 1, 1, kIsFp4<kForm> ? 4 : 2>;
+template <WeightForm kForm>
+using GateUpMany = TileShape<kForm, 2, kManyN<kForm>, kPassWarps<kForm>, 1, 1, kIsFp4<kForm> ? 3 : 2>;
+template <WeightForm kForm>
+using DownFew = TileShape<kForm, 1, 1, kForm == WeightForm::kFloat32 ? 4 : 8, 1, 1,
+                          kIsFp4<kForm>     ? 5
+                          : kIsPlain<kForm> ? 2
+                                            : 4>;
+template <WeightForm kForm>
+using DownMany = TileShape<kForm, kForm == WeightForm::kFloat32 ? 1 : 2, 4, 4, 2, 1,
+                           kIsFp4<kForm>     ? 4
+                           : kIsPlain<kForm> ? 2
+                                             : 3>;
+
+// Grid: x over tokens, y over runs of pieces of the outputs.
+template <class X>
+DSV4_DEVICE void combine(const CombineArguments& a) {
+  const int64_t token = ptx::block_index_x();
+  const int64_t column = (ptx::block_index_y() * kCombineThreads + ptx::thread_index()) * kElements<X>;
+  if (column >= a.hidden) return;
+  float sum[kElements<X>] = {};
+  const auto add = [&](const void* outputs, int64_t row) {
+    const X* from = static_cast<const X*>(outputs) + row * a.hidden;
+    float value[kElements<X>];
+    unpack(load_piece(from, column, a.hidden, a.vector), value);
+    DSV4_UNROLL
+    for (int i = 0; i < kElements<X>; ++i) sum[i] = ptx::add(sum[i], value[i]);
+  };
+  const int32_t* places = a.places + token * a.top_k;
+  constexpr int32_t kNone = 0x7FFFFFFF;
+  for (int32_t last = -1;;) {
+    int32_t next = kNone;
+    for (int k = 0; k < a.top_k; ++k) {
+      const int32_t place = places[k];
+      if (place > last && place < next) next = place;
+    }
+    if (next == kNone) break;
+    add(a.outputs, next);
+    last = next;
+  }
+  if (a.shared != nullptr) add(a.shared, token);
+  store_piece(static_cast<X*>(a.result) + token * a.result_stride, column, a.hidden, a.vector, pack(sum));
+}
+
+}  // namespace
+
+#define DSV4_EXPERT_KERNELS(name, form)                                                     \
+  DSV4_KERNEL(GateUpFew<form>::kThreads, 1)                                                 \
+  sm80_##name##_moe_gate_up_few(const ExpertArguments a) { gate_up<GateUpFew<form>>(a); }   \
+  DSV4_KERNEL(GateUpMany<form>::kThreads, 1)                                                \
+  sm80_##name##_moe_gate_up_many(const ExpertArguments a) { gate_up<GateUpMany<form>>(a); } \
+  DSV4_KERNEL(DownFew<form>::kThreads, 1)                                                   \
+  sm80_##name##_moe_down_few(const ExpertArguments a) { down<DownFew<form>>(a); }           \
+  DSV4_KERNEL(DownMany<form>::kThreads, 1)                                                  \
+  sm80_##name##_moe_down_many(const ExpertArguments a) { down<DownMany<form>>(a); }
+
+DSV4_EXPERT_KERNELS(fp8, WeightForm::kFp8)
+DSV4_EXPERT_KERNELS(fp4, WeightForm::kFp4)
+DSV4_EXPERT_KERNELS(fp4_wide, WeightForm::kFp4Wide)
+DSV4_EXPERT_KERNELS(bf16, WeightForm::kBFloat16)
+DSV4_EXPERT_KERNELS(f32, WeightForm::kFloat32)
+
+DSV4_KERNEL(kPrepareThreads, 4) sm80_bf16_moe_prepare(const PrepareArguments a) { prepare<bf16>(a); }
+DSV4_KERNEL(kPrepareThreads, 4) sm80_f32_moe_prepare(const PrepareArguments a) { prepare<float>(a); }
+DSV4_KERNEL(kMapThreads, 2) sm80_i32_moe_map(const MapArguments a) { moe_map(a); }
+DSV4_KERNEL(kCombineThreads, 4) sm80_bf16_moe_combine(const CombineArguments a) { combine<bf16>(a); }
+DSV4_KERNEL(kCombineThreads, 4) sm80_f32_moe_combine(const CombineArguments a) { combine<float>(a); }
+
+namespace {
+
+constexpr int64_t kTokensAtOnce = 4096;  // bounds the workspace
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+bool aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
+
+// A kernel of the experts and what it takes at a time.
+struct ExpertKernel {
+  void (*run)(ExpertArguments);
+  int rows, tokens, threads, shared_bytes;
+};
+
+template <class Shape>
+constexpr ExpertKernel gate_up_of(void (*run)(ExpertArguments)) {
+  using Plan = GateUpShape<Shape>;
+  static_assert(Plan::kPasses * Plan::kPassRows == kBlockInputs && Plan::kSharedBytes <= cuda::kMaxSharedBytes);
+  return {run, kBlockInputs, Shape::kTokens, Shape::kThreads, Plan::kSharedBytes};
+}
+template <class Shape>
+constexpr ExpertKernel down_of(void (*run)(ExpertArguments)) {
+  static_assert(Shape::kSharedBytes <= cuda::kMaxSharedBytes);
+  return {run, Shape::kRows, Shape::kTokens, Shape::kThreads, Shape::kSharedBytes};
+}
+
+// By form, then few or many.
+#define DSV4_GATE_UP(name, form)                               \
+  {gate_up_of<GateUpFew<form>>(sm80_##name##_moe_gate_up_few), \
+   gate_up_of<GateUpMany<form>>(sm80_##name##_moe_gate_up_many)}
+#define DSV4_DOWN(name, form) \
+  {down_of<DownFew<form>>(sm80_##name##_moe_down_few), down_of<DownMany<form>>(sm80_##name##_moe_down_many)}
+
+constexpr ExpertKernel kGateUp[][2] = {DSV4_GATE_UP(fp8, WeightForm::kFp8), DSV4_GATE_UP(fp4, WeightForm::kFp4),
+                                       DSV4_GATE_UP(fp4_wide, WeightForm::kFp4Wide),
+                                       DSV4_GATE_UP(bf16, WeightForm::kBFloat16),
+                                       DSV4_GATE_UP(f32, WeightForm::kFloat32)};
+constexpr ExpertKernel kDown[][2] = {DSV4_DOWN(fp8, WeightForm::kFp8), DSV4_DOWN(fp4, WeightForm::kFp4),
+                                     DSV4_DOWN(fp4_wide, WeightForm::kFp4Wide), DSV4_DOWN(bf16, WeightForm::kBFloat16),
+                                     DSV4_DOWN(f32, WeightForm::kFloat32)};
+
+WeightForm form_of(const ExpertMatrix& w) {
+  const bool wide = w.scale.dtype == DType::kFloat32;
+  if (w.format == WeightFormat::kFp8) return WeightForm::kFp8;
+  if (w.format == WeightFormat::kFp4) return wide ? WeightForm::kFp4Wide : WeightForm::kFp4;
+  return w.data.dtype == DType::kBFloat16 ? WeightForm::kBFloat16 : WeightForm::kFloat32;
+}
+
+bool plain(const ExpertMatrix& w) { return w.format == WeightFormat::kPlain; }
+
+ExpertWeights weights_of(const ExpertMatrix& w) {
+  ExpertWeights e = {};
+  const int64_t size = !plain(w) ? 1 : w.data.dtype == DType::kBFloat16 ? 2 : 4;
+  const int64_t scale_size = w.scale.dtype == DType::kFloat32 ? 4 : 1;
+  WeightMatrix& m = e.matrix;
+  m.data = static_cast<const uint8_t*>(w.data.data);
+  m.stride = w.data.stride[1] * size;
+  m.bytes = w.data.shape[2] * size;
+  m.scales = w.scale.data;
+  m.scale_stride = w.scale.stride[1];
+  m.scales_of_a_row = w.scale.shape[2];
+  m.wide_scales = w.scale.dtype == DType::kFloat32;
+  e.stride = w.data.stride[0] * size;
+  e.scale_stride = w.scale.stride[0] * scale_size;
+  m.vector = aligned(m.data) && m.stride % 16 == 0 && m.bytes % 16 == 0 && (e.stride % 16 == 0 || w.data.shape[0] == 1);
+  return e;
+}
+
+// The three matrices of the routed experts, or of the shared one.
+struct Expert {
+  const ExpertMatrix *w1, *w3, *w2;
+  bool given() const { return w1->format != WeightFormat::kNone; }
+  int64_t inter() const { return w1->data.shape[1]; }
+};
+Expert routed(const MoeExpertsParams& p) { return {&p.w1, &p.w3, &p.w2}; }
+Expert shared(const MoeExpertsParams& p) { return {p.shared, p.shared + 1, p.shared + 2}; }
+
+int planes_of(const MoeExpertsParams& p, const ExpertMatrix& w) {
+  return plain(w) && p.x.dtype == DType::kFloat32 ? 3 : 1;
+}
+
+int64_t padded_bytes(int64_t inputs) { return ceil_div(inputs, kBlockInputs) * kBlockInputs * 2; }
+
+// Where things lie in the workspace, for `tokens` tokens.
+struct Layout {
+  int64_t pairs, tile_count, tile_rows, used = 0;
+  int64_t quantised, wide, tokens_of, row_weights, places, rows, tiles, inner, shared_inner, outputs, shared_outputs;
+
+  Layout(const MoeExpertsParams& p, const ExpertCut& cut, int64_t tokens) {
+    const int64_t hidden = p.x.size(1), experts = p.w1.data.shape[0], size = p.x.dtype == DType::kBFloat16 ? 2 : 4;
+    const bool has_shared = shared(p).given();
+    pairs = tokens * p.weights.size(1);
+    tile_rows = kTilesRows[cut.many];
+    tile_count = pairs == 0 ? 0 : cut.tile_at_row ? pairs : pairs / tile_rows + experts;
+    const bool any_plain = plain(p.w1) || (has_shared && plain(p.shared[0]));
+    const bool any_quantised = !plain(p.w1) || (has_shared && !plain(p.shared[0]));
+    quantised = take(any_quantised ? tokens * padded_bytes(hidden) : 0);
+    wide = take(any_plain && size == 4 ? tokens * 3 * padded_bytes(hidden) : 0);
+    tokens_of = take(pairs * 4);
+    row_weights = take(pairs * 4);
+    places = take(pairs * 4);
+    rows = take(pairs * 4);
+    tiles = take(tile_count * static_cast<int64_t>(sizeof(ExpertTile)));
+    inner = take(pairs * planes_of(p, p.w2) * padded_bytes(routed(p).inter()));
+    shared_inner = take(has_shared ? tokens * planes_of(p, p.shared[2]) * padded_bytes(shared(p).inter()) : 0);
+    outputs = take(pairs * hidden * size);
+    shared_outputs = take(has_shared ? tokens * hidden * size : 0);
+  }
+
+ private:
+  int64_t take(int64_t bytes) {
+    const int64_t at = used;
+    used += ceil_div(bytes, 64) * 64;
+    return at;
+  }
+};
+
+Status launch_map(const char* name, const MapArguments& a, const Context& context) {
+  cuda::LaunchShape shape;
+  shape.blocks_x = a.experts > 0 ? a.experts : 1;
+  shape.threads = kMapThreads;
+  shape.shared_bytes = kMapSharedBytes;
+  return cuda::launch(name, sm80_i32_moe_map, shape, context, a);
+}
+
+// A run over tokens [first, first + count).
+class ExpertRun {
+ public:
+  ExpertRun(const MoeExpertsParams& p, const ExpertCut& cut, const Context& context, int64_t first, int64_t count)
+      : p_(p), cut_(cut), context_(context), first_(first), count_(count), at_(p, cut, count) {}
+
+  Status run() const {
+    Status status = prepare(false);
+    if (status.is_ok()) status = prepare(true);
+    if (status.is_ok()) status = map();
+    if (status.is_ok() && at_.pairs > 0 && p_.w1.data.shape[0] > 0) status = expert(routed(p_), false);
+    if (status.is_ok() && shared(p_).given()) status = expert(shared(p_), true);
+    return status.is_ok() ? combine() : status;
+  }
+
+ private:
+  template <class T = uint8_t>
+  T* memory(int64_t at) const {
+    return reinterpret_cast<T*>(static_cast<uint8_t*>(p_.workspace.data) + at);
+  }
+  bool narrow() const { return p_.x.dtype == DType::kBFloat16; }
+  int64_t size() const { return narrow() ? 2 : 4; }
+  AnyView<2> x() const {
+    AnyView<2> view = p_.x;
+    view.data = static_cast<uint8_t*>(view.data) + first_ * view.stride[0] * size();
+    view.shape[0] = count_;
+    return view;
+  }
+  bool vector() const {
+    return aligned(p_.x.data) && p_.x.size(1) % 8 == 0 && (p_.x.stride[0] * size() % 16 == 0 || p_.x.size(0) == 1);
+  }
+
+  // x for quantised weights, or for plain ones in float32.
+  Status prepare(bool wide) const {
+    const auto wants = [&](const Expert& e) { return e.given() && plain(*e.w1) == wide; };
+    if ((wide && narrow()) || (!wants(routed(p_)) && !wants(shared(p_)))) return Status::ok();
+    PrepareArguments a = {};
+    const AnyView<2> view = x();
+    a.x.data = view.data;
+    a.x.dtype = view.dtype;
+    a.x.shape[0] = count_;
+    a.x.shape[1] = 1;
+    a.x.shape[2] = view.shape[1];
+    a.x.stride[0] = view.stride[0];
+    a.x.stride[2] = 1;
+    a.to = memory(wide ? at_.wide : at_.quantised);
+    a.units = padded_bytes(view.shape[1]) / 16;
+    a.rows = count_;
+    a.planes = wide ? 3 : 1;
+    a.quantise = a.permute = !wide;
+    a.vector = vector();
+    cuda::LaunchShape shape;
+    shape.blocks_x = ceil_div(a.rows * a.units, kPrepareThreads);
+    shape.threads = kPrepareThreads;
+    if (shape.blocks_x == 0) return Status::ok();
+    return cuda::launch("moe_experts", narrow() ? sm80_bf16_moe_prepare : sm80_f32_moe_prepare, shape, context_, a);
+  }
+
+  Status map() const {
+    if (at_.pairs == 0) return Status::ok();
+    MapArguments a = {};
+    a.indices = p_.indices;
+    a.indices.data = static_cast<uint8_t*>(p_.indices.data) +
+                     first_ * p_.indices.stride[0] * (p_.indices.dtype == DType::kInt64 ? 8 : 4);
+    a.pairs = at_.pairs;
+    a.top_k = static_cast<int>(p_.weights.size(1));
+    a.experts = static_cast<int>(p_.w1.data.shape[0]);
+    a.rows = memory<int32_t>(at_.rows);
+    a.weights = p_.weights;
+    a.weights.data += first_ * p_.weights.stride[0];
+    a.tokens = memory<int32_t>(at_.tokens_of);
+    a.row_weights = memory<float>(at_.row_weights);
+    a.places = memory<int32_t>(at_.places);
+    a.tiles = memory<ExpertTile>(at_.tiles);
+    a.tile_rows = static_cast<int>(at_.tile_rows);
+    a.tile_count = at_.tile_count;
+    a.tile_at_row = cut_.tile_at_row;
+    return launch_map("moe_experts", a, context_);
+  }
+
+  ActivationRows input(const Expert& e, bool is_shared) const {
+    ActivationRows rows = {};
+    rows.inputs = p_.x.size(1);
+    rows.planes = planes_of(p_, *e.w1);
+    rows.map = is_shared ? nullptr : memory<int32_t>(at_.tokens_of);
+    if (plain(*e.w1) && narrow()) {
+      rows.data = static_cast<const uint8_t*>(x().data);
+      rows.stride = p_.x.stride[0] * 2;
+      rows.bytes = rows.inputs * 2;
+      rows.vector = vector();
+    } else {
+      rows.data = memory(plain(*e.w1) ? at_.wide : at_.quantised);
+      rows.bytes = rows.plane_stride = padded_bytes(rows.inputs);
+      rows.stride = rows.planes * rows.bytes;
+      rows.vector = true;
+    }
+    return rows;
+  }
+
+  Status expert(const Expert& e, bool is_shared) const {
+    const bool many = is_shared ? cut_.many_shared : cut_.many;
+    ExpertArguments a = {};
+    a.first = weights_of(*e.w1);
+    a.second = weights_of(*e.w3);
+    a.first.matrix.vector = a.second.matrix.vector = a.first.matrix.vector && a.second.matrix.vector;
+    a.x = input(e, is_shared);
+    a.tiles = is_shared ? nullptr : memory<ExpertTile>(at_.tiles);
+    a.rows = count_;
+    a.outputs = e.inter();
+    a.row_weights = is_shared ? nullptr : memory<float>(at_.row_weights);
+    a.limit = p_.swiglu_limit;
+    a.narrow = narrow();
+    a.inner = memory(is_shared ? at_.shared_inner : at_.inner);
+    a.inner_planes = planes_of(p_, *e.w2);
+    a.inner_plane_stride = padded_bytes(a.outputs);
+    a.inner_stride = a.inner_planes * a.inner_plane_stride;
+    a.quantise = !plain(*e.w2);
+    const Status gated = launch(kGateUp[static_cast<int>(form_of(*e.w1))][many], a);
+    if (!gated.is_ok()) return gated;
+    a.first = weights_of(*e.w2);
+    a.x = {};
+    a.x.data = a.inner;
+    a.x.inputs = a.outputs;
+    a.x.stride = a.inner_stride;
+    a.x.plane_stride = a.x.bytes = a.inner_plane_stride;
+    a.x.planes = a.inner_planes;
+    a.x.vector = true;
+    a.outputs = p_.x.size(1);
+    a.out = memory(is_shared ? at_.shared_outputs : at_.outputs);
+    return launch(kDown[static_cast<int>(form_of(*e.w2))][many], a);
+  }
+
+  Status launch(const ExpertKernel& kernel, ExpertArguments a) const {
+    a.split = a.tiles != nullptr ? static_cast<int>(at_.tile_rows) / kernel.tokens : 1;
+    a.tile_count = a.tiles != nullptr ? at_.tile_count * a.split : ceil_div(a.rows, kernel.tokens);
+    cuda::LaunchShape shape;
+    shape.blocks_x = a.tile_count * ceil_div(a.outputs, kernel.rows);
+    shape.threads = kernel.threads;
+    shape.shared_bytes = kernel.shared_bytes;
+    if (shape.blocks_x == 0) return Status::ok();
+    return cuda::launch("moe_experts", kernel.run, shape, context_, a);
+  }
+
+  Status combine() const {
+    CombineArguments a = {};
+    const int64_t elements = 16 / size();
+    a.places = memory<int32_t>(at_.places);
+    a.outputs = memory(at_.outputs);
+    a.shared = shared(p_).given() ? memory(at_.shared_outputs) : nullptr;
+    a.result_stride = p_.result.stride[0];
+    a.result = static_cast<uint8_t*>(p_.result.data) + first_ * a.result_stride * size();
+    a.hidden = p_.x.size(1);
+    a.top_k = static_cast<int>(p_.weights.size(1));
+    a.vector = aligned(p_.result.data) && a.hidden % elements == 0 &&
+               (a.result_stride % elements == 0 || p_.result.shape[0] == 1);
+    cuda::LaunchShape shape;
+    shape.blocks_x = count_;
+    shape.blocks_y = ceil_div(a.hidden, kCombineThreads * elements);
+    shape.threads = kCombineThreads;
+    if (shape.blocks_y == 0) return Status::ok();
+    return cuda::launch("moe_experts", narrow() ? sm80_bf16_moe_combine : sm80_f32_moe_combine, shape, context_, a);
+  }
+
+  const MoeExpertsParams& p_;
+  const ExpertCut& cut_;
+  const Context& context_;
+  int64_t first_, count_;
+  Layout at_;
+};
+
+}  // namespace
+
+bool accepts_moe_experts(const MoeExpertsParams& p) {
+  const auto alike = [](const Expert& e) {
+    return !e.given() || (form_of(*e.w1) == form_of(*e.w3) && e.w1->scale.dtype == e.w3->scale.dtype);
+  };
+  return alike(routed(p)) && alike(shared(p));
+}
+
+ExpertCut expert_cut(const MoeExpertsParams& p) {
+  const int64_t tokens = p.x.size(0) < kTokensAtOnce ? p.x.size(0) : kTokensAtOnce;
+  const int64_t pairs = tokens * p.weights.size(1), experts = p.w1.data.shape[0];
+  ExpertCut cut = {tokens, pairs > kTilesRows[0] * experts, tokens > kTilesRows[0], false};
+  cut.tile_at_row = pairs <= pairs / kTilesRows[cut.many] + experts;
+  return cut;
+}
+
+int64_t moe_experts_workspace_bytes(const MoeExpertsParams& p, const ExpertCut& cut) {
+  return accepts_moe_experts(p) ? Layout(p, cut, cut.tokens).used : 0;
+}
+
+Status moe_experts(const MoeExpertsParams& p, const ExpertCut& cut, const Context& context) {
+  const int64_t needed = moe_experts_workspace_bytes(p, cut), tokens = p.x.size(0);
+  if (p.workspace.bytes < needed) {
+    return Status::error("moe_experts: workspace has %lld bytes, needs %lld", static_cast<long long>(p.workspace.bytes),
+                         static_cast<long long>(needed));
+  }
+  for (int64_t first = 0; first < tokens; first += cut.tokens) {
+    const int64_t left = tokens - first;
+    const Status status = ExpertRun(p, cut, context, first, left < cut.tokens ? left : cut.tokens).run();
+    if (!status.is_ok()) return status;
+  }
+  return Status::ok();
+}
+
+int64_t moe_experts_workspace_bytes(const MoeExpertsParams& p, const Context&) {
+  return sm80::moe_experts_workspace_bytes(p, expert_cut(p));
+}
+Status moe_experts(const MoeExpertsParams& p, const Context& context) {
+  return sm80::moe_experts(p, expert_cut(p), context);
+}
+
+Status moe_map(const MoeMapParams& p, const Context& context) {
+  MapArguments a = {};
+  a.indices = p.indices;
+  a.pairs = p.indices.size(0) * p.indices.size(1);
+  a.top_k = static_cast<int>(p.indices.size(1));
+  a.experts = static_cast<int>(p.experts);
+  a.offsets = static_cast<int32_t*>(p.offsets.data);
+  a.rows = static_cast<int32_t*>(p.rows.data);
+  return launch_map("moe_map", a, context);
+}
+
+}  // namespace dsv4::sm80

@@ -1,0 +1,30 @@
+// The mixture of experts for every NVIDIA GPU from Ampere on. ops/moe.cpp chooses among the candidates and has checked
+// the parameters, but not values in the GPU's memory.
+#pragma once
+
+#include "ops/moe.h"
+
+namespace dsv4::sm80 {
+
+// A token id that is none of the table, and an expert in the table that is none, give index -1 and weight 0.
+int64_t moe_gate_workspace_bytes(const MoeGateParams&, const Context&);
+Status moe_gate(const MoeGateParams&, const Context&);
+
+// w1 and w3 must be of one form, their scales of one type; so of the shared expert.
+bool accepts_moe_experts(const MoeExpertsParams&);
+int64_t moe_experts_workspace_bytes(const MoeExpertsParams&, const Context&);
+Status moe_experts(const MoeExpertsParams&, const Context&);
+
+// How a call is cut, which changes no bit of the results.
+struct ExpertCut {
+  int64_t tokens;          // taken at a time
+  bool many, many_shared;  // tiles of 64 rows, not 8: of the routed experts, of the shared one
+  bool tile_at_row;        // see moe_map.h
+};
+ExpertCut expert_cut(const MoeExpertsParams&);
+int64_t moe_experts_workspace_bytes(const MoeExpertsParams&, const ExpertCut&);
+Status moe_experts(const MoeExpertsParams&, const ExpertCut&, const Context&);
+
+Status moe_map(const MoeMapParams&, const Context&);
+
+}  // namespace dsv4::sm80
