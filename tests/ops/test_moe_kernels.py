@@ -219,6 +219,15 @@ def test_e2m1_codes_and_extreme_scales(implementation: str) -> None:
         torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-37, equal_nan=True)
 
 
+@experts
+def test_the_order_of_slots_does_not_matter(implementation: str) -> None:
+    """In float32, where another order of the sum shows in the last bits."""
+    a = problem(tokens=40, top_k=6, count=8, form="plain", shared="plain", hidden=64, inter=32, dtype=torch.float32)
+    order = torch.tensor([3, 0, 5, 1, 4, 2])
+    shuffled = {**a, "indices": a["indices"][:, order], "weights": a["weights"][:, order]}
+    assert_same_bits(run(implementation, shuffled), run(implementation, a))
+
+
 @pytest.mark.parametrize("exponent", [63, 64, 126, 127, 128, 190, 191, 255])
 @pytest.mark.parametrize("form", ["fp4", "fp8"])
 @experts
