@@ -228,6 +228,20 @@ def test_the_order_of_slots_does_not_matter(implementation: str) -> None:
     assert_same_bits(run(implementation, shuffled), run(implementation, a))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@experts
+def test_outputs_are_summed_by_ascending_expert_then_the_shared_one(implementation: str, dtype: torch.dtype) -> None:
+    """The sum of what each expert gives alone, taken in float32 in the documented order, has the same bits."""
+    a = problem(tokens=40, top_k=6, count=8, form="plain", shared="plain", hidden=64, inter=32, dtype=dtype)
+    nobody = torch.full_like(a["indices"], -1)
+    total = torch.zeros(a["x"].shape)
+    for expert in range(8):
+        alone = {**a, "indices": torch.where(a["indices"] == expert, a["indices"], nobody), "shared": None}
+        total += run(implementation, alone).float()
+    total += run(implementation, {**a, "indices": nobody}).float()
+    assert_same_bits(run(implementation, a), total.to(dtype))
+
+
 @pytest.mark.parametrize("exponent", [63, 64, 126, 127, 128, 190, 191, 255])
 @pytest.mark.parametrize("form", ["fp4", "fp8"])
 @experts
