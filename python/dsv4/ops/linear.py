@@ -131,6 +131,28 @@ def grouped_linear_reference(x: Tensor, weight: Tensor, scale: Tensor | None = N
     return y.transpose(0, 1).contiguous()
 
 
+def _save_grouped(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _grouped_linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """dx[:, g] = dy[:, g] W_g, dW_g = dy[:, g]^T x[:, g]."""
+    x, weight, scale = ctx.saved_tensors
+    needs_x, needs_weight, *needs_scale = ctx.needs_input_grad
+    if any(needs_scale):
+        raise RuntimeError("grouped_linear: scale has no gradient; train with plain weights (quantization='off')")
+    rows, groups = grad.transpose(0, 1), x.shape[1]  # [groups, tokens, out]
+    grad_x = grad_weight = None
+    if needs_x:
+        wide = weight if scale is None else dequantize_weight_reference(weight, scale, torch.float64)
+        per_group = wide.unflatten(0, (groups, wide.shape[0] // groups))
+        product = torch.matmul(rows, per_group) if scale is None else exact_matmul(rows, per_group, x.dtype)
+        grad_x = product.transpose(0, 1)
+    if needs_weight:
+        grad_weight = torch.matmul(rows.mT, x.transpose(0, 1)).flatten(0, 1)
+    return grad_x, grad_weight, None
+
+
 def _check_grouped_linear(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> None:
     check = Check("grouped_linear")
     _, groups, size = check.tensor("x", x, WIDE_FLOATS, ("tokens", "groups", "in"))
@@ -219,7 +241,8 @@ for _op in ("grouped_linear", "_grouped_linear_reference"):  # the second takes 
         f"{_op}(Tensor x, Tensor weight, Tensor? scale=None) -> Tensor",
         grouped_linear_reference,
         check=_check_grouped_linear,
-        recompute=True,
+        backward=_grouped_linear_backward,
+        setup_context=_save_grouped,
     )
 for _op in ("dense_linear", "_dense_linear_reference"):  # the second takes float64
     register(

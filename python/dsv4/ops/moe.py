@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from dsv4.ops._check import INTEGERS, WIDE_FLOATS, Check
 from dsv4.ops._exact import exact_matmul
+from dsv4.ops._moe_gradient import (
+    experts_backward,
+    experts_backward_fake,
+    gate_backward,
+    moe_experts_backward_reference,
+    save_experts,
+    save_gate,
+    sqrt_softplus,
+)
 from dsv4.ops._registry import register
 from dsv4.ops.linear import quantized_activation
 from dsv4.ops.quantize import check_quantized_weight, dequantize_weight_reference
@@ -25,10 +33,6 @@ __all__ = [
 ]
 
 _KERNEL_FLOATS = (torch.bfloat16, torch.float32)
-_SOFTPLUS_THRESHOLD = 20.0
-# Below this softplus(z) equals exp(z) in float64 too, and its root is better taken as exp(z / 2): no underflow, no 0/0
-# in the gradient.
-_SOFTPLUS_TAIL = -40.0
 
 
 def moe_gate(
@@ -77,7 +81,7 @@ def moe_gate_reference(
 ) -> tuple[Tensor, Tensor]:
     dtype = torch.promote_types(x.dtype, torch.float32)
     # Rounding logits and scores to float32 drops the traces that the order of summation leaves in float64.
-    score = _sqrt_softplus(exact_matmul(x, weight.mT, dtype).double()).to(dtype)
+    score = sqrt_softplus(exact_matmul(x, weight.mT, dtype).double()).to(dtype)
     if tid2eid is not None and token_ids is not None:
         indices = tid2eid[token_ids.long()].long()
     else:
@@ -87,11 +91,6 @@ def moe_gate_reference(
     chosen = score.gather(1, indices).double()
     total = chosen.sum(-1, keepdim=True).clamp_min(torch.finfo(dtype).tiny)
     return (chosen / total * route_scale).to(dtype), indices.to(torch.int32)
-
-
-def _sqrt_softplus(z: Tensor) -> Tensor:
-    root = torch.nn.functional.softplus(z.clamp_min(_SOFTPLUS_TAIL), threshold=_SOFTPLUS_THRESHOLD).sqrt()
-    return torch.where(z < _SOFTPLUS_TAIL, (z.clamp_max(_SOFTPLUS_TAIL) / 2).exp(), root)
 
 
 def _check_moe_gate(
@@ -334,116 +333,6 @@ def _check_matrices(
         check.tensor(prefix + name, matrix, (matrix.dtype,), (*leading, out, size // packed))
 
 
-def moe_experts_backward_reference(
-    grad: Tensor,
-    x: Tensor,
-    weights: Tensor,
-    indices: Tensor,
-    w1: Tensor,
-    w3: Tensor,
-    w2: Tensor,
-    shared: Sequence[Tensor],
-    swiglu_limit: float,
-) -> list[Tensor]:
-    """Gradients of plain experts with respect to x, weights, w1, w3, w2 and the shared matrices, in this order."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    d_x = torch.zeros(x.shape, dtype=wide, device=x.device)
-    d_weights = torch.zeros_like(weights)
-    d_matrices = [torch.zeros_like(w) for w in (w1, w3, w2)]
-    for expert in indices.unique().tolist():
-        if not 0 <= expert < w1.shape[0]:
-            continue
-        token, slot = torch.where(indices == expert)
-        matrices = (w1[expert], w3[expert], w2[expert])
-        weight = weights[token, slot].unsqueeze(-1)
-        d_rows, d_weight, d_expert = _expert_backward(grad[token], x[token], matrices, weight, swiglu_limit)
-        d_x = d_x.index_add(0, token, d_rows)
-        d_weights[token, slot] = d_weight.squeeze(-1).to(weights.dtype)
-        for total, part in zip(d_matrices, d_expert, strict=True):
-            total[expert] = part
-    d_shared: tuple[Tensor, ...] = ()
-    if shared:
-        one = torch.ones(x.shape[0], 1, dtype=wide, device=x.device)
-        d_rows, _, d_shared = _expert_backward(grad, x, (shared[0], shared[1], shared[2]), one, swiglu_limit)
-        d_x = d_x + d_rows
-    return [d_x.to(x.dtype), d_weights, *d_matrices, *d_shared]
-
-
-def _expert_backward(
-    grad: Tensor, x: Tensor, matrices: tuple[Tensor, Tensor, Tensor], weight: Tensor, limit: float
-) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
-    """Gradients of one plain expert: rows [rows, hidden] (not yet cast), routing weight [rows, 1], (w1, w3, w2)."""
-    w1, w3, w2 = matrices
-    wide = torch.promote_types(x.dtype, torch.float32)
-    weight = weight.to(wide)
-    raw_gate, raw_up = (x @ w1.mT).to(wide), (x @ w3.mT).to(wide)
-    gate = raw_gate.clamp_max(limit) if limit > 0 else raw_gate
-    up = raw_up.clamp(-limit, limit) if limit > 0 else raw_up
-    sigmoid = gate.sigmoid()
-    silu = gate * sigmoid
-    d_hidden = (grad @ w2).to(wide)
-    d_weight = (d_hidden * silu * up).sum(-1, keepdim=True)
-    d_product = d_hidden * weight
-    d_gate = d_product * up * sigmoid * (1 + gate * (1 - sigmoid))
-    d_up = d_product * silu
-    if limit > 0:
-        d_gate = d_gate.masked_fill(raw_gate > limit, 0)
-        d_up = d_up.masked_fill(raw_up.abs() > limit, 0)
-    d_gate, d_up = d_gate.to(x.dtype), d_up.to(x.dtype)
-    hidden = (silu * up * weight).to(x.dtype)
-    d_rows = (d_gate @ w1).to(wide) + (d_up @ w3).to(wide)
-    return d_rows, d_weight, (d_gate.mT @ x, d_up.mT @ x, grad.mT @ hidden)
-
-
-def _backward_fake(
-    grad: Tensor,
-    x: Tensor,
-    weights: Tensor,
-    indices: Tensor,
-    w1: Tensor,
-    w3: Tensor,
-    w2: Tensor,
-    shared: Sequence[Tensor],
-    swiglu_limit: float,
-) -> list[Tensor]:
-    return [t.new_empty(t.shape) for t in (x, weights, w1, w3, w2, *shared)]
-
-
-def _experts_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weights, indices, w1, w3, w2, *scales, shared, ctx.limit = inputs
-    ctx.has_list = shared is not None
-    shared = shared or ()
-    ctx.quantized = len(shared) == 6 or any(scale is not None for scale in scales)
-    ctx.save_for_backward(*(() if ctx.quantized else (x, weights, indices, w1, w3, w2, *shared)))
-
-
-def _experts_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    if ctx.quantized:
-        raise RuntimeError(
-            "moe_experts: quantised experts have no gradient; train with plain weights (quantization='off')"
-        )
-    x, weights, indices, w1, w3, w2, *shared = ctx.saved_tensors
-    gradients = torch.ops.dsv4.moe_experts_backward(grad, x, weights, indices, w1, w3, w2, shared, ctx.limit)
-    d_x, d_weights, d_w1, d_w3, d_w2, *d_shared = gradients
-    return d_x, d_weights, None, d_w1, d_w3, d_w2, None, None, None, d_shared if ctx.has_list else None, None
-
-
-def _gate_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, ctx.top_k, _, _, _, ctx.route_scale = inputs
-    ctx.save_for_backward(x, weight, output[1])
-    ctx.mark_non_differentiable(output[1])
-
-
-def _gate_backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Any, ...]:
-    """Through the formula once more, with the experts that the forward pass chose."""
-    x, weight, indices = ctx.saved_tensors
-    leaves = (x.detach().requires_grad_(), weight.detach().requires_grad_())
-    rows = torch.arange(x.shape[0], device=x.device)
-    with torch.enable_grad():
-        weights, _ = moe_gate_reference(leaves[0], leaves[1], ctx.top_k, None, rows, indices, ctx.route_scale)
-    return *torch.autograd.grad(weights, leaves, grad), None, None, None, None, None
-
-
 # The kernels take bfloat16 and float32; the second of each pair is for the rest.
 for _name in ("moe_gate", "_moe_gate_reference"):
     register(
@@ -452,8 +341,8 @@ for _name in ("moe_gate", "_moe_gate_reference"):
         moe_gate_reference,
         check=_check_moe_gate,
         check_values=_check_moe_gate_values,
-        backward=_gate_backward,
-        setup_context=_gate_context,
+        backward=gate_backward,
+        setup_context=save_gate,
     )
 register(
     "moe_map(Tensor indices, int experts) -> (Tensor, Tensor)",
@@ -468,12 +357,12 @@ for _name in ("moe_experts", "_moe_experts_reference"):
         moe_experts_reference,
         check=_check_moe_experts,
         fake=lambda x, *others, **named: torch.empty_like(x, memory_format=torch.contiguous_format),
-        backward=_experts_backward,
-        setup_context=_experts_context,
+        backward=experts_backward,
+        setup_context=save_experts,
     )
 register(
     "moe_experts_backward(Tensor grad, Tensor x, Tensor weights, Tensor indices, Tensor w1, Tensor w3, Tensor w2,"
     " Tensor[] shared, float swiglu_limit) -> Tensor[]",
     moe_experts_backward_reference,
-    fake=_backward_fake,
+    fake=experts_backward_fake,
 )

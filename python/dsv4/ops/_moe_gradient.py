@@ -1,0 +1,165 @@
+"""Gradients of the gate and of plain experts, by formula."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsv4.ops.linear import dense_linear
+
+SOFTPLUS_THRESHOLD = 20.0
+# Below this softplus(z) equals exp(z) in float64 too, and its root is better taken as exp(z / 2): no underflow, no 0/0
+# in the gradient.
+SOFTPLUS_TAIL = -40.0
+
+
+def sqrt_softplus(z: Tensor) -> Tensor:
+    root = torch.nn.functional.softplus(z.clamp_min(SOFTPLUS_TAIL), threshold=SOFTPLUS_THRESHOLD).sqrt()
+    return torch.where(z < SOFTPLUS_TAIL, (z.clamp_max(SOFTPLUS_TAIL) / 2).exp(), root)
+
+
+def _sqrt_softplus_slope(z: Tensor, score: Tensor) -> Tensor:
+    """ds/dz of score = sqrt(softplus(z)): sigmoid(z) / 2s; s / 2 in the tail, 1 / 2s past the threshold."""
+    inner = z.clamp_min(SOFTPLUS_TAIL)
+    slope = torch.where(inner > SOFTPLUS_THRESHOLD, 1.0, inner.sigmoid()) / (2 * sqrt_softplus(inner))
+    return torch.where(z < SOFTPLUS_TAIL, score / 2, slope)
+
+
+def save_gate(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weight, _, _, _, _, ctx.route_scale = inputs
+    ctx.save_for_backward(x, weight, output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def gate_backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    """For the experts that the forward pass chose; neither the choice nor the bias has a gradient.
+
+    With S the sum of the scores s of a token: dL/ds_k = route_scale / S (g_k - sum_j g_j s_j / S).
+    """
+    x, weight, indices = ctx.saved_tensors
+    needs_x, needs_weight = ctx.needs_input_grad[:2]
+    chosen = indices.long()
+    z = dense_linear(x, weight, grad.dtype).gather(1, chosen).double()
+    score, wide = sqrt_softplus(z), grad.double()
+    total, least = score.sum(-1, keepdim=True), torch.finfo(grad.dtype).tiny
+    divisor = total.clamp_min(least)
+    # Below its least value the divisor is a constant.
+    mean = torch.where(total < least, 0.0, (wide * score).sum(-1, keepdim=True) / divisor)
+    d_chosen = (wide - mean) / divisor * ctx.route_scale * _sqrt_softplus_slope(z, score)
+    d_z = torch.zeros(x.shape[0], weight.shape[0], dtype=grad.dtype, device=grad.device)
+    d_z = d_z.scatter_add(1, chosen, d_chosen.to(grad.dtype))  # a row of tid2eid may name an expert twice
+    d_x = dense_linear(d_z, weight.mT, x.dtype) if needs_x else None
+    d_weight = dense_linear(d_z.mT, x.mT, weight.dtype) if needs_weight else None
+    return d_x, d_weight, None, None, None, None, None
+
+
+def moe_experts_backward_reference(
+    grad: Tensor,
+    x: Tensor,
+    weights: Tensor,
+    indices: Tensor,
+    w1: Tensor,
+    w3: Tensor,
+    w2: Tensor,
+    shared: Sequence[Tensor],
+    swiglu_limit: float,
+) -> list[Tensor]:
+    """Gradients of plain experts with respect to x, weights, w1, w3, w2 and the shared matrices, in this order.
+
+    Of each expert's rows at once, experts ascending, so that the order of every sum is fixed. gate and up are taken
+    again from x: between the passes nothing is kept but the arguments.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    experts, top_k = w1.shape[0], weights.shape[1]
+    offsets, rows = torch.ops.dsv4.moe_map(indices, max(experts, 1))
+    bounds = offsets.tolist()
+    pairs = rows[: bounds[-1]].long()
+    tokens, factors = pairs // top_k, weights.reshape(-1)[pairs].to(wide)
+    d_x = torch.zeros(x.shape, dtype=wide, device=x.device)
+    d_weights = weights.new_zeros(weights.numel())
+    d_matrices = [torch.empty(w.shape, dtype=w.dtype, device=w.device) for w in (w1, w3, w2)]
+    for expert in range(experts):
+        begin, end = bounds[expert], bounds[expert + 1]
+        d_expert = (d_matrices[0][expert], d_matrices[1][expert], d_matrices[2][expert])
+        if begin == end:
+            for total in d_expert:
+                total.zero_()
+            continue
+        token = tokens[begin:end]
+        matrices = (w1[expert], w3[expert], w2[expert])
+        d_rows, d_factor = _expert_backward(grad[token], x[token], matrices, factors[begin:end], swiglu_limit, d_expert)
+        d_x.index_add_(0, token, d_rows)
+        d_weights[pairs[begin:end]] = d_factor.to(weights.dtype)
+    d_shared = [torch.empty(w.shape, dtype=w.dtype, device=w.device) for w in shared]
+    if shared:
+        parts, d_parts = (shared[0], shared[1], shared[2]), (d_shared[0], d_shared[1], d_shared[2])
+        d_x += _expert_backward(grad, x, parts, None, swiglu_limit, d_parts)[0]
+    return [d_x.to(x.dtype), d_weights.view(weights.shape), *d_matrices, *d_shared]
+
+
+def _expert_backward(
+    grad: Tensor,
+    x: Tensor,
+    matrices: tuple[Tensor, Tensor, Tensor],
+    factor: Tensor | None,
+    limit: float,
+    results: tuple[Tensor, Tensor, Tensor],
+) -> tuple[Tensor, Tensor]:
+    """Gradients of one plain expert: rows [rows, hidden] (not yet cast) and routing weights [rows]; those of (w1, w3,
+    w2) go to `results`."""
+    w1, w3, w2 = matrices
+    wide = torch.promote_types(x.dtype, torch.float32)
+    raw_gate, raw_up = (x @ w1.mT).to(wide), (x @ w3.mT).to(wide)
+    gate = raw_gate.clamp_max(limit) if limit > 0 else raw_gate
+    up = raw_up.clamp(-limit, limit) if limit > 0 else raw_up
+    silu = torch.nn.functional.silu(gate)
+    product = silu * up
+    d_hidden = (grad @ w2).to(wide)
+    d_factor = (d_hidden * product).sum(-1)
+    if factor is not None:
+        product *= factor.unsqueeze(-1)
+        d_hidden *= factor.unsqueeze(-1)
+    d_gate, d_up = torch.ops.aten.silu_backward(d_hidden * up, gate), d_hidden * silu
+    if limit > 0:
+        d_gate.masked_fill_(raw_gate > limit, 0)
+        d_up.masked_fill_(raw_up.abs() > limit, 0)
+    d_gate, d_up = d_gate.to(x.dtype), d_up.to(x.dtype)
+    for left, right, result in zip((d_gate, d_up, grad), (x, x, product.to(x.dtype)), results, strict=True):
+        torch.mm(left.mT, right, out=result)
+    return (d_gate @ w1).to(wide) + (d_up @ w3).to(wide), d_factor
+
+
+def experts_backward_fake(
+    grad: Tensor,
+    x: Tensor,
+    weights: Tensor,
+    indices: Tensor,
+    w1: Tensor,
+    w3: Tensor,
+    w2: Tensor,
+    shared: Sequence[Tensor],
+    swiglu_limit: float,
+) -> list[Tensor]:
+    return [t.new_empty(t.shape) for t in (x, weights, w1, w3, w2, *shared)]
+
+
+def save_experts(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weights, indices, w1, w3, w2, *scales, shared, ctx.limit = inputs
+    ctx.has_list = shared is not None
+    shared = shared or ()
+    ctx.quantized = len(shared) == 6 or any(scale is not None for scale in scales)
+    ctx.save_for_backward(*(() if ctx.quantized else (x, weights, indices, w1, w3, w2, *shared)))
+
+
+def experts_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    if ctx.quantized:
+        raise RuntimeError(
+            "moe_experts: quantised experts have no gradient; train with plain weights (quantization='off')"
+        )
+    x, weights, indices, w1, w3, w2, *shared = ctx.saved_tensors
+    gradients = torch.ops.dsv4.moe_experts_backward(grad, x, weights, indices, w1, w3, w2, shared, ctx.limit)
+    d_x, d_weights, d_w1, d_w3, d_w2, *d_shared = gradients
+    return d_x, d_weights, None, d_w1, d_w3, d_w2, None, None, None, d_shared if ctx.has_list else None, None
