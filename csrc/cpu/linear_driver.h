@@ -1,12 +1,14 @@
 // What the linear kernels share: rows of activations are prepared once, then panels of weight rows go to the threads.
 //
 // A kernel is a class with
-//   static int64_t row_bytes(const LinearParams&)    of a prepared row of activations
+//   static constexpr int64_t kUnit                   rows of activations that are prepared together
+//   static int64_t unit_bytes(const LinearParams&)   of such rows, prepared
+//   static int64_t panel(const LinearParams&)        weight rows of a piece of work
 //   static int64_t memory(const LinearParams&)       scratch memory of one, bytes
-//   static void prepare(const LinearParams&, int64_t token, int64_t group, uint8_t* to)
+//   static void prepare(const LinearParams&, int64_t token, int64_t group, uint8_t* to)   a unit from `token` on
 //   Kernel(const LinearParams&, uint8_t* memory)
-//   void run(const uint8_t* rows, int64_t group, int64_t begin, int64_t end)   outputs [begin, end) of the group, for
-//       its prepared rows, one after another
+//   void run(const uint8_t* units, int64_t group, int64_t begin, int64_t end)   outputs [begin, end) of the group, for
+//       its prepared units, one after another
 #pragma once
 
 #include "common/pages.h"
@@ -15,7 +17,7 @@
 namespace dsv4 {
 namespace {
 
-inline constexpr int64_t kLinearPanel = 32;  // weight rows
+inline constexpr int64_t kLinearPanel = 32;  // weight rows of the kernels without tiles
 
 // Products below which one thread is done before a second one has woken.
 inline constexpr int64_t kAloneProducts = 1 << 18;
@@ -45,44 +47,45 @@ class LinearCall {
   LinearCall(const LinearParams& p, const Context& context)
       : p_(p),
         context_(context),
-        tokens_(p.x.size(0)),
+        units_((p.x.size(0) + Kernel::kUnit - 1) / Kernel::kUnit),
         groups_(p.x.size(1)),
         outputs_(p.weight.size(0) / p.x.size(1)),
-        panels_((outputs_ + kLinearPanel - 1) / kLinearPanel),
-        row_bytes_(round_up(Kernel::row_bytes(p), 64)),
+        panel_(Kernel::panel(p)),
+        panels_((outputs_ + panel_ - 1) / panel_),
+        unit_bytes_(round_up(Kernel::unit_bytes(p), 64)),
         slot_bytes_(round_up(Kernel::memory(p), 64)),
         slots_(groups_ * panels_ < context.threads ? groups_ * panels_ : context.threads) {}
 
-  int64_t bytes() const { return tokens_ == 0 ? 0 : tokens_ * groups_ * row_bytes_ + slots_ * slot_bytes_; }
+  int64_t bytes() const { return units_ == 0 ? 0 : units_ * groups_ * unit_bytes_ + slots_ * slot_bytes_; }
 
   Status run() const {
-    if (tokens_ == 0 || outputs_ == 0) return Status::ok();
+    if (units_ == 0 || outputs_ == 0) return Status::ok();
     const auto prepare = [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) Kernel::prepare(p_, i % tokens_, i / tokens_, row(i));
+      for (int64_t i = begin; i < end; ++i) Kernel::prepare(p_, i % units_ * Kernel::kUnit, i / units_, unit(i));
     };
-    if (tokens_ * groups_ * p_.x.size(2) <= kAlonePrepared) {
-      prepare(0, tokens_ * groups_);
+    const int64_t rows = p_.x.size(0), inputs = p_.x.size(2);
+    if (rows * groups_ * inputs <= kAlonePrepared) {
+      prepare(0, units_ * groups_);
     } else {
-      parallel(context_, tokens_ * groups_, prepare);
+      parallel(context_, units_ * groups_, prepare);
     }
     const auto work = [&](int64_t slot, const auto& next) {
-      Kernel kernel(p_, row(tokens_ * groups_) + slot * slot_bytes_);
+      Kernel kernel(p_, unit(units_ * groups_) + slot * slot_bytes_);
       for (int64_t item = next(); item >= 0; item = next()) {
-        const int64_t group = item / panels_, first = item % panels_ * kLinearPanel;
-        kernel.run(row(group * tokens_), group, first,
-                   first + kLinearPanel < outputs_ ? first + kLinearPanel : outputs_);
+        const int64_t group = item / panels_, first = item % panels_ * panel_;
+        kernel.run(unit(group * units_), group, first, first + panel_ < outputs_ ? first + panel_ : outputs_);
       }
     };
-    linear_spread(context_, slots_, groups_ * panels_, tokens_ * p_.weight.size(0) * p_.x.size(2), work);
+    linear_spread(context_, slots_, groups_ * panels_, rows * p_.weight.size(0) * inputs, work);
     return Status::ok();
   }
 
  private:
-  uint8_t* row(int64_t index) const { return static_cast<uint8_t*>(p_.workspace.data) + index * row_bytes_; }
+  uint8_t* unit(int64_t index) const { return static_cast<uint8_t*>(p_.workspace.data) + index * unit_bytes_; }
 
   const LinearParams& p_;
   const Context& context_;
-  int64_t tokens_, groups_, outputs_, panels_, row_bytes_, slot_bytes_, slots_;
+  int64_t units_, groups_, outputs_, panel_, panels_, unit_bytes_, slot_bytes_, slots_;
 };
 
 // A kernel's functions for one op.

@@ -8,23 +8,34 @@
 namespace dsv4 {
 namespace {
 
+// What AMX takes, whatever the number of rows: a row's bits must not depend on it.
+bool e8m0_scales(const LinearParams& p) { return p.scale.dtype == DType::kUInt8; }
+bool narrow_with_e8m0_scales(const LinearParams& p) { return e8m0_scales(p) && p.x.dtype == DType::kBFloat16; }
+bool both_narrow(const DenseLinearParams& p) {
+  return p.x.dtype == DType::kBFloat16 && p.weight.dtype == DType::kBFloat16;
+}
+
 constexpr Candidate<LinearParams> kFp8Linear[] = {
     {"sm80", Isa::kSm80, DSV4_SM80(sm80::fp8_linear)},
+    {"amx", Isa::kAmx, DSV4_AMX(amx::fp8_linear), e8m0_scales},
     {"avx512", Isa::kAvx512, DSV4_AVX512(avx512::fp8_linear)},
     {"scalar", Isa::kScalar, DSV4_SCALAR(scalar::fp8_linear)},
 };
 constexpr Candidate<LinearParams> kFp4Linear[] = {
     {"sm80", Isa::kSm80, DSV4_SM80(sm80::fp4_linear)},
+    {"amx", Isa::kAmx, DSV4_AMX(amx::fp4_linear), e8m0_scales},
     {"avx512", Isa::kAvx512, DSV4_AVX512(avx512::fp4_linear)},
     {"scalar", Isa::kScalar, DSV4_SCALAR(scalar::fp4_linear)},
 };
 constexpr Candidate<LinearParams> kGroupedLinear[] = {
     {"sm80", Isa::kSm80, DSV4_SM80(sm80::grouped_linear)},
+    {"amx", Isa::kAmx, DSV4_AMX(amx::grouped_linear), narrow_with_e8m0_scales},
     {"avx512", Isa::kAvx512, DSV4_AVX512(avx512::grouped_linear)},
     {"scalar", Isa::kScalar, DSV4_SCALAR(scalar::grouped_linear)},
 };
 constexpr Candidate<DenseLinearParams> kDenseLinear[] = {
     {"sm80", Isa::kSm80, DSV4_SM80(sm80::dense_linear)},
+    {"amx", Isa::kAmx, DSV4_AMX(amx::dense_linear), both_narrow},
     {"avx512", Isa::kAvx512, DSV4_AVX512(avx512::dense_linear)},
     {"scalar", Isa::kScalar, DSV4_SCALAR(scalar::dense_linear)},
 };
@@ -56,24 +67,33 @@ template <class Params>
 using BytesOf = int64_t (*)(const Params&, const Context&);
 using WorkspaceBytes = BytesOf<LinearParams>;
 
+// Of the kernels in this library; null where there is none.
+template <class Params>
+struct Bytes {
+  BytesOf<Params> scalar, avx512, amx, sm80;
+};
+
 // The most that a kernel which this context admits asks for.
 template <class Params>
-int64_t most_bytes(const Params& p, const Context& context, BytesOf<Params> scalar, BytesOf<Params> avx512,
-                   BytesOf<Params> sm80) {
-  if (context.device == Device::kCuda) return sm80 != nullptr ? sm80(p, context) : 0;
-  int64_t bytes = scalar != nullptr ? scalar(p, context) : 0;
-  if (avx512 != nullptr && context.best >= Isa::kAvx512) {
-    const int64_t needed = avx512(p, context);
-    bytes = needed > bytes ? needed : bytes;
-  }
-  return bytes;
+int64_t most_bytes(const Params& p, const Context& context, const Bytes<Params>& of, bool tiles) {
+  if (context.device == Device::kCuda) return of.sm80 != nullptr ? of.sm80(p, context) : 0;
+  int64_t most = 0;
+  const auto at_least = [&](BytesOf<Params> bytes) {
+    const int64_t needed = bytes != nullptr ? bytes(p, context) : 0;
+    most = needed > most ? needed : most;
+  };
+  at_least(of.scalar);
+  if (context.best >= Isa::kAvx512) at_least(of.avx512);
+  if (context.best >= Isa::kAmx && tiles) at_least(of.amx);
+  return most;
 }
 
-int64_t workspace_bytes(const LinearParams& p, const Context& context, const char* op, Form form, WorkspaceBytes scalar,
-                        WorkspaceBytes avx512, WorkspaceBytes sm80) {
+int64_t workspace_bytes(const LinearParams& p, const Context& context, const char* op, Form form,
+                        const Bytes<LinearParams>& of) {
   Validator v(op);
   validate_arguments(v, p, form);
-  return v.status().is_ok() ? most_bytes(p, context, scalar, avx512, sm80) : 0;
+  const bool tiles = form == Form::kGrouped ? narrow_with_e8m0_scales(p) : e8m0_scales(p);
+  return v.status().is_ok() ? most_bytes(p, context, of, tiles) : 0;
 }
 
 Status validate(const LinearParams& p, const Context& context, const char* op, Form form, WorkspaceBytes bytes) {
@@ -109,24 +129,29 @@ int64_t dense_linear_workspace_bytes(const DenseLinearParams& p, const Context& 
   Validator v("dense_linear");
   validate_dense_arguments(v, p);
   if (!v.status().is_ok()) return 0;
-  return most_bytes<DenseLinearParams>(p, c, DSV4_SCALAR(scalar::dense_linear_workspace_bytes),
-                                       DSV4_AVX512(avx512::dense_linear_workspace_bytes),
-                                       DSV4_SM80(sm80::dense_linear_workspace_bytes));
+  return most_bytes<DenseLinearParams>(
+      p, c,
+      {DSV4_SCALAR(scalar::dense_linear_workspace_bytes), DSV4_AVX512(avx512::dense_linear_workspace_bytes),
+       DSV4_AMX(amx::dense_linear_workspace_bytes), DSV4_SM80(sm80::dense_linear_workspace_bytes)},
+      both_narrow(p));
 }
 int64_t fp8_linear_workspace_bytes(const LinearParams& p, const Context& c) {
-  return workspace_bytes(p, c, "fp8_linear", Form::kFp8, DSV4_SCALAR(scalar::fp8_linear_workspace_bytes),
-                         DSV4_AVX512(avx512::fp8_linear_workspace_bytes),
-                         DSV4_SM80(sm80::quantised_linear_workspace_bytes));
+  return workspace_bytes(
+      p, c, "fp8_linear", Form::kFp8,
+      {DSV4_SCALAR(scalar::fp8_linear_workspace_bytes), DSV4_AVX512(avx512::fp8_linear_workspace_bytes),
+       DSV4_AMX(amx::fp8_linear_workspace_bytes), DSV4_SM80(sm80::quantised_linear_workspace_bytes)});
 }
 int64_t fp4_linear_workspace_bytes(const LinearParams& p, const Context& c) {
-  return workspace_bytes(p, c, "fp4_linear", Form::kFp4, DSV4_SCALAR(scalar::fp4_linear_workspace_bytes),
-                         DSV4_AVX512(avx512::fp4_linear_workspace_bytes),
-                         DSV4_SM80(sm80::quantised_linear_workspace_bytes));
+  return workspace_bytes(
+      p, c, "fp4_linear", Form::kFp4,
+      {DSV4_SCALAR(scalar::fp4_linear_workspace_bytes), DSV4_AVX512(avx512::fp4_linear_workspace_bytes),
+       DSV4_AMX(amx::fp4_linear_workspace_bytes), DSV4_SM80(sm80::quantised_linear_workspace_bytes)});
 }
 int64_t grouped_linear_workspace_bytes(const LinearParams& p, const Context& c) {
-  return workspace_bytes(p, c, "grouped_linear", Form::kGrouped, DSV4_SCALAR(scalar::grouped_linear_workspace_bytes),
-                         DSV4_AVX512(avx512::grouped_linear_workspace_bytes),
-                         DSV4_SM80(sm80::grouped_linear_workspace_bytes));
+  return workspace_bytes(
+      p, c, "grouped_linear", Form::kGrouped,
+      {DSV4_SCALAR(scalar::grouped_linear_workspace_bytes), DSV4_AVX512(avx512::grouped_linear_workspace_bytes),
+       DSV4_AMX(amx::grouped_linear_workspace_bytes), DSV4_SM80(sm80::grouped_linear_workspace_bytes)});
 }
 
 Status fp8_linear(const LinearParams& p, const Context& c) {

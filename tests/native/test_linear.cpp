@@ -8,6 +8,17 @@
 #include "cpu/linear.h"
 #include "native/check.h"
 
+#if defined(DSV4_WITH_AVX512)
+namespace dsv4::amx_model {
+int64_t fp8_linear_workspace_bytes(const LinearParams&, const Context&);
+int64_t fp4_linear_workspace_bytes(const LinearParams&, const Context&);
+int64_t grouped_linear_workspace_bytes(const LinearParams&, const Context&);
+Status fp8_linear(const LinearParams&, const Context&);
+Status fp4_linear(const LinearParams&, const Context&);
+Status grouped_linear(const LinearParams&, const Context&);
+}  // namespace dsv4::amx_model
+#endif
+
 namespace {
 
 using namespace dsv4;
@@ -25,6 +36,7 @@ struct Implementation {
   const char* name;
   Isa needs;
   Functions functions[3];
+  bool tiles = false;  // takes e8m0 scales alone, and bfloat16 where nothing is quantised
 };
 
 const Implementation kImplementations[] = {
@@ -39,6 +51,20 @@ const Implementation kImplementations[] = {
      {{avx512::fp8_linear_workspace_bytes, avx512::fp8_linear},
       {avx512::fp4_linear_workspace_bytes, avx512::fp4_linear},
       {avx512::grouped_linear_workspace_bytes, avx512::grouped_linear}}},
+    {"amx_model",
+     Isa::kAvx512,
+     {{amx_model::fp8_linear_workspace_bytes, amx_model::fp8_linear},
+      {amx_model::fp4_linear_workspace_bytes, amx_model::fp4_linear},
+      {amx_model::grouped_linear_workspace_bytes, amx_model::grouped_linear}},
+     true},
+#endif
+#if defined(DSV4_WITH_AMX)
+    {"amx",
+     Isa::kAmx,
+     {{amx::fp8_linear_workspace_bytes, amx::fp8_linear},
+      {amx::fp4_linear_workspace_bytes, amx::fp4_linear},
+      {amx::grouped_linear_workspace_bytes, amx::grouped_linear}},
+     true},
 #endif
 };
 

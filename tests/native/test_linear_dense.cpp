@@ -7,6 +7,13 @@
 #include "cpu/linear.h"
 #include "native/check.h"
 
+#if defined(DSV4_WITH_AVX512)
+namespace dsv4::amx_model {
+int64_t dense_linear_workspace_bytes(const DenseLinearParams&, const Context&);
+Status dense_linear(const DenseLinearParams&, const Context&);
+}  // namespace dsv4::amx_model
+#endif
+
 namespace {
 
 using namespace dsv4;
@@ -18,12 +25,17 @@ struct Implementation {
   Isa needs;
   int64_t (*workspace)(const DenseLinearParams&, const Context&);
   Status (*run)(const DenseLinearParams&, const Context&);
+  bool narrow = false;  // takes bfloat16 alone
 };
 
 const Implementation kImplementations[] = {
     {"scalar", Isa::kScalar, scalar::dense_linear_workspace_bytes, scalar::dense_linear},
 #if defined(DSV4_WITH_AVX512)
     {"avx512", Isa::kAvx512, avx512::dense_linear_workspace_bytes, avx512::dense_linear},
+    {"amx_model", Isa::kAvx512, amx_model::dense_linear_workspace_bytes, amx_model::dense_linear, true},
+#endif
+#if defined(DSV4_WITH_AMX)
+    {"amx", Isa::kAmx, amx::dense_linear_workspace_bytes, amx::dense_linear, true},
 #endif
 };
 
@@ -131,6 +143,7 @@ TEST(against_double_in_any_company_on_any_threads) {
     }
     for (const Shape& shape : kShapes) {
       check<bf16, bf16>(implementation, shape);
+      if (implementation.narrow) continue;
       check<bf16, float>(implementation, shape);
       check<float, bf16>(implementation, shape);
       check<float, float>(implementation, shape);

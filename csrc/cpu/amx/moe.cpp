@@ -7,16 +7,13 @@
 // matrices, the other scales, the activation and the quantiser are the AVX-512 kernel's.
 #include "cpu/moe.h"
 
-#include "cpu/amx/tile.h"
+#include "cpu/amx/tile_product.h"
 #include "cpu/avx512/moe_product.h"
 
 namespace dsv4::DSV4_AMX_NAMESPACE {
 namespace {
 
 using avx512::kBlock, avx512::kBlockSteps, avx512::kChunk, avx512::kChunkBlocks, avx512::kStep;
-
-constexpr int kSide = 2 * kTileRows;                  // rows and outputs of a step
-constexpr int64_t kTileElements = kTileRows * kStep;  // a tile of activations or weights
 
 template <class Panel>
 class TileProduct : public avx512::Product<Panel> {
@@ -114,13 +111,14 @@ class TileProduct : public avx512::Product<Panel> {
   }
 
   void multiply(int64_t m, int64_t r, int64_t steps, bool first) const {
-    const bool two = count_ - m > kTileRows, wide = rows_ - r > kTileRows;
     alignas(64) float products[kSide][kSide];
-    if (two) {
-      wide ? multiply<2, 2>(r, steps, products) : multiply<2, 1>(r, steps, products);
-    } else {
-      wide ? multiply<1, 2>(r, steps, products) : multiply<1, 1>(r, steps, products);
-    }
+    const TileSteps x[2] = {{activations_}, {activations_ + kTileRows * kChunk}};
+    const TileSteps w[2] = {{tile(r, 0)}, {tile(r + kTileRows, 0)}};
+    with_shape(count_ - m > kTileRows, rows_ - r > kTileRows, [&](auto shape) __attribute__((always_inline)) {
+      zero_sums<shape.kRows, shape.kColumns>();
+      add_products<shape.kRows, shape.kColumns>(x, w, steps);
+      store_sums<shape.kRows, shape.kColumns>(products);
+    });
     const int64_t columns = rows_ - r < kSide ? rows_ - r : kSide;
     for (int64_t i = 0; i < kSide && m + i < count_; ++i) {
       float* to = out_ + (m + i) * kMoeOutputs + r;
@@ -131,34 +129,6 @@ class TileProduct : public avx512::Product<Panel> {
       }
       avx512::store(to, sums, columns);
     }
-  }
-
-  // Tiles: 0 to 3 products (2 rows + outputs), 4 and 5 activations, 6 and 7 weights.
-  template <int kRows, int kOutputs>
-  void multiply(int64_t r, int64_t steps, float (*products)[kSide]) const {
-    tile_zero<0>();
-    if constexpr (kOutputs == 2) tile_zero<1>();
-    if constexpr (kRows == 2) tile_zero<2>();
-    if constexpr (kRows == 2 && kOutputs == 2) tile_zero<3>();
-    for (int64_t s = 0; s < steps; ++s) {
-      tile_load<4>(activations_ + s * kTileElements, kTileBytes);
-      tile_load<6>(tile(r, s), kTileBytes);
-      tile_dot<0, 4, 6>();
-      if constexpr (kOutputs == 2) {
-        tile_load<7>(tile(r + kTileRows, s), kTileBytes);
-        tile_dot<1, 4, 7>();
-      }
-      if constexpr (kRows == 2) {
-        tile_load<5>(activations_ + kTileRows * kChunk + s * kTileElements, kTileBytes);
-        tile_dot<2, 5, 6>();
-        if constexpr (kOutputs == 2) tile_dot<3, 5, 7>();
-      }
-    }
-    constexpr int64_t kRow = sizeof(products[0]);
-    tile_store<0>(products[0], kRow);
-    if constexpr (kOutputs == 2) tile_store<1>(products[0] + kTileRows, kRow);
-    if constexpr (kRows == 2) tile_store<2>(products[kTileRows], kRow);
-    if constexpr (kRows == 2 && kOutputs == 2) tile_store<3>(products[kTileRows] + kTileRows, kRow);
   }
 
   bf16* activations_;

@@ -17,7 +17,7 @@ constexpr int kTile = 4;
 constexpr int64_t kRangeBlocks = 16;     // of a tile's activations, which stay in the first-level cache
 constexpr int64_t kSumRows = 64;         // rows of activations whose sums wait in scratch memory
 constexpr int64_t kMostInRegisters = 8;  // rows of activations up to which weights are expanded in registers alone
-constexpr int64_t kShortRow = 512;  // bytes of codes
+constexpr int64_t kShortRow = 512;       // bytes of codes
 constexpr int64_t kAhead = 8;            // weight rows asked for before their use
 
 template <int kParts, class X>
@@ -45,7 +45,9 @@ void split_row(const X* x, int64_t inputs, int64_t stride, bf16* to) {
 template <class Rows, bool kQuantise>
 class Kernel {
  public:
-  static int64_t row_bytes(const LinearParams& p) {
+  static constexpr int64_t kUnit = 1;
+  static int64_t panel(const LinearParams&) { return kLinearPanel; }
+  static int64_t unit_bytes(const LinearParams& p) {
     return parts(p) * row_elements(p) * static_cast<int64_t>(sizeof(bf16));
   }
   static int64_t memory(const LinearParams& p) {

@@ -70,7 +70,9 @@ float block_sum(const X* x, const W* w, int64_t count) {
 template <bool kFp4, bool kQuantise>
 class Kernel {
  public:
-  static int64_t row_bytes(const LinearParams& p) { return p.x.size(2) * static_cast<int64_t>(sizeof(float)); }
+  static constexpr int64_t kUnit = 1;
+  static int64_t panel(const LinearParams&) { return kLinearPanel; }
+  static int64_t unit_bytes(const LinearParams& p) { return p.x.size(2) * static_cast<int64_t>(sizeof(float)); }
   static int64_t memory(const LinearParams& p) {
     return (p.x.size(2) + p.scale.size(1)) * static_cast<int64_t>(sizeof(float));
   }
@@ -91,7 +93,7 @@ class Kernel {
 
   void run(const uint8_t* rows, int64_t group, int64_t begin, int64_t end) const {
     const int64_t tokens = p_.x.size(0), outputs = p_.out.size(2);
-    const int64_t stride = round_up(row_bytes(p_), 64);
+    const int64_t stride = round_up(unit_bytes(p_), 64);
     for (int64_t n = begin; n < end; ++n) {
       expand(group * outputs + n);
       for (int64_t t = 0; t < tokens; ++t) {
