@@ -146,6 +146,8 @@ class Problem {
     }
   }
 
+  void put_scale(int64_t row, int64_t column, S scale) { scale_[row * (scale_columns_ + kPad) + column] = scale; }
+
   // The largest error, in units of 2^-24 times the sum of the magnitudes of the products.
   double error(const std::vector<float>& out) const {
     double worst = 0;
@@ -165,12 +167,14 @@ class Problem {
     return worst;
   }
 
+  // Y is the element type of the results.
+  template <class Y = float>
   std::vector<float> run(const Implementation& implementation, int threads, int64_t first = 0, int64_t count = -1) {
     count = count < 0 ? s_.tokens : count;
     LinearParams p = params();
     p.x.data = static_cast<X*>(p.x.data) + first * p.x.stride[0];
     p.x.shape[0] = count;
-    Guarded<float> out({count, s_.groups, s_.outputs});
+    Guarded<Y> out({count, s_.groups, s_.outputs});
     p.out = out.template any<3>();
     ThreadPool pool(threads);
     const Context context = pool.context();
@@ -184,7 +188,9 @@ class Problem {
     for (uint8_t* end = reinterpret_cast<uint8_t*>(start) + bytes; end < memory.data() + memory.size(); ++end) {
       CHECK(*end == 0xFF);
     }
-    return std::vector<float>(out.data(), out.data() + out.size());
+    std::vector<float> values;
+    for (int64_t i = 0; i < out.size(); ++i) values.push_back(to_float(out[i]));
+    return values;
   }
 
  private:
@@ -215,14 +221,21 @@ bool usable(const Implementation& implementation) {
 }
 
 template <class X, class S>
+void check_error(const Implementation& implementation, const Shape& shape, Problem<X, S>& problem) {
+  const double error = problem.error(problem.run(implementation, 1));
+  CHECK_MESSAGE(error <= 4, std::string(implementation.name) + ": error " + std::to_string(error) +
+                                " with rows=" + std::to_string(shape.tokens) + " in=" + std::to_string(shape.inputs) +
+                                " out=" + std::to_string(shape.outputs));
+}
+
+template <class X, class S>
 void against_double() {
   for (const Implementation& implementation : kImplementations) {
-    if (!usable(implementation)) continue;
+    if (!usable(implementation) || (implementation.tiles && sizeof(S) > 1)) continue;
     for (const Shape& shape : kShapes) {
+      if (implementation.tiles && shape.form == Form::kGrouped && sizeof(X) > 2) continue;
       Problem<X, S> problem(shape, 7);
-      const double error = problem.error(problem.run(implementation, 1));
-      CHECK_MESSAGE(error <= 4, std::string(implementation.name) + ": error " + std::to_string(error) + " with in=" +
-                                    std::to_string(shape.inputs) + " out=" + std::to_string(shape.outputs));
+      check_error(implementation, shape, problem);
     }
   }
 }
@@ -243,6 +256,80 @@ TEST(threads_and_company_do_not_show) {
         const std::vector<float> rest = problem.run(implementation, 2, cut, shape.tokens - cut);
         parts.insert(parts.end(), rest.begin(), rest.end());
         CHECK(same_bits(parts, whole));
+      }
+    }
+  }
+}
+
+// Whatever rows come along: counts around those from which kernels go another way, and around tiles.
+TEST(every_number_of_rows_has_the_same_bits) {
+  for (const Implementation& implementation : kImplementations) {
+    if (!usable(implementation)) continue;
+    for (const Shape& shape : {Shape{Form::kFp8, 70, 1, 650, 37}, Shape{Form::kFp4, 70, 1, 650, 37},
+                               Shape{Form::kGrouped, 70, 2, 130, 21}}) {
+      Problem<bf16, uint8_t> problem(shape, 19);
+      const std::vector<float> whole = problem.run(implementation, 1);
+      for (int64_t count = 1; count <= shape.tokens; count += count < 34 ? 1 : 15) {
+        const std::vector<float> some = problem.run(implementation, 1, 0, count);
+        CHECK(some.size() == static_cast<size_t>(count * shape.groups * shape.outputs));
+        CHECK(std::memcmp(some.data(), whole.data(), some.size() * sizeof(float)) == 0);
+      }
+    }
+  }
+}
+
+TEST(bfloat16_results_are_rounded_once) {
+  for (const Implementation& implementation : kImplementations) {
+    if (!usable(implementation)) continue;
+    for (const Shape& shape : kShapes) {
+      Problem<bf16, uint8_t> problem(shape, 23);
+      std::vector<float> expected = problem.run(implementation, 1);
+      for (float& value : expected) value = to_float(bf16_from_float(value));
+      CHECK(same_bits(problem.run<bf16>(implementation, 1), expected));
+    }
+  }
+}
+
+// One off every edge of a tile of 16 rows, 16 outputs and 32 inputs, of two tiles, of the 512 inputs that are expanded
+// and the 64 and 512 rows that are taken at a time.
+TEST(tiles_cut_on_every_side) {
+  for (const Implementation& implementation : kImplementations) {
+    if (!implementation.tiles || !usable(implementation)) continue;
+    const auto check = [&](int64_t rows, int64_t inputs, int64_t outputs) {
+      for (const Form form : {Form::kFp8, Form::kFp4, Form::kGrouped}) {
+        const Shape shape{form, rows, form == Form::kGrouped ? 2 : 1, inputs, outputs};
+        Problem<bf16, uint8_t> problem(shape, 29);
+        check_error(implementation, shape, problem);
+      }
+    };
+    for (int64_t rows = 1; rows <= 33; ++rows) {
+      for (const int64_t outputs : {15, 16, 17, 33}) check(rows, 66, outputs);
+    }
+    for (const int64_t inputs : {2, 30, 32, 34, 62, 64, 126, 128, 130, 510, 512, 514, 1022, 1024, 1026}) {
+      for (const int64_t outputs : {1, 31, 32, 49}) check(17, inputs, outputs);
+    }
+    for (const int64_t rows : {63, 64, 65, 511, 513, 545}) {
+      for (const int64_t outputs : {32, 127, 129}) check(rows, 34, outputs);
+      check(rows, 514, 40);
+    }
+  }
+}
+
+// Scales at both ends of those that weights take in, and beyond: then a part of the outputs goes another way.
+TEST(scales_that_tiles_cannot_take_in) {
+  for (const Implementation& implementation : kImplementations) {
+    if (!implementation.tiles || !usable(implementation)) continue;
+    for (const uint8_t scale : {1, 63, 64, 66, 67, 127, 128, 190, 191, 200}) {
+      for (const Form form : {Form::kFp8, Form::kFp4, Form::kGrouped}) {
+        const Shape shape{form, 35, 1, 650, form == Form::kFp4 ? 70 : 300};
+        Problem<bf16, uint8_t> problem(shape, 31);
+        problem.put_scale(1, 3, scale);
+        problem.put_scale(0, 1, 127);
+        if (form == Form::kFp4) problem.put_scale(33, 0, scale);
+        check_error(implementation, shape, problem);
+        const std::vector<float> whole = problem.run(implementation, 3);
+        const std::vector<float> first = problem.run(implementation, 1, 0, 1);
+        CHECK(std::memcmp(first.data(), whole.data(), first.size() * sizeof(float)) == 0);
       }
     }
   }

@@ -151,6 +151,21 @@ TEST(against_double_in_any_company_on_any_threads) {
   }
 }
 
+// One off every edge of a tile of 16 rows, 16 outputs and 32 inputs, of two tiles, and of the 512 inputs, 64 and 512
+// rows that are taken at a time.
+TEST(tiles_cut_on_every_side) {
+  for (const Implementation& implementation : kImplementations) {
+    if (!implementation.narrow || cpu_isa() < implementation.needs) continue;
+    for (int64_t rows = 1; rows <= 33; ++rows) {
+      for (const int64_t outputs : {15, 17, 32, 33}) check<bf16, bf16>(implementation, {rows, 65, outputs});
+    }
+    for (const int64_t inputs : {1, 31, 32, 33, 63, 127, 128, 129, 511, 512, 513, 1025}) {
+      check<bf16, bf16>(implementation, {17, inputs, 49});
+    }
+    for (const int64_t rows : {63, 64, 65, 511, 513, 545}) check<bf16, bf16>(implementation, {rows, 33, 129});
+  }
+}
+
 void expect(const DenseLinearParams& p, const char* message) {
   ThreadPool pool(1);
   const Status status = dense_linear(p, pool.context());

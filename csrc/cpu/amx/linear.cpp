@@ -9,8 +9,8 @@
 // up to 512 rows, 32 at a time: 2 x 2 tiles of sums, which wait in memory for the next 512 inputs without losing their
 // place in the order (sum = sum + 32 products, over all inputs). Of many rows a piece has 128 outputs, so that the
 // activations of 512 inputs come into the second-level cache once for all four.
-// Expected: the bandwidth of e4m3 and plain weights at one row (7 bytes of codes a cycle, 5.6 of e2m1), half of the
-// tile peak from 128 rows on, 70 % from 512: the other cycles expand weights and carry sums.
+// Expected: the bandwidth of memory at few rows (a core takes 7 bytes of e4m3 codes a cycle, 5.8 of e2m1, 32 of plain
+// weights), half of the tile peak at 64 rows, 80 % at 512: the other cycles expand weights and carry sums.
 //
 // Scales are e8m0 and go into the weights, exactly: 2^-60 to 1 with e4m3, 2^-63 to 2^63 with e2m1. 32 outputs with a
 // scale beyond are multiplied row by row as the experts' are (avx512/weight_rows.h), slowly; quantisers do not produce
