@@ -1,5 +1,5 @@
-"""Plants faults in a copy of the sources, one at a time, and runs the op's own test on each: every fault must be caught.
-Prints the table of docs/investigations/planted_faults.md.
+"""Plants faults in a copy of the sources, one at a time, and runs the op's own test on each: every fault must be
+caught. Prints the table of docs/investigations/planted_faults.md.
 
     python tests/faults/plant.py [--op OP]... [--jobs N] [--markdown FILE]
 
@@ -69,7 +69,7 @@ class Copy:
         self._must(["ninja", "-C", "build", "-j", str(self.jobs), OP_LIBRARY if test.endswith(".py") else test])
 
     def failures(self, test: str) -> list[str]:
-        """The cases of a test that fail (of a Python test the first); what ended it, where it did not come to an end."""
+        """The cases that fail (of a Python test the first); how the test ended, where none is named."""
         if test.endswith(".py"):
             command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", test]
             done = run(command, self.folder, TIMEOUT_S, {"PYTHONPATH": str(self.folder / "python")})
