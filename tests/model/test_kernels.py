@@ -1,0 +1,67 @@
+"""No op that a model calls in mode `checkpoint` is left on its reference, on the CPU or on CUDA."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import dsv4
+from dsv4 import _library
+
+pytestmark = pytest.mark.skipif(not _library.kernel_implementations(), reason="not run: this machine has no op library")
+
+
+class CalledOps(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "dsv4":
+            self.names.add(func._schema.name.removeprefix("dsv4::"))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture(scope="module")
+def called() -> set[str]:
+    """Ops of a prefill, a decoded token and a prediction of the token after next."""
+    config = dsv4.Config.preset("nano")
+    model = dsv4.init(config, seed=0)
+    ids = torch.randint(0, config.vocab_size, (1, 300))
+    cache = model.new_cache()
+    with torch.no_grad(), CalledOps() as calls:
+        model(ids, cache=cache)
+        model(ids[:, :1], cache=cache)
+        model(ids[:, :5])
+    return calls.names
+
+
+def test_every_family_is_called(called: set[str]) -> None:
+    assert {
+        "compress",
+        "dense_linear",
+        "fp8_linear",
+        "index_query",
+        "index_topk",
+        "mhc_post_pre",
+        "moe_experts",
+    } <= called
+    assert len(called) >= 15
+
+
+def test_no_op_runs_its_reference_on_the_cpu(called: set[str]) -> None:
+    found = dsv4.ops.implementations()
+    assert {op: found[op]["cpu"] for op in called if "reference" in found[op]["cpu"]} == {}
+    assert not {op for op in called if op.startswith("_")}
+
+
+def test_every_op_has_a_cuda_kernel(called: set[str]) -> None:
+    """Registered, whether this machine has a GPU or not."""
+    library = _library.build_info()["libraries"].get("cuda")
+    if library is None:
+        pytest.skip("not run: built without nvcc")
+    assert {op: library["built"].get(op) for op in called if not library["built"].get(op)} == {}
+    assert {op for op in called if not torch._C._dispatch_has_kernel_for_dispatch_key(f"dsv4::{op}", "CUDA")} == set()
