@@ -96,6 +96,10 @@ class Kernel {
           continue;
         }
       }
+      if (p_.x.size(0) * parts_ == 1 && bytes_ > kShortRow) {
+        one_row(rows, {group, first, last - first, row});
+        continue;
+      }
       float* scales = reinterpret_cast<float*>(scales_);
       for (int64_t n = 0; n < (Rows::kScales == 1 ? 1 : last - first); ++n) {
         read_scales(row + n, scales + n * scale_stride_);
@@ -173,7 +177,7 @@ class Kernel {
     if (count > kMostInRegisters) return from_panel(rows, count, panel, scales);
     switch (count) {
       case 1:  // long rows one after another as memory likes it, short ones side by side to hide the latency of sums
-        if (bytes_ > kShortRow) return from_codes<1, 1>(rows, panel, scales);
+        if (sizeof(Scale) == 1 && bytes_ > kShortRow) return from_codes<1, 1>(rows, panel, scales);
         return from_codes<1, 4>(rows, panel, scales);
       case 2:
         return from_codes<2, 2>(rows, panel, scales);
@@ -190,6 +194,19 @@ class Kernel {
       default:
         return from_codes<8, 2>(rows, panel, scales);
     }
+  }
+
+  // One row of activations with long rows whose scales do not fold: those are widened a row at a time, so that they
+  // stay in the first-level cache.
+  void one_row(const bf16* x, const Panel& panel) const {
+    float* scales = reinterpret_cast<float*>(scales_);
+    alignas(64) float results[kMostInRegisters][kLinearPanel];
+    for (int64_t n = 0; n < panel.outputs; ++n) {
+      if (n == 0 || Rows::kScales > 1) read_scales(panel.row + n, scales);
+      ask_for(panel, n + kAhead, 1, 0, bytes_);
+      dot_row<1>(expand_, codes(panel.row + n), bytes_, scales, x, 0, results[0] + n);
+    }
+    put_rows(0, 1, panel.group, panel.begin, panel.outputs, results[0]);
   }
 
   // As many inputs at a time as the first-level cache holds of kM rows.
