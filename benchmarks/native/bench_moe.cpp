@@ -1,7 +1,10 @@
 // The experts and the gate without torch: FP4 experts and an FP8 shared expert, six experts a token, at the widths of
 // V4-Flash and V4-Pro with as many experts as a small machine holds; one and eight tokens (decoding) and a prompt. The
-// check compares the last token with the scalar kernel, which takes it alone.
+// check compares the last token with the scalar kernel, which takes it alone. The map is of all the model's experts,
+// and checked whole.
+#include <algorithm>
 #include <cmath>
+#include <numeric>
 #include <string>
 #include <vector>
 
@@ -227,6 +230,37 @@ void measure_gate(bench::Bench& bench, const Layer& layer, int64_t count, const 
   bench.measure(m);
 }
 
+// Sorting pairs by expert: bytes of the indices, the rows and the offsets; there is no arithmetic to speak of.
+void measure_map(bench::Bench& bench, const Shape& s, int64_t count) {
+  const Context context = bench.pool().context();
+  Numbers numbers;
+  std::vector<int32_t> indices(static_cast<size_t>(count * kTopK)), rows(indices.size());
+  std::vector<int32_t> offsets(static_cast<size_t>(s.routed + 1));
+  for (int32_t& index : indices) index = static_cast<int32_t>(numbers.bits() % s.routed);
+  MoeMapParams p{};
+  p.indices = dense<AnyView<2>>(indices.data(), DType::kInt32, {count, kTopK});
+  p.experts = s.routed;
+  p.offsets = dense<AnyView<1>>(offsets.data(), DType::kInt32, {s.routed + 1});
+  p.rows = dense<AnyView<1>>(rows.data(), DType::kInt32, {count * kTopK});
+  bench::Measurement m;
+  m.op = "moe_map";
+  m.impl = "scalar";
+  m.shape = std::string(s.name) + " " + std::to_string(count) + " tokens, " + std::to_string(s.routed) + " experts";
+  m.bytes = 4.0 * static_cast<double>(2 * indices.size() + offsets.size());
+  Status status = Status::ok();
+  m.run = [&] { status = moe_map(p, context); };
+  m.error = [&] {
+    if (!status.is_ok()) return static_cast<double>(INFINITY);
+    std::vector<int32_t> expected(rows.size()), begins(offsets.size(), 0);
+    for (size_t i = 0; i < expected.size(); ++i) expected[i] = static_cast<int32_t>(i);
+    std::stable_sort(expected.begin(), expected.end(), [&](int32_t a, int32_t b) { return indices[a] < indices[b]; });
+    for (const int32_t index : indices) ++begins[static_cast<size_t>(index) + 1];
+    std::partial_sum(begins.begin(), begins.end(), begins.begin());
+    return rows == expected && offsets == begins ? 0.0 : static_cast<double>(INFINITY);
+  };
+  bench.measure(m);
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -239,6 +273,7 @@ int main(int argc, char** argv) {
     const Layer layer(shape);
     for (const int64_t tokens : {int64_t{1}, int64_t{8}, bench.quick() ? int64_t{64} : int64_t{512}}) {
       measure_gate(bench, layer, tokens, impl);
+      measure_map(bench, shape, tokens);
       measure_experts(bench, layer, tokens, impl);
     }
   }

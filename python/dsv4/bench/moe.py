@@ -2,6 +2,9 @@
 
 `context` counts tokens at once. As many of the model's experts as leave room for their bfloat16 copies. FLOPs: 6
 hidden inter a token and expert; bytes: the stored weights of the experts that are touched, rows, outputs.
+
+moe_map, of all the model's experts, against a stable sort and a count in eager torch; both are whole numbers, so that
+nothing but equality passes. Bytes: indices, rows, offsets.
 """
 
 from __future__ import annotations
@@ -19,10 +22,11 @@ from dsv4.bench.pages import spread
 from dsv4.model.config import Config
 
 #: Ops of this family, and the tokens at once unless told otherwise.
-OPS = ("moe_experts",)
+OPS = ("moe_map", "moe_experts")
 CONTEXTS = (1, 8, 64, 512)
 QUICK_CONTEXTS = (1, 64)
 
+_NO_ERROR = 1e-9  # far below what one wrong number of any size measured here makes
 _CHECKED_ROWS = 3
 _MOST_ROWS = 4096
 _COPY_BYTES = 3 << 29  # 1.5 GiB
@@ -55,7 +59,7 @@ def _experts(config: Config) -> int:
     return max(min(config.n_routed_experts, _COPY_BYTES // expert), config.num_experts_per_tok)
 
 
-def _case(shape: str, config: Config, tokens: int, device: torch.device) -> Case:
+def _experts_case(shape: str, config: Config, tokens: int, device: torch.device) -> Case:
     torch.manual_seed(0)
     hidden, inter, limit = config.hidden_size, config.moe_intermediate_size, config.swiglu_limit
     experts, top_k = _experts(config), config.num_experts_per_tok
@@ -86,6 +90,34 @@ def _case(shape: str, config: Config, tokens: int, device: torch.device) -> Case
     )  # fmt: skip
 
 
+def eager_map(indices: Tensor, experts: int) -> tuple[Tensor, Tensor]:
+    """moe_map for indices that are all in range."""
+    flat = indices.flatten()
+    counts = torch.bincount(flat, minlength=experts)
+    return F.pad(counts.cumsum(0), (1, 0)).int(), flat.argsort(stable=True).int()
+
+
+def _map_case(shape: str, config: Config, tokens: int, device: torch.device) -> Case:
+    torch.manual_seed(0)
+    experts, top_k = config.n_routed_experts, config.num_experts_per_tok
+    indices = torch.rand(tokens, experts).topk(top_k).indices.int()
+    owners = indices.flatten().tolist()
+    pairs = sorted(range(len(owners)), key=owners.__getitem__)
+    begins = [sum(owner < expert for owner in owners) for expert in range(experts + 1)]
+    indices = indices.to(device)
+
+    def compare() -> list[Comparison]:
+        found, eager = ops.moe_map(indices, experts), eager_map(indices, experts)
+        exact = (torch.tensor(values, dtype=torch.float64, device=device) for values in (begins, pairs))
+        return [Comparison(a.float(), b.float(), c) for a, b, c in zip(found, eager, exact, strict=True)]
+
+    return Case(
+        "moe_map", f"{shape} tokens={tokens} experts={experts} top_k={top_k}", lambda: ops.moe_map(indices, experts),
+        "eager torch", lambda: eager_map(indices, experts), compare, 0.0,
+        8.0 * indices.numel() + 4.0 * (experts + 1), "none", _NO_ERROR,
+    )  # fmt: skip
+
+
 def _dequantized(codes: Tensor, scale: Tensor) -> Tensor:
     """bfloat16 of all experts, one after another: the way there is four times as wide."""
     size = (*codes.shape[:2], 2 * codes.shape[2])
@@ -97,4 +129,5 @@ def _dequantized(codes: Tensor, scale: Tensor) -> Tensor:
 
 def cases(op: str, shape: str, context: int, device: torch.device) -> Iterator[Case]:
     """`op` for the sizes of the model `shape`, on `context` tokens at once (4096 at most: prompts come in chunks)."""
-    yield _case(shape, Config.preset(shape), min(context, _MOST_ROWS), device)
+    build = _map_case if op == "moe_map" else _experts_case
+    yield build(shape, Config.preset(shape), min(context, _MOST_ROWS), device)
