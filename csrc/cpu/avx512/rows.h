@@ -3,9 +3,9 @@
 #pragma once
 
 #include "common/pages.h"
+#include "common/turns.h"
 #include "cpu/avx512/lanes.h"
 #include "cpu/compress.h"
-#include "common/turns.h"
 
 namespace dsv4::avx512 {
 namespace {

@@ -4,8 +4,8 @@
 #include <cmath>
 
 #include "common/pages.h"
-#include "cpu/compress.h"
 #include "common/turns.h"
+#include "cpu/compress.h"
 
 namespace dsv4::scalar {
 
