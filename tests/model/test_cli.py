@@ -375,6 +375,7 @@ SHAPES = {
     "fp4_linear": ["w1 rows=33 in=256 out=128 fp4", "w2 rows=33 in=128 out=256 fp4"],
     "dense_linear": ["wkv rows=33 in=256 out=256 float32", "weights_proj rows=33 in=256 out=4 float32"],
     **{op: ["tokens=33 hidden=256 bf16"] for op in MHC},
+    "moe_map": ["tokens=33 experts=16 top_k=2"],
     "moe_experts": ["tokens=33 hidden=256 inter=128 experts=16 top_k=2 fp4"],
     "query_norm_rope": ["rows=33 heads=8 head_dim=128 bf16"],
     "store_window": ["rows=33 head_dim=128 fp8"],
