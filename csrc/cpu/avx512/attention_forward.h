@@ -7,6 +7,7 @@
 #pragma once
 
 #include "cpu/avx512/attention_tiles.h"
+#include "cpu/work.h"
 
 namespace dsv4::avx512 {
 namespace {
@@ -27,19 +28,6 @@ struct Plan {
   int64_t stride() const { return part_keys + 16; }
   int64_t begin(int64_t part) const { return part * part_keys; }
   int64_t end(int64_t part) const { return smaller(keys, (part + 1) * part_keys); }
-};
-
-// Hands out pieces of a memory.
-struct Arena {
-  uint8_t* base;  // null: only counts
-  int64_t used = 0;
-
-  template <class T>
-  DSV4_INLINE T* take(Arena& arena, int64_t count) {
-    const uintptr_t at = reinterpret_cast<uintptr_t>(arena.base) + static_cast<uintptr_t>(arena.used);
-    arena.used += round_up(count * static_cast<int64_t>(sizeof(T)), 64);
-    return reinterpret_cast<T*>(at);
-  }
 };
 
 // What one row's work leaves between its steps.
@@ -66,14 +54,14 @@ struct RowMemory {
       : most_kept(kept_bytes / (p.query.size(2) * static_cast<int64_t>(sizeof(X)))) {
     const int64_t heads = p.query.size(1), head_dim = p.query.size(2), parts = Plan(most).parts;
     // No smaller number of keys needs more.
-    keys = Arena::take<Key>(arena, most);
-    count = Arena::take<KeyCounts>(arena, 1);
-    rows = Arena::take<X>(arena, smaller(most, most_kept) * head_dim);
-    query = Arena::take<X>(arena, p.query.dtype == DType::kBFloat16 && sizeof(X) == 4 ? heads * head_dim : 0);
-    scores = Arena::take<float>(arena, parts * heads * Plan(most).stride());
-    maxima = Arena::take<float>(arena, parts * heads);
-    totals = Arena::take<float>(arena, parts * heads);
-    sums = Arena::take<float>(arena, sums_kept * heads * head_dim);
+    keys = arena.take<Key>(most);
+    count = arena.take<KeyCounts>(1);
+    rows = arena.take<X>(smaller(most, most_kept) * head_dim);
+    query = arena.take<X>(p.query.dtype == DType::kBFloat16 && sizeof(X) == 4 ? heads * head_dim : 0);
+    scores = arena.take<float>(parts * heads * Plan(most).stride());
+    maxima = arena.take<float>(parts * heads);
+    totals = arena.take<float>(parts * heads);
+    sums = arena.take<float>(sums_kept * heads * head_dim);
   }
 };
 
@@ -263,21 +251,6 @@ struct Schedule {
   int64_t row_memories(int64_t rows) const { return by_parts ? rows : slots; }
   int64_t sums_kept() const { return by_parts ? Plan(most).parts : 2; }
 };
-
-// Runs body(slot, item) for every item, each once, on whatever slot is free.
-template <class Body>
-DSV4_INLINE void spread(const Context& context, int64_t slots, int64_t items, const Body& body) {
-  int64_t next = 0;
-  parallel(context, smaller(slots, items), [&](int64_t begin, int64_t end) {
-    for (int64_t slot = begin; slot < end; ++slot) {
-      for (;;) {
-        const int64_t item = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
-        if (item >= items) break;
-        body(slot, item);
-      }
-    }
-  });
-}
 
 template <class Product, class X, class M>
 class Call {

@@ -1,0 +1,92 @@
+// The products of the attention kernels by dot products of vectors.
+#pragma once
+
+#include "cpu/avx512/attention_tiles.h"
+
+namespace dsv4::avx512 {
+namespace {
+
+inline constexpr int kHeads = 8;
+
+template <class X>
+DSV4_INLINE __m512i broadcast_word(const X* at) {
+  int32_t word;
+  memcpy(&word, at, sizeof(word));
+  return _mm512_set1_epi32(word);
+}
+
+DSV4_INLINE __m512 dot_words(__m512 sum, __m512i a, __m512i b, const bf16*) {
+  return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
+}
+DSV4_INLINE __m512 dot_words(__m512 sum, __m512i a, __m512i b, const float*) {
+  return _mm512_fmadd_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b), sum);
+}
+
+// sums[h][0:32] (+)= sum over words of left[h][word] * right[word][0:32].
+template <class X, int kCount>
+static __attribute__((noinline)) void multiply(const X* left, int64_t left_stride, const uint32_t* right, int64_t words,
+                                               bool fresh, float* sums, int64_t sums_stride) {
+  constexpr int64_t kElements = kWordElements<X>;
+  __m512 acc[kCount][2];
+#pragma GCC unroll 8
+  for (int h = 0; h < kCount; ++h) {
+    acc[h][0] = fresh ? _mm512_setzero_ps() : _mm512_loadu_ps(sums + h * sums_stride);
+    acc[h][1] = fresh ? _mm512_setzero_ps() : _mm512_loadu_ps(sums + h * sums_stride + 16);
+  }
+  for (int64_t word = 0; word < words; ++word, right += kGroup) {
+    const __m512i a = _mm512_loadu_si512(right), b = _mm512_loadu_si512(right + 16);
+#pragma GCC unroll 8
+    for (int h = 0; h < kCount; ++h) {
+      const __m512i x = broadcast_word(left + h * left_stride + word * kElements);
+      acc[h][0] = dot_words(acc[h][0], x, a, static_cast<const X*>(nullptr));
+      acc[h][1] = dot_words(acc[h][1], x, b, static_cast<const X*>(nullptr));
+    }
+  }
+#pragma GCC unroll 8
+  for (int h = 0; h < kCount; ++h) {
+    _mm512_storeu_ps(sums + h * sums_stride, acc[h][0]);
+    _mm512_storeu_ps(sums + h * sums_stride + 16, acc[h][1]);
+  }
+}
+
+template <class X>
+DSV4_INLINE void multiply_heads(const X* left, int64_t left_stride, int64_t heads, const uint32_t* right, int64_t words,
+                                bool fresh, float* sums, int64_t sums_stride) {
+  for (; heads >= kHeads; heads -= kHeads, left += kHeads * left_stride, sums += kHeads * sums_stride) {
+    multiply<X, kHeads>(left, left_stride, right, words, fresh, sums, sums_stride);
+  }
+  for (; heads >= 4; heads -= 4, left += 4 * left_stride, sums += 4 * sums_stride) {
+    multiply<X, 4>(left, left_stride, right, words, fresh, sums, sums_stride);
+  }
+  if (heads == 3) multiply<X, 3>(left, left_stride, right, words, fresh, sums, sums_stride);
+  if (heads == 2) multiply<X, 2>(left, left_stride, right, words, fresh, sums, sums_stride);
+  if (heads == 1) multiply<X, 1>(left, left_stride, right, words, fresh, sums, sums_stride);
+}
+
+struct Product {
+  static constexpr int64_t kKeptBytes = 256 << 10;  // of 1 MiB of second-level cache
+
+  // scores[h][key] = query[h] . key, for whole groups of keys.
+  template <class X>
+  DSV4_INLINE void score(const X* query, int64_t query_stride, int64_t heads, const uint32_t* tile, int64_t groups,
+                         int64_t head_dim, float* scores, int64_t stride) {
+    const int64_t words = head_dim / kWordElements<X>;
+    for (int64_t group = 0; group < groups; ++group) {
+      multiply_heads(query, query_stride, heads, tile + group * words * kGroup, words, true, scores + group * kGroup,
+                     stride);
+    }
+  }
+
+  // sums[h][d] (+)= sum over the steps of a tile of weights[h] * values.
+  template <class X>
+  DSV4_INLINE void mix(const X* weights, int64_t stride, int64_t heads, const uint32_t* tile, int64_t steps,
+                       int64_t head_dim, bool fresh, float* sums) {
+    for (int64_t group = 0; group < head_dim / kGroup; ++group) {
+      multiply_heads(weights, stride, heads, tile + group * group_stride(steps), steps, fresh, sums + group * kGroup,
+                     head_dim);
+    }
+  }
+};
+
+}  // namespace
+}  // namespace dsv4::avx512
