@@ -1,5 +1,9 @@
 """mHC's arguments, the same maths in eager torch, and what it means to be as accurate as that."""
 
+import zlib
+from functools import lru_cache
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 
@@ -67,42 +71,6 @@ def arguments(op, tokens, hidden, dtype=X, norm=None):
     return {**before, **mixing} if op == "mhc_post_pre" else {"streams": before["streams"], **mixing}
 
 
-def shuffled(names, values, tokens, hidden):
-    """The values with tokens and hidden elements in another order: the same problem, other orders of summation."""
-
-    def one(name, x):
-        if x is None or name in ("scale", "base"):
-            return x
-        if name == "fn":
-            return x.unflatten(1, (4, -1))[..., hidden].flatten(1)
-        if name == "norm_weight":
-            return x[hidden]
-        return x[tokens] if name in ("post", "comb") else x[tokens][..., hidden]
-
-    return [one(name, x) for name, x in zip(names, values, strict=True)]
-
-
-OUTPUTS = {
-    "mhc_pre": ("input", "post", "comb"),
-    "mhc_post": ("streams",),
-    "mhc_post_pre": ("streams", "input", "post", "comb"),
-    "mhc_head": ("input",),
-}
-
-
-def eager_draws(op, names, values, compute):
-    """compute(shuffle) of the eager op in four orders of summation, results in the original order.
-
-    The error of one order may be small by luck; to be as good as torch is to be as good as one of them.
-    """
-    tokens, hidden = (torch.arange(size) for size in (values[0].shape[0], values[0].shape[-1]))
-    for draw in range(4):
-        if draw:
-            tokens, hidden = torch.randperm(len(tokens)), torch.randperm(len(hidden))
-        result_names, result = compute(lambda n, v, t=tokens, h=hidden: shuffled(n, v, t, h))
-        yield shuffled(result_names, result, tokens.argsort(), hidden.argsort())
-
-
 def double(values):
     return [value.double() if isinstance(value, torch.Tensor) else value for value in values]
 
@@ -129,36 +97,52 @@ def norm_dtype(norm, dtype):
     return dtype if norm == "own" else norm
 
 
-def assert_accurate(implementation, actual, baseline, exact, factor):
-    """assert_no_worse; the tiles' bfloat16 high + low adds up to 4e-6 to float32 results."""
-    if implementation == "amx" and actual.dtype == torch.float32:
-        assert torch.isfinite(actual).all()
-        assert (actual - exact).abs().max() <= factor * (baseline - exact).abs().max() + 4e-6 * exact.abs().max()
-    else:
-        assert_no_worse(actual, baseline, exact, factor)
+def gradients(function, values, grads):
+    leaves = [None if v is None else v.detach().clone().requires_grad_() for v in values]
+    out = results(function(*leaves))
+    wanted = [leaf for leaf in leaves if leaf is not None]
+    return torch.autograd.grad(out, wanted, [g.to(o.dtype) for g, o in zip(grads, out, strict=True)])
 
 
-def nearly_exact(implementation, actual, exact):
-    """Within two float32 roundings of the largest value; a few more where fewer than 8 elements may all be small."""
-    eps, floor = (torch.finfo(actual.dtype).eps, 1e-5 if implementation == "amx" else 2e-6)
-    if actual.numel() < 8:
-        return bool(((actual - exact).abs() <= floor + max(eps, 2e-6) * exact.abs()).all())
-    return actual.dtype == torch.float32 and bool((actual - exact).abs().max() <= 2.4e-7 * exact.abs().max())
+class Problem(NamedTuple):
+    values: list
+    grads: list
+    eager: tuple
+    exact: tuple
 
 
-def assert_one_draw(implementation, actual, draws, exact, factor=2.0):
-    """Every result is nearly exact, or no worse than in one of the draws."""
-    left = list(range(len(actual)))
-    for number, baseline in enumerate(draws):
-        for index in tuple(left):
-            a, b, e = actual[index], baseline[index], exact[index]
-            assert a.dtype == b.dtype
-            try:
-                if not nearly_exact(implementation, a, e):
-                    assert_accurate(implementation, a, b, e, factor)
-                left.remove(index)
-            except AssertionError:
-                if number == 3:
-                    raise
-        if not left:
-            return
+@lru_cache(maxsize=8)
+def problems(op, tokens, hidden, dtype, norm=None, backward=False, settings=(), draw=0):
+    """Some problems of one size, with what the eager op and the float64 definition give: results, or gradients.
+
+    Several, because the error of a few elements is large or small by luck: they are compared as one.
+    """
+    eager, reference = EAGER[op], getattr(ops, f"{op}_reference")
+    made = []
+    with torch.random.fork_rng():
+        torch.manual_seed(zlib.crc32(repr((op, tokens, hidden, dtype, norm, backward, settings, draw)).encode()))
+        for _ in range(max(4, -(-16 // tokens)) if tokens else 1):
+            values = list(arguments(op, tokens, hidden, dtype, norm).values())
+            out = results(eager(*values, *settings))
+            if not backward:
+                made.append(Problem(values, [], out, results(reference(*double(values), *settings))))
+                continue
+            grads = [torch.randn_like(o) for o in out]
+            exact = gradients(lambda *v: reference(*v, *settings), double(values), double(grads))
+            made.append(Problem(values, grads, gradients(lambda *v: eager(*v, *settings), values, grads), exact))
+    return made
+
+
+def assert_as_accurate_as_torch(implementation, problems, actual):
+    """Every result of these problems, taken as one, has at most twice the eager op's error; actual: one tuple each."""
+    sides = (actual, [p.eager for p in problems], [p.exact for p in problems])
+    for parts in zip(*(zip(*side, strict=True) for side in sides), strict=True):
+        a, eager, exact = (torch.cat([x.flatten() for x in xs]) for xs in parts)
+        assert a.dtype == eager.dtype
+        if implementation == "amx" and a.dtype == torch.float32:
+            # the tiles' bfloat16 high + low of fn adds up to 4e-6 to float32 results
+            assert torch.isfinite(a).all()
+            own, other = (a - exact).abs(), (eager - exact).abs()
+            assert a.numel() == 0 or own.max() <= 2 * other.max() + 4e-6 * exact.abs().max()
+        else:
+            assert_no_worse(a, eager, exact)

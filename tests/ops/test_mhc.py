@@ -9,14 +9,11 @@ from mhc_cases import (
     EAGER,
     LAYOUTS,
     NORMS,
-    OUTPUTS,
     X,
     arguments,
-    assert_one_draw,
-    double,
-    eager_draws,
-    eager_pre,
+    assert_as_accurate_as_torch,
     norm_dtype,
+    problems,
     results,
 )
 from safetensors.torch import load_file
@@ -39,28 +36,29 @@ GOLDEN = Path(__file__).parent.parent / "data" / "golden"
 EPS = {"norm_eps": 1e-6, "hc_eps": 1e-6}
 
 
-def check_forward(op, implementation, values, layout):
-    given = [value if value is None else LAYOUTS[layout](value) for value in values]
-    before = [value if value is None else value.clone() for value in given]
-    with max_isa(implementation):
-        actual = results(getattr(ops, op)(*given))
-        if _library.last_implementation(op) != implementation:
-            assert implementation == "amx" and values[0].dtype == torch.float32
-    for value, kept in zip(given, before, strict=True):
-        assert value is None or torch.equal(value, kept)
-    exact = results(getattr(ops, f"{op}_reference")(*double(values)))
-    for a, e in zip(actual, exact, strict=True):
-        assert a.shape == e.shape and a.is_contiguous()
-    if op == "mhc_post_pre":
-        # the streams are rounded before they are read again: it must equal the two ops, whose error is checked
+def check_forward(op, implementation, case, norm=None):
+    made = problems(op, case["tokens"], case["hidden"], case["dtype"], norm)
+    outcomes = []
+    for problem in made:
+        given = [value if value is None else LAYOUTS[case["layout"]](value) for value in problem.values]
+        before = [value if value is None else value.clone() for value in given]
         with max_isa(implementation):
-            new = ops.mhc_post(*given[:4])
-            for a, b in zip(actual, (new, *ops.mhc_pre(new, *given[4:])), strict=True):
-                assert_same_bits(a, b)
-        return
-    names = list(arguments(op, 1, 1))
-    draws = eager_draws(op, names, values, lambda order: (OUTPUTS[op], results(EAGER[op](*order(names, values)))))
-    assert_one_draw(implementation, actual, draws, exact)
+            actual = results(getattr(ops, op)(*given))
+            if _library.last_implementation(op) != implementation:
+                assert implementation == "amx" and case["dtype"] == torch.float32
+        for value, kept in zip(given, before, strict=True):
+            assert value is None or torch.equal(value, kept)
+        for a, e in zip(actual, problem.exact, strict=True):
+            assert a.shape == e.shape and a.is_contiguous()
+        outcomes.append(actual)
+        if op == "mhc_post_pre":
+            # the streams are rounded before they are read again: it must equal the two ops, whose error is checked
+            with max_isa(implementation):
+                new = ops.mhc_post(*given[:4])
+                for a, b in zip(actual, (new, *ops.mhc_pre(new, *given[4:])), strict=True):
+                    assert_same_bits(a, b)
+    if op != "mhc_post_pre":
+        assert_as_accurate_as_torch(implementation, made, outcomes)
 
 
 CASES = grid(
@@ -72,50 +70,41 @@ CASES = grid(
 WIDE = grid(tokens=[1, 3, 13], hidden=[4096, 7168, 511, 1025], dtype=[torch.bfloat16, torch.float32], layout=["padded"])
 
 
-@pytest.mark.parametrize("case", CASES + WIDE)
 @pytest.mark.parametrize("implementation", implementation_cases("mhc_pre"))
+@pytest.mark.parametrize("case", CASES + WIDE)
 def test_mhc_pre(implementation, case):
     norm = norm_dtype(NORMS[(case["tokens"] + case["hidden"]) % 3], case["dtype"])
-    values = list(arguments("mhc_pre", case["tokens"], case["hidden"], case["dtype"], norm).values())
-    check_forward("mhc_pre", implementation, values, case["layout"])
+    check_forward("mhc_pre", implementation, case, norm)
 
 
-@pytest.mark.parametrize("case", CASES + WIDE)
 @pytest.mark.parametrize("implementation", implementation_cases("mhc_post"))
-def test_mhc_post(implementation, case):
-    values = list(arguments("mhc_post", case["tokens"], case["hidden"], case["dtype"]).values())
-    check_forward("mhc_post", implementation, values, case["layout"])
-
-
 @pytest.mark.parametrize("case", CASES + WIDE)
+def test_mhc_post(implementation, case):
+    check_forward("mhc_post", implementation, case)
+
+
 @pytest.mark.parametrize("implementation", implementation_cases("mhc_post_pre"))
+@pytest.mark.parametrize("case", CASES + WIDE)
 def test_mhc_post_pre(implementation, case):
     norm = norm_dtype(NORMS[(case["tokens"] + case["hidden"]) % 3], case["dtype"])
-    values = list(arguments("mhc_post_pre", case["tokens"], case["hidden"], case["dtype"], norm).values())
-    check_forward("mhc_post_pre", implementation, values, case["layout"])
+    check_forward("mhc_post_pre", implementation, case, norm)
 
 
-@pytest.mark.parametrize("case", CASES + WIDE)
 @pytest.mark.parametrize("implementation", implementation_cases("mhc_head"))
+@pytest.mark.parametrize("case", CASES + WIDE)
 def test_mhc_head(implementation, case):
-    values = list(arguments("mhc_head", case["tokens"], case["hidden"], case["dtype"]).values())
-    check_forward("mhc_head", implementation, values, case["layout"])
+    check_forward("mhc_head", implementation, case)
 
 
+@pytest.mark.parametrize("implementation", implementation_cases("mhc_pre"))
 @pytest.mark.parametrize("eps", [1e-6, 1e-3, 0.0])
 @pytest.mark.parametrize("rounds", [1, 2, 7, 20, 40])
-@pytest.mark.parametrize("implementation", implementation_cases("mhc_pre"))
 def test_settings(implementation, rounds, eps):
-    values = list(arguments("mhc_pre", 9, 96, torch.float32, torch.float32).values())
     settings = (10 * eps, eps, rounds, 3 * eps)
+    made = problems("mhc_pre", 9, 96, torch.float32, torch.float32, settings=settings)
     with max_isa(implementation):
-        actual = ops.mhc_pre(*values, *settings)
-    exact = ops.mhc_pre_reference(*double(values), *settings)
-    names = list(arguments("mhc_pre", 1, 1))
-    draws = eager_draws(
-        "mhc_pre", names, values, lambda order: (OUTPUTS["mhc_pre"], eager_pre(*order(names, values), *settings))
-    )
-    assert_one_draw(implementation, actual, draws, exact)
+        outcomes = [ops.mhc_pre(*problem.values, *settings) for problem in made]
+    assert_as_accurate_as_torch(implementation, made, outcomes)
 
 
 @pytest.mark.parametrize("op", list(EAGER))

@@ -5,15 +5,14 @@ import torch
 from mhc_cases import (
     EAGER,
     NORMS,
-    OUTPUTS,
     X,
     arguments,
-    assert_one_draw,
+    assert_as_accurate_as_torch,
     double,
-    eager_draws,
     eager_post_pre,
-    eager_pre,
+    gradients,
     norm_dtype,
+    problems,
     results,
 )
 
@@ -22,38 +21,26 @@ from dsv4 import _library
 from dsv4.testing import assert_same_bits, grid, implementation_cases, max_isa
 
 
-def gradients(function, values, grads):
-    leaves = [None if v is None else v.detach().clone().requires_grad_() for v in values]
-    out = results(function(*leaves))
-    wanted = [leaf for leaf in leaves if leaf is not None]
-    return torch.autograd.grad(out, wanted, [g.to(o.dtype) for g, o in zip(grads, out, strict=True)])
-
-
-def pooled(names, grads):
-    """Gradients of scale and base as one result: single sums over all tokens, whose errors mean little one by one."""
-    rest = [g for name, g in zip(names, grads, strict=True) if name not in ("scale", "base")]
-    small = [g for name, g in zip(names, grads, strict=True) if name in ("scale", "base")]
-    return [*rest, torch.cat(small)] if small else rest
-
-
-def check_gradients(op, implementation, values):
-    names = list(arguments(op, 1, 1))
-    wanted = [name for name, value in zip(names, values, strict=True) if value is not None]
-    grads = [torch.randn_like(o) for o in results(EAGER[op](*values))]
+def native_gradients(op, implementation, made, settings=()):
     with max_isa(implementation):
-        actual = gradients(getattr(ops, op), values, grads)
+        actual = [gradients(lambda *v: getattr(ops, op)(*v, *settings), p.values, p.grads) for p in made]
         # mhc_post_pre leaves its own streams' gradient to the op of the half it came through last
         backward = {"mhc_post_pre": "mhc_post"}.get(op, op) + "_backward"
         assert _library.last_implementation(backward) == implementation
-    exact = gradients(getattr(ops, f"{op}_reference"), double(values), double(grads))
+    return actual
 
-    def eager(order):
-        return wanted, gradients(EAGER[op], order(names, values), order(OUTPUTS[op], grads))
 
-    draws = (pooled(wanted, draw) for draw in eager_draws(op, names, values, eager))
-    # The norm's input was rounded: an error that all orders of summation share, and that the exact gradient lacks.
-    factor = 3.0 if "norm_weight" in wanted and values[0].dtype == X else 2.0
-    assert_one_draw(implementation, pooled(wanted, actual), draws, pooled(wanted, exact), factor)
+def check_gradients(op, implementation, case, norm=None, settings=()):
+    """All gradients but those of scale and base."""
+    made = problems(op, case["tokens"], case["hidden"], case["dtype"], norm, True, settings, case.get("draw", 0))
+    names = [name for name, value in zip(arguments(op, 1, 1), made[0].values, strict=True) if value is not None]
+
+    def large(grads):
+        return [g for name, g in zip(names, grads, strict=True) if name not in ("scale", "base")]
+
+    actual = [large(grads) for grads in native_gradients(op, implementation, made, settings)]
+    made = [p._replace(eager=large(p.eager), exact=large(p.exact)) for p in made]
+    assert_as_accurate_as_torch(implementation, made, actual)
 
 
 GRADIENT_CASES = grid(
@@ -64,29 +51,39 @@ GRADIENT_CASES = grid(
 )
 
 
-@pytest.mark.parametrize("case", GRADIENT_CASES)
 @pytest.mark.parametrize("implementation", implementation_cases("mhc_pre_backward"))
+@pytest.mark.parametrize("case", GRADIENT_CASES)
 def test_mhc_pre_backward(implementation, case):
-    norm = norm_dtype(NORMS[case["draw"]], case["dtype"])
-    check_gradients(
-        "mhc_pre",
-        implementation,
-        list(arguments("mhc_pre", case["tokens"], case["hidden"], case["dtype"], norm).values()),
-    )
+    check_gradients("mhc_pre", implementation, case, norm_dtype(NORMS[case["draw"]], case["dtype"]))
 
 
-@pytest.mark.parametrize("case", GRADIENT_CASES)
 @pytest.mark.parametrize("implementation", implementation_cases("mhc_post_backward"))
-def test_mhc_post_backward(implementation, case):
-    values = arguments("mhc_post", case["tokens"], case["hidden"], case["dtype"])
-    check_gradients("mhc_post", implementation, list(values.values()))
-
-
 @pytest.mark.parametrize("case", GRADIENT_CASES)
+def test_mhc_post_backward(implementation, case):
+    check_gradients("mhc_post", implementation, case)
+
+
 @pytest.mark.parametrize("implementation", implementation_cases("mhc_head_backward"))
+@pytest.mark.parametrize("case", GRADIENT_CASES)
 def test_mhc_head_backward(implementation, case):
-    values = arguments("mhc_head", case["tokens"], case["hidden"], case["dtype"])
-    check_gradients("mhc_head", implementation, list(values.values()))
+    check_gradients("mhc_head", implementation, case)
+
+
+@pytest.mark.parametrize("implementation", implementation_cases("mhc_pre_backward"))
+@pytest.mark.parametrize(("op", "norm"), [*(("mhc_pre", norm) for norm in NORMS), ("mhc_head", None)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("hidden", [31, 96])
+def test_gradients_of_scale_and_base(hidden, dtype, op, norm, implementation):
+    """Sums over tokens and hidden elements, a handful a problem: taken as one over problems of several sizes."""
+    first = list(arguments(op, 1, 1)).index("scale")
+    made, actual = [], []
+    for tokens in (1, 2, 17, 33, 70):
+        some = problems(op, tokens, hidden, dtype, norm_dtype(norm, dtype), True)
+        for p, native in zip(some, native_gradients(op, implementation, some), strict=True):
+            eager, exact, own = (torch.cat(g[first : first + 2]) / tokens**0.5 for g in (p.eager, p.exact, native))
+            made.append(p._replace(eager=(eager,), exact=(exact,)))
+            actual.append((own,))
+    assert_as_accurate_as_torch(implementation, made, actual)
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -106,9 +103,8 @@ def test_mhc_post_pre_gradients_equal_the_two_ops(implementation, tokens, norm):
         # the fused op adds the two gradients of the new streams before it rounds them
         torch.testing.assert_close(a.float(), b.float(), rtol=0, atol=float(b.abs().max()) * 2**-6)
     # in float32 nothing is rounded in between
-    wide = [None if v is None else v.float() for v in values]
-    with max_isa(implementation):
-        check_gradients("mhc_post_pre", implementation, wide)
+    case = {"tokens": tokens, "hidden": 96, "dtype": torch.float32}
+    check_gradients("mhc_post_pre", implementation, case, norm and torch.float32)
 
 
 @pytest.mark.parametrize("implementation", implementation_cases("mhc_pre_backward"))
@@ -131,14 +127,8 @@ def test_gradients_do_not_depend_on_threads(implementation):
 @pytest.mark.parametrize("rounds", [1, 33, 70])
 @pytest.mark.parametrize("implementation", implementation_cases("mhc_pre_backward"))
 def test_gradients_through_few_and_many_sinkhorn_rounds(implementation, rounds):
-    values = list(arguments("mhc_pre", 9, 40, torch.float32).values())
-    grads = [torch.randn_like(o) for o in eager_pre(*values)]
-    settings = (1e-6, 1e-3, rounds, 1e-6)
-    with max_isa(implementation):
-        actual = gradients(lambda *v: ops.mhc_pre(*v, *settings), values, grads)
-    exact = gradients(lambda *v: ops.mhc_pre_reference(*v, *settings), double(values), double(grads))
-    for a, e in zip(actual, exact, strict=True):
-        torch.testing.assert_close(a.double(), e, rtol=0, atol=2e-6 * float(e.abs().max()))
+    case = {"tokens": 9, "hidden": 40, "dtype": torch.float32}
+    check_gradients("mhc_pre", implementation, case, settings=(1e-6, 1e-3, rounds, 1e-6))
 
 
 @pytest.mark.parametrize("norm", [None, torch.float64])

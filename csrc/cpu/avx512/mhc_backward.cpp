@@ -5,6 +5,8 @@
 // r^T from dense copies of 32 tokens. 24 J D FLOPs a token in all, three times the forward pass: bound by the FMA
 // units; 70 % of their peak expected. Sums over tokens run in ascending order, in blocks of 32 tokens, whatever the
 // number of threads.
+#include <cmath>
+
 #include "cpu/avx512/mhc_product.h"
 #include "cpu/mhc.h"
 
@@ -83,14 +85,15 @@ DSV4_INLINE NormGradient pre_dots(const Problem<X>& p, int64_t token, const floa
   if (d < hidden) add_dots<true>(p, token, pre, d, hidden - d, sums);
   alignas(64) float s[16];
   _mm512_store_ps(s, sums16(sums));
-  NormGradient norm{1.f, 0.f};
   if (p.norm_weight.given()) {
-    const float width = static_cast<float>(hidden);
-    norm.rms = _mm512_cvtss_f32(reciprocal_rms(_mm512_set1_ps(s[9]), hidden, p.rms_eps));
-    norm.along = norm.rms * norm.rms * norm.rms * s[8] / width;
+    // In double: the two terms of grad_pre nearly cancel, and would show the rounding of rms.
+    const double width = static_cast<double>(hidden), rms = 1 / std::sqrt(s[9] / width + p.rms_eps);
+    const double along = rms * rms * rms * s[8] / width;
+    for (int i = 0; i < kStreams; ++i) grad_pre[i] = static_cast<float>(rms * s[i] - along * s[4 + i]);
+    return {static_cast<float>(rms), static_cast<float>(along)};
   }
-  for (int i = 0; i < kStreams; ++i) grad_pre[i] = norm.rms * s[i] - norm.along * s[4 + i];
-  return norm;
+  for (int i = 0; i < kStreams; ++i) grad_pre[i] = s[i];
+  return {1.f, 0.f};
 }
 
 // grad: of comb, becomes that of its logits. 16 tokens, one a lane. The steps are taken again and kept in blocks, so
