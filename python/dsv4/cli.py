@@ -459,7 +459,8 @@ examples:
   dsv4 bench --end-to-end --context 1K --context 4K --json nano.jsonl
 
 --million: 1,048,576 tokens (the standard library's sources, a token a byte) through the first four layers of nano, then
-64 decoded ones. With --resume FOLDER it saves its cache there every half minute and continues from what it finds.
+64 decoded ones. With --resume FOLDER it saves its cache there, every half minute and when interrupted, and continues
+from what it finds.
 
 --end-to-end: nano, prompts of 1K, 4K, 16K and 64K tokens and decoding after them, beside transformers and llama.cpp
 with the same weights (pip install 'dsv4[peers]'), logits compared."""

@@ -1,6 +1,8 @@
 """`dsv4 bench --million` at a small scale: what it prints and saves, and that a resumed run gives the same bits."""
 
 import json
+import os
+import signal
 
 import pytest
 import torch
@@ -79,6 +81,46 @@ def test_resumed_run_gives_the_same_bits(run, monkeypatch, tmp_path):
     code, results, _, _ = run("--resume", folder)
     assert (code, results[-1]["resumed_at"], results[-1]["digest"]) == (0, TOKENS, whole["digest"])
     assert [result["context"] for result in results[:2]] == [3000, TOKENS]
+
+
+def signal_at(monkeypatch, module, name, call):
+    """SIGINT, as from a terminal, at this call of a function."""
+    original, calls = getattr(module, name), []
+
+    def signalled(*arguments, **named):
+        calls.append(name)
+        if len(calls) == call:
+            signal.raise_signal(signal.SIGINT)
+        return original(*arguments, **named)
+
+    monkeypatch.setattr(module, name, signalled)
+
+
+def test_an_interrupt_saves_what_is_done(run, monkeypatch, tmp_path):
+    monkeypatch.setattr(million, "SAVE_SECONDS", 1e9)
+    whole = run()[1][-1]
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        signal_at(patch, million.Transformer, "forward", 2)  # in the middle of the second step, from 2,048 to 3,000
+        code, _, _, err = run("--resume", folder)
+    assert code == 130
+    assert "this step is finished and saved first" in err
+    assert "interrupted after 3,000 of 6,000 tokens; 3,000 are saved" in err
+
+    # A second interrupt, in the middle of the save: the one before it stays, and nothing else.
+    saved = (folder / "cache.safetensors").read_bytes()
+    with monkeypatch.context() as patch:
+        signal_at(patch, million.Transformer, "forward", 1)
+        signal_at(patch, os, "fsync", 1)
+        code, _, _, err = run("--resume", folder)
+    assert code == 130
+    assert "interrupted after 5,048 of 6,000 tokens; 3,000 are saved" in err
+    assert (folder / "cache.safetensors").read_bytes() == saved
+    assert {path.name for path in folder.iterdir()} == {"cache.safetensors", "times.json"}
+
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    code, results, _, _ = run("--resume", folder)
+    assert (code, results[-1]["resumed_at"], results[-1]["digest"]) == (0, 3000, whole["digest"])
 
 
 def test_interrupt_without_a_folder(run, monkeypatch):

@@ -7,7 +7,9 @@ What is printed: tokens/s of the last sixteenth before 64K, 256K and 1M tokens b
 there; then cache bytes, which must be the plan's, peak memory, and the decoding that follows. The digest is of the
 logits of the last prompt token and of every decoded one: equal digests, equal bits.
 
-With a folder the cache is saved there every half minute, and a run that finds one continues it: same digest.
+With a folder the cache is saved there every half minute and at an interrupt, which the step in progress delays until it
+is whole; a second interrupt ends the run at once, with the save before it. A run that finds a save continues it: same
+digest.
 """
 
 from __future__ import annotations
@@ -17,8 +19,10 @@ import hashlib
 import json
 import os
 import resource
+import signal
 import sys
 import sysconfig
+import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -133,6 +137,29 @@ class Saves:
         self.spent += self._last - started
 
 
+class Interrupts:
+    """Keeps the first SIGINT for later, while steps run that are to be saved; a second one interrupts at once."""
+
+    def __init__(self, wait: bool):
+        self.asked = False
+        # Python gives signals to its main thread alone.
+        self._wait = wait and threading.current_thread() is threading.main_thread()
+
+    def __enter__(self) -> Interrupts:
+        if self._wait:
+            self._before = signal.signal(signal.SIGINT, self._note)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._wait:
+            signal.signal(signal.SIGINT, self._before)
+
+    def _note(self, *_: object) -> None:
+        self.asked = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        say("interrupted: this step is finished and saved first; once more to stop at once")
+
+
 class Bar:
     """Progress with speed and time to go, on a terminal."""
 
@@ -201,8 +228,11 @@ def run(tokens: int = TOKENS, folder: str | Path | None = None, json_file: str |
         if resumed:
             say(f"continuing from {resumed:,} tokens in {folder}")
         try:
-            with Bar(tokens, resumed) as bar, torch.no_grad():
-                logits = _prefill(model, cache, text, times, saves, bar, lambda mark: _mark(cache, times, mark, show))
+            with torch.no_grad():
+                with Bar(tokens, resumed) as bar:
+                    logits = _prefill(
+                        model, cache, text, times, saves, bar, lambda mark: _mark(cache, times, mark, show)
+                    )
                 return _finish(model, cache, logits, times, saves, resumed, show)
         except _WrongBytes as error:
             print(f"FAILED: {error}", flush=True)
@@ -246,16 +276,19 @@ def _prefill(
         # The logits went with the process that had them: take the last token back, which needs no more than itself.
         cache.crop(len(text) - 1)
         return model(text[None, -1:], cache=cache)[0, -1]
-    while cache.length < len(text):
-        begin = cache.length
-        end = min([begin + CHUNK, *(at for at in marks if at > begin)])
-        started, cpu = time.perf_counter(), time.process_time()
-        logits = model(text[None, begin:end], cache=cache, logits_to_keep=1)
-        times.append(Step(end, time.perf_counter() - started, time.process_time() - cpu))
-        bar.update(end, (end - begin) / times[-1].seconds)
-        saves.save(cache, times, now=end == len(text))
-        if end in marks:
-            mark(end)
+    with Interrupts(wait=saves.folder is not None) as interrupts:
+        while cache.length < len(text):
+            begin = cache.length
+            end = min([begin + CHUNK, *(at for at in marks if at > begin)])
+            started, cpu = time.perf_counter(), time.process_time()
+            logits = model(text[None, begin:end], cache=cache, logits_to_keep=1)
+            times.append(Step(end, time.perf_counter() - started, time.process_time() - cpu))
+            bar.update(end, (end - begin) / times[-1].seconds)
+            saves.save(cache, times, now=end == len(text) or interrupts.asked)
+            if interrupts.asked:
+                raise KeyboardInterrupt
+            if end in marks:
+                mark(end)
     return logits[0, -1]
 
 
