@@ -26,6 +26,14 @@ constexpr Candidate<SparseAttentionParams> kSparseAttention[] = {
 };
 const Op sparse_attention_op("sparse_attention", kSparseAttention);
 
+bool whole_steps_backward(const SparseAttentionBackwardParams& p) { return whole_steps(p.forward); }
+
+constexpr Candidate<SparseAttentionBackwardParams> kSparseAttentionBackward[] = {
+    {"avx512", Isa::kAvx512, DSV4_AVX512(avx512::sparse_attention_backward), whole_steps_backward},
+    {"scalar", Isa::kScalar, DSV4_SCALAR(scalar::sparse_attention_backward)},
+};
+const Op sparse_attention_backward_op("sparse_attention_backward", kSparseAttentionBackward);
+
 void validate_pool(Validator& v, const char* pages, const char* table, const RowPool& pool, int64_t sequences,
                    const SparseAttentionParams& p) {
   const int64_t head_dim = p.query.size(2);
@@ -81,14 +89,49 @@ void validate_arguments(Validator& v, const SparseAttentionParams& p) {
   }
 }
 
-Status validate(const SparseAttentionParams& p, const Context& context) {
-  Validator v("sparse_attention");
+// A call and its lse.
+void validate_call(Validator& v, const SparseAttentionParams& p, const Context& context) {
   validate_arguments(v, p);
-  v.view("out", p.out, p.query.dtype, {p.query.size(0), p.query.size(1), p.query.size(2)});
   v.view("lse", p.lse, DType::kFloat32, {p.query.size(0), p.query.size(1)});
   if (v.status().is_ok() && context.device == Device::kCpu) validate_sequences(v, p);
+}
+
+Status validate(const SparseAttentionParams& p, const Context& context) {
+  Validator v("sparse_attention");
+  validate_call(v, p, context);
+  v.view("out", p.out, p.query.dtype, {p.query.size(0), p.query.size(1), p.query.size(2)});
   if (!v.status().is_ok()) return v.status();
   v.workspace(p.workspace.data, p.workspace.bytes, sparse_attention_workspace_bytes(p, context));
+  return v.status();
+}
+
+void validate_pool_gradient(Validator& v, const char* pages, const char* grad, const RowPool& pool,
+                            const AnyView<3>& view) {
+  if (!pool.plain.given()) {
+    v.require(!view.given(), "%s must not be given: %s are not plain rows", grad, pages);
+    return;
+  }
+  const AnyView<3>& p = pool.plain;
+  v.view(pages, p, p.dtype, {p.size(0), p.size(1), p.size(2)}, 3);
+  v.view(grad, view, p.dtype, {p.size(0), p.size(1), p.size(2)}, 3);
+}
+
+void validate_backward(Validator& v, const SparseAttentionBackwardParams& p, const Context& context) {
+  const AnyView<3>& query = p.forward.query;
+  validate_call(v, p.forward, context);
+  v.view("grad_out", p.grad_out, query.dtype, {query.size(0), query.size(1), query.size(2)});
+  v.view("grad_lse", p.grad_lse, DType::kFloat32, {query.size(0), query.size(1)});
+  v.view("grad_query", p.grad_query, query.dtype, {query.size(0), query.size(1), query.size(2)});
+  validate_pool_gradient(v, "window_pages", "grad_window", p.forward.window_pool, p.grad_window);
+  validate_pool_gradient(v, "compressed_pages", "grad_compressed", p.forward.compressed, p.grad_compressed);
+  v.view("grad_sink", p.grad_sink, DType::kFloat32, {query.size(1)});
+}
+
+Status validate(const SparseAttentionBackwardParams& p, const Context& context) {
+  Validator v("sparse_attention_backward");
+  validate_backward(v, p, context);
+  if (!v.status().is_ok()) return v.status();
+  v.workspace(p.workspace.data, p.workspace.bytes, sparse_attention_backward_workspace_bytes(p, context));
   return v.status();
 }
 
@@ -124,6 +167,27 @@ int64_t sparse_attention_workspace_bytes(const SparseAttentionParams& p, const C
 
 Status sparse_attention(const SparseAttentionParams& p, const Context& c) {
   return sparse_attention_op.run(validate(p, c), p, c);
+}
+
+int64_t sparse_attention_backward_workspace_bytes(const SparseAttentionBackwardParams& p, const Context& context) {
+  Validator v("sparse_attention_backward");
+  validate_arguments(v, p.forward);
+  int64_t bytes = 0;
+  if (!v.status().is_ok() || context.device != Device::kCpu) return bytes;
+#if defined(DSV4_WITH_CPU)
+  bytes = scalar::sparse_attention_backward_workspace_bytes(p, context);
+#endif
+#if defined(DSV4_WITH_AVX512)
+  if (context.best >= Isa::kAvx512 && whole_steps(p.forward)) {
+    const int64_t needed = avx512::sparse_attention_backward_workspace_bytes(p, context);
+    bytes = needed > bytes ? needed : bytes;
+  }
+#endif
+  return bytes;
+}
+
+Status sparse_attention_backward(const SparseAttentionBackwardParams& p, const Context& c) {
+  return sparse_attention_backward_op.run(validate(p, c), p, c);
 }
 
 }  // namespace dsv4

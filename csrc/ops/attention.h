@@ -41,4 +41,28 @@ int64_t sparse_attention_workspace_bytes(const SparseAttentionParams&, const Con
 
 Status sparse_attention(const SparseAttentionParams&, const Context&);
 
+// The gradient of that call through out and lse. With p_j = exp(s_j - lse) over their sum, which is 1 but for rounding,
+// g = sigmoid(lse - sink), G = grad_out turned by `rope` and rounded to X, and delta = g sum_j p_j G . key_j, which is
+// grad_out . out, a row and head gives
+//   d s_j = p_j (g (G . key_j - delta) + grad_lse), d query = scale sum_j d s_j key_j,
+//   d key_j = scale d s_j query + p_j g G,          d sink = -delta (1 - g).
+// A row without keys gives nothing. Gradients of keys and of sink are sums over the rows in their order, of sums over
+// the heads: they do not depend on the threads, nor those of keys on rows that do not read them. A key listed twice
+// counts twice.
+struct SparseAttentionBackwardParams {
+  SparseAttentionParams forward;  // the call and its lse, with plain pools dense; out and workspace are not used
+  AnyView<3> grad_out;            // X [T, H, D]
+  AnyView<2> grad_lse;            // float32 [T, H]
+  AnyView<3> grad_query;          // X [T, H, D]
+  AnyView<3> grad_window;      // as window_pool.plain, dense; a pool of bytes has no gradient, and none is given here
+  AnyView<3> grad_compressed;  // the same for compressed.plain
+  AnyView<1> grad_sink;        // float32 [H]
+  Workspace workspace;
+};
+
+// As above; of the results and the workspace nothing is read.
+int64_t sparse_attention_backward_workspace_bytes(const SparseAttentionBackwardParams&, const Context&);
+
+Status sparse_attention_backward(const SparseAttentionBackwardParams&, const Context&);
+
 }  // namespace dsv4

@@ -9,33 +9,15 @@
 #include "cpu/avx512/attention_product.h"
 
 namespace dsv4::avx512 {
-namespace {
-
-bool in_bf16(const SparseAttentionParams& p) {
-  return p.window_pool.plain.dtype != DType::kFloat32 && p.compressed.plain.dtype != DType::kFloat32;
-}
-
-template <class Body>
-DSV4_INLINE void with_types(const SparseAttentionParams& p, const Context& context, const Body& body) {
-  if (p.query.dtype == DType::kFloat32) {
-    body(Call<Product, float, float>(p, context));
-  } else if (in_bf16(p)) {
-    body(Call<Product, bf16, bf16>(p, context));
-  } else {
-    body(Call<Product, bf16, float>(p, context));
-  }
-}
-
-}  // namespace
 
 int64_t sparse_attention_workspace_bytes(const SparseAttentionParams& p, const Context& context) {
   int64_t bytes = 0;
-  with_types(p, context, [&](const auto& call) { bytes = call.bytes(); });
+  with_types(p, [&](auto x, auto m) { bytes = Call<Product, decltype(x), decltype(m)>(p, context).bytes(); });
   return bytes;
 }
 
 Status sparse_attention(const SparseAttentionParams& p, const Context& context) {
-  with_types(p, context, [](const auto& call) { call.run(); });
+  with_types(p, [&](auto x, auto m) { Call<Product, decltype(x), decltype(m)>(p, context).run(); });
   return Status::ok();
 }
 

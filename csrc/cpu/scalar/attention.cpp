@@ -6,27 +6,10 @@
 #include <cmath>
 #include <limits>
 
-#include "cpu/attention_keys.h"
+#include "cpu/scalar/attention_key.h"
 
 namespace dsv4::scalar {
 namespace {
-
-void decode(const Key& key, const RowPool& pool, int64_t head_dim, int64_t rope_dim, float* values) {
-  if (key.scales != nullptr) {
-    const int64_t codes = head_dim - rope_dim;
-    for (int64_t d = 0; d < codes; ++d) values[d] = e4m3_value(key.data[d]) * e8m0_value(key.scales[d / kRowBlock]);
-    for (int64_t d = 0; d < rope_dim; ++d) {
-      bf16 value;
-      std::memcpy(&value, key.data + codes + 2 * d, sizeof(value));
-      values[codes + d] = to_float(value);
-    }
-  } else if (pool.plain.dtype == DType::kFloat32) {
-    std::memcpy(values, key.data, static_cast<size_t>(head_dim) * sizeof(float));
-  } else {
-    const bf16* row = reinterpret_cast<const bf16*>(key.data);
-    for (int64_t d = 0; d < head_dim; ++d) values[d] = to_float(row[d]);
-  }
-}
 
 // Undoes the rotation in pairs of the last dims.
 template <class X>
@@ -88,15 +71,7 @@ class Row {
       decode_key(j);
       for (int64_t h = 0; h < heads_; ++h) {
         const X* q = p_.query.as<const X>().at(row, h);
-        float parts[8] = {};
-        int64_t d = 0;
-        for (; d + 8 <= head_dim_; d += 8) {
-          for (int i = 0; i < 8; ++i) parts[i] += to_float(q[d + i]) * values_[d + i];
-        }
-        for (; d < head_dim_; ++d) parts[0] += to_float(q[d]) * values_[d];
-        const float even = (parts[0] + parts[4]) + (parts[2] + parts[6]);
-        const float odd = (parts[1] + parts[5]) + (parts[3] + parts[7]);
-        scores_[h * count_.all + j] = (even + odd) * p_.scale;
+        scores_[h * count_.all + j] = dot(q, values_, head_dim_) * p_.scale;
       }
     }
   }

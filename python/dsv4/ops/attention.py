@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dsv4.ops._check import Check
-from dsv4.ops._registry import register
+from dsv4.ops._registry import no_gradient, register
 from dsv4.ops.layout import check_row_pages, locate, owners, read_rows
 from dsv4.ops.norm_rope import apply_rope_reference
 
@@ -364,9 +365,12 @@ def _empty_lse(query: Tensor, tokens: int) -> Tensor:
 
 
 def sparse_attention_backward_reference(
-    grad_out: Tensor, grad_lse: Tensor, *arguments: Any
+    grad_out: Tensor, grad_lse: Tensor, lse: Tensor, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, window_pages, compressed_pages and sink; that of a pool of bytes, or of none, is empty, [0].
+
+    `lse` is what the call gave: kernels read the probabilities off it, here it is computed again, in float64. Sums over
+    rows and heads are rounded once.
 
     With p the softmax over a row's keys, u = sum_j p_j key_j, g = sigmoid(lse - sink), so that out = g u, and G the
     gradient of out before its rotation is undone:
@@ -424,8 +428,20 @@ def _outer(left: Tensor, right: Tensor, source: _Keys) -> Tensor:
 
 
 def _check(*args: Any, **kwargs: Any) -> None:
+    _check_call(Check("sparse_attention"), _Call(*args, **kwargs))
+
+
+def _check_backward(grad_out: Tensor, grad_lse: Tensor, lse: Tensor, *args: Any, **kwargs: Any) -> None:
     call = _Call(*args, **kwargs)
-    check = Check("sparse_attention")
+    check = Check("sparse_attention_backward")
+    _check_call(check, call)
+    wide = _empty_lse(call.query, 0).dtype
+    check.tensor("grad_out", grad_out, (call.query.dtype,), tuple(call.query.shape))
+    check.tensor("grad_lse", grad_lse, (wide,), tuple(call.query.shape[:2]))
+    check.tensor("lse", lse, (wide,), tuple(call.query.shape[:2]))
+
+
+def _check_call(check: Check, call: _Call) -> None:
     tokens, heads, head_dim = check.tensor("query", call.query, _FLOATS, ("tokens", "heads", "head_dim"))
     check.tensor("sequence", call.sequence, (torch.int32,), (tokens,))
     check.tensor("position", call.position, (torch.int32,), (tokens,))
@@ -455,8 +471,10 @@ def _fake(query: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
     return query.new_empty(query.shape), _empty_lse(query, query.shape[0])
 
 
-def _fake_backward(grad_out: Tensor, grad_lse: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    call = _Call(*arguments)
+def _fake_backward(
+    grad_out: Tensor, grad_lse: Tensor, lse: Tensor, *arguments: Any, **kwargs: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    call = _Call(*arguments, **kwargs)
     pools = [
         call.query.new_empty(0) if pages is None or not pages.is_floating_point() else pages.new_empty(pages.shape)
         for pages in (call.window_pages, call.compressed_pages)
@@ -464,15 +482,13 @@ def _fake_backward(grad_out: Tensor, grad_lse: Tensor, *arguments: Any) -> tuple
     return call.query.new_empty(call.query.shape), pools[0], pools[1], call.sink.new_empty(call.sink.shape)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    ctx.save_for_backward(*inputs[:_TENSORS])
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(output[1], *inputs[:_TENSORS])
     ctx.numbers = inputs[_TENSORS:]
 
 
-def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
-    query, window, compressed, sink = torch.ops.dsv4.sparse_attention_backward(
-        grad_out, grad_lse, *ctx.saved_tensors, *ctx.numbers
-    )
+def _backward(op: str, ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+    query, window, compressed, sink = getattr(torch.ops.dsv4, op)(grad_out, grad_lse, *ctx.saved_tensors, *ctx.numbers)
     grads = {"query": query, "window_pages": window, "compressed_pages": compressed, "sink": sink}
     needed = ctx.needs_input_grad
     return tuple(grads.get(name) if wanted else None for name, wanted in zip(_Call._fields, needed, strict=False))
@@ -483,17 +499,24 @@ _ARGUMENTS = (
     "Tensor sequence, Tensor position, Tensor? indices, Tensor? lengths, Tensor sink, Tensor? rope, int window, "
     "float scale, int window_page_size=256, int page_size=64, int? rope_dim=None"
 )
-for _name in ("sparse_attention", "_sparse_attention_reference"):
+for _name, _gradient in (
+    ("sparse_attention", "sparse_attention_backward"),
+    ("_sparse_attention_reference", "_sparse_attention_backward_reference"),
+):
     register(
         f"{_name}({_ARGUMENTS}) -> (Tensor, Tensor)",
         sparse_attention_reference,
         check=_check,
         fake=_fake,
-        backward=_backward,
+        backward=partial(_backward, _gradient),
         setup_context=_setup_context,
     )
-register(
-    f"sparse_attention_backward(Tensor grad_out, Tensor grad_lse, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)",
-    sparse_attention_backward_reference,
-    fake=_fake_backward,
-)
+    _refused, _nothing = no_gradient(_gradient, "take second derivatives through sparse_attention_reference")
+    register(
+        f"{_gradient}(Tensor grad_out, Tensor grad_lse, Tensor lse, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)",
+        sparse_attention_backward_reference,
+        check=_check_backward,
+        fake=_fake_backward,
+        backward=_refused,
+        setup_context=_nothing,
+    )
