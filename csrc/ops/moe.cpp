@@ -31,6 +31,12 @@ constexpr Candidate<MoeExpertsParams> kMoeExperts[] = {
 };
 const Op moe_experts_op("moe_experts", kMoeExperts);
 
+constexpr Candidate<MoeExpertsBackwardParams> kMoeExpertsBackward[] = {
+    {"avx512", Isa::kAvx512, DSV4_AVX512(avx512::moe_experts_backward)},
+    {"scalar", Isa::kScalar, DSV4_SCALAR(scalar::moe_experts_backward)},
+};
+const Op moe_experts_backward_op("moe_experts_backward", kMoeExpertsBackward);
+
 constexpr Candidate<MoeMapParams> kMoeMap[] = {
     {"sm80", Isa::kSm80, DSV4_SM80(sm80::moe_map)},
     {"scalar", Isa::kScalar, DSV4_SCALAR(scalar::moe_map)},
@@ -155,6 +161,45 @@ Status validate(const MoeExpertsParams& p, const Context& context) {
   return v.status();
 }
 
+constexpr const char* kMatrixNames[] = {"w1", "w3", "w2"};
+constexpr const char* kSharedNames[] = {"shared w1", "shared w3", "shared w2"};
+constexpr const char* kGradNames[] = {"grad_w1", "grad_w3", "grad_w2"};
+constexpr const char* kGradSharedNames[] = {"grad_shared w1", "grad_shared w3", "grad_shared w2"};
+
+// w1, w3 and w2 of `experts` experts.
+void validate_matrices(Validator& v, const char* const* names, const AnyView<3>* matrices, DType x, int64_t experts,
+                       int64_t inter, int64_t hidden) {
+  for (int i = 0; i < 3; ++i) {
+    v.view(names[i], matrices[i], x, {experts, i == 2 ? hidden : inter, i == 2 ? inter : hidden});
+  }
+}
+
+void validate_arguments(Validator& v, const MoeExpertsBackwardParams& p) {
+  v.floating("x", p.x.dtype);
+  v.view("x", p.x, p.x.dtype, {Validator::kAny, Validator::kAny});
+  const int64_t tokens = p.x.size(0), hidden = p.x.size(1);
+  v.view("grad", p.grad, p.x.dtype, {tokens, hidden});
+  v.view("weights", p.weights, {tokens, Validator::kAny});
+  validate_integer(v, "indices", p.indices, {tokens, p.weights.size(1)});
+  validate_matrices(v, kMatrixNames, p.matrices, p.x.dtype, p.matrices[0].size(0), p.matrices[0].size(1), hidden);
+  if (p.shared[0].given()) validate_matrices(v, kSharedNames, p.shared, p.x.dtype, 1, p.shared[0].size(1), hidden);
+  v.not_negative("swiglu_limit", p.swiglu_limit);
+}
+
+Status validate(const MoeExpertsBackwardParams& p, const Context& context) {
+  Validator v("moe_experts_backward");
+  validate_arguments(v, p);
+  const int64_t tokens = p.x.size(0), hidden = p.x.size(1);
+  v.view("grad_x", p.grad_x, p.x.dtype, {tokens, hidden});
+  v.view("grad_weights", p.grad_weights, {tokens, p.weights.size(1)});
+  const AnyView<3>&w1 = p.matrices[0], &shared = p.shared[0];
+  validate_matrices(v, kGradNames, p.grad_matrices, p.x.dtype, w1.size(0), w1.size(1), hidden);
+  if (shared.given()) validate_matrices(v, kGradSharedNames, p.grad_shared, p.x.dtype, 1, shared.size(1), hidden);
+  if (!v.status().is_ok()) return v.status();
+  v.workspace(p.workspace.data, p.workspace.bytes, moe_experts_backward_workspace_bytes(p, context));
+  return v.status();
+}
+
 Status validate(const MoeMapParams& p) {
   Validator v("moe_map");
   validate_integer(v, "indices", p.indices, {Validator::kAny, Validator::kAny});
@@ -206,8 +251,17 @@ int64_t moe_experts_workspace_bytes(const MoeExpertsParams& p, const Context& co
   return bytes;
 }
 
+int64_t moe_experts_backward_workspace_bytes(const MoeExpertsBackwardParams& p, const Context& context) {
+  return workspace_bytes<MoeExpertsBackwardParams>("moe_experts_backward", p, context,
+                                                   DSV4_SCALAR(scalar::moe_experts_backward_workspace_bytes),
+                                                   DSV4_AVX512(avx512::moe_experts_backward_workspace_bytes), nullptr);
+}
+
 Status moe_gate(const MoeGateParams& p, const Context& c) { return moe_gate_op.run(validate(p, c), p, c); }
 Status moe_map(const MoeMapParams& p, const Context& c) { return moe_map_op.run(validate(p), p, c); }
 Status moe_experts(const MoeExpertsParams& p, const Context& c) { return moe_experts_op.run(validate(p, c), p, c); }
+Status moe_experts_backward(const MoeExpertsBackwardParams& p, const Context& c) {
+  return moe_experts_backward_op.run(validate(p, c), p, c);
+}
 
 }  // namespace dsv4

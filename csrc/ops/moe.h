@@ -63,6 +63,31 @@ int64_t moe_experts_workspace_bytes(const MoeExpertsParams&, const Context&);
 
 Status moe_experts(const MoeExpertsParams&, const Context&);
 
+// Gradients of moe_experts on plain matrices. gate and up are taken again from x, with the bits of the forward pass;
+// where they were clamped (gate > limit, |up| > limit) their gradient is 0. grad_x: the sum over the token's experts as
+// in moe_experts, in float32, rounded once; grad_weights, the gradients of the matrices: sums over an expert's pairs
+// (token, slot) in ascending order, rounded once, 0 for an expert without any. The gradients of gate and up are rounded
+// to the type of x before they are multiplied. An index outside 0 ... E - 1 has grad_weights 0. grad_x and grad_weights
+// of a token depend on that token alone.
+struct MoeExpertsBackwardParams {
+  AnyView<2> grad;               // of the result: [T, D], the type of x
+  AnyView<2> x;                  // bfloat16 or float32 [T, D]
+  View<const float, 2> weights;  // [T, K]
+  AnyView<2> indices;            // int32 or int64 [T, K]
+  AnyView<3> matrices[3];        // w1, w3, w2, the type of x: [E, I, D], [E, I, D], [E, D, I]
+  AnyView<3> shared[3];          // the same of the shared expert, with E = 1 and an I of its own; or none
+  float swiglu_limit;            // 0: no clamp
+  AnyView<2> grad_x;             // [T, D], the type of x
+  View<float, 2> grad_weights;   // [T, K]
+  AnyView<3> grad_matrices[3];   // as matrices
+  AnyView<3> grad_shared[3];     // as shared
+  Workspace workspace;
+};
+
+int64_t moe_experts_backward_workspace_bytes(const MoeExpertsBackwardParams&, const Context&);
+
+Status moe_experts_backward(const MoeExpertsBackwardParams&, const Context&);
+
 // The pairs (token, slot) of a routing sorted by expert: rows[offsets[e]] ... rows[offsets[e + 1] - 1] are the pairs
 // token * K + slot of expert e, ascending. Indices outside 0 ... E - 1 have no place; the rows that they leave at the
 // end, from offsets[E] on, are -1.

@@ -101,16 +101,6 @@ struct Matrix {
     return matrix;
   }
 
- private:
-  static void shape(Check& check, const std::string& name, const Tensor& tensor, const std::vector<int64_t>& leading,
-                    int64_t out, int64_t in, std::initializer_list<ScalarType> dtypes) {
-    if (leading.empty()) {
-      check.tensor(name.c_str(), tensor, {out, in}, dtypes);
-    } else {
-      check.tensor(name.c_str(), tensor, {leading[0], out, in}, dtypes);
-    }
-  }
-
   // [E, out, in] of what may lack the first axis; bytes of every kind are uint8.
   static AnyView<3> three(const Tensor& tensor) {
     AnyView<3> result;
@@ -130,7 +120,24 @@ struct Matrix {
     if (tensor.element_size() == 1) result.dtype = DType::kUInt8;
     return result;
   }
+
+ private:
+  static void shape(Check& check, const std::string& name, const Tensor& tensor, const std::vector<int64_t>& leading,
+                    int64_t out, int64_t in, std::initializer_list<ScalarType> dtypes) {
+    if (leading.empty()) {
+      check.tensor(name.c_str(), tensor, {out, in}, dtypes);
+    } else {
+      check.tensor(name.c_str(), tensor, {leading[0], out, in}, dtypes);
+    }
+  }
 };
+
+void check_rank(const Check& check, const Tensor& w1) {
+  if (w1.dim() == 3) return;
+  std::string shape;
+  for (const int64_t size : w1.sizes()) shape += (shape.empty() ? "" : ", ") + std::to_string(size);
+  check.require(false, "w1 must be [experts, inter, hidden], got [" + shape + "]");
+}
 
 Tensor moe_experts(const Tensor& x_, const Tensor& weights_, const Tensor& indices_, const Tensor& w1, const Tensor& w3,
                    const Tensor& w2, const std::optional<Tensor>& w1_scale, const std::optional<Tensor>& w3_scale,
@@ -143,11 +150,7 @@ Tensor moe_experts(const Tensor& x_, const Tensor& weights_, const Tensor& indic
   const int64_t top_k =
       check.tensor("weights", weights_, {tokens, kAny}, {ScalarType::Float}, {kWeights, {nullptr, "top_k"}})[1];
   check.tensor("indices", indices_, {tokens, top_k}, {ScalarType::Int, ScalarType::Long});
-  if (w1.dim() != 3) {
-    std::string shape;
-    for (const int64_t size : w1.sizes()) shape += (shape.empty() ? "" : ", ") + std::to_string(size);
-    check.require(false, "w1 must be [experts, inter, hidden], got [" + shape + "]");
-  }
+  check_rank(check, w1);
   const int64_t experts = w1.size(0), inter = w1.size(1);
   const ScalarType x_type = x_.scalar_type();
   const Matrix routed[] = {{check, "w1", w1, w1_scale, x_type, {experts}, inter, hidden},
@@ -186,6 +189,63 @@ DSV4_OP(
     "moe_experts(Tensor x, Tensor weights, Tensor indices, Tensor w1, Tensor w3, Tensor w2, Tensor? w1_scale=None, "
     "Tensor? w3_scale=None, Tensor? w2_scale=None, Tensor[]? shared=None, float swiglu_limit=0.0) -> Tensor",
     moe_experts)
+
+#if !defined(DSV4_TORCH_CUDA)  // gradients have kernels for the CPU only; elsewhere Python's formulas run
+
+// Of x, weights, w1, w3, w2 and the shared matrices.
+std::vector<Tensor> moe_experts_backward(const Tensor& grad_, const Tensor& x_, const Tensor& weights_,
+                                         const Tensor& indices_, const Tensor& w1, const Tensor& w3, const Tensor& w2,
+                                         const std::vector<Tensor>& shared_, double swiglu_limit) {
+  Check check("moe_experts_backward");
+  const auto sizes =
+      check.tensor("x", x_, {kAny, kAny}, {ScalarType::BFloat16, ScalarType::Float}, {kFloats, {"tokens", "hidden"}});
+  const int64_t tokens = sizes[0], hidden = sizes[1];
+  const ScalarType x_type = x_.scalar_type();
+  check.tensor("grad", grad_, {tokens, hidden}, {x_type});
+  const int64_t top_k =
+      check.tensor("weights", weights_, {tokens, kAny}, {ScalarType::Float}, {kWeights, {nullptr, "top_k"}})[1];
+  check.tensor("indices", indices_, {tokens, top_k}, {ScalarType::Int, ScalarType::Long});
+  check_rank(check, w1);
+  check.require(shared_.empty() || shared_.size() == 3,
+                "shared must hold 0 or 3 tensors, got " + std::to_string(shared_.size()));
+  const Tensor grad = dense(grad_), x = dense(x_), weights = dense(weights_), indices = dense(indices_);
+  MoeExpertsBackwardParams params{};
+  std::vector<Tensor> results = {empty({tokens, hidden}, x_type, x), empty({tokens, top_k}, ScalarType::Float, x)};
+  std::vector<Matrix> matrices;  // hold what was copied
+  const auto take = [&](const std::string& prefix, const std::array<const Tensor*, 3>& given,
+                        const std::vector<int64_t>& leading, int64_t inter, AnyView<3>* views, AnyView<3>* gradients) {
+    for (int i = 0; i < 3; ++i) {
+      matrices.emplace_back(check, prefix + kNames[i], *given[i], std::nullopt, x_type, leading,
+                            i == 2 ? hidden : inter, i == 2 ? inter : hidden);
+      views[i] = static_cast<ExpertMatrix>(matrices.back()).data;
+      results.push_back(empty({given[i]->sizes().begin(), given[i]->sizes().end()}, x_type, x));
+      gradients[i] = Matrix::three(results.back());
+    }
+  };
+  take("", {&w1, &w3, &w2}, {w1.size(0)}, w1.size(1), params.matrices, params.grad_matrices);
+  if (!shared_.empty()) {
+    take("shared ", {&shared_[0], &shared_[1], &shared_[2]}, {}, shared_[0].dim() > 0 ? shared_[0].size(0) : 0,
+         params.shared, params.grad_shared);
+  }
+  check.require(swiglu_limit >= 0, "swiglu_limit must not be negative, got " + std::to_string(swiglu_limit));
+  params.grad = view(grad);
+  params.x = view(x);
+  params.weights = view(weights);
+  params.indices = view(indices);
+  params.swiglu_limit = static_cast<float>(swiglu_limit);
+  params.grad_x = mutable_view(results[0]);
+  params.grad_weights = mutable_view(results[1]);
+  const Scratch scratch(dsv4::moe_experts_backward_workspace_bytes(params, check.context(x)), x);
+  params.workspace = scratch;
+  check.run(dsv4::moe_experts_backward, params, x);
+  return results;
+}
+DSV4_OP(
+    "moe_experts_backward(Tensor grad, Tensor x, Tensor weights, Tensor indices, Tensor w1, Tensor w3, Tensor w2, "
+    "Tensor[] shared, float swiglu_limit) -> Tensor[]",
+    moe_experts_backward)
+
+#endif
 
 }  // namespace
 }  // namespace dsv4::binding

@@ -1,4 +1,4 @@
-"""Gradients of the gate and of plain experts, by formula."""
+"""Gradients of the gate and of plain experts: autograd registration, and the formulas that define them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dsv4.ops.linear import dense_linear
 
+KERNEL_FLOATS = (torch.bfloat16, torch.float32)
 SOFTPLUS_THRESHOLD = 20.0
 # Below this softplus(z) equals exp(z) in float64 too, and its root is better taken as exp(z / 2): no underflow, no 0/0
 # in the gradient.
@@ -67,7 +68,8 @@ def moe_experts_backward_reference(
     shared: Sequence[Tensor],
     swiglu_limit: float,
 ) -> list[Tensor]:
-    """Gradients of plain experts with respect to x, weights, w1, w3, w2 and the shared matrices, in this order.
+    """Gradients of plain experts with respect to x, weights, w1, w3, w2 and the shared matrices, in this order, each with
+    the shape and dtype of what it is the gradient of.
 
     Of each expert's rows at once, experts ascending, so that the order of every sum is fixed. gate and up are taken
     again from x: between the passes nothing is kept but the arguments.
@@ -160,6 +162,8 @@ def experts_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
             "moe_experts: quantised experts have no gradient; train with plain weights (quantization='off')"
         )
     x, weights, indices, w1, w3, w2, *shared = ctx.saved_tensors
-    gradients = torch.ops.dsv4.moe_experts_backward(grad, x, weights, indices, w1, w3, w2, shared, ctx.limit)
+    kernel = x.dtype in KERNEL_FLOATS and weights.dtype == torch.float32
+    op = torch.ops.dsv4.moe_experts_backward if kernel else torch.ops.dsv4._moe_experts_backward_reference
+    gradients = op(grad, x, weights, indices, w1, w3, w2, shared, ctx.limit)
     d_x, d_weights, d_w1, d_w3, d_w2, *d_shared = gradients
     return d_x, d_weights, None, d_w1, d_w3, d_w2, None, None, None, d_shared if ctx.has_list else None, None

@@ -10,6 +10,7 @@ from torch import Tensor
 from dsv4.ops._check import INTEGERS, WIDE_FLOATS, Check
 from dsv4.ops._exact import exact_matmul
 from dsv4.ops._moe_gradient import (
+    KERNEL_FLOATS,
     experts_backward,
     experts_backward_fake,
     gate_backward,
@@ -18,7 +19,7 @@ from dsv4.ops._moe_gradient import (
     save_gate,
     sqrt_softplus,
 )
-from dsv4.ops._registry import register
+from dsv4.ops._registry import no_gradient, register
 from dsv4.ops.linear import quantized_activation
 from dsv4.ops.quantize import check_quantized_weight, dequantize_weight_reference
 
@@ -31,8 +32,6 @@ __all__ = [
     "moe_map",
     "moe_map_reference",
 ]
-
-_KERNEL_FLOATS = (torch.bfloat16, torch.float32)
 
 
 def moe_gate(
@@ -64,7 +63,7 @@ def moe_gate(
         out of range.
     Source: DeepSeek-V4 report, 2.1; the official inference code.
     """
-    kernel = x.dtype in _KERNEL_FLOATS and weight.dtype in _KERNEL_FLOATS
+    kernel = x.dtype in KERNEL_FLOATS and weight.dtype in KERNEL_FLOATS
     kernel = kernel and (bias is None or bias.dtype == torch.float32)
     op = torch.ops.dsv4.moe_gate if kernel else torch.ops.dsv4._moe_gate_reference
     return op(x, weight, top_k, bias, token_ids, tid2eid, route_scale)
@@ -206,7 +205,7 @@ def moe_experts(
     Raises: RuntimeError where a shape, dtype or device differs from the above.
     Source: DeepSeek-V4 report, 2.1; the official inference code.
     """
-    kernel = x.dtype in _KERNEL_FLOATS and weights.dtype == torch.float32
+    kernel = x.dtype in KERNEL_FLOATS and weights.dtype == torch.float32
     kernel = kernel and indices.dtype in INTEGERS and swiglu_limit >= 0
     op = torch.ops.dsv4.moe_experts if kernel else torch.ops.dsv4._moe_experts_reference
     return op(x, weights, indices, w1, w3, w2, w1_scale, w3_scale, w2_scale, list(shared or ()), swiglu_limit)
@@ -312,6 +311,31 @@ def _check_moe_experts(
     check.that(swiglu_limit >= 0, f"swiglu_limit must not be negative, got {swiglu_limit}")
 
 
+def _check_moe_experts_backward(
+    grad: Tensor,
+    x: Tensor,
+    weights: Tensor,
+    indices: Tensor,
+    w1: Tensor,
+    w3: Tensor,
+    w2: Tensor,
+    shared: Sequence[Tensor],
+    swiglu_limit: float,
+) -> None:
+    check = Check("moe_experts_backward")
+    tokens, hidden = check.tensor("x", x, WIDE_FLOATS, ("tokens", "hidden"))
+    check.tensor("grad", grad, (x.dtype,), (tokens, hidden))
+    top_k = check.tensor("weights", weights, (torch.float32, torch.float64), (tokens, "top_k"))[1]
+    check.tensor("indices", indices, INTEGERS, (tokens, top_k))
+    check.that(w1.dim() == 3, f"w1 must be [experts, inter, hidden], got {list(w1.shape)}")
+    check.that(len(shared) in (0, 3), f"shared must hold 0 or 3 tensors, got {len(shared)}")
+    none = (None, None, None)
+    _check_matrices(check, x.dtype, "", (w1, w3, w2), none, (w1.shape[0], w1.shape[1], hidden))
+    if shared:
+        _check_matrices(check, x.dtype, "shared ", shared, none, (shared[0].shape[0] if shared[0].dim() else 0, hidden))
+    check.that(swiglu_limit >= 0, f"swiglu_limit must not be negative, got {swiglu_limit}")
+
+
 def _check_matrices(
     check: Check,
     dtype: torch.dtype,
@@ -360,9 +384,16 @@ for _name in ("moe_experts", "_moe_experts_reference"):
         backward=experts_backward,
         setup_context=save_experts,
     )
-register(
-    "moe_experts_backward(Tensor grad, Tensor x, Tensor weights, Tensor indices, Tensor w1, Tensor w3, Tensor w2,"
-    " Tensor[] shared, float swiglu_limit) -> Tensor[]",
-    moe_experts_backward_reference,
-    fake=experts_backward_fake,
+_backward, _setup_context = no_gradient(
+    "moe_experts_backward", "take second derivatives through moe_experts_reference"
 )
+for _name in ("moe_experts_backward", "_moe_experts_backward_reference"):
+    register(
+        f"{_name}(Tensor grad, Tensor x, Tensor weights, Tensor indices, Tensor w1, Tensor w3, Tensor w2, "
+        "Tensor[] shared, float swiglu_limit) -> Tensor[]",
+        moe_experts_backward_reference,
+        check=_check_moe_experts_backward,
+        fake=experts_backward_fake,
+        backward=_backward,
+        setup_context=_setup_context,
+    )
