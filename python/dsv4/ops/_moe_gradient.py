@@ -68,8 +68,8 @@ def moe_experts_backward_reference(
     shared: Sequence[Tensor],
     swiglu_limit: float,
 ) -> list[Tensor]:
-    """Gradients of plain experts with respect to x, weights, w1, w3, w2 and the shared matrices, in this order, each with
-    the shape and dtype of what it is the gradient of.
+    """Gradients of plain experts with respect to x, weights, w1, w3, w2 and the shared matrices, in this order, each
+    with the shape and dtype of what it is the gradient of.
 
     Of each expert's rows at once, experts ascending, so that the order of every sum is fixed. gate and up are taken
     again from x: between the passes nothing is kept but the arguments.
