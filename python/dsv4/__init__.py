@@ -5,6 +5,7 @@ from dsv4.cache import KVCache
 from dsv4.checkpoint import init, load
 from dsv4.generation import encode_messages, generate, parse_completion
 from dsv4.model.config import Config
+from dsv4.model.recording import RecordedModel
 from dsv4.model.transformer import Transformer
 from dsv4.planner import plan
 
@@ -15,6 +16,7 @@ Transformer.generate = generate  # type: ignore[attr-defined]  # the loop stands
 __all__ = [
     "Config",
     "KVCache",
+    "RecordedModel",
     "Transformer",
     "encode_messages",
     "generate",

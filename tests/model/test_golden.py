@@ -149,7 +149,7 @@ def attention_errors(
             break
         step = cache.begin(list(run.ids[:, start : start + count]))
         tables = (step.window_table, step.compressed_table, step.write_table)
-        rows = Rows(step.sequence, step.position, shipped.frequencies, *tables)
+        rows = Rows(shipped.frequencies, step.sequence, step.position, *tables)
         selected: list[Tensor] = []
         hook = (
             block.attn.indexer.register_forward_hook(lambda *a, into=selected: into.append(a[-1]))

@@ -31,6 +31,7 @@ from dsv4.checkpoint import init
 from dsv4.console import say, size
 from dsv4.environment import free_bytes
 from dsv4.model.config import Config
+from dsv4.model.recording import RecordedModel
 from dsv4.planner import format_context
 
 CONTEXTS = (1024, 4096, 16384, 65536)
@@ -62,6 +63,7 @@ class OwnEngine:
         else:
             self.model = init(config, quantization="off", dtype=getattr(torch, precision))
         self._room = room
+        self._call = RecordedModel(self.model)  # as `generate` does
         self.reset()
 
     def reset(self) -> None:
@@ -70,7 +72,7 @@ class OwnEngine:
     @torch.no_grad()
     def feed(self, ids: Tensor) -> Tensor:
         for part in ids.split(_CHUNK):
-            logits = self.model(part.unsqueeze(0), cache=self.cache, logits_to_keep=1)
+            logits = self._call(part.unsqueeze(0), cache=self.cache, logits_to_keep=1)
         return logits[0, -1].float()
 
     def bytes_needed(self, tokens: int) -> int:

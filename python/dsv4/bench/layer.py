@@ -138,7 +138,7 @@ class Runner:
         streams = torch.randn(count, STREAMS, self.config.hidden_size).bfloat16()
         position = torch.arange(self.length, self.length + count, dtype=torch.int32)
         tables = (self.table,) * 3
-        rows = Rows(torch.zeros_like(position), position, self.frequencies, *tables, torch.zeros(count).long())
+        rows = Rows(self.frequencies, torch.zeros_like(position), position, *tables, torch.zeros(count).long())
         self.length += count
         return self.block(streams, rows, self.cache)
 

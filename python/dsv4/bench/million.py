@@ -41,6 +41,7 @@ from dsv4.console import say, size
 from dsv4.environment import environment
 from dsv4.generation import Tokenizer
 from dsv4.model.config import Config
+from dsv4.model.recording import RecordedModel
 from dsv4.model.transformer import Transformer
 from dsv4.planner import format_context, plan
 
@@ -320,10 +321,11 @@ def _finish(
     length, prefilled = cache.length, _check_bytes(cache)
     digest = hashlib.sha256(logits.numpy().tobytes())
     chosen: list[int] = []
+    decode = RecordedModel(model)
     started = time.perf_counter()
     for _ in range(NEW_TOKENS):
         chosen.append(int(logits.argmax()))
-        logits = model(torch.tensor([chosen[-1:]]), cache=cache)[0, -1]
+        logits = decode(torch.tensor([chosen[-1:]]), cache=cache)[0, -1]
         digest.update(logits.numpy().tobytes())
     decoding = time.perf_counter() - started
     _check_bytes(cache)

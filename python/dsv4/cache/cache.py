@@ -52,6 +52,11 @@ class Step:
     replay: bool
     spans: tuple[tuple[int, int, int], ...]
 
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What a model needs to know of the step."""
+        tables = self.window_table, self.compressed_table, self.write_table
+        return self.sequence, self.position, *tables, self.token_ids
+
 
 @dataclass
 class _Progress:
@@ -484,7 +489,7 @@ class KVCache:
                     "make the cache with a larger one"
                 )
             ids = ids.detach().cpu().long()
-            low, high = (int(ids.min()), int(ids.max())) if len(ids) else (0, 0)
+            low, high = (int(end) for end in ids.aminmax()) if len(ids) else (0, 0)
             if low < 0 or high >= self.config.vocab_size:
                 raise ValueError(f"cache: token ids must lie in [0, {self.config.vocab_size}), got {low} to {high}")
             rows.append(ids)

@@ -258,7 +258,7 @@ class LayerCheck:
         table = torch.arange(blocks_of(self.tokens), dtype=torch.int32).unsqueeze(0)
         position = torch.arange(start, stop, dtype=torch.int32)
         sequence = torch.zeros_like(position)
-        return Rows(sequence, position, self.frequencies, table, table, table, self.token_ids[start:stop])
+        return Rows(self.frequencies, sequence, position, table, table, table, self.token_ids[start:stop])
 
 
 @contextmanager

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
+from dsv4.cache import KVCache
 from dsv4.generation.sampling import check_sampling, sample
-
-if TYPE_CHECKING:
-    from dsv4.cache import KVCache
-    from dsv4.model.transformer import Transformer
+from dsv4.model.recording import RecordedModel
+from dsv4.model.transformer import Transformer
 
 
 def generate(
@@ -99,9 +97,10 @@ def _tokens(
 ) -> Iterator[int]:
     if max_new_tokens == 0:
         return
+    feed = RecordedModel(model) if isinstance(model, Transformer) else model
     for start in range(0, len(prompt), prefill_chunk):
         chunk = prompt[start : start + prefill_chunk]
-        logits = _feed(model, chunk, cache)
+        logits = _feed(feed, chunk, cache)
         if progress is not None:
             progress(start + len(chunk), len(prompt))
     for number in range(max_new_tokens):
@@ -109,10 +108,10 @@ def _tokens(
         yield token
         if token in stop_tokens or number + 1 == max_new_tokens:
             return
-        logits = _feed(model, torch.tensor([token]), cache)
+        logits = _feed(feed, torch.tensor([token]), cache)
 
 
-def _feed(model: Transformer, ids: torch.Tensor, cache: KVCache) -> torch.Tensor:
+def _feed(model: Callable[..., torch.Tensor], ids: torch.Tensor, cache: KVCache) -> torch.Tensor:
     # Not across a yield, where it would switch gradients off for the caller; and not inference mode, whose tensors the
     # caller could not go on using in the cache.
     with torch.no_grad():

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dsv4.cache import KVCache, Step
+from dsv4.cache import KVCache, LayerCache, Step
 from dsv4.model.block import Block
 from dsv4.model.config import Config
 from dsv4.nn.hyper_connection import STREAMS, MixingSettings, add_mixing_parameters, mixing_weights
@@ -89,54 +89,54 @@ class Transformer(nn.Module):
         Raises:
             ValueError: ids not integer [batch, seq] or out of range; batch or num_tokens not fitting; past max_seq_len.
         """
-        ids, counts = self._check_ids(input_ids, cache, num_tokens)
+        ids, counts = self.check_ids(input_ids, cache, num_tokens)
         if cache is None:
             flat = self._layers(self._whole_sequences(ids), None)  # padding stands to the right, where nothing sees it
             if any(count < ids.shape[1] for count in counts):
-                flat = flat[_used(counts, ids).flatten()]
-            return self._logits(flat, counts, ids, logits_to_keep)
-        for step in cache.pending():
-            self._run(cache, step)
-        step = cache.begin([row[:count] for row, count in zip(ids, counts, strict=True)])
-        return self._logits(self._run(cache, step), counts, ids, logits_to_keep)
+                flat = flat[_used(counts, ids.shape[1], ids.device).flatten()]
+            return self._logits(flat, counts, ids.shape, logits_to_keep)
+        step = self.begin(ids, counts, cache)
+        return self._logits(self._run(step, cache), counts, ids.shape, logits_to_keep)
 
-    def _run(self, cache: KVCache, step: Step) -> Tensor:
-        rows = Rows(
-            step.sequence,
-            step.position,
-            self.frequencies,
-            step.window_table,
-            step.compressed_table,
-            step.write_table,
-            step.token_ids,
-        )
+    def begin(self, ids: Tensor, counts: Sequence[int], cache: KVCache) -> Step:
+        """The step that feeds checked ids to the cache, after any steps that the cache needs first."""
+        for step in cache.pending():
+            self._run(step, cache)
+        return cache.begin([row[:count] for row, count in zip(ids, counts, strict=True)])
+
+    def _run(self, step: Step, cache: KVCache) -> Tensor:
         # Where nothing is differentiated, the dispatcher need not ask every op for its gradient.
         with torch.inference_mode() if not torch.is_grad_enabled() else contextlib.nullcontext():
-            streams = self._layers(rows, cache)
+            streams = self._layers(Rows(self.frequencies, *step.tensors()), cache.layers)
         cache.commit(step)
         return streams
 
-    def _layers(self, rows: Rows, cache: KVCache | None) -> Tensor:
+    def _layers(self, rows: Rows, storage: Sequence[LayerCache] | None) -> Tensor:
         assert rows.token_ids is not None
         streams = self._embed(rows.token_ids).unsqueeze(1).repeat(1, STREAMS, 1)
-        for index, block in enumerate(self.layers):
-            streams = block(streams, rows, cache.layers[index] if cache is not None else None)
+        layers: Sequence[LayerCache | None] = storage or [None] * len(self.layers)
+        for block, layer in zip(self.layers, layers, strict=True):
+            streams = block(streams, rows, layer)
         return streams
+
+    def step_logits(self, rows: Rows, storage: Sequence[LayerCache], batch: torch.Size, keep: int) -> Tensor:
+        """Logits of a step in which every row of a batch [sequences, seq] counts; of shapes and tensors alone."""
+        return self._logits(self._layers(rows, storage), [batch[1]] * batch[0], batch, keep)
 
     def _embed(self, token_ids: Tensor) -> Tensor:
         return self.embed(token_ids).to(self.dtype)
 
-    def _logits(self, flat: Tensor, counts: list[int], ids: Tensor, keep: int) -> Tensor:
+    def _logits(self, flat: Tensor, counts: Sequence[int], batch: torch.Size, keep: int) -> Tensor:
         """flat [sum(counts), 4, hidden] -> [batch, keep or length, vocab]; 0 where a sequence has no token."""
-        keep = min(keep, ids.shape[1]) or ids.shape[1]
-        if all(count == ids.shape[1] for count in counts):
-            streams = flat.unflatten(0, ids.shape)[:, -keep:]
+        keep = min(keep, batch[1]) or batch[1]
+        if all(count == batch[1] for count in counts):
+            streams = flat.unflatten(0, batch)[:, -keep:]
             return self.head(self.norm(self._collapse(self, streams.flatten(0, 1)))).unflatten(0, streams.shape[:2])
-        used = _used(counts, ids)
+        used = _used(counts, batch[1], flat.device)
         kept = used.clone()
         kept[:, :-keep] = False
         logits = self.head(self.norm(self._collapse(self, flat[kept[used]])))
-        out = logits.new_zeros(ids.shape[0], keep, logits.shape[-1])
+        out = logits.new_zeros(batch[0], keep, logits.shape[-1])
         out[used[:, -keep:]] = logits
         return out
 
@@ -146,7 +146,7 @@ class Transformer(nn.Module):
 
     def hidden_streams(self, input_ids: Tensor) -> Tensor:
         """Residual streams after the last layer, [batch, seq, 4, hidden]: what multi-token prediction starts from."""
-        ids, _ = self._check_ids(input_ids, None, None)
+        ids, _ = self.check_ids(input_ids, None, None)
         return self._layers(self._whole_sequences(ids), None).unflatten(0, ids.shape)
 
     def predict_next(self, streams: Tensor, next_ids: Tensor, block: int = 0) -> Tensor:
@@ -160,7 +160,7 @@ class Transformer(nn.Module):
         """
         if not 0 <= block < len(self.mtp):
             raise ValueError(f"the model has {len(self.mtp)} multi-token prediction blocks, asked for number {block}")
-        ids, _ = self._check_ids(next_ids, None, None)
+        ids, _ = self.check_ids(next_ids, None, None)
         module = self.mtp[block]
         assert isinstance(module, MultiTokenPrediction)
         hidden = module(streams.flatten(0, 1), self._embed(ids.flatten()), self._whole_sequences(ids))
@@ -177,16 +177,16 @@ class Transformer(nn.Module):
         if (cache.device.type, cache.device.index or 0) != (self.device.type, self.device.index or 0):
             raise ValueError(f"the cache is on {cache.device}, the model on {self.device}: load it with device=")
 
-    def _check_ids(
+    def check_ids(
         self, input_ids: Tensor, cache: KVCache | None, num_tokens: Sequence[int] | None
     ) -> tuple[Tensor, list[int]]:
+        """(ids int64, in host memory for a cache; how many of each row count), or ValueError as `forward` says."""
         if input_ids.dim() != 2 or input_ids.dtype.is_floating_point or input_ids.dtype == torch.bool:
             raise ValueError(f"input_ids must be integer [batch, seq], got {input_ids.dtype} {list(input_ids.shape)}")
-        ids = input_ids.to(device=self.device, dtype=torch.int64)
-        if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= self.config.vocab_size):
-            raise ValueError(
-                f"input_ids must lie in [0, {self.config.vocab_size}), got {int(ids.min())} to {int(ids.max())}"
-            )
+        ids = input_ids.to(device=self.device if cache is None else "cpu", dtype=torch.int64)
+        low, high = (int(end) for end in ids.aminmax()) if ids.numel() else (0, 0)
+        if low < 0 or high >= self.config.vocab_size:
+            raise ValueError(f"input_ids must lie in [0, {self.config.vocab_size}), got {low} to {high}")
         if cache is not None:
             self._check_cache(cache)
         if cache is not None and cache.batch_size != ids.shape[0]:
@@ -197,9 +197,9 @@ class Transformer(nn.Module):
         return ids, counts
 
 
-def _used(counts: list[int], ids: Tensor) -> Tensor:
+def _used(counts: Sequence[int], length: int, device: torch.device) -> Tensor:
     """bool [batch, length]: where the first counts[b] columns of row b are."""
-    return torch.tensor(counts, device=ids.device)[:, None] > torch.arange(ids.shape[1], device=ids.device)
+    return torch.tensor(counts, device=device)[:, None] > torch.arange(length, device=device)
 
 
 class Embedding(nn.Module):

@@ -42,23 +42,24 @@ class Rows:
     """Query rows of a step, sequences one after another, positions ascending inside each.
 
     Attributes:
+        frequencies: of the model's rotary embeddings.
         sequence: int32 [tokens], slot of the cache (or of the batch) that a row belongs to.
         position: int32 [tokens], absolute position, from 0.
-        token_ids: int64 [tokens] or None, for hash routing.
         window_table: int32 [sequences, blocks], physical page of every 256 positions of window rows, -1 = not stored.
         compressed_table: int32 [sequences, blocks], the same for compressed entries and index keys.
         write_table: int32 [sequences, blocks], where new compressed entries go; -1 = keep what is there.
+        token_ids: int64 [tokens] or None, for hash routing.
     """
 
+    frequencies: RopeFrequencies
     sequence: Tensor
     position: Tensor
-    frequencies: RopeFrequencies
     window_table: Tensor
     compressed_table: Tensor
     write_table: Tensor
     token_ids: Tensor | None = None
-    _ropes: dict[tuple[bool, int], Tensor] = field(default_factory=dict)
-    _visible: dict[int, Tensor] = field(default_factory=dict)
+    _ropes: dict[tuple[bool, int], Tensor] = field(default_factory=dict, init=False)
+    _visible: dict[int, Tensor] = field(default_factory=dict, init=False)
 
     @classmethod
     def whole_sequences(
@@ -74,7 +75,7 @@ class Rows:
         table = torch.arange(batch * blocks, dtype=torch.int32, device=device).view(batch, blocks)
         sequence = torch.arange(batch, dtype=torch.int32, device=device).repeat_interleave(length)
         position = torch.arange(length, dtype=torch.int32, device=device).repeat(batch)
-        return cls(sequence, position, frequencies, table, table, table, token_ids)
+        return cls(frequencies, sequence, position, table, table, table, token_ids)
 
     def rope(self, compressed: bool) -> Tensor:
         """(cos, sin) at each row's own position, [tokens, rope_dim / 2, 2]."""
@@ -87,7 +88,9 @@ class Rows:
     def _rope(self, compressed: bool, ratio: int) -> Tensor:
         key = (compressed, ratio)
         if key not in self._ropes:
-            position = torch.div(self.position, ratio, rounding_mode="floor") * ratio
+            position = self.position
+            if ratio > 1:
+                position = torch.div(position, ratio, rounding_mode="floor") * ratio
             self._ropes[key] = self.frequencies.rope(compressed, position)
         return self._ropes[key]
 
