@@ -18,8 +18,7 @@
 #include "cpu/linear.h"
 
 #include "cpu/amx/tile_product.h"
-#include "cpu/avx512/code_tiles.h"
-#include "cpu/avx512/moe_panels.h"
+#include "cpu/avx512/weight_rows.h"
 #include "cpu/linear_driver.h"
 
 namespace dsv4::DSV4_AMX_NAMESPACE {
@@ -34,43 +33,17 @@ constexpr int64_t kFewRows = 64;    // up to which pieces are small, for the thr
 constexpr int64_t kWide = 128;      // outputs of a piece of more
 
 // Weights of a format: how 128 inputs of a row expand. kLeast to kMost are the scales that go into them.
-struct Fp8Weights : avx512::Fp8Rows {
+template <class Rows>
+struct Quantised : Rows {
   using Element = uint8_t;
-  using Scale = uint8_t;
-  static constexpr int kLeast = 127 - avx512::kMostShift, kMost = 127;
+  static constexpr int kLeast = avx512::kLeastScale, kMost = Rows::kMostScale;
 
-  static void read_scales(const uint8_t* from, int64_t count, Scale* to) {
-    avx512::fold_scales(from, count, count, to);
-  }
-  DSV4_MEMBER Block expand_scaled(const uint8_t* codes, const Scale* scales) const {
-    return expand_folded(codes, scales);
-  }
-  DSV4_MEMBER Block expand_scaled(const uint8_t* codes, const Scale* scales, int64_t count) const {
-    return expand_folded(codes, scales, count);
+  static void read_scales(const uint8_t* from, int64_t count, typename Rows::Scale* to) {
+    Rows::fold(from, count, kInputBlocks * Rows::kScales, to);
   }
 };
-
-struct Fp4Weights : avx512::Fp4Rows {
-  using Element = uint8_t;
-  using Scale = uint16_t;
-  static constexpr int kLeast = avx512::kLeastScale, kMost = avx512::kMostScaleFp4;
-
-  // What the panel subtracts from exponents.
-  static void read_scales(const uint8_t* from, int64_t count, Scale* to) {
-    static_assert(kInputBlocks * kScales == 16);
-    const __m256i scales = _mm256_cvtepu8_epi16(_mm_maskz_loadu_epi8(avx512::low16(count), from));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
-                        _mm256_slli_epi16(_mm256_sub_epi16(_mm256_set1_epi16(kMost), scales), 7));
-  }
-  DSV4_MEMBER Block expand_scaled(const uint8_t* codes, const Scale* scales) const {
-    return panel.expand(codes, scales);
-  }
-  DSV4_MEMBER Block expand_scaled(const uint8_t* codes, const Scale* scales, int64_t count) const {
-    return panel.expand(codes, count, scales);
-  }
-
-  avx512::Fp4Panel panel;
-};
+using Fp8Weights = Quantised<avx512::Fp8Rows>;
+using Fp4Weights = Quantised<avx512::Fp4Rows>;
 
 struct PlainWeights {
   using Element = bf16;
@@ -79,12 +52,12 @@ struct PlainWeights {
   static constexpr int64_t bytes(int64_t inputs) { return inputs * static_cast<int64_t>(sizeof(bf16)); }
 
   static void read_scales(const uint8_t*, int64_t, Scale*) {}
-  DSV4_MEMBER Block expand_scaled(const uint8_t* words, const Scale*) const {
+  DSV4_MEMBER Block expand(const uint8_t* words, const Scale*) const {
     Block block;
     for (int64_t j = 0; j < kBlockSteps; ++j) block.w[j] = _mm512_loadu_si512(words + j * kTileBytes);
     return block;
   }
-  DSV4_MEMBER Block expand_scaled(const uint8_t* words, const Scale*, int64_t count) const {
+  DSV4_MEMBER Block expand(const uint8_t* words, const Scale*, int64_t count) const {
     Block block;
     for (int64_t j = 0; j < kBlockSteps; ++j) {
       block.w[j] = _mm512_maskz_loadu_epi8(avx512::mask64(count - j * kTileBytes), words + j * kTileBytes);
@@ -255,8 +228,7 @@ class Kernel {
         avx512::ask(later, Weights::kBlockBytes);  // past the end it does nothing
         const typename Weights::Scale* scale = scales + b * Weights::kScales;
         const int64_t here = bytes - b * Weights::kBlockBytes;
-        const Block w = here >= Weights::kBlockBytes ? expand_.expand_scaled(from, scale)
-                                                     : expand_.expand_scaled(from, scale, here);
+        const Block w = here >= Weights::kBlockBytes ? expand_.expand(from, scale) : expand_.expand(from, scale, here);
         for (int64_t j = 0; j < kBlockSteps; ++j, to += kTileElements) _mm512_store_si512(to, w.w[j]);
       }
     }

@@ -1,11 +1,17 @@
 // Dot products of activations with rows of quantised weights, for the linear layers and the experts. Inputs are taken
 // in blocks of 128: four registers of 32 bfloat16 on either side, in an order of the weight format's own, into which
-// the activations are brought once. Weights expand to the values of their codes, exactly; the scale of a block (or of
-// its four groups, which lie in the four lanes) multiplies the block's sum:
+// the activations are brought once. Scales that are powers of two, as checkpoints have them, go into the weights as
+// they expand, exactly (the ranges are below), and sums go on over blocks:
+//   sum = dot(x3, w3, dot(x2, w2, dot(x1, w1, dot(x0, w0, sum))))
+// Other scales multiply the sum of their block, or of its four groups, which lie in the four lanes:
 //   block = dot(x3, w3, dot(x2, w2, dot(x1, w1, dot(x0, w0, 0))));  sum += block * scale
-// and `total` adds the 16 lanes by one tree. Every path below keeps to this, so a result depends on its row of
-// activations and its row of weights alone. vdpbf16ps takes denormal operands and sums as zero: activations (scale
-// included) below 2^-126 do not count; codes are never that small.
+// and `total` adds the 16 lanes by one tree. Which of the two it is depends on the weights alone, and so a result on
+// its row of activations and its row of weights. vdpbf16ps takes denormal operands and sums as zero: activations below
+// 2^-126 do not count; weights are never that small.
+//
+// Zen 4 gives vdpbf16ps two of its four vector units, saturating arithmetic, comparisons and permutations of two
+// registers (vpermi2b) the same two; permutations of one register, shifts, plain sums, minima and logic find place
+// beside the products. That is what decided between ways to expand.
 #pragma once
 
 #include "common/pages.h"
@@ -18,7 +24,6 @@ namespace {
 
 inline constexpr int64_t kBlock = 128;  // inputs
 inline constexpr int64_t kBlockSteps = kBlock / kStep;
-inline constexpr int64_t kFewRows = 4;  // rows of activations up to which experts expand weights in registers alone
 
 DSV4_INLINE int64_t blocks_of(int64_t inputs) { return (inputs + kBlock - 1) / kBlock; }
 
@@ -30,62 +35,104 @@ DSV4_INLINE __mmask64 mask64(int64_t count) {
   return count >= 64 ? ~__mmask64{0} : count <= 0 ? 0 : (__mmask64{1} << count) - 1;
 }
 
+// Asks for memory to come as far as the second-level cache: in the first, it would drive out what is being multiplied.
+DSV4_INLINE void ask(const uint8_t* from, int64_t bytes) {
+  for (int64_t at = 0; at < bytes; at += 64) _mm_prefetch(from + at, _MM_HINT_T1);
+}
+
 DSV4_INLINE __m512 dot_bf16(__m512 sum, __m512i x, __m512i w) {
   return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(x), reinterpret_cast<__m512bh>(w));
 }
 
-// The upper and lower bytes of the bfloat16 values of e4m3's 128 magnitudes, and of half of them.
+// e8m0 scales that go into weights lie between these, far from overflow and from denormal numbers: 2^-63 to 1 for e4m3,
+// to 2^63 for e2m1.
+inline constexpr int kLeastScale = 64, kMostScaleFp8 = 127, kMostScaleFp4 = 190;
+
+// The upper and lower bytes of the bfloat16 values of e4m3's 128 magnitudes times 2^-shift, for every shift that folds.
 struct E4m3Bytes {
-  uint8_t high[2][128] = {}, low[2][128] = {};
+  struct Table {
+    uint8_t high[128], low[128];
+  };
+  Table of[kMostScaleFp8 - kLeastScale + 1] = {};
 
   constexpr E4m3Bytes() {
-    for (int half = 0; half < 2; ++half) {
+    for (int shift = 0; shift <= kMostScaleFp8 - kLeastScale; ++shift) {
       for (int code = 0; code < 128; ++code) {
         int exponent = code >> 3, mantissa = code & 7;
         if (exponent == 0) {  // steps of 2^-9: bring the highest bit to the front
           for (exponent = 1; mantissa != 0 && (mantissa & 8) == 0; --exponent) mantissa *= 2;
         }
-        int bits = code == 0 ? 0 : ((exponent + 120 - half) << 7) | (mantissa & 7) << 4;
+        int bits = code == 0 ? 0 : ((exponent + 120 - shift) << 7) | (mantissa & 7) << 4;
         if (code == 127) bits = 0x7FC0;
-        high[half][code] = static_cast<uint8_t>(bits >> 8);
-        low[half][code] = static_cast<uint8_t>(bits);
+        of[shift].high[code] = static_cast<uint8_t>(bits >> 8);
+        of[shift].low[code] = static_cast<uint8_t>(bits);
       }
     }
   }
 };
 alignas(64) static constexpr E4m3Bytes kE4m3;
 
-// e4m3, a byte an input, one scale a block. Make one per piece of work: it holds tables.
-class Fp8Rows {
+// What the formats have in common, on their own `load` and `half`.
+template <class Rows>
+struct BlockOf {
+  // A block of weights times its scales; `count` bytes of it, if not all: the rest counts as zero and is not read.
+  template <class Scale, class... Count>
+  DSV4_MEMBER Block expand(const uint8_t* codes, const Scale* scales, Count... count) const {
+    const Rows& rows = static_cast<const Rows&>(*this);
+    const auto packed = rows.load(codes, scales, count...);
+    Block block;
+    rows.template half<0, true>(packed, block.w);
+    rows.template half<1, true>(packed, block.w + 2);
+    return block;
+  }
+};
+
+// e4m3, a byte an input, one scale a block.
+class Fp8Rows : public BlockOf<Fp8Rows> {
  public:
+  using Scale = uint8_t;  // s for 2^-s
   static constexpr int64_t kBlockBytes = kBlock;
   static constexpr int64_t kScales = 1;  // of a block
+  static constexpr int kMostScale = kMostScaleFp8;
+  static constexpr Scale kUnscaled[kScales] = {0};
   static constexpr int64_t bytes(int64_t inputs) { return inputs; }
 
-  Fp8Rows() {
-    for (int half = 0; half < 2; ++half) {
-      high_[half] = _mm512_load_si512(kE4m3.high[0] + 64 * half);
-      low_[half] = _mm512_load_si512(kE4m3.low[0] + 64 * half);
+  // What `load` takes for e8m0 scales, and 1 up to `padded`; false where one does not fold.
+  static bool fold(const uint8_t* scales, int64_t count, int64_t padded, Scale* to) {
+    __mmask64 beyond = 0;
+    for (int64_t i = 0; i < padded; i += 64) {
+      const __mmask64 mine = mask64(count - i), out = mask64(padded - i);
+      const __m512i shift =
+          _mm512_maskz_sub_epi8(mine, _mm512_set1_epi8(kMostScale), _mm512_maskz_loadu_epi8(mine, scales + i));
+      beyond |= _mm512_cmpgt_epu8_mask(shift, _mm512_set1_epi8(kMostScale - kLeastScale));
+      _mm512_mask_storeu_epi8(to + i, out, shift);
     }
+    return beyond == 0;
   }
 
-  DSV4_MEMBER Block expand(const uint8_t* codes) const {
-    return words(_mm512_loadu_si512(codes), _mm512_loadu_si512(codes + 64));
+  struct Packed {
+    __m512i codes[2];
+    const E4m3Bytes::Table* table;
+  };
+  DSV4_MEMBER Packed load(const uint8_t* codes, const Scale* shift) const {
+    return {{_mm512_loadu_si512(codes), _mm512_loadu_si512(codes + 64)}, kE4m3.of + *shift};
   }
-  // The first `count` bytes; the rest count as zero and are not read.
-  DSV4_MEMBER Block expand(const uint8_t* codes, int64_t count) const {
-    return words(_mm512_maskz_loadu_epi8(mask64(count), codes),
-                 _mm512_maskz_loadu_epi8(mask64(count - 64), codes + 64));
+  DSV4_MEMBER Packed load(const uint8_t* codes, const Scale* shift, int64_t count) const {
+    return {{_mm512_maskz_loadu_epi8(mask64(count), codes), _mm512_maskz_loadu_epi8(mask64(count - 64), codes + 64)},
+            kE4m3.of + *shift};
   }
-
-  // The same times 2^-shift, 0 to 60: an even part off the exponent's upper seven bits, an odd rest by a table of
-  // halves.
-  DSV4_MEMBER Block expand_folded(const uint8_t* codes, const uint8_t* shift) const {
-    return words(_mm512_loadu_si512(codes), _mm512_loadu_si512(codes + 64), *shift);
-  }
-  DSV4_MEMBER Block expand_folded(const uint8_t* codes, const uint8_t* shift, int64_t count) const {
-    return words(_mm512_maskz_loadu_epi8(mask64(count), codes), _mm512_maskz_loadu_epi8(mask64(count - 64), codes + 64),
-                 *shift);
+  // Registers 2 kHalf and 2 kHalf + 1 of a block.
+  template <int kHalf, bool>
+  DSV4_MEMBER void half(const Packed& packed, __m512i* w) const {
+    const __m512i code = packed.codes[kHalf];
+    const uint8_t *high = packed.table->high, *low = packed.table->low;
+    const __m512i upper = _mm512_ternarylogic_epi32(
+        _mm512_set1_epi8(0x7F), _mm512_permutex2var_epi8(_mm512_load_si512(high), code, _mm512_load_si512(high + 64)),
+        code,
+        0xCA);  // the sign of the code
+    const __m512i lower = _mm512_permutex2var_epi8(_mm512_load_si512(low), code, _mm512_load_si512(low + 64));
+    w[0] = _mm512_unpacklo_epi8(lower, upper);
+    w[1] = _mm512_unpackhi_epi8(lower, upper);
   }
 
   // A block of activations from the order of memory into that of `expand`: bytes unpack within lanes of 16.
@@ -101,64 +148,66 @@ class Fp8Rows {
 
   // The scale of a block for every lane.
   DSV4_INLINE __m512 scale(const float* scales, int64_t block) { return _mm512_set1_ps(scales[block]); }
-
- private:
-  DSV4_MEMBER Block words(__m512i first, __m512i second) const {
-    Block block;
-    const __m512i magnitude = _mm512_set1_epi8(0x7F);
-    const __m512i codes[2] = {first, second};
-    for (int half = 0; half < 2; ++half) {
-      const __m512i code = codes[half];
-      const __m512i high = _mm512_ternarylogic_epi32(magnitude, _mm512_permutex2var_epi8(high_[0], code, high_[1]),
-                                                     code, 0xCA);  // the sign of the code
-      const __m512i low = _mm512_permutex2var_epi8(low_[0], code, low_[1]);
-      block.w[2 * half] = _mm512_unpacklo_epi8(low, high);
-      block.w[2 * half + 1] = _mm512_unpackhi_epi8(low, high);
-    }
-    return block;
-  }
-
-  DSV4_MEMBER Block words(__m512i first, __m512i second, uint8_t shift) const {
-    Block block;
-    const uint8_t *high_table = kE4m3.high[shift & 1], *low_table = kE4m3.low[shift & 1];
-    const __m512i magnitude = _mm512_set1_epi8(0x7F), down = _mm512_set1_epi8(static_cast<char>(shift >> 1));
-    const __m512i codes[2] = {first, second};
-    for (int half = 0; half < 2; ++half) {
-      const __m512i code = codes[half];
-      const __mmask64 number = _mm512_cmpneq_epi8_mask(_mm512_add_epi8(code, code), _mm512_set1_epi8(-2));  // not NaN
-      __m512i high = _mm512_permutex2var_epi8(_mm512_load_si512(high_table), code, _mm512_load_si512(high_table + 64));
-      high = _mm512_mask_subs_epu8(high, number, high, down);  // zero stays zero
-      high = _mm512_ternarylogic_epi32(magnitude, high, code, 0xCA);
-      const __m512i low =
-          _mm512_permutex2var_epi8(_mm512_load_si512(low_table), code, _mm512_load_si512(low_table + 64));
-      block.w[2 * half] = _mm512_unpacklo_epi8(low, high);
-      block.w[2 * half + 1] = _mm512_unpackhi_epi8(low, high);
-    }
-    return block;
-  }
-
-  __m512i high_[2], low_[2];  // bytes of the bfloat16 values of the 128 magnitudes
 };
 
-// bfloat16 values of e2m1's codes; twice, so that the lowest bit of the next nibble does not matter.
-alignas(64) static constexpr uint16_t kE2m1[32] = {0x0000, 0x3F00, 0x3F80, 0x3FC0, 0x4000, 0x4040, 0x4080, 0x40C0,
-                                                   0x8000, 0xBF00, 0xBF80, 0xBFC0, 0xC000, 0xC040, 0xC080, 0xC0C0,
-                                                   0x0000, 0x3F00, 0x3F80, 0x3FC0, 0x4000, 0x4040, 0x4080, 0x40C0,
-                                                   0x8000, 0xBF00, 0xBF80, 0xBFC0, 0xC000, 0xC040, 0xC080, 0xC0C0};
+// bfloat16 values of e2m1's codes times 2^63, without a sign of zero; twice, so that the lowest bit of the next nibble
+// does not matter.
+alignas(64) static constexpr uint16_t kE2m1[32] = {0x0000, 0x5E80, 0x5F00, 0x5F40, 0x5F80, 0x5FC0, 0x6000, 0x6040,
+                                                   0x0000, 0xDE80, 0xDF00, 0xDF40, 0xDF80, 0xDFC0, 0xE000, 0xE040,
+                                                   0x0000, 0x5E80, 0x5F00, 0x5F40, 0x5F80, 0x5FC0, 0x6000, 0x6040,
+                                                   0x0000, 0xDE80, 0xDF00, 0xDF40, 0xDF80, 0xDFC0, 0xE000, 0xE040};
 
 // e2m1, two inputs a byte, the even one in the low nibble; four scales a block, of 32 inputs each. Word i of the codes
-// holds inputs 4 i to 4 i + 3; register j of a block takes nibble j of every word.
-class Fp4Rows {
+// holds inputs 4 i to 4 i + 3; register j of a block takes nibble j of every word. The table is ahead by 2^63, which a
+// subtraction from the exponent takes back.
+class Fp4Rows : public BlockOf<Fp4Rows> {
  public:
+  using Scale = uint16_t;  // what is subtracted: 63 - s, in the place of the exponent, for 2^s
   static constexpr int64_t kBlockBytes = kBlock / 2;
   static constexpr int64_t kScales = 4;
+  static constexpr int kMostScale = kMostScaleFp4;
+  static constexpr Scale kUnscaled[kScales] = {63 << 7, 63 << 7, 63 << 7, 63 << 7};
   static constexpr int64_t bytes(int64_t inputs) { return inputs / 2; }
 
-  Fp4Rows() : table_(_mm512_load_si512(kE2m1)) {}
+  Fp4Rows() : table_(_mm512_load_si512(kE2m1)) {
+    alignas(64) uint8_t index[64];
+    for (int i = 0; i < 64; ++i) index[i] = static_cast<uint8_t>(2 * (i / 16) + i % 2);
+    spread_ = _mm512_load_si512(index);
+  }
 
-  DSV4_MEMBER Block expand(const uint8_t* codes) const { return words(_mm512_loadu_si512(codes)); }
-  DSV4_MEMBER Block expand(const uint8_t* codes, int64_t count) const {
-    return words(_mm512_maskz_loadu_epi8(mask64(count), codes));
+  static bool fold(const uint8_t* scales, int64_t count, int64_t padded, Scale* to) {
+    __mmask32 beyond = 0;
+    const __m512i most = _mm512_set1_epi16(kMostScale), range = _mm512_set1_epi16(kMostScale - kLeastScale);
+    for (int64_t i = 0; i < padded; i += 32) {
+      const __mmask32 mine = static_cast<__mmask32>(mask64(count - i)),
+                      out = static_cast<__mmask32>(mask64(padded - i));
+      const __m512i scale = _mm512_cvtepu8_epi16(_mm256_maskz_loadu_epi8(mine, scales + i));
+      const __m512i less = _mm512_maskz_sub_epi16(mine, most, scale);
+      beyond |= _mm512_cmpgt_epu16_mask(less, range);
+      _mm512_mask_storeu_epi16(to + i, out, _mm512_slli_epi16(less, 7));
+    }
+    return beyond == 0;
+  }
+
+  struct Packed {
+    __m512i codes, scale;
+  };
+  DSV4_MEMBER Packed load(const uint8_t* codes, const Scale* scales) const {
+    return {_mm512_loadu_si512(codes), lanes(scales)};
+  }
+  DSV4_MEMBER Packed load(const uint8_t* codes, const Scale* scales, int64_t count) const {
+    return {_mm512_maskz_loadu_epi8(mask64(count), codes), lanes(scales)};
+  }
+  // Zero stays zero, by saturation or, in two instructions that find place beside more products, by the minimum.
+  template <int kHalf, bool kSaturate>
+  DSV4_MEMBER void half(const Packed& packed, __m512i* w) const {
+    const auto scaled = [&](__m512i codes) __attribute__((always_inline)) {
+      const __m512i value = _mm512_permutexvar_epi16(codes, table_);
+      return kSaturate ? _mm512_subs_epu16(value, packed.scale)
+                       : _mm512_sub_epi16(value, _mm512_min_epu16(value, packed.scale));
+    };
+    w[0] = scaled(kHalf == 0 ? packed.codes : _mm512_srli_epi16(packed.codes, 8));
+    w[1] = scaled(_mm512_srli_epi16(packed.codes, 8 * kHalf + 4));
   }
 
   DSV4_INLINE void arrange(const bf16* x, bf16* to) {
@@ -173,14 +222,30 @@ class Fp4Rows {
   }
 
  private:
-  DSV4_MEMBER Block words(__m512i codes) const {
-    return {{_mm512_permutexvar_epi16(codes, table_), _mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 4), table_),
-             _mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 8), table_),
-             _mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 12), table_)}};
+  DSV4_MEMBER __m512i lanes(const Scale* scales) const {  // group g lies in lane g
+    int64_t four;
+    __builtin_memcpy(&four, scales, sizeof(four));
+    return _mm512_shuffle_epi8(_mm512_set1_epi64(four), spread_);
   }
 
-  __m512i table_;
+  __m512i table_, spread_;
 };
+
+// float32 scales, of which powers of two may fold.
+template <class Rows>
+static inline bool fold_scales(const float* scales, int64_t count, int64_t padded, typename Rows::Scale* to) {
+  bool all = true;
+  for (int64_t i = 0; i < padded; ++i) {
+    const uint32_t bits = i < count ? bits_from_float(scales[i]) : 127u << 23;
+    const uint8_t exponent = (bits & 0x807FFFFFu) == 0 ? static_cast<uint8_t>(bits >> 23) : uint8_t{255};
+    all = Rows::fold(&exponent, 1, 1, to + i) && all;
+  }
+  return all;
+}
+template <class Rows>
+static inline bool fold_scales(const uint8_t* scales, int64_t count, int64_t padded, typename Rows::Scale* to) {
+  return Rows::fold(scales, count, padded, to);
+}
 
 // e8m0 or float32 scales as float32; to[count, padded) = 0.
 static inline void widen_scales(const uint8_t* scales, int64_t count, int64_t padded, float* to) {
@@ -229,60 +294,40 @@ static __attribute__((noinline)) void dot_row(const Rows& rows, const uint8_t* c
     }
   };
   const int64_t whole = bytes / Rows::kBlockBytes, rest = bytes - whole * Rows::kBlockBytes;
-  for (int64_t block = 0; block < whole; ++block) add(block, rows.expand(codes + block * Rows::kBlockBytes));
-  if (rest > 0) add(whole, rows.expand(codes + whole * Rows::kBlockBytes, rest));
+  for (int64_t block = 0; block < whole; ++block)
+    add(block, rows.expand(codes + block * Rows::kBlockBytes, Rows::kUnscaled));
+  if (rest > 0) add(whole, rows.expand(codes + whole * Rows::kBlockBytes, Rows::kUnscaled, rest));
 #pragma GCC unroll 8
   for (int m = 0; m < kM; ++m) results[m] = total(sum[m]);
 }
 
-// A row of weights as bfloat16 values of its codes, in whole blocks; `to` is 64-byte aligned.
-template <class Rows>
-DSV4_INLINE void expand_row(const Rows& rows, const uint8_t* codes, int64_t bytes, bf16* to) {
-  const auto put = [&](int64_t block, const Block& b) __attribute__((always_inline)) {
-    for (int j = 0; j < kBlockSteps; ++j) _mm512_store_si512(to + block * kBlock + kStep * j, b.w[j]);
-  };
-  const int64_t whole = bytes / Rows::kBlockBytes, rest = bytes - whole * Rows::kBlockBytes;
-  for (int64_t block = 0; block < whole; ++block) put(block, rows.expand(codes + block * Rows::kBlockBytes));
-  if (rest > 0) put(whole, rows.expand(codes + whole * Rows::kBlockBytes, rest));
+// In each lane, four sums of the four values there: lanes of 16 brought to 4, as `total` begins.
+DSV4_INLINE __m512 quad_sums(const __m512* x) {
+  const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(x[0], x[1]), _mm512_unpackhi_ps(x[0], x[1]));
+  const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(x[2], x[3]), _mm512_unpackhi_ps(x[2], x[3]));
+  const __m512d lo = _mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+  const __m512d hi = _mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+  return _mm512_add_ps(_mm512_castpd_ps(lo), _mm512_castpd_ps(hi));
+}
+DSV4_INLINE __m512 lane_pairs(__m512 x, __m512 y) {
+  return _mm512_add_ps(_mm512_shuffle_f32x4(x, y, 0x88), _mm512_shuffle_f32x4(x, y, 0xDD));
 }
 
-// kM rows of arranged activations with kN expanded rows of weights; results[m * kN + n].
-// This and dot_row are functions of their own, or compilers spill what the loops keep in registers.
-template <int kM, int kN, class Rows>
-static __attribute__((noinline)) void dot_tile(const bf16* x, int64_t stride, const bf16* w, int64_t w_stride,
-                                               const float* scales, int64_t scale_stride, int64_t blocks,
-                                               float* results) {
-  __m512 sum[kM * kN];
-  for (int i = 0; i < kM * kN; ++i) sum[i] = _mm512_setzero_ps();
-  for (int64_t block = 0; block < blocks; ++block) {
-    __m512 part[kM * kN];
-#pragma GCC unroll 16
-    for (int i = 0; i < kM * kN; ++i) part[i] = _mm512_setzero_ps();
+// The totals of kCount registers, up to 16, in order; what follows them is of no meaning.
+template <int kCount>
+DSV4_INLINE __m512 totals(const __m512* x) {
+  constexpr int kQuads = (kCount + 3) / 4;
+  __m512 quads[4];
 #pragma GCC unroll 4
-    for (int j = 0; j < kBlockSteps; ++j) {
-      const int64_t at = block * kBlock + kStep * j;
-      __m512i weights[kN];
+  for (int q = 0; q < kQuads; ++q) {
+    __m512 four[4];
 #pragma GCC unroll 4
-      for (int n = 0; n < kN; ++n) weights[n] = _mm512_load_si512(w + n * w_stride + at);
-#pragma GCC unroll 8
-      for (int m = 0; m < kM; ++m) {
-        const __m512i row = _mm512_loadu_si512(x + m * stride + at);
-#pragma GCC unroll 4
-        for (int n = 0; n < kN; ++n) part[m * kN + n] = dot_bf16(part[m * kN + n], row, weights[n]);
-      }
-    }
-#pragma GCC unroll 4
-    for (int n = 0; n < kN; ++n) {
-      const __m512 scale = Rows::scale(scales + n * scale_stride, block);
-#pragma GCC unroll 8
-      for (int m = 0; m < kM; ++m) sum[m * kN + n] = _mm512_fmadd_ps(part[m * kN + n], scale, sum[m * kN + n]);
-    }
+    for (int i = 0; i < 4; ++i) four[i] = x[4 * q + i < kCount ? 4 * q + i : kCount - 1];
+    quads[q] = quad_sums(four);
   }
-  if constexpr (kM * kN == 16) {
-    _mm512_storeu_ps(results, sums16(sum));
-  } else {
-    for (int i = 0; i < kM * kN; ++i) results[i] = total(sum[i]);
-  }
+  const __m512 low = lane_pairs(quads[0], quads[kQuads > 1 ? 1 : 0]);
+  const __m512 high = kQuads > 2 ? lane_pairs(quads[2], quads[kQuads > 3 ? 3 : 2]) : low;
+  return lane_pairs(low, high);
 }
 
 // Up to 128 activations after the FP8 quantiser (python/dsv4/ops/quantize.py), as values, zero to the end of the block:
