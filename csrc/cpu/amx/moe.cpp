@@ -1,4 +1,4 @@
-// The experts in AMX tiles. As in avx512/moe_product.h weights take their scales while they expand, 1,024 inputs of 128
+// The experts in AMX tiles. As in avx512/moe_panels.h weights take their scales while they expand, 1,024 inputs of 128
 // outputs at a time into the second-level cache; here 16 outputs of 32 inputs make a tile, transposed as pairs. A step
 // of 32 x 32 products is four tiles, and a tile register starts at zero with every chunk, so a result depends on its
 // two rows alone. 16 rows of activations and fewer cost the same: every expansion of 16 x 32 weights takes some 60
@@ -15,21 +15,22 @@ namespace {
 
 using avx512::kBlock, avx512::kBlockSteps, avx512::kChunk, avx512::kChunkBlocks, avx512::kStep;
 
-template <class Rows>
-class TileProduct : public avx512::Product<Rows> {
-  using Base = avx512::Product<Rows>;
-  using Base::activations, Base::codes, Base::count_, Base::expand_, Base::in_, Base::kScales, Base::out_, Base::rows_;
+template <class Panel>
+class TileProduct : public avx512::Product<Panel> {
+  using Base = avx512::Product<Panel>;
+  using Base::codes, Base::count_, Base::expand_panel_, Base::in_, Base::kScales, Base::out_, Base::pack, Base::rows_;
+  using typename Base::Four;
+  using typename Base::Rows;
 
  public:
   static int64_t memory(int64_t in) {
-    return round_up(Base::memory(in), 64) + (kMoeOutputs + kSide) * kChunk * static_cast<int64_t>(sizeof(bf16));
+    return round_up(Base::memory(in), 64) + kSide * kChunk * static_cast<int64_t>(sizeof(bf16));
   }
 
   TileProduct(const ExpertMatrix& w, int64_t expert, int64_t in, const uint8_t* const* x, int64_t count, float* out,
               uint8_t* memory)
       : Base(w, expert, in, x, count, out, memory),
-        panel_(reinterpret_cast<bf16*>(memory + round_up(Base::memory(in), 64))),
-        activations_(panel_ + kMoeOutputs * kChunk) {}
+        activations_(reinterpret_cast<bf16*>(memory + round_up(Base::memory(in), 64))) {}
 
   void run(int64_t row, int64_t rows) {
     this->row_ = row, this->rows_ = rows;
@@ -52,20 +53,20 @@ class TileProduct : public avx512::Product<Rows> {
  private:
   // Blocks [first, first + blocks) of all weights: [output / 16][step][pair of inputs][output % 16][2].
   void expand(int64_t first, int64_t blocks) const {
-    alignas(64) typename Rows::Scale scales[kTileRows][kChunkBlocks * kScales];
+    alignas(64) uint16_t scales[kTileRows][kChunkBlocks * 4];
     alignas(64) bf16 block[kBlockSteps][kTileRows][kStep];
     for (int64_t r = 0; r < rows_; r += kTileRows) {
       const int64_t left = rows_ - r < kTileRows ? rows_ - r : kTileRows;
-      for (int64_t i = 0; i < left; ++i) this->read_scales(r + i, first, kChunkBlocks, scales[i]);
+      read_scales(r, left, first, blocks, scales);
       for (int64_t b = 0; b < blocks; ++b) {
         const int64_t bytes = Rows::bytes(in_) - (first + b) * Rows::kBlockBytes;
         for (int64_t i = 0; i < kTileRows; ++i) {
           // Beyond the last output the last once more: nothing that memory might hold gets into a tile.
           const int64_t mine = i < left ? i : left - 1;
           const uint8_t* from = codes(r + mine) + (first + b) * Rows::kBlockBytes;
-          const typename Rows::Scale* scale = scales[mine] + kScales * b;
+          const uint16_t* scale = scales[mine] + 4 * b;
           const avx512::Block weights =
-              bytes >= Rows::kBlockBytes ? expand_.expand(from, scale) : expand_.expand(from, scale, bytes);
+              bytes >= Rows::kBlockBytes ? expand_panel_.expand(from, scale) : expand_panel_.expand(from, scale, bytes);
           for (int j = 0; j < kBlockSteps; ++j) _mm512_store_si512(block[j][i], weights.w[j]);
         }
         for (int j = 0; j < kBlockSteps; ++j) {
@@ -79,7 +80,21 @@ class TileProduct : public avx512::Product<Rows> {
     }
   }
 
-  bf16* tile(int64_t r, int64_t step) const { return panel_ + r * kChunk + step * kTileElements; }
+  // Of 16 outputs, four at a time, from [block][row][4].
+  void read_scales(int64_t r, int64_t left, int64_t first, int64_t blocks, uint16_t (*scales)[kChunkBlocks * 4]) const {
+    if constexpr (!Panel::kScalesActivations) {
+      alignas(64) uint16_t four[kChunkBlocks * 4 * avx512::kColumns];
+      const int64_t stored = this->w_.scale.size(2) - first * kScales, most = blocks * kScales;
+      for (int64_t n = 0; n < left; n += avx512::kColumns) {
+        Panel::read_scales(Four(*this, r + n, first).scales, stored < most ? stored : most, four);
+        for (int64_t i = 0; i < avx512::kColumns * blocks; ++i) {
+          __builtin_memcpy(scales[n + i % avx512::kColumns] + i / avx512::kColumns * 4, four + 4 * i, 8);
+        }
+      }
+    }
+  }
+
+  bf16* tile(int64_t r, int64_t step) const { return this->panel_ + r * kChunk + step * kTileElements; }
 
   // Up to 32 rows of activations: [row / 16][step][row % 16][32], zero beyond the last.
   void gather(int64_t m, int64_t first, int64_t blocks) const {
@@ -87,9 +102,10 @@ class TileProduct : public avx512::Product<Rows> {
     const int64_t rows = left > kTileRows ? kSide : kTileRows;
     for (int64_t i = 0; i < rows; ++i) {
       bf16* to = activations_ + i / kTileRows * kTileRows * kChunk + i % kTileRows * kStep;
-      for (int64_t s = 0; s < steps; ++s) {
-        const bf16* x = i < left ? activations(m + i) + (first * kBlockSteps + s) * kStep : nullptr;
-        _mm512_store_si512(to + s * kTileElements, x ? _mm512_loadu_si512(x) : _mm512_setzero_si512());
+      if (i < left) {
+        pack(m + i, first * kBlockSteps, steps, to, kTileElements);
+      } else {
+        for (int64_t s = 0; s < steps; ++s) _mm512_store_si512(to + s * kTileElements, _mm512_setzero_si512());
       }
     }
   }
@@ -115,7 +131,7 @@ class TileProduct : public avx512::Product<Rows> {
     }
   }
 
-  bf16 *panel_, *activations_;
+  bf16* activations_;
 };
 
 using Kernel = avx512::MoeKernel<TileProduct>;

@@ -1,7 +1,8 @@
-// The mixture of experts with vdpbf16ps (see avx512/moe_product.h for the products of quantised rows and their order,
-// avx512/plain_rows.h for plain ones). Weights go from their codes through registers into the products with up to eight
-// tokens of an expert, again for every eight. Up to 3 tokens an expert memory is the limit, 53 % of a byte a weight in
-// FP4; of more it is the rate of vdpbf16ps, less 5 % for adding up the lanes of a chunk.
+// The mixture of experts with vdpbf16ps (see avx512/moe_panels.h for the products of quantised rows and their order,
+// avx512/plain_rows.h for plain ones). Up to 6 tokens an expert: weights go from their codes through registers into the
+// products, once, so that memory is the limit: 53 % of a byte a weight in FP4, 2 FLOPs a token. More: 128 rows of
+// weights are expanded into the second-level cache, 1,024 inputs at a time, and serve tiles of 6 x 4 products; the
+// limit is the rate of vdpbf16ps, less 5 % for adding up the lanes of a chunk.
 #include "cpu/moe.h"
 
 #include "cpu/avx512/moe_product.h"

@@ -1,34 +1,29 @@
 // Products of activations with one quantised matrix of an expert, and what else the driver of the experts
 // (cpu/moe_driver.h) asks of a kernel.
-//
-// Where all scales of 128 outputs fold into the weights as they expand (weight_rows.h), sums start again every 1,024
-// inputs: result = total(chunk 0) + total(chunk 1) + ... Elsewhere dot_row multiplies the sums of blocks. Either way a
-// result depends on its row of activations and its row of weights alone.
 #pragma once
 
-#include "cpu/avx512/code_tiles.h"
+#include "cpu/avx512/moe_panels.h"
 #include "cpu/avx512/plain_rows.h"
 #include "cpu/moe_driver.h"
 
 namespace dsv4::avx512 {
 namespace {
 
-inline constexpr int64_t kChunk = 1024;  // inputs
-inline constexpr int64_t kChunkBlocks = kChunk / kBlock;
 inline constexpr int64_t kAhead = 8;    // rows of codes to ask for before they are needed
-inline constexpr int64_t kFewRows = 4;  // rows of activations that are brought together where scales do not fold
+inline constexpr int64_t kFewRows = 4;  // rows of activations that are brought together
 
 // Rows [row, row + rows), at most kMoeOutputs, of one quantised matrix with `count` rows of activations. Rows are
 // taken from the beginning of a block of 128 outputs, so that what is decided for them is decided by the weights alone.
-template <class WeightRows>
+template <class Panel>
 class Product {
  public:
-  using Rows = WeightRows;
+  using Rows = typename Panel::Rows;
 
   static int64_t elements(int64_t in) { return blocks_of(in) * kBlock; }
   static int64_t memory(int64_t in) {
-    const int64_t scaled = kFewRows * elements(in), most = scaled > kNear ? scaled : kNear;
-    return most * static_cast<int64_t>(sizeof(bf16)) + scales_memory(in);
+    const int64_t bf16_bytes = static_cast<int64_t>(sizeof(bf16));
+    return kMoeOutputs * kChunk * bf16_bytes + kMostRows * kChunk * bf16_bytes + kMostRows * elements(in) * bf16_bytes +
+           scales_memory(in);
   }
 
   Product(const ExpertMatrix& w, int64_t expert, int64_t in, const uint8_t* const* x, int64_t count, float* out,
@@ -39,32 +34,27 @@ class Product {
         x_(x),
         count_(count),
         out_(out),
-        scales_(reinterpret_cast<float*>(memory)),
-        near_(reinterpret_cast<bf16*>(memory + scales_memory(in))) {}
+        panel_(reinterpret_cast<bf16*>(memory)),
+        packed_(panel_ + kMoeOutputs * kChunk),
+        near_(packed_ + kMostRows * kChunk),
+        scales_(reinterpret_cast<uint8_t*>(near_ + kMostRows * elements(in))) {}
 
   void run(int64_t row, int64_t rows) {
     row_ = row, rows_ = rows;
-    if (!folds()) return multiply_and_scale();
-    // Whole rows of weights, one after another, are what memory likes best: where the first-level cache holds as much of
-    // the activations.
-    const int64_t all = blocks_of(in_);
-    const bool whole = count_ <= kTileRows && count_ * elements(in_) <= kTileRows * kChunk;
-    const int64_t blocks = whole ? all : kChunkBlocks;
-    for (int64_t first = 0; first < all; first += blocks) {
-      for (int64_t m = 0, height; m < count_; m += height) {
-        height = tile_height(count_ - m);
-        with_constant<kTileRows>(height, [&](auto tall) __attribute__((always_inline)) {
-          multiply<decltype(tall)::value>(m, first, all - first < blocks ? all - first : blocks);
-        });
-      }
+    if (!folds()) {
+      multiply_and_scale();
+    } else if (count_ <= kMostRows) {
+      with_constant<kMostRows>(count_, [&](auto m) { few<decltype(m)::value>(); });
+    } else {
+      many();
     }
   }
 
  protected:
   static constexpr int64_t kScales = Rows::kScales;
-  static constexpr int64_t kNear = kTileRows * (kChunk + kRowGap);  // activations
+  // Scales of four rows as words, in steps of 8 blocks, or of one row as floats.
   static int64_t scales_memory(int64_t in) {
-    return round_up(blocks_of(in) * kScales * static_cast<int64_t>(sizeof(float)), 64);
+    return kColumns * round_up(blocks_of(in), 8) * 4 * static_cast<int64_t>(sizeof(uint16_t));
   }
 
   const uint8_t* codes(int64_t r) const { return w_.data.as<const uint8_t>().at(expert_, row_ + r); }
@@ -73,7 +63,21 @@ class Product {
   }
   const bf16* activations(int64_t m) const { return reinterpret_cast<const bf16*>(x_[m]); }
 
-  // Whether the scales of all rows are powers of two that weights can take.
+  // Four rows of weights from block `first` on; beyond the last row the last once more.
+  struct Four {
+    const uint8_t *codes[kColumns], *scales[kColumns];
+    int64_t columns;
+
+    Four(const Product& p, int64_t r, int64_t first) : columns(p.rows_ - r < kColumns ? p.rows_ - r : kColumns) {
+      for (int64_t n = 0; n < kColumns; ++n) {
+        const int64_t mine = r + (n < columns ? n : columns - 1);
+        codes[n] = p.codes(mine) + first * Rows::kBlockBytes;
+        scales[n] = p.scale_row(mine) + first * kScales;
+      }
+    }
+  };
+
+  // Whether the scales of all rows are powers of two that expanded weights, or activations, can take.
   bool folds() const {
     if (w_.scale.dtype != DType::kUInt8) return false;
     __m512i least = _mm512_set1_epi8(127), most = _mm512_set1_epi8(127);
@@ -87,12 +91,7 @@ class Product {
       }
     }
     return _mm512_cmplt_epu8_mask(least, _mm512_set1_epi8(kLeastScale)) == 0 &&
-           _mm512_cmpgt_epu8_mask(most, _mm512_set1_epi8(static_cast<char>(Rows::kMostScale))) == 0;
-  }
-
-  // The scales of blocks [first, first + blocks) of row r as Rows::load takes them.
-  void read_scales(int64_t r, int64_t first, int64_t blocks, typename Rows::Scale* to) const {
-    Rows::fold(scale_row(r) + first * kScales, w_.scale.size(2) - first * kScales, blocks * kScales, to);
+           _mm512_cmpgt_epu8_mask(most, _mm512_set1_epi8(static_cast<char>(Panel::kMostScale))) == 0;
   }
 
   void multiply_and_scale() const {
@@ -105,86 +104,118 @@ class Product {
   // Products of blocks, each multiplied by its scale.
   template <int kM>
   void scaled(int64_t m) const {
+    bf16* x = near_;
     const int64_t width = elements(in_), count = w_.scale.size(2), padded = blocks_of(in_) * kScales;
     for (int i = 0; i < kM; ++i) {
-      __builtin_memcpy(near_ + i * width, activations(m + i), static_cast<size_t>(width) * sizeof(bf16));
+      __builtin_memcpy(x + i * width, activations(m + i), static_cast<size_t>(width) * sizeof(bf16));
     }
+    float* scales = reinterpret_cast<float*>(scales_);
     for (int64_t r = 0; r < rows_; ++r) {
       const int64_t from = kScales == 1 ? (row_ + r) / 128 : row_ + r;
       if (w_.scale.dtype == DType::kUInt8) {
-        widen_scales(w_.scale.as<const uint8_t>().at(expert_, from), count, padded, scales_);
+        widen_scales(w_.scale.as<const uint8_t>().at(expert_, from), count, padded, scales);
       } else {
-        widen_scales(w_.scale.as<const float>().at(expert_, from), count, padded, scales_);
+        widen_scales(w_.scale.as<const float>().at(expert_, from), count, padded, scales);
       }
       const uint8_t* next = codes(r) + kAhead * w_.data.stride[1];  // beyond the end it does nothing
       ask(next, Rows::bytes(in_));
       float sums[kM];
-      dot_row<kM>(expand_, codes(r), Rows::bytes(in_), scales_, near_, width, sums);
+      dot_row<kM>(expand_, codes(r), Rows::bytes(in_), scales, x, width, sums);
       for (int i = 0; i < kM; ++i) out_[(m + i) * kMoeOutputs + r] = sums[i];
     }
   }
 
-  // Blocks [first, first + blocks) of kM rows of activations with all rows of weights.
-  template <int kM>
-  void multiply(int64_t m, int64_t first, int64_t blocks) const {
-    const int64_t stride = blocks * kBlock + kRowGap;
-    for (int i = 0; i < kM; ++i) {
-      __builtin_memcpy(near_ + i * stride, activations(m + i) + first * kBlock,
-                       static_cast<size_t>(blocks * kBlock) * sizeof(bf16));
-    }
-    int64_t r = 0;
-    const auto tiles = [&](auto columns) __attribute__((always_inline)) {
-      constexpr int kN = decltype(columns)::value;
-      for (; r + kN <= rows_; r += kN) {
-        ask_activations(m + kM, r / kN, first, blocks);
-        for (int64_t block = first; block < first + blocks; block += kChunkBlocks) {
-          tile<kM, kN>(m, r, block, near_ + (block - first) * kBlock, stride);
+  // Steps [first, first + steps) of an activation row, step s at to + s * stride, with the scales of these outputs.
+  void pack(int64_t m, int64_t first, int64_t steps, bf16* to, int64_t stride) const {
+    const bf16* x = activations(m) + first * kStep;
+    const uint8_t* scales = scale_row(0) + first / kBlockSteps;
+    for (int64_t s = 0; s < steps; s += kBlockSteps, x += kBlock, to += kBlockSteps * stride) {
+      if constexpr (Panel::kScalesActivations) {
+        const __m512 scale = _mm512_castsi512_ps(_mm512_set1_epi32(scales[s / kBlockSteps] << 23));
+        scale_block(x, scale, to, stride);
+      } else {
+        for (int j = 0; j < kBlockSteps; ++j) {
+          _mm512_store_si512(to + j * stride, _mm512_loadu_si512(x + j * kStep));
         }
       }
-    };
-    tiles(Constant<kTileColumns<kM>>{});
-    tiles(Constant<1>{});
-  }
-
-  // A chunk of kM rows with kN rows of weights.
-  template <int kM, int kN>
-  void tile(int64_t m, int64_t r, int64_t first, const bf16* x, int64_t x_stride) const {
-    constexpr int64_t kScaleRows = kScales == 1 ? 1 : kN;
-    alignas(64) typename Rows::Scale scales[kScaleRows][kChunkBlocks * kScales];
-    const int64_t at = first * Rows::kBlockBytes, left = Rows::bytes(in_) - at, most = kChunkBlocks * Rows::kBlockBytes;
-    for (int64_t n = 0; n < kScaleRows; ++n) read_scales(r + n, first, kChunkBlocks, scales[n]);
-    CodeRows<typename Rows::Scale> w;
-    w.codes = codes(r) + at;
-    w.next = m == 0 ? w.codes + kAhead * w_.data.stride[1] : w.codes;  // beyond the end asking does nothing
-    w.stride = w_.data.stride[1];
-    w.bytes = left < most ? left : most;
-    w.scales = scales[0];
-    w.scale_stride = kScales == 1 ? 0 : kChunkBlocks * kScales;
-    alignas(64) __m512 sums[kM * kN];
-    code_tile<kM, kN>(expand_, w, x, x_stride, true, sums);
-    alignas(64) float results[16];
-    _mm512_store_ps(results, totals<kM * kN>(sums));
-    for (int i = 0; i < kM; ++i) {
-      float* to = out_ + (m + i) * kMoeOutputs + r;
-      for (int n = 0; n < kN; ++n) to[n] = first == 0 ? results[i * kN + n] : to[n] + results[i * kN + n];
     }
   }
 
-  // Asks for row i of the next tile's activations: they come while products keep the units busy.
+  template <int kM>
+  void few() const {
+    const int64_t width = elements(in_);
+    for (int m = 0; m < kM; ++m) pack(m, 0, width / kStep, near_ + m * width, kStep);
+    uint16_t* scales = reinterpret_cast<uint16_t*>(scales_);
+    for (int64_t r = 0; r < rows_; r += kColumns) {
+      const Four four(*this, r, 0);
+      Panel::read_scales(four.scales, w_.scale.size(2), scales);
+      dot_codes<kM>(expand_panel_, four.codes, Rows::bytes(in_), kAhead * w_.data.stride[1], scales, near_, width,
+                    four.columns, out_ + r, kMoeOutputs);
+    }
+  }
+
+  // The blocks [first, first + blocks) of all rows: [row / 4][step][row % 4][32].
+  void expand(int64_t first, int64_t blocks) const {
+    alignas(64) uint16_t scales[kChunkBlocks * 4 * kColumns];
+    const int64_t left = w_.scale.size(2) - first * kScales, most = blocks * kScales;
+    for (int64_t r = 0; r < rows_; r += kColumns) {
+      const Four four(*this, r, first);
+      Panel::read_scales(four.scales, left < most ? left : most, scales);
+      for (int n = 0; n < kColumns; ++n) {
+        bf16* to = panel_ + r * kChunk + n * kStep;
+        int64_t bytes = Rows::bytes(in_) - first * Rows::kBlockBytes;
+        for (int64_t b = 0; b < blocks; ++b, bytes -= Rows::kBlockBytes) {
+          const uint8_t* from = four.codes[n] + b * Rows::kBlockBytes;
+          const uint16_t* scale = scales + 4 * (b * kColumns + n);
+          ask(from + kAhead * w_.data.stride[1], Rows::kBlockBytes);
+          const Block block =
+              bytes >= Rows::kBlockBytes ? expand_panel_.expand(from, scale) : expand_panel_.expand(from, scale, bytes);
+          for (int j = 0; j < kBlockSteps; ++j, to += kColumns * kStep) _mm512_store_si512(to, block.w[j]);
+        }
+      }
+    }
+  }
+
+  // Asks for row i of the next block of activations: they come while products keep the units busy.
   void ask_activations(int64_t m, int64_t i, int64_t first, int64_t blocks) const {
-    if (i >= kTileRows || m + i >= count_) return;
+    if (i >= kMostRows || m + i >= count_) return;
     const int64_t bytes = kBlock * static_cast<int64_t>(sizeof(bf16));
     ask(x_[m + i] + first * bytes, blocks * bytes);
   }
 
+  void many() const {
+    const int64_t blocks = blocks_of(in_);
+    for (int64_t first = 0; first < blocks; first += kChunkBlocks) {
+      const int64_t some = blocks - first < kChunkBlocks ? blocks - first : kChunkBlocks, steps = some * kBlockSteps;
+      expand(first, some);
+      for (int64_t m = 0; m < count_;) {
+        // Equal heights at the end: 4 + 4 rather than 6 + 2.
+        const int64_t left = count_ - m, height = left >= 2 * kMostRows || left == kMostRows ? kMostRows
+                                                  : left > kMostRows                         ? (left + 1) / 2
+                                                                                             : left;
+        with_constant<kMostRows>(height, [&](auto constant) {
+          constexpr int kM = decltype(constant)::value;
+          for (int i = 0; i < kM; ++i) pack(m + i, first * kBlockSteps, steps, packed_ + i * kStep, kM * kStep);
+          for (int64_t r = 0; r < rows_; r += kColumns) {
+            ask_activations(m + kM, r / kColumns, first, some);
+            dot_panel<kM>(packed_, panel_ + r * kChunk, steps, first == 0, rows_ - r < kColumns ? rows_ - r : kColumns,
+                          out_ + m * kMoeOutputs + r, kMoeOutputs);
+          }
+        });
+        m += height;
+      }
+    }
+  }
+
   const Rows expand_{};
+  const Panel expand_panel_{};
   const ExpertMatrix& w_;
   int64_t expert_, in_, row_ = 0, rows_ = 0;
   const uint8_t* const* x_;
   int64_t count_;
   float* out_;
-  float* scales_;  // of a row that do not fold
-  bf16* near_;     // activations, side by side
+  bf16 *panel_, *packed_, *near_;
+  uint8_t* scales_;
 };
 
 // What the driver asks of a kernel, with a class for products with quantised matrices.
@@ -211,7 +242,7 @@ struct MoeKernel {
   }
 
   static int64_t memory(int64_t in) {
-    const int64_t fp8 = Multiply<Fp8Rows>::memory(in), fp4 = Multiply<Fp4Rows>::memory(in);
+    const int64_t fp8 = Multiply<Fp8Panel>::memory(in), fp4 = Multiply<Fp4Panel>::memory(in);
     return fp8 > fp4 ? fp8 : fp4;
   }
 
@@ -220,10 +251,10 @@ struct MoeKernel {
                       const uint8_t* const* x, int64_t count, float* out, uint8_t* memory) {
     switch (w.format) {
       case WeightFormat::kFp8:
-        Multiply<Fp8Rows>(w, expert, in, x, count, out, memory).run(row, rows);
+        Multiply<Fp8Panel>(w, expert, in, x, count, out, memory).run(row, rows);
         break;
       case WeightFormat::kFp4:
-        Multiply<Fp4Rows>(w, expert, in, x, count, out, memory).run(row, rows);
+        Multiply<Fp4Panel>(w, expert, in, x, count, out, memory).run(row, rows);
         break;
       default:
         plain<X>(w, expert, row, rows, in, x, count, out, reinterpret_cast<X*>(memory));
