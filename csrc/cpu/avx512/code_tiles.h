@@ -109,20 +109,21 @@ DSV4_INLINE void add_block(const Rows& rows, const CodeRows<float>& w, int64_t b
   }
 }
 
-// kM arranged rows x with kN rows of weights of w.bytes code bytes: puts sums[m * kN + n], which go on from `before`
-// or, if that is null, from zero. A function of its own, or compilers spill what the loop keeps in registers.
-template <int kM, int kN, class Rows, class Scale, class Put>
+// kM arranged rows x with kN rows of weights of w.bytes code bytes: results add to sums[m * kN + n], or are the first.
+// A function of its own, or compilers spill what the loop keeps in registers.
+template <int kM, int kN, class Rows, class Scale>
 static __attribute__((noinline)) void code_tile(const Rows& rows, const CodeRows<Scale>& from, const bf16* x,
-                                                int64_t x_stride, const __m512* before, const Put& put) {
+                                                int64_t x_stride, bool first, __m512* sums) {
   const Rows expand = rows;
   const CodeRows<Scale> w = from;
   __m512 sum[kM * kN];
 #pragma GCC unroll 16
-  for (int i = 0; i < kM * kN; ++i) sum[i] = before == nullptr ? _mm512_setzero_ps() : before[i];
+  for (int i = 0; i < kM * kN; ++i) sum[i] = first ? _mm512_setzero_ps() : sums[i];
   const int64_t whole = w.bytes / Rows::kBlockBytes, rest = w.bytes - whole * Rows::kBlockBytes;
   for (int64_t block = 0; block < whole; ++block) add_block<kM, kN>(expand, w, block, x, x_stride, sum);
   if (rest > 0) add_block<kM, kN>(expand, w, whole, x, x_stride, sum, rest);
-  put(sum);
+#pragma GCC unroll 16
+  for (int i = 0; i < kM * kN; ++i) sums[i] = sum[i];
 }
 
 }  // namespace

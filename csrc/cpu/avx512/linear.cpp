@@ -203,13 +203,8 @@ class Kernel {
       w.codes = codes(panel.row + n) + at;
       w.next = range.fresh ? later(panel, range, n + (ahead < kMostAhead ? ahead : kMostAhead)) : w.codes;
       w.scales = scales + n * w.scale_stride + range.block * Rows::kScales;
-      constexpr int kN = decltype(columns)::value;
-      __m512* to = sums + n * kM;
-      code_tile<kM, kN>(expand_, w, x + range.block * kBlock, row_stride_, range.block == 0 ? nullptr : to,
-                        [=](const __m512* sum) __attribute__((always_inline)) {
-#pragma GCC unroll 16
-                          for (int i = 0; i < kM * kN; ++i) to[i] = sum[i];
-                        });
+      code_tile<kM, decltype(columns)::value>(expand_, w, x + range.block * kBlock, row_stride_, range.block == 0,
+                                              sums + n * kM);
     };
     int64_t n = 0;
     for (; n + kTileColumns<kM> <= panel.outputs; n += kTileColumns<kM>) tile(n, Constant<kTileColumns<kM>>{});
