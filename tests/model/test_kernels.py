@@ -1,4 +1,5 @@
-"""No op that a model calls in mode `checkpoint` is left on its reference, on the CPU or on CUDA."""
+"""No op that a model calls in mode `checkpoint` is left on its reference, on the CPU or on CUDA; nor is the
+gradient of the experts in a training step."""
 
 from __future__ import annotations
 
@@ -56,6 +57,40 @@ def test_no_op_runs_its_reference_on_the_cpu(called: set[str]) -> None:
     found = dsv4.ops.implementations()
     assert {op: found[op]["cpu"] for op in called if "reference" in found[op]["cpu"]} == {}
     assert not {op for op in called if op.startswith("_")}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_training_step_of_the_experts_runs_the_kernel_of_their_gradient(dtype: torch.dtype) -> None:
+    """With the gradients that the definitions give, to rounding; the routing is the same in both."""
+    config = dsv4.Config.preset("nano")
+    torch.manual_seed(0)
+    module = dsv4.nn.MixtureOfExperts(config, quantization="off", dtype=dtype)
+    x, target = (torch.randn(2, 40, config.hidden_size).to(dtype) for _ in range(2))
+
+    def step() -> list[torch.Tensor]:
+        module.zero_grad()
+        rows = x.clone().requires_grad_()
+        (module(rows) - target).float().square().sum().backward()
+        gradients = {"x": rows.grad, **{name: p.grad for name, p in module.named_parameters() if p.requires_grad}}
+        assert not [name for name, gradient in gradients.items() if gradient is None]
+        return [gradient for gradient in gradients.values() if gradient is not None]
+
+    def kernel_calls() -> int:
+        return sum(_library.calls()["moe_experts_backward"].values())
+
+    before = kernel_calls()
+    with CalledOps() as calls:
+        found = step()
+    assert {"moe_experts", "moe_experts_backward"} <= calls.names
+    assert kernel_calls() == before + 1
+    with dsv4.ops.use_reference():
+        expected = step()
+    assert kernel_calls() == before + 1
+    limit = {torch.float32: 2e-6, torch.bfloat16: 1e-2}[dtype]
+    assert len(found) >= 8  # x, the gate, three matrices of the experts and of the shared one
+    for value, other in zip(found, expected, strict=True):
+        error = (value.double() - other.double()).square().mean().sqrt()
+        assert error <= limit * other.double().square().mean().sqrt()
 
 
 def test_every_op_has_a_cuda_kernel(called: set[str]) -> None:

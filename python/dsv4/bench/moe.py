@@ -3,13 +3,17 @@
 `context` counts tokens at once. As many of the model's experts as leave room for their bfloat16 copies. FLOPs: 6
 hidden inter a token and expert; bytes: the stored weights of the experts that are touched, rows, outputs.
 
+moe_experts_backward, on bfloat16 weights, against autograd through the same loop. FLOPs: 16 hidden inter a token and
+expert, gate and up being taken again from x; bytes: weights read and their gradients written once, three rows a token.
+
 moe_map, of all the model's experts, against a stable sort and a count in eager torch; both are whole numbers, so that
 nothing but equality passes. Bytes: indices, rows, offsets.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,12 +26,14 @@ from dsv4.bench.pages import spread
 from dsv4.model.config import Config
 
 #: Ops of this family, and the tokens at once unless told otherwise.
-OPS = ("moe_map", "moe_experts")
+OPS = ("moe_map", "moe_experts", "moe_experts_backward")
 CONTEXTS = (1, 8, 64, 512)
 QUICK_CONTEXTS = (1, 64)
 
+Matrices = Tensor | Sequence[Tensor]  # of all experts
 _NO_ERROR = 1e-9  # far below what one wrong number of any size measured here makes
 _CHECKED_ROWS = 3
+_CHECKED_GRADIENT_ROWS = 48  # gradients of the matrices sum over them
 _MOST_ROWS = 4096
 _COPY_BYTES = 3 << 29  # 1.5 GiB
 
@@ -36,7 +42,7 @@ def eager_experts(
     x: Tensor,
     weights: Tensor,
     indices: Tensor,
-    matrices: tuple[Tensor, Tensor, Tensor],
+    matrices: tuple[Matrices, Matrices, Matrices],
     limit: float,
     quantise: Callable[[Tensor], Tensor] = lambda rows: rows,
 ) -> Tensor:
@@ -53,10 +59,10 @@ def eager_experts(
     return out.to(x.dtype)
 
 
-def _experts(config: Config) -> int:
+def _experts(config: Config, room: int = _COPY_BYTES) -> int:
     """Of the model's experts, those whose bfloat16 copies fit."""
     expert = 2 * 3 * config.hidden_size * config.moe_intermediate_size
-    return max(min(config.n_routed_experts, _COPY_BYTES // expert), config.num_experts_per_tok)
+    return max(min(config.n_routed_experts, room // expert), config.num_experts_per_tok)
 
 
 def _experts_case(shape: str, config: Config, tokens: int, device: torch.device) -> Case:
@@ -87,6 +93,53 @@ def _experts_case(shape: str, config: Config, tokens: int, device: torch.device)
         "moe_experts", f"{shape} tokens={tokens} hidden={hidden} inter={inter} experts={experts} top_k={top_k} fp4",
         run, "eager torch bf16", lambda: eager_experts(x, weights, indices, dense, limit), compare,
         6.0 * hidden * inter * top_k * tokens, len(indices.unique()) * expert_bytes + 2.0 * x.nbytes, "bfloat16",
+    )  # fmt: skip
+
+
+def _backward_case(shape: str, config: Config, tokens: int, device: torch.device) -> Case:
+    hidden, inter, limit = config.hidden_size, config.moe_intermediate_size, config.swiglu_limit
+    # Beside the weights lie their gradients and, for the check, both in float64.
+    experts, top_k = _experts(config, _COPY_BYTES // 12), config.num_experts_per_tok
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator, dtype=torch.bfloat16).to(device)
+
+    sizes = ((inter, hidden), (inter, hidden), (hidden, inter))
+    matrices = tuple(normal(experts, *size) / size[1] ** 0.5 for size in sizes)
+    x, seed = normal(tokens, hidden), normal(tokens, hidden)
+    indices = torch.rand(tokens, experts, generator=generator).topk(top_k).indices.int().to(device)
+    weights = torch.rand(tokens, top_k, generator=generator).softmax(1).to(device) * config.routed_scaling_factor
+
+    def gradients(function: Callable[..., Tensor], index: Tensor | None, dtype: torch.dtype) -> Callable[[], Any]:
+        """The backward pass of one forward pass over some rows, to be run any number of times."""
+        rows = [t if index is None else t[index] for t in (x, weights, indices, seed)]
+        wide = weights.dtype if dtype == torch.bfloat16 else dtype
+        leaves = [rows[0].to(dtype), rows[1].to(wide), *(w.to(dtype) for w in matrices)]
+        leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+        out = function(leaves[0], leaves[1], rows[2], tuple(leaves[2:]), limit)
+        return lambda: torch.autograd.grad(out, leaves, rows[3].to(dtype), retain_graph=True)
+
+    def ours(x: Tensor, weights: Tensor, indices: Tensor, w: tuple[Tensor, ...], limit: float) -> Tensor:
+        return ops.moe_experts(x, weights, indices, *w, swiglu_limit=limit)
+
+    def eager(x: Tensor, weights: Tensor, indices: Tensor, w: tuple[Tensor, ...], limit: float) -> Tensor:
+        # Indexing the stacked weights would give each expert a gradient of the size of all.
+        w1, w3, w2 = (matrix.unbind(0) for matrix in w)
+        return eager_experts(x, weights, indices, (w1, w3, w2), limit)
+
+    def compare() -> list[Comparison]:
+        index = spread(tokens, _CHECKED_GRADIENT_ROWS).to(device)
+        found, other = (gradients(function, index, torch.bfloat16)() for function in (ours, eager))
+        exact = gradients(eager, index, torch.float64)()
+        return [Comparison(*triple) for triple in zip(found, other, exact, strict=True)]
+
+    expert_bytes = sum(w.nbytes for w in matrices)
+    return Case(
+        "moe_experts_backward",
+        f"{shape} tokens={tokens} hidden={hidden} inter={inter} experts={experts} top_k={top_k} bf16",
+        gradients(ours, None, torch.bfloat16), "eager autograd", gradients(eager, None, torch.bfloat16), compare,
+        16.0 * hidden * inter * top_k * tokens, 2.0 * expert_bytes + 3.0 * x.nbytes, "bfloat16",
     )  # fmt: skip
 
 
@@ -127,7 +180,9 @@ def _dequantized(codes: Tensor, scale: Tensor) -> Tensor:
     return dense
 
 
+_CASES = {"moe_map": _map_case, "moe_experts": _experts_case, "moe_experts_backward": _backward_case}
+
+
 def cases(op: str, shape: str, context: int, device: torch.device) -> Iterator[Case]:
     """`op` for the sizes of the model `shape`, on `context` tokens at once (4096 at most: prompts come in chunks)."""
-    build = _map_case if op == "moe_map" else _experts_case
-    yield build(shape, Config.preset(shape), min(context, _MOST_ROWS), device)
+    yield _CASES[op](shape, Config.preset(shape), min(context, _MOST_ROWS), device)

@@ -384,9 +384,7 @@ for _name in ("moe_experts", "_moe_experts_reference"):
         backward=experts_backward,
         setup_context=save_experts,
     )
-_backward, _setup_context = no_gradient(
-    "moe_experts_backward", "take second derivatives through moe_experts_reference"
-)
+_backward, _setup_context = no_gradient("moe_experts_backward", "take second derivatives through moe_experts_reference")
 for _name in ("moe_experts_backward", "_moe_experts_backward_reference"):
     register(
         f"{_name}(Tensor grad, Tensor x, Tensor weights, Tensor indices, Tensor w1, Tensor w3, Tensor w2, "
