@@ -1,10 +1,9 @@
 #include "ops/attention.h"
 
-#include "common/pages.h"
 #include "cpu/attention.h"
 #include "cuda/sm80/attention.h"
 #include "ops/candidates.h"
-#include "ops/validate.h"
+#include "ops/pool_checks.h"
 
 namespace dsv4 {
 namespace {
@@ -34,66 +33,32 @@ constexpr Candidate<SparseAttentionBackwardParams> kSparseAttentionBackward[] = 
 };
 const Op sparse_attention_backward_op("sparse_attention_backward", kSparseAttentionBackward);
 
-void validate_pool(Validator& v, const char* pages, const char* table, const RowPool& pool, int64_t sequences,
-                   const SparseAttentionParams& p) {
-  const int64_t head_dim = p.query.size(2);
-  v.require(pool.page_size >= 1, "the page size of %s must be at least 1, got %lld", pages,
-            static_cast<long long>(pool.page_size));
-  v.require(!(pool.plain.given() && pool.bytes.given()), "%s must be either plain rows or bytes", pages);
-  if (!v.status().is_ok()) return;
-  if (pool.bytes.given()) {
-    v.require(p.rope_dim >= 0 && p.rope_dim < head_dim, "rope_dim must lie in [0, %lld) for FP8 rows, got %lld",
-              static_cast<long long>(head_dim), static_cast<long long>(p.rope_dim));
-    v.require(pool.page_size < (int64_t{1} << 40), "the page size of %s is too large", pages);
-    if (!v.status().is_ok()) return;
-    v.view(pages, pool.bytes, DType::kUInt8, {Validator::kAny, fp8_page_bytes(pool.page_size, head_dim, p.rope_dim)});
-  } else {
-    v.floating(pages, pool.plain.dtype);
-    v.view(pages, pool.plain, pool.plain.dtype, {Validator::kAny, pool.page_size, head_dim});
-  }
-  v.view(table, pool.table, DType::kInt32, {sequences, Validator::kAny});
-}
-
-// Only where the values lie in this processor's memory.
-void validate_sequences(Validator& v, const SparseAttentionParams& p) {
-  const int64_t sequences = p.window_pool.table.size(0);
-  const auto sequence = p.sequence.as<const int32_t>();
-  for (int64_t row = 0; row < sequence.size(0); ++row) {
-    const int32_t value = *sequence.at(row);
-    v.require(value >= 0 && value < sequences, "sequence must lie in [0, %lld), the rows of the table, got %d",
-              static_cast<long long>(sequences), value);
-  }
-}
-
 void validate_arguments(Validator& v, const SparseAttentionParams& p) {
   const int64_t tokens = p.query.size(0), heads = p.query.size(1), head_dim = p.query.size(2);
-  v.floating("query", p.query.dtype);
-  v.view("query", p.query, p.query.dtype, {Validator::kAny, Validator::kAny, Validator::kAny});
+  v.floats("query", p.query, {Validator::kAny, Validator::kAny, Validator::kAny});
   v.at_least("head_dim", head_dim, 1);
   v.at_least("window", p.window, 1);
   v.view("sequence", p.sequence, DType::kInt32, {tokens});
   v.view("position", p.position, DType::kInt32, {tokens});
   v.view("sink", p.sink, DType::kFloat32, {heads});
-  validate_pool(v, "window_pages", "window_table", p.window_pool, Validator::kAny, p);
+  validate_pool(v, "window_pages", "window_table", p.window_pool, PoolKind::kRows, Validator::kAny, head_dim,
+                p.rope_dim);
   if (p.compressed.given()) {
-    validate_pool(v, "compressed_pages", "compressed_table", p.compressed, p.window_pool.table.size(0), p);
+    validate_pool(v, "compressed_pages", "compressed_table", p.compressed, PoolKind::kRows, p.window_pool.table.size(0),
+                  head_dim, p.rope_dim);
     v.view("lengths", p.lengths, DType::kInt32, {tokens});
     if (p.indices.given()) v.view("indices", p.indices, DType::kInt32, {tokens, Validator::kAny});
   } else {
     v.require(!p.indices.given() && !p.lengths.given(), "indices and lengths need compressed_pages");
   }
-  if (p.rope.given()) {
-    v.view("rope", p.rope, DType::kFloat32, {tokens, Validator::kAny, 2}, 2);
-    v.require(2 * p.rope.size(1) <= head_dim, "rope must have at most %lld pairs, got %lld",
-              static_cast<long long>(head_dim / 2), static_cast<long long>(p.rope.size(1)));
-  }
+  if (p.rope.given()) v.rope(p.rope, tokens, head_dim);
 }
 
 // A call and its lse.
 void validate_call(Validator& v, const SparseAttentionParams& p, const Context& context) {
   validate_arguments(v, p);
   v.view("lse", p.lse, DType::kFloat32, {p.query.size(0), p.query.size(1)});
-  if (v.status().is_ok() && context.device == Device::kCpu) validate_sequences(v, p);
+  if (context.device == Device::kCpu) validate_sequences(v, p.sequence, p.window_pool.table.size(0));
 }
 
 Status validate(const SparseAttentionParams& p, const Context& context) {

@@ -32,18 +32,16 @@ void validate_arguments(Validator& v, const CompressParams& p) {
   v.view("kv", p.kv, {Validator::kAny, Validator::kAny});
   v.view("gate", p.gate, {tokens, channels});
   v.view("ape", p.ape, {p.ratio, channels});
-  v.floating("norm_weight", p.norm_weight.dtype);
-  v.view("norm_weight", p.norm_weight, p.norm_weight.dtype, {Validator::kAny});
+  v.floats("norm_weight", p.norm_weight, {Validator::kAny});
   v.require(channels == head_dim || channels == 2 * head_dim, "kv must have %lld or %lld channels, got %lld",
             static_cast<long long>(head_dim), static_cast<long long>(2 * head_dim), static_cast<long long>(channels));
   v.at_least("head_dim", head_dim, 1);
-  v.view("rope", p.rope, DType::kFloat32, {tokens, Validator::kAny, 2}, 2);
-  v.require(2 * p.rope.size(1) <= head_dim, "rope must have at most %lld pairs, got %lld",
-            static_cast<long long>(head_dim / 2), static_cast<long long>(p.rope.size(1)));
+  v.rope(p.rope, tokens, head_dim);
   v.require(!p.rotate || (head_dim & (head_dim - 1)) == 0, "head_dim must be a power of two to be rotated, got %lld",
             static_cast<long long>(head_dim));
   if (!v.status().is_ok()) return;
-  validate_pool(v, p.pool, p.rotate ? PoolKind::kKeys : PoolKind::kRows, Validator::kAny, head_dim, 2 * p.rope.size(1));
+  validate_pool(v, "pages", "table", p.pool, p.rotate ? PoolKind::kKeys : PoolKind::kRows, Validator::kAny, head_dim,
+                2 * p.rope.size(1));
   v.view("state", p.state, {p.pool.table.size(0), Validator::kAny, 2, channels});
   if (!v.status().is_ok()) return;
   const int64_t least = channels / head_dim * p.ratio;

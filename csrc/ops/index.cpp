@@ -4,8 +4,7 @@
 #include "cuda/sm80/index.h"
 #include "cuda/sm80/index_query.h"
 #include "ops/candidates.h"
-#include "ops/index_keys.h"
-#include "ops/validate.h"
+#include "ops/pool_checks.h"
 
 namespace dsv4 {
 namespace {
@@ -32,8 +31,7 @@ const Op index_query_op("index_query", kIndexQuery);
 Status validate(const IndexQueryParams& p) {
   Validator v("index_query");
   const int64_t tokens = p.query.size(0), heads = p.query.size(1), dim = p.query.size(2);
-  v.floating("query", p.query.dtype);
-  v.view("query", p.query, p.query.dtype, {Validator::kAny, Validator::kAny, Validator::kAny});
+  v.floats("query", p.query, {Validator::kAny, Validator::kAny, Validator::kAny});
   v.require(dim >= 2 && dim <= kMostIndexQueryDims && (dim & (dim - 1)) == 0,
             "dim must be a power of two from 2 to %lld, got %lld", static_cast<long long>(kMostIndexQueryDims),
             static_cast<long long>(dim));
@@ -50,46 +48,12 @@ constexpr Candidate<IndexTopkParams> kIndexTopk[] = {
 };
 const Op index_topk_op("index_topk", kIndexTopk);
 
-void validate_pages(Validator& v, const IndexTopkParams& p) {
-  const int64_t dim = p.query.size(2);
-  v.require(!(p.plain.given() && p.bytes.given()), "pages must be either plain keys or bytes");
-  if (!v.status().is_ok()) return;
-  if (p.bytes.given()) {
-    v.require(dim < (int64_t{1} << 31), "the keys are too large");
-    if (!v.status().is_ok()) return;
-    const bool fp4 = holds_fp4_keys(p.bytes.size(1), p.page_size, dim);
-    v.view("pages", p.bytes, DType::kUInt8,
-           {Validator::kAny, p.page_size * (fp4 ? fp4_key_bytes(dim) : fp8_key_bytes(dim))});
-  } else {
-    v.floating("pages", p.plain.dtype);
-    v.view("pages", p.plain, p.plain.dtype, {Validator::kAny, p.page_size, dim});
-  }
-}
-
-// The lowest if it is negative, else the highest. Only where the values lie in this processor's memory.
-void validate_sequences(Validator& v, const IndexTopkParams& p) {
-  const auto sequence = p.sequence.as<const int32_t>();
-  int64_t low = 0, high = -1;
-  for (int64_t row = 0; row < sequence.size(0); ++row) {
-    const int64_t value = *sequence.at(row);
-    low = value < low ? value : low;
-    high = value > high ? value : high;
-  }
-  const int64_t rows = p.table.size(0);
-  v.require(low >= 0 && high < rows, "sequence must lie in [0, %lld), the rows of the table, got %lld",
-            static_cast<long long>(rows), static_cast<long long>(low < 0 ? low : high));
-}
-
 void validate_arguments(Validator& v, const IndexTopkParams& p) {
   const int64_t tokens = p.query.size(0), heads = p.query.size(1);
-  v.floating("query", p.query.dtype);
-  v.view("query", p.query, p.query.dtype, {Validator::kAny, Validator::kAny, Validator::kAny});
+  v.floats("query", p.query, {Validator::kAny, Validator::kAny, Validator::kAny});
   v.view("weights", p.weights, {tokens, heads});
-  v.require(p.page_size >= 1, "the page size of pages must be at least 1, got %lld",
-            static_cast<long long>(p.page_size));
-  v.require(p.page_size <= INT32_MAX, "the page size of pages is too large");
-  if (v.status().is_ok()) validate_pages(v, p);
-  v.view("table", p.table, DType::kInt32, {Validator::kAny, Validator::kAny});
+  const RowPool pool{p.plain, p.bytes, p.table, p.page_size};
+  validate_pool(v, "pages", "table", pool, PoolKind::kKeys, Validator::kAny, p.query.size(2), 0);
   v.view("sequence", p.sequence, DType::kInt32, {tokens});
   v.view("lengths", p.lengths, DType::kInt32, {tokens});
   v.at_least("k", p.k, 1);
@@ -99,7 +63,7 @@ Status validate(const IndexTopkParams& p, const Context& context) {
   Validator v("index_topk");
   validate_arguments(v, p);
   v.view("result", p.result, DType::kInt32, {p.query.size(0), p.k});
-  if (v.status().is_ok() && context.device == Device::kCpu) validate_sequences(v, p);
+  if (context.device == Device::kCpu) validate_sequences(v, p.sequence, p.table.size(0));
   if (!v.status().is_ok()) return v.status();
   v.workspace(p.workspace.data, p.workspace.bytes, index_topk_workspace_bytes(p, context));
   return v.status();

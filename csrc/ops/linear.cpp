@@ -51,8 +51,7 @@ int64_t ceil_div(int64_t value, int64_t divisor) { return (value + divisor - 1) 
 void validate_arguments(Validator& v, const LinearParams& p, Form form) {
   const int64_t groups = p.x.size(1), inputs = p.x.size(2), rows = p.weight.size(0);
   const bool fp4 = form == Form::kFp4;
-  v.floating("x", p.x.dtype);
-  v.view("x", p.x, p.x.dtype, {Validator::kAny, form == Form::kGrouped ? Validator::kAny : 1, Validator::kAny});
+  v.floats("x", p.x, {Validator::kAny, form == Form::kGrouped ? Validator::kAny : 1, Validator::kAny});
   v.require(groups >= 1, "x must have at least one group");
   v.require(inputs <= INT32_MAX && rows <= INT32_MAX, "the weight is too large");
   v.require(!fp4 || inputs % 2 == 0, "x must have an even number of inputs");
@@ -100,8 +99,7 @@ Status validate(const LinearParams& p, const Context& context, const char* op, F
   Validator v(op);
   validate_arguments(v, p, form);
   if (!v.status().is_ok()) return v.status();
-  v.floating("out", p.out.dtype);
-  v.view("out", p.out, p.out.dtype, {p.x.size(0), p.x.size(1), p.weight.size(0) / p.x.size(1)});
+  v.floats("out", p.out, {p.x.size(0), p.x.size(1), p.weight.size(0) / p.x.size(1)});
   if (v.status().is_ok()) v.workspace(p.workspace.data, p.workspace.bytes, bytes(p, context));
   return v.status();
 }
@@ -117,8 +115,7 @@ Status validate_dense(const DenseLinearParams& p, const Context& context) {
   Validator v("dense_linear");
   validate_dense_arguments(v, p);
   if (!v.status().is_ok()) return v.status();
-  v.floating("out", p.out.dtype);
-  v.view("out", p.out, p.out.dtype, {p.x.size(0), p.weight.size(0)});
+  v.floats("out", p.out, {p.x.size(0), p.weight.size(0)});
   if (v.status().is_ok()) v.workspace(p.workspace.data, p.workspace.bytes, dense_linear_workspace_bytes(p, context));
   return v.status();
 }

@@ -59,8 +59,7 @@ const Op mhc_post_backward_op("mhc_post_backward", kMhcPostBackward);
 const Op mhc_head_backward_op("mhc_head_backward", kMhcHeadBackward);
 
 void validate_streams(Validator& v, const AnyView<3>& streams) {
-  v.floating("streams", streams.dtype);
-  v.view("streams", streams, streams.dtype, {Validator::kAny, kStreams, Validator::kAny});
+  v.floats("streams", streams, {Validator::kAny, kStreams, Validator::kAny});
   v.at_least("hidden", streams.size(2), 1);
 }
 

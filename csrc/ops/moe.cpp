@@ -84,10 +84,8 @@ void validate_hash(Validator& v, const MoeGateParams& p) {
 }
 
 void validate_arguments(Validator& v, const MoeGateParams& p) {
-  v.floating("x", p.x.dtype);
-  v.view("x", p.x, p.x.dtype, {Validator::kAny, Validator::kAny});
-  v.floating("weight", p.weight.dtype);
-  v.view("weight", p.weight, p.weight.dtype, {Validator::kAny, p.x.size(1)});
+  v.floats("x", p.x, {Validator::kAny, Validator::kAny});
+  v.floats("weight", p.weight, {Validator::kAny, p.x.size(1)});
   const int64_t experts = p.weight.size(0);
   v.require(p.top_k >= 1 && p.top_k <= experts, "top_k must be 1 to %lld, the number of experts, got %lld",
             static_cast<long long>(experts), static_cast<long long>(p.top_k));
@@ -134,8 +132,7 @@ void validate_matrix(Validator& v, const char* name, const ExpertMatrix& w, DTyp
 }
 
 void validate_arguments(Validator& v, const MoeExpertsParams& p) {
-  v.floating("x", p.x.dtype);
-  v.view("x", p.x, p.x.dtype, {Validator::kAny, Validator::kAny});
+  v.floats("x", p.x, {Validator::kAny, Validator::kAny});
   const int64_t tokens = p.x.size(0), hidden = p.x.size(1);
   v.view("weights", p.weights, {tokens, Validator::kAny});
   validate_integer(v, "indices", p.indices, {tokens, p.weights.size(1)});
@@ -175,8 +172,7 @@ void validate_matrices(Validator& v, const char* const* names, const AnyView<3>*
 }
 
 void validate_arguments(Validator& v, const MoeExpertsBackwardParams& p) {
-  v.floating("x", p.x.dtype);
-  v.view("x", p.x, p.x.dtype, {Validator::kAny, Validator::kAny});
+  v.floats("x", p.x, {Validator::kAny, Validator::kAny});
   const int64_t tokens = p.x.size(0), hidden = p.x.size(1);
   v.view("grad", p.grad, p.x.dtype, {tokens, hidden});
   v.view("weights", p.weights, {tokens, Validator::kAny});

@@ -74,11 +74,9 @@ const Op store_window_op("store_window", kStoreWindow);
 Status validate(const RmsNormParams& p) {
   Validator v("rms_norm");
   const int64_t rows = p.x.size(0), dim = p.x.size(1);
-  v.floating("x", p.x.dtype);
-  v.view("x", p.x, p.x.dtype, {Validator::kAny, Validator::kAny});
+  v.floats("x", p.x, {Validator::kAny, Validator::kAny});
   if (p.weight.given()) {
-    v.floating("weight", p.weight.dtype);
-    v.view("weight", p.weight, p.weight.dtype, {dim});
+    v.floats("weight", p.weight, {dim});
   }
   v.view("result", p.result, p.x.dtype, {rows, dim});
   return v.status();
@@ -87,8 +85,7 @@ Status validate(const RmsNormParams& p) {
 Status validate(const QueryNormRopeParams& p) {
   Validator v("query_norm_rope");
   const int64_t tokens = p.query.size(0), heads = p.query.size(1), head_dim = p.query.size(2);
-  v.floating("q", p.query.dtype);
-  v.view("q", p.query, p.query.dtype, {Validator::kAny, Validator::kAny, Validator::kAny});
+  v.floats("q", p.query, {Validator::kAny, Validator::kAny, Validator::kAny});
   v.rope(p.rope, tokens, head_dim);
   v.view("result", p.result, p.query.dtype, {tokens, heads, head_dim});
   return v.status();
@@ -97,10 +94,8 @@ Status validate(const QueryNormRopeParams& p) {
 Status validate(const KvNormRopeParams& p) {
   Validator v("kv_norm_rope");
   const int64_t tokens = p.kv.size(0), head_dim = p.kv.size(1);
-  v.floating("kv", p.kv.dtype);
-  v.view("kv", p.kv, p.kv.dtype, {Validator::kAny, Validator::kAny});
-  v.floating("weight", p.weight.dtype);
-  v.view("weight", p.weight, p.weight.dtype, {head_dim});
+  v.floats("kv", p.kv, {Validator::kAny, Validator::kAny});
+  v.floats("weight", p.weight, {head_dim});
   v.rope(p.rope, tokens, head_dim);
   v.view("result", p.result, p.kv.dtype, {tokens, head_dim});
   return v.status();
@@ -109,8 +104,7 @@ Status validate(const KvNormRopeParams& p) {
 Status validate(const ApplyRopeParams& p) {
   Validator v("apply_rope");
   const int64_t tokens = p.x.size(0), heads = p.x.size(1), head_dim = p.x.size(2);
-  v.floating("x", p.x.dtype);
-  v.view("x", p.x, p.x.dtype, {Validator::kAny, Validator::kAny, Validator::kAny});
+  v.floats("x", p.x, {Validator::kAny, Validator::kAny, Validator::kAny});
   v.rope(p.rope, tokens, head_dim);
   v.view("result", p.result, p.x.dtype, {tokens, heads, head_dim});
   return v.status();
@@ -127,12 +121,10 @@ Status validate(const RopeRowsParams& p) {
 
 void validate_arguments(Validator& v, const StoreWindowParams& p) {
   const int64_t tokens = p.kv.size(0), head_dim = p.kv.size(1);
-  v.floating("kv", p.kv.dtype);
-  v.view("kv", p.kv, p.kv.dtype, {Validator::kAny, Validator::kAny});
-  v.floating("weight", p.weight.dtype);
-  v.view("weight", p.weight, p.weight.dtype, {head_dim});
+  v.floats("kv", p.kv, {Validator::kAny, Validator::kAny});
+  v.floats("weight", p.weight, {head_dim});
   v.rope(p.rope, tokens, head_dim);
-  validate_pool(v, p.pool, PoolKind::kRows, Validator::kAny, head_dim, 2 * p.rope.size(1));
+  validate_pool(v, "pages", "table", p.pool, PoolKind::kRows, Validator::kAny, head_dim, 2 * p.rope.size(1));
   v.view("sequence", p.sequence, DType::kInt32, {tokens});
   v.view("position", p.position, DType::kInt32, {tokens});
 }

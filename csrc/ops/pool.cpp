@@ -3,26 +3,27 @@
 
 namespace dsv4 {
 
-void validate_pool(Validator& v, const RowPool& pool, PoolKind kind, int64_t sequences, int64_t head_dim,
-                   int64_t rope_dim) {
-  v.require(pool.page_size >= 1, "page_size must be at least 1, got %lld", static_cast<long long>(pool.page_size));
-  v.require(pool.page_size < (int64_t{1} << 31) && head_dim < (int64_t{1} << 28), "the pages are too large");
-  v.require(!(pool.plain.given() && pool.bytes.given()), "pages must be either plain or bytes");
+void validate_pool(Validator& v, const char* pages, const char* table, const RowPool& pool, PoolKind kind,
+                   int64_t sequences, int64_t head_dim, int64_t rope_dim) {
+  v.require(pool.page_size >= 1, "the page size of %s must be at least 1, got %lld", pages,
+            static_cast<long long>(pool.page_size));
+  v.require(pool.page_size < (int64_t{1} << 31) && head_dim < (int64_t{1} << 28), "the page size of %s is too large",
+            pages);
+  v.require(!(pool.plain.given() && pool.bytes.given()), "%s must be either plain or bytes", pages);
   if (!v.status().is_ok()) return;
   if (!pool.bytes.given()) {
-    v.floating("pages", pool.plain.dtype);
-    v.view("pages", pool.plain, pool.plain.dtype, {Validator::kAny, pool.page_size, head_dim});
+    v.floats(pages, pool.plain, {Validator::kAny, pool.page_size, head_dim});
   } else if (kind == PoolKind::kRows) {
     v.require(rope_dim >= 0 && rope_dim < head_dim, "rope_dim must lie in [0, %lld) for FP8 rows, got %lld",
               static_cast<long long>(head_dim), static_cast<long long>(rope_dim));
     if (!v.status().is_ok()) return;
-    v.view("pages", pool.bytes, DType::kUInt8, {Validator::kAny, fp8_page_bytes(pool.page_size, head_dim, rope_dim)});
+    v.view(pages, pool.bytes, DType::kUInt8, {Validator::kAny, fp8_page_bytes(pool.page_size, head_dim, rope_dim)});
   } else {
     const bool fp4 = holds_fp4_keys(pool.bytes.size(1), pool.page_size, head_dim);
-    v.view("pages", pool.bytes, DType::kUInt8,
+    v.view(pages, pool.bytes, DType::kUInt8,
            {Validator::kAny, pool.page_size * (fp4 ? fp4_key_bytes(head_dim) : fp8_key_bytes(head_dim))});
   }
-  v.view("table", pool.table, DType::kInt32, {sequences, Validator::kAny});
+  v.view(table, pool.table, DType::kInt32, {sequences, Validator::kAny});
 }
 
 void validate_sequences(Validator& v, const AnyView<1>& sequence, int64_t rows) {

@@ -50,8 +50,7 @@ int64_t ceil_div(int64_t value, int64_t divisor) { return value / divisor + (val
 Status validate(const char* op, const QuantizeParams& p, bool fp4) {
   Validator v(op);
   const int64_t rows = p.x.size(0), n = p.x.size(1);
-  v.floating("x", p.x.dtype);
-  v.view("x", p.x, p.x.dtype, {Validator::kAny, Validator::kAny});
+  v.floats("x", p.x, {Validator::kAny, Validator::kAny});
   v.at_least("block", p.block, 1);
   if (fp4) v.require(n % 2 == 0 && p.block % 2 == 0, "the last dimension of x and block must be even");
   if (!v.status().is_ok()) return v.status();
@@ -70,8 +69,7 @@ Status validate(const char* op, const DequantizeParams& p) {
   v.require(p.scale.dtype == DType::kUInt8 || p.scale.dtype == DType::kFloat32, "scale must be uint8 or float32");
   if (!v.status().is_ok()) return v.status();
   v.view("scale", p.scale, p.scale.dtype, {batch, ceil_div(rows, p.group), ceil_div(n, p.block)});
-  v.floating("result", p.result.dtype);
-  v.view("result", p.result, p.result.dtype, {batch, rows, n});
+  v.floats("result", p.result, {batch, rows, n});
   return v.status();
 }
 
@@ -87,8 +85,7 @@ const Op hadamard_op("hadamard", kHadamard);
 Status validate(const HadamardParams& p, const Context& context) {
   Validator v("hadamard");
   const int64_t rows = p.x.size(0), size = p.x.size(1);
-  v.floating("x", p.x.dtype);
-  v.view("x", p.x, p.x.dtype, {Validator::kAny, Validator::kAny});
+  v.floats("x", p.x, {Validator::kAny, Validator::kAny});
   v.require(size > 0 && (size & (size - 1)) == 0, "the last dimension of x must be a power of two, got %lld",
             static_cast<long long>(size));
   v.view("result", p.result, p.x.dtype, {rows, size});

@@ -81,8 +81,8 @@ void Validator::floating(const char* name, DType dtype) {
 
 void Validator::rope(const AnyView<3>& rope, int64_t tokens, int64_t head_dim) {
   view("rope", rope, DType::kFloat32, {tokens, kAny, 2}, 2);
-  require(2 * rope.size(1) <= head_dim, "rope has %lld pairs, more than half of the %lld dims of a head",
-          static_cast<long long>(rope.size(1)), static_cast<long long>(head_dim));
+  require(2 * rope.size(1) <= head_dim, "rope must have at most %lld pairs, got %lld",
+          static_cast<long long>(head_dim / 2), static_cast<long long>(rope.size(1)));
 }
 
 void Validator::not_negative(const char* name, float value) {

@@ -29,6 +29,13 @@ class Validator {
     static_assert(sizeof(T) == sizeof(float), "float32 views only");
   }
 
+  // The same for elements of bfloat16 or float32, whichever they are.
+  template <int N>
+  void floats(const char* name, const AnyView<N>& view, std::initializer_list<int64_t> sizes) {
+    floating(name, view.dtype);
+    this->view(name, view, view.dtype, sizes);
+  }
+
   // An element type that must be bfloat16 or float32.
   void floating(const char* name, DType dtype);
   // float32 [tokens, pairs, 2] for the last dims of heads of head_dim.

@@ -126,10 +126,8 @@ struct Arguments {
 
  private:
   void check_rope(Check& check, int64_t tokens, int64_t head_dim, bool rope_dim_given) {
-    check.tensor("rope", *rope, {tokens, kAny, 2}, {ScalarType::Float});
+    check.rope(*rope, tokens, head_dim);
     const int64_t width = 2 * rope->size(1);
-    check.require(width <= head_dim, "rope must have at most " + std::to_string(head_dim / 2) + " pairs, got " +
-                                         std::to_string(width / 2));
     check.require(!rope_dim_given || rope_dim == width,
                   "rope_dim must be that of rope, " + std::to_string(width) + ", got " + std::to_string(rope_dim));
     rope_dim = width;

@@ -24,11 +24,7 @@ Sizes check_inputs(Check& check, const Tensor& kv, const Tensor& gate, const Ten
     check.require(false, "kv must have " + std::to_string(head_dim) + " or " + std::to_string(2 * head_dim) +
                              " channels, got " + std::to_string(channels));
   }
-  check.tensor("rope", rope, {tokens, kAny, 2}, {ScalarType::Float}, {kFloats, {nullptr, "rope_dim / 2"}});
-  if (2 * rope.size(1) > head_dim) {
-    check.require(false, "rope must have at most " + std::to_string(head_dim / 2) + " pairs, got " +
-                             std::to_string(rope.size(1)));
-  }
+  check.rope(rope, tokens, head_dim);
   if (rotate && (head_dim & (head_dim - 1)) != 0) {
     check.require(false, "head_dim must be a power of two to be rotated, got " + std::to_string(head_dim));
   }

@@ -141,8 +141,8 @@ void Check::sized(const char* name, const Tensor& tensor, const std::vector<int6
 void Check::rope(const Tensor& rope, int64_t tokens, int64_t head_dim) {
   tensor("rope", rope, {tokens, kAny, 2}, {ScalarType::Float}, {"float32 or float64", {nullptr, "rope_dim / 2"}});
   if (2 * rope.size(1) <= head_dim) return;
-  require(false, "rope has " + std::to_string(rope.size(1)) + " pairs, more than half of the " +
-                     std::to_string(head_dim) + " dims of a head");
+  require(false,
+          "rope must have at most " + std::to_string(head_dim / 2) + " pairs, got " + std::to_string(rope.size(1)));
 }
 
 void Check::same_device(const char* name, const Tensor& tensor) {

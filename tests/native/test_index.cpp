@@ -434,7 +434,7 @@ TEST(refuses_what_is_not_valid) {
   CHECK(changed([](auto& p) { p.weights.shape[1] = 2; }) ==
         "index_topk: weights must be float32 [5, 3], got float32 [5, 2]");
   CHECK(changed([](auto& p) { p.bytes.shape[1] -= 1; }).find("index_topk: pages must be uint8 [*, 340], got") == 0);
-  CHECK(changed([](auto& p) { p.plain = p.query; }) == "index_topk: pages must be either plain keys or bytes");
+  CHECK(changed([](auto& p) { p.plain = p.query; }) == "index_topk: pages must be either plain or bytes");
   CHECK(changed([](auto& p) { p.bytes = {}; }) == "index_topk: pages must be bfloat16 or float32, got nothing");
   CHECK(changed([](auto& p) { p.page_size = 0; }) == "index_topk: the page size of pages must be at least 1, got 0");
   CHECK(changed([](auto& p) { p.page_size = int64_t{1} << 40; }) == "index_topk: the page size of pages is too large");

@@ -266,7 +266,7 @@ TEST(messages) {
   Guarded<float> q({2, 2, 32}), rope({2, 17, 2}), short_rope({1, 8, 2}), x({2, 12}), result({2, 2, 32});
   Status status = query_norm_rope({q.any<3>(), rope.any<3>(), 1e-6, result.any<3>()}, pool.context());
   CHECK_MESSAGE(
-      std::string(status.message()) == "query_norm_rope: rope has 17 pairs, more than half of the 32 dims of a head",
+      std::string(status.message()) == "query_norm_rope: rope must have at most 16 pairs, got 17",
       status.message());
   status = query_norm_rope({q.any<3>(), short_rope.any<3>(), 1e-6, result.any<3>()}, pool.context());
   CHECK_MESSAGE(

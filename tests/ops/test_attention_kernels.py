@@ -239,7 +239,7 @@ BAD: list[tuple[str, dict[str, Any]]] = [
     ("sequence must be int32 [17], got int64 [17]", {"sequence": torch.zeros(17, dtype=torch.int64)}),
     ("position must be int32 [17], got int32 [16]", {"position": torch.zeros(16, dtype=torch.int32)}),
     ("sink must be float32 [3], got float32 [4]", {"sink": torch.zeros(4)}),
-    ("rope must be float32 [17, *, 2], got float32 [1, 8, 2]", {"rope": torch.zeros(1, 8, 2)}),
+    ("rope must be float32 or float64 [17, rope_dim / 2, 2], got float32 [1, 8, 2]", {"rope": torch.zeros(1, 8, 2)}),
     ("rope must have at most 16 pairs, got 17", {"rope": torch.zeros(17, 17, 2)}),
     ("rope_dim must be that of rope, 16, got 32", {"rope_dim": 32}),
     ("window must be at least 1, got 0", {"window": 0}),

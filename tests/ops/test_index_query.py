@@ -169,7 +169,7 @@ BAD: list[tuple[str, dict[str, Any]]] = [
     (f"{ROPES}, got float32 [3, 4]", {"rope": ROPE.flatten(1)}),
     (f"{ROPES}, got bfloat16 [3, 2, 2]", {"rope": ROPE.bfloat16()}),
     ("rope must be on cpu as query is, got meta", {"rope": ROPE.to("meta")}),
-    ("rope has 5 pairs, more than half of the 8 dims of a head", {"rope": torch.zeros(3, 5, 2)}),
+    ("rope must have at most 4 pairs, got 5", {"rope": torch.zeros(3, 5, 2)}),
     ("dim must be a power of two from 2 to 1024, got 6", {"query": QUERY[..., :6]}),
     ("dim must be a power of two from 2 to 1024, got 1", {"query": QUERY[..., :1], "rope": ROPE[:, :0]}),
     ("dim must be a power of two from 2 to 1024, got 2048", {"query": torch.zeros(3, 1, 2048)}),

@@ -434,7 +434,7 @@ BAD_ROPE = [
     ({"rope": ROPE_TABLE.flatten(1)}, f"rope must be {ROPES}, got float32 [3, 4]"),
     ({"rope": torch.zeros(3, 2, 3)}, f"rope must be {ROPES}, got float32 [3, 2, 3]"),
     ({"rope": ROPE_TABLE.bfloat16()}, f"rope must be {ROPES}, got bfloat16 [3, 2, 2]"),
-    ({"rope": torch.zeros(3, 5, 2)}, "rope has 5 pairs, more than half of the 8 dims of a head"),
+    ({"rope": torch.zeros(3, 5, 2)}, "rope must have at most 4 pairs, got 5"),
 ]
 BAD_KV = [
     ({"kv": X.half()}, f"kv must be {FLOATS} [tokens, head_dim], got float16 [3, 8]"),

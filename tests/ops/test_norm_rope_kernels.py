@@ -412,7 +412,7 @@ BAD: list[tuple[str, dict[str, Any]]] = [
     ),
     ("weight must be bfloat16 or float32 or float64 [128], got float32 [64]", {"weight": torch.zeros(64)}),
     ("rope must be float32 or float64 [9, rope_dim / 2, 2], got float32 [8, 32, 2]", {"rope": torch.zeros(8, 32, 2)}),
-    ("rope has 65 pairs, more than half of the 128 dims of a head", {"rope": torch.zeros(9, 65, 2)}),
+    ("rope must have at most 64 pairs, got 65", {"rope": torch.zeros(9, 65, 2)}),
     ("rope_dim must lie in [0, 128) for FP8 rows, got 128", {"rope": torch.zeros(9, 64, 2)}),
     ("page_size must be at least 1, got 0", {"page_size": 0}),
     ("pages must be uint8 [pages, 960], got uint8 [9, 100]", {"pages": torch.zeros(9, 100).byte()}),

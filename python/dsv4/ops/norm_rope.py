@@ -312,7 +312,7 @@ def _check_kv(check: Check, kv: Tensor, weight: Tensor, rope: Tensor) -> tuple[i
 
 def check_rope(check: Check, rope: Tensor, tokens: int, head_dim: int) -> None:
     pairs = check.tensor("rope", rope, _ROPE_DTYPES, (tokens, "rope_dim / 2", 2))[1]
-    check.that(2 * pairs <= head_dim, f"rope has {pairs} pairs, more than half of the {head_dim} dims of a head")
+    check.that(2 * pairs <= head_dim, f"rope must have at most {head_dim // 2} pairs, got {pairs}")
 
 
 def _apply_rope_backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[no-untyped-def]
