@@ -45,6 +45,8 @@ class _Parser(argparse.ArgumentParser):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code. `arguments`: None takes those of the process."""
+    # Python leaves None where the caller closed a stream.
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))
     parser = _parser()
     options = parser.parse_args(arguments)
     try:
@@ -56,8 +58,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (ValueError, OSError) as error:
-        print(f"dsv4 {options.command}: {_one_line(str(error))}", file=sys.stderr)
+        print(f"dsv4 {options.command}: {_one_line(_reason(error))}", file=sys.stderr)
         return _BAD_INPUT
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong, without the number that the system gives a failed call."""
+    if not isinstance(error, OSError) or error.strerror is None:
+        return str(error)
+    return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}; name another place"
 
 
 def _one_line(text: str) -> str:
@@ -99,7 +108,7 @@ def _number(kind: type, least: float, most: float, what: str) -> Callable[[str],
 
 def _token_list(text: str) -> list[int]:
     parts = text.replace(",", " ").split()
-    if not parts or not all(part.isascii() and part.isdecimal() for part in parts):
+    if not parts or not all(part.isascii() and part.isdecimal() and len(part) < 10 for part in parts):
         raise argparse.ArgumentTypeError(f"{text!r} must be token numbers, such as 1,2,3")
     return [int(part) for part in parts]
 
@@ -162,10 +171,12 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
 def _generate(options: argparse.Namespace) -> int:
     if options.system is not None and (options.mode == "raw" or options.tokens is not None):
         raise ValueError("--system needs --chat or --thinking and a text: a raw prompt has no messages")
+    for name in ("prompt", "system"):
+        # Bytes of the command line that are not UTF-8 come as lone surrogates.
+        if any("\ud800" <= character <= "\udfff" for character in getattr(options, name) or ""):
+            raise ValueError(f"--{name} is not UTF-8 text")
     text = _read_text(options.prompt_file) if options.prompt_file is not None else options.prompt
     model, tokenizer = _load(options)
-    if model.note:
-        say(f"note: {options.model} has {model.note}; its text means nothing")
     ids = options.tokens or tokenizer.encode(_prompt_text(text, options.mode, options.system))
     most = model.config.max_position_embeddings
     if len(ids) + options.max_new_tokens > most:
@@ -174,6 +185,8 @@ def _generate(options: argparse.Namespace) -> int:
             "positions of the model"
         )
     run = Run(model, tokenizer, ids)
+    if model.note:
+        say(f"note: {options.model} has {model.note}; its text means nothing")
     try:
         run.stream(
             max_new_tokens=options.max_new_tokens,

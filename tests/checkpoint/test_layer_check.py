@@ -247,8 +247,8 @@ def test_parse_layers(text: str, expected: list[int]) -> None:
         ("-1", "'-1' is no selection of layers; write 0-3,7"),
         ("1-2-3", "'1-2-3' is no selection of layers; write 0-3,7"),
         ("a", "'a' is no selection of layers; write 0-3,7"),
-        ("0,8", "'8' must lie in 0-7: the model has 8 layers"),
-        ("3-1", "'3-1' must lie in 0-7: the model has 8 layers"),
+        ("0,8", "'8' must lie in 0-7, lower number first: the model has 8 layers"),
+        ("3-1", "'3-1' must lie in 0-7, lower number first: the model has 8 layers"),
     ],
 )
 def test_parse_layers_refuses(text: str, message: str) -> None:
@@ -376,7 +376,7 @@ def test_interrupt_of_a_process(folder: Path) -> None:
     [
         (["--check-layers", "--memory", "20M"], "are allowed: give --memory"),
         (["--check-layers", "--memory", "much"], "'much' is no amount of memory; write 8G or 512M"),
-        (["--check-layers", "--layers", "3"], "'3' must lie in 0-2: the model has 3 layers"),
+        (["--check-layers", "--layers", "3"], "'3' must lie in 0-2, lower number first: the model has 3 layers"),
         (["--check-layers", "--layers", "x"], "'x' is no selection of layers"),
         (["--check-layers", "--tokens", "3"], "tokens must be 4 to 1048576, got 3"),
         (["--check-layers", "--json", "/nowhere/layers.jsonl"], "/nowhere/layers.jsonl"),

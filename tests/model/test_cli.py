@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import re
 import signal
 import subprocess
@@ -51,7 +52,7 @@ def run(capsys):
 
 def start(*arguments, **options):
     command = [sys.executable, "-m", "dsv4", *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+    return subprocess.Popen(command, **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options})
 
 
 @pytest.mark.parametrize("command", ["generate", "plan", "inspect", "bench", "env", "demo"])
@@ -251,6 +252,9 @@ def test_no_tokenizer(run, folder, tmp_path):
         (["generate", "nowhere", "--prompt", "x"], "nowhere: no such folder, nor a bundled model (nano)"),
         (["generate", "nano"], "one of the arguments --prompt --prompt-file --tokens is required"),
         (["generate", "nano", "--tokens", "1,x"], "'1,x' must be token numbers, such as 1,2,3"),
+        (["generate", "nano", "--tokens", "1,9999999999"], "'1,9999999999' must be token numbers"),
+        (["generate", "nano", "--prompt", "a\udcff"], "--prompt is not UTF-8 text"),
+        (["generate", "nano", "--prompt", "a", "--system", "\udcff"], "--system is not UTF-8 text"),
         (["generate", "nano", "--tokens", "1,512"], "must lie in [0, 512), got 1 to 512"),
         (["generate", "nano", "--tokens", "1", "--system", "y"], "--system needs --chat or --thinking"),
         (["generate", "nano", "--tokens", "1", "--max-new-tokens", str(1 << 20)], "exceed the 1,048,576 positions"),
@@ -271,7 +275,11 @@ def test_no_tokenizer(run, folder, tmp_path):
         (["inspect", "nowhere"], "nowhere: no such folder"),
         (["bench", "--op", "sorting"], "no benchmark of 'sorting'; there are sparse_attention, index_topk"),
         (["bench", "--shape", "v5"], "invalid choice: 'v5'"),
-        (["bench", "--quick", "--json", "/nowhere/results.jsonl"], "/nowhere/results.jsonl"),
+        (
+            ["bench", "--quick", "--json", "/nowhere/r.jsonl"],
+            "bench: /nowhere/r.jsonl: No such file or directory; name another",
+        ),
+        (["bench", "--million", "--resume", "/dev/null/x"], "bench: /dev/null/x: Not a directory; name another place"),
         (["sing"], "invalid choice: 'sing'"),
         ([], "the following arguments are required: COMMAND"),
     ],
@@ -320,6 +328,22 @@ def test_reader_that_leaves():
     process.stderr.close()
     assert process.wait(timeout=60) == 0
     assert err == b""
+
+
+@pytest.mark.parametrize("command", [("plan", "nano"), ("generate", "nano", "--tokens", "1", "--max-new-tokens", 1)])
+def test_streams_that_are_closed_or_full(command):
+    def closed():
+        os.close(1)
+        os.close(2)
+
+    process = start(*command, preexec_fn=closed)
+    process.communicate(timeout=120)
+    assert process.returncode == 0
+    with open("/dev/full", "wb") as full:
+        process = start(*command, stdout=full)
+        err = process.communicate(timeout=120)[1].decode()
+    assert process.returncode == 2
+    assert err.splitlines()[-1] == f"dsv4 {command[0]}: No space left on device"
 
 
 def test_control_characters_stay_off_a_terminal(capsys, monkeypatch):

@@ -115,7 +115,9 @@ def parse_layers(text: str, count: int) -> list[int]:
         if not (first.isascii() and first.isdecimal() and last.isascii() and last.isdecimal()):
             raise ValueError(f"{text!r} is no selection of layers; write 0-3,7")
         if int(first) > int(last) or int(last) >= count:
-            raise ValueError(f"{part.strip()!r} must lie in 0-{count - 1}: the model has {count} layers")
+            raise ValueError(
+                f"{part.strip()!r} must lie in 0-{count - 1}, lower number first: the model has {count} layers"
+            )
         found.update(range(int(first), int(last) + 1))
     return sorted(found)
 
