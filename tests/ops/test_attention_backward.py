@@ -408,7 +408,7 @@ BAD: list[tuple[str, dict[str, Any]]] = [
     ("indices must be int32 [17, *], got int64 [17, 6]", {"indices": torch.zeros(17, 6, dtype=torch.int64)}),
     ("lengths must be given with compressed_pages, got None", {"lengths": None}),
     ("sink must be float32 [3], got float32 [4]", {"sink": torch.zeros(4)}),
-    ("rope must be float32 [17, *, 2], got float32 [1, 8, 2]", {"rope": torch.zeros(1, 8, 2)}),
+    ("rope must be float32 or float64 [17, rope_dim / 2, 2], got float32 [1, 8, 2]", {"rope": torch.zeros(1, 8, 2)}),
     ("window must be at least 1, got 0", {"window": 0}),
     (
         "window_pages must be bfloat16 or float32 [*, 16, 32], got float32 [4, 16, 64]",
