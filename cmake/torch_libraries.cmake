@@ -8,18 +8,23 @@ add_library(dsv4_libtorch_stub SHARED "${CMAKE_CURRENT_BINARY_DIR}/stub/empty.cp
 set_target_properties(dsv4_libtorch_stub PROPERTIES OUTPUT_NAME torch
   LIBRARY_OUTPUT_DIRECTORY "${CMAKE_CURRENT_BINARY_DIR}/stub")
 
-file(GLOB _bindings CONFIGURE_DEPENDS "${DSV4_CSRC}/torch/*.cpp")
-set(_exports "${CMAKE_CURRENT_SOURCE_DIR}/cmake/exports.map")
+file(GLOB DSV4_BINDINGS CONFIGURE_DEPENDS "${DSV4_CSRC}/torch/*.cpp")
+set(DSV4_EXPORTS "${CMAKE_CURRENT_SOURCE_DIR}/cmake/exports.map")
 
-function(dsv4_add_op_library name architectures)
-  add_library(${name} MODULE ${_bindings} ${ARGN})
+# Not installed: tests/cuda_host has one of its own.
+function(dsv4_add_torch_library name architectures)
+  add_library(${name} MODULE ${DSV4_BINDINGS} ${ARGN})
   target_link_libraries(${name} PRIVATE dsv4_flags -Wl,--no-as-needed dsv4_libtorch_stub
-    -Wl,--as-needed -Wl,--version-script=${_exports})
+    -Wl,--as-needed -Wl,--version-script=${DSV4_EXPORTS})
   target_include_directories(${name} SYSTEM PRIVATE "${DSV4_TORCH_INCLUDE}")
   target_compile_definitions(${name} PRIVATE TORCH_TARGET_VERSION=0x020b000000000000
     DSV4_COMPILER="${CMAKE_CXX_COMPILER_ID} ${CMAKE_CXX_COMPILER_VERSION}" DSV4_ARCHITECTURES="${architectures}")
-  set_target_properties(${name} PROPERTIES LINK_DEPENDS "${_exports}" SKIP_BUILD_RPATH ON PREFIX "lib"
-    LIBRARY_OUTPUT_DIRECTORY "${CMAKE_CURRENT_BINARY_DIR}/lib")
+  set_target_properties(${name} PROPERTIES LINK_DEPENDS "${DSV4_EXPORTS}" SKIP_BUILD_RPATH ON PREFIX "lib"
+    LIBRARY_OUTPUT_DIRECTORY "${CMAKE_BINARY_DIR}/lib")
+endfunction()
+
+function(dsv4_add_op_library name architectures)
+  dsv4_add_torch_library(${name} "${architectures}" ${ARGN})
   install(TARGETS ${name} LIBRARY DESTINATION dsv4)
 endfunction()
 

@@ -4,7 +4,7 @@
 
 #include "common/hardware.h"
 
-#if defined(DSV4_TORCH_CUDA)
+#if defined(DSV4_TORCH_CUDA) && !defined(DSV4_HOST_MODEL)
 // Present in CUDA builds of torch only; weak, so that this library loads everywhere.
 #pragma weak aoti_torch_get_current_cuda_stream
 #endif
@@ -166,7 +166,11 @@ void Check::raise(const Status& status) const {
 
 Context Check::context(const Tensor& on) const {
   Context context;
-#if defined(DSV4_TORCH_CUDA)
+#if defined(DSV4_HOST_MODEL)
+  (void)on;
+  context.device = Device::kCuda;
+  context.best = limited(Isa::kSm80);
+#elif defined(DSV4_TORCH_CUDA)
   context.device = Device::kCuda;
   context.device_index = on.get_device_index();
   context.best = limited(cuda_isa(context.device_index));

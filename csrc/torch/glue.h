@@ -1,5 +1,7 @@
 // What every binding uses: checks in the user's words, views of tensors, the context of a device, registration.
-// Bindings are compiled twice: for the CPU library, and with DSV4_TORCH_CUDA for the CUDA library.
+// Bindings are compiled for the CPU library, with DSV4_TORCH_CUDA for the CUDA library, and with DSV4_HOST_MODEL
+// besides for a library of the tests whose CUDA kernels run on the CPU (tests/cuda_host): there are no devices and
+// streams then.
 #pragma once
 
 #include <torch/csrc/stable/accelerator.h>
@@ -64,7 +66,7 @@ class Check {
   // Runs an op of csrc/ops on the device of `on` and its current stream or torch's threads, and throws what it reports.
   template <class Params>
   void run(Status (*op)(const Params&, const Context&), const Params& params, const Tensor& on) const {
-#if defined(DSV4_TORCH_CUDA)
+#if defined(DSV4_TORCH_CUDA) && !defined(DSV4_HOST_MODEL)
     const torch::stable::accelerator::DeviceGuard guard(on.get_device_index());
 #endif
     raise(op(params, context(on)));
@@ -163,7 +165,10 @@ inline TensorView<true> mutable_view(const Tensor& tensor) { return TensorView<t
 
 // Registers a function of this file as torch.ops.dsv4.<function>. The CPU library brings the schema, so it is loaded
 // first.
-#if defined(DSV4_TORCH_CUDA)
+#if defined(DSV4_HOST_MODEL)  // a key that nobody else uses: the library may stand beside the CUDA library
+#define DSV4_OP(schema, function) \
+  STABLE_TORCH_LIBRARY_IMPL(dsv4, PrivateUse1, library) { library.impl(#function, TORCH_BOX(&function)); }
+#elif defined(DSV4_TORCH_CUDA)
 #define DSV4_OP(schema, function) \
   STABLE_TORCH_LIBRARY_IMPL(dsv4, CUDA, library) { library.impl(#function, TORCH_BOX(&function)); }
 #else

@@ -13,7 +13,10 @@ std::string quoted(const char* text) { return text == nullptr ? "null" : '"' + s
 void append(std::string& list, const char* name) { list += (list.empty() ? "" : ", ") + quoted(name); }
 
 std::string library_info() {
-#if defined(DSV4_TORCH_CUDA)
+#if defined(DSV4_HOST_MODEL)
+  const int devices = 1;
+  const Isa isa = Isa::kSm80;
+#elif defined(DSV4_TORCH_CUDA)
   const int devices = cuda_device_count();
   const Isa isa = devices > 0 ? cuda_isa(0) : Isa::kScalar;
 #else
@@ -42,7 +45,9 @@ std::string library_info() {
 }  // namespace
 }  // namespace dsv4::binding
 
-#if defined(DSV4_TORCH_CUDA)
+#if defined(DSV4_HOST_MODEL)
+#define DSV4_INFO_NAME "_host_model_library"
+#elif defined(DSV4_TORCH_CUDA)
 #define DSV4_INFO_NAME "_cuda_library"
 #else
 #define DSV4_INFO_NAME "_cpu_library"

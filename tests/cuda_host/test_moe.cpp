@@ -1,6 +1,6 @@
 // The sm80 mixture of experts against float64, tokens against themselves in other company and otherwise cut. Runs on
 // the host model, and on a GPU where it is built for one.
-#include "moe_cases.h"
+#include "moe_stages.h"
 
 namespace {
 

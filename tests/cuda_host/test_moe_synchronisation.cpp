@@ -2,7 +2,7 @@
 // synchronisation is needed: a run that leaves one line's out fails. (That of weight_tile.h: the linear layers' test.)
 #include <set>
 
-#include "moe_cases.h"
+#include "moe_stages.h"
 #include "simt/control.h"
 
 namespace {

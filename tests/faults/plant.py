@@ -4,8 +4,9 @@ caught. Prints the table of docs/investigations/planted_faults.md.
     python tests/faults/plant.py [--op OP]... [--jobs N] [--markdown FILE]
 
 faults.json lists them: the op, what is wrong, the file, the text to find (it occurs there once; tests/policy checks
-that), what replaces it, and the test that must fail: a native program, or a file for pytest. What the implementations
-share, a native program that compares them cannot see; the Python test knows the definition.
+that), what replaces it, further such pairs ("also") where one change makes no fault, and the test that must fail: a
+native program, or a file for pytest. What the implementations share, a native program that compares them cannot see;
+the Python test knows the definition.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 LIST = Path(__file__).with_name("faults.json")
@@ -29,12 +31,14 @@ OP_LIBRARY = "lib/libdsv4_cpu.so"  # what the Python tests load
 SOURCES = ("CMakeLists.txt", "pyproject.toml", "cmake", "csrc", "python", "tests", "benchmarks/native", "third_party")
 
 
-def planted(text: str, fault: dict[str, str]) -> str:
+def planted(text: str, fault: dict[str, Any]) -> str:
     """The source with the fault in it."""
-    count = text.count(fault["find"])
-    if count != 1:
-        raise ValueError(f"{fault['file']}: {fault['fault']}: the text to find occurs {count} times, not once")
-    return text.replace(fault["find"], fault["replace"])
+    for find, replace in [(fault["find"], fault["replace"]), *fault.get("also", [])]:
+        count = text.count(find)
+        if count != 1:
+            raise ValueError(f"{fault['file']}: {fault['fault']}: the text to find occurs {count} times, not once")
+        text = text.replace(find, replace)
+    return text
 
 
 def run(
@@ -82,7 +86,7 @@ class Copy:
         return list(dict.fromkeys(named)) or ([] if done.returncode == 0 else [f"(exit {done.returncode})"])
 
 
-def outcomes(copy: Copy, faults: list[dict[str, str]]) -> Iterator[tuple[dict[str, str], list[str]]]:
+def outcomes(copy: Copy, faults: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], list[str]]]:
     for fault in faults:
         path = copy.folder / fault["file"]
         sound = path.read_text()

@@ -6,11 +6,20 @@ import json
 
 import pytest
 import torch
-from golden import CASES, ROOT, Run, feed, model, random_cuts, rel_rms, runs, tensors
-from torch import Tensor, nn
-
-import dsv4
-from dsv4.nn import Rows
+from golden import (
+    CASES,
+    ROOT,
+    Run,
+    attention_errors,
+    feed,
+    feed_forward_errors,
+    model,
+    random_cuts,
+    rel_rms,
+    runs,
+    tensors,
+)
+from torch import Tensor
 
 RUNS = runs()
 SCHEDULES = {
@@ -94,35 +103,13 @@ def test_multi_token_prediction() -> None:
     assert rel_rms(streams, expected["full.mtp.h_in"]).max() <= 1e-4
 
 
-def phases(run: Run) -> list[tuple[str, int, int]]:
-    """(phase, first position, tokens) of the run's recorded calls."""
-    steps = [(f"decode{index}", position, 1) for index, position in enumerate(range(run.prompt, run.length))]
-    return [("prefill", 0, run.prompt), *steps]
-
-
 @pytest.mark.parametrize("case", CASES)
 @torch.no_grad()
 def test_feed_forward_pairs(case: str) -> None:
-    run, shipped = full_run(case), model(case, "checkpoint", torch.bfloat16)
-    recorded = tensors(case, "intermediates_quant")
-    for layer, block in enumerate(shipped.layers):
-        compared = []
-        for phase, start, count in phases(run):
-            key = f"full.{phase}.layers.{layer}"
-            if f"{key}.ffn.in" not in recorded:
-                continue
-            ids = run.ids[:, start : start + count].reshape(-1)
-            x = recorded[f"{key}.ffn.in"].flatten(0, 1)
-            same = torch.ones(len(x), dtype=torch.bool)
-            if f"{key}.gate.indices" in recorded:
-                _, indices = block.ffn.gate(x, ids)
-                expected_indices = recorded[f"{key}.gate.indices"]
-                same = (indices.sort(-1).values == expected_indices.sort(-1).values).all(-1)
-            error = rel_rms(block.ffn(x, ids), recorded[f"{key}.ffn.out"].flatten(0, 1))
-            compared.append(error[same])
-        errors = torch.cat(compared)
-        assert len(errors) >= run.prompt // 2
-        assert errors.median() <= 0.01 and errors.max() <= 0.03
+    run = full_run(case)
+    for layer, errors in enumerate(feed_forward_errors(model(case, "checkpoint", torch.bfloat16), run)):
+        assert len(errors) >= run.prompt // 2, layer
+        assert errors.median() <= 0.01 and errors.max() <= 0.03, layer
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -130,50 +117,11 @@ def test_feed_forward_pairs(case: str) -> None:
 def test_attention_pairs(case: str) -> None:
     """Sublayer inputs of the recorded calls, fed one after another through each layer's cache."""
     shipped = model(case, "checkpoint", torch.bfloat16)
-    recorded = tensors(case, "intermediates_quant")
     for run in (run for run in RUNS if run.case == case):
-        for layer, block in enumerate(shipped.layers):
-            errors = attention_errors(shipped, block, layer, run, recorded)
+        for layer in range(len(shipped.layers)):
+            errors = attention_errors(shipped, layer, run)
             if errors is not None:
                 assert errors.median() <= 0.02 and errors.max() <= 0.05, (run, layer)
-
-
-def attention_errors(
-    shipped: dsv4.Transformer, block: nn.Module, layer: int, run: Run, recorded: dict[str, Tensor]
-) -> Tensor | None:
-    """Relative errors of rows whose selection is the recorded one; None where the run recorded nothing."""
-    cache, compared = shipped.new_cache(run.batch, run.length), []
-    for phase, start, count in phases(run):
-        key = f"{run.name}.{phase}.layers.{layer}"
-        if f"{key}.attn.in" not in recorded:
-            break
-        step = cache.begin(list(run.ids[:, start : start + count]))
-        tables = (step.window_table, step.compressed_table, step.write_table)
-        rows = Rows(shipped.frequencies, step.sequence, step.position, *tables)
-        selected: list[Tensor] = []
-        hook = (
-            block.attn.indexer.register_forward_hook(lambda *a, into=selected: into.append(a[-1]))
-            if block.attn.indexer
-            else None
-        )
-        got = block.attn(recorded[f"{key}.attn.in"].flatten(0, 1), rows, cache.layers[layer])
-        cache.commit(step)
-        same = torch.ones(len(got), dtype=torch.bool)
-        if hook is not None:
-            hook.remove()
-            if f"{key}.indexer.topk_idxs" in recorded:
-                offset = run.prompt if phase == "prefill" else shipped.config.sliding_window
-                expected = recorded[f"{key}.indexer.topk_idxs"].flatten(0, -2).long()
-                expected = torch.where(expected < 0, expected, expected - offset)
-                same = torch.tensor(
-                    [
-                        set(e.tolist()) - {-1} == set(g.tolist()) - {-1}
-                        for e, g in zip(expected, selected[0], strict=True)
-                    ]
-                )
-        assert same.float().mean() >= 0.5
-        compared.append(rel_rms(got, recorded[f"{key}.attn.out"].flatten(0, 1))[same])
-    return torch.cat(compared) if compared else None
 
 
 def pooled_errors(case: str, quantization: str, expected: str, stable: bool) -> Tensor:

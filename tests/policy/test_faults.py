@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from typing import Any
 
 import pytest
 from repository import ROOT
@@ -13,7 +14,7 @@ FAULTS = json.loads((FOLDER / "faults.json").read_text())
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=[f"{fault['op']}: {fault['fault']}" for fault in FAULTS])
-def test_fault_can_be_planted(fault: dict[str, str]) -> None:
+def test_fault_can_be_planted(fault: dict[str, Any]) -> None:
     specification = importlib.util.spec_from_file_location("plant", FOLDER / "plant.py")
     assert specification is not None and specification.loader is not None
     plant = importlib.util.module_from_spec(specification)

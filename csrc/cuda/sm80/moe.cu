@@ -416,6 +416,12 @@ ExpertCut expert_cut(const MoeExpertsParams& p) {
   return cut;
 }
 
+ExpertResults expert_results(const MoeExpertsParams& p, const ExpertCut& cut) {
+  const int64_t tokens = p.x.size(0), last = tokens == 0 ? 0 : (tokens - 1) % cut.tokens + 1;
+  const Layout at(p, cut, last);
+  return {at.inner, at.shared_inner, at.outputs, at.shared_outputs};
+}
+
 int64_t moe_experts_workspace_bytes(const MoeExpertsParams& p, const ExpertCut& cut) {
   return accepts_moe_experts(p) ? Layout(p, cut, cut.tokens).used : 0;
 }

@@ -22,6 +22,14 @@ struct ExpertCut {
   bool tile_at_row;        // see moe_map.h
 };
 ExpertCut expert_cut(const MoeExpertsParams&);
+
+// Where in the workspace the intermediate results of the tokens taken last lie, in bytes: activations for w2 in the
+// form that its weights ask for (activations.h), and the outputs of w2, [rows, hidden] of the type of x. Routed rows
+// are ordered by expert, then pair; the shared expert's are the tokens.
+struct ExpertResults {
+  int64_t inner, shared_inner, outputs, shared_outputs;
+};
+ExpertResults expert_results(const MoeExpertsParams&, const ExpertCut&);
 int64_t moe_experts_workspace_bytes(const MoeExpertsParams&, const ExpertCut&);
 Status moe_experts(const MoeExpertsParams&, const ExpertCut&, const Context&);
 

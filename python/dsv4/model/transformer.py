@@ -93,7 +93,7 @@ class Transformer(nn.Module):
         if cache is None:
             flat = self._layers(self._whole_sequences(ids), None)  # padding stands to the right, where nothing sees it
             if any(count < ids.shape[1] for count in counts):
-                flat = flat[_used(counts, ids.shape[1], ids.device).flatten()]
+                flat = flat[_used(counts, ids.shape[1]).flatten().nonzero().squeeze(1).to(flat.device)]
             return self._logits(flat, counts, ids.shape, logits_to_keep)
         step = self.begin(ids, counts, cache)
         return self._logits(self._run(step, cache), counts, ids.shape, logits_to_keep)
@@ -132,12 +132,13 @@ class Transformer(nn.Module):
         if all(count == batch[1] for count in counts):
             streams = flat.unflatten(0, batch)[:, -keep:]
             return self.head(self.norm(self._collapse(self, streams.flatten(0, 1)))).unflatten(0, streams.shape[:2])
-        used = _used(counts, batch[1], flat.device)
+        used = _used(counts, batch[1])
         kept = used.clone()
         kept[:, :-keep] = False
-        logits = self.head(self.norm(self._collapse(self, flat[kept[used]])))
+        rows, places = (mask.nonzero().to(flat.device) for mask in (kept[used], used[:, -keep:]))
+        logits = self.head(self.norm(self._collapse(self, flat[rows.squeeze(1)])))
         out = logits.new_zeros(batch[0], keep, logits.shape[-1])
-        out[used[:, -keep:]] = logits
+        out[places[:, 0], places[:, 1]] = logits
         return out
 
     def _collapse(self, module: nn.Module, streams: Tensor) -> Tensor:
@@ -197,9 +198,9 @@ class Transformer(nn.Module):
         return ids, counts
 
 
-def _used(counts: Sequence[int], length: int, device: torch.device) -> Tensor:
-    """bool [batch, length]: where the first counts[b] columns of row b are."""
-    return torch.tensor(counts, device=device)[:, None] > torch.arange(length, device=device)
+def _used(counts: Sequence[int], length: int) -> Tensor:
+    """bool [batch, length], in host memory: where the first counts[b] columns of row b are."""
+    return torch.tensor(counts)[:, None] > torch.arange(length)
 
 
 class Embedding(nn.Module):

@@ -1,0 +1,248 @@
+"""The whole model on a CUDA device that the host plays (cuda_device.py): the package's CUDA kernels and the flow around
+them, against the golden cases and the CPU kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from cuda_device import LIBRARY, CudaOnHost, DeviceTensor, library
+from golden import ROOT, Run, attention_calls, attention_errors, feed, feed_forward_errors, rel_rms, runs, tensors
+from golden import model as cpu_model
+from torch import Tensor
+
+import dsv4
+from dsv4.nn import Rows
+from dsv4.testing import assert_same_bits
+
+pytestmark = pytest.mark.skipif(library() is None, reason=f"not run: {LIBRARY} is not built (DSV4_NATIVE=ON)")
+
+# What a step of a model with all kinds of layers runs.
+STEP_OPS = {
+    "compress",
+    "dense_linear",
+    "fp8_linear",
+    "grouped_linear",
+    "index_query",
+    "index_topk",
+    "mhc_head",
+    "mhc_post",
+    "mhc_post_pre",
+    "mhc_pre",
+    "moe_experts",
+    "moe_gate",
+    "query_norm_rope",
+    "rms_norm",
+    "rope_rows",
+    "sparse_attention",
+    "store_window",
+}
+FULL = [run for run in runs() if run.name == "full"]
+
+
+@pytest.fixture
+def device() -> Iterator[CudaOnHost]:
+    with torch.no_grad(), CudaOnHost() as device:
+        yield device
+
+
+def steps(run: Run) -> list[int]:
+    return [run.prompt] + [1] * (run.length - run.prompt)
+
+
+@pytest.mark.parametrize("run", FULL, ids=str)
+def test_checkpoint(run: Run, device: CudaOnHost) -> None:
+    """Only the bulk of the logits can be compared; here: that every op has its kernel and nobody waits."""
+    model = dsv4.load(ROOT / run.case, device="cuda")
+    before = device.calls()
+    device.waits.clear()
+    logits = feed(model, run.ids, steps(run))
+    assert logits.is_cuda and {op for op, count in device.calls().items() if count > before[op]} == STEP_OPS
+    assert not device.references and not device.waits
+    errors = rel_rms(logits.cpu(), tensors(run.case, "expected_quant")[f"{run.name}.logits"])
+    assert errors.median() <= 0.10
+
+
+@pytest.mark.parametrize("run", FULL, ids=str)
+def test_sublayers(run: Run, device: CudaOnHost) -> None:
+    """Recorded inputs of every attention and every mixture of experts: as near to the recorded outputs as the CPU must
+    be, and the CPU's own selections."""
+    model, cpu = (dsv4.load(ROOT / run.case, device=where) for where in ("cuda", "cpu"))
+    for layer in range(len(model.layers)):
+        errors = attention_errors(model, layer, run)
+        assert errors is not None and errors.median() <= 0.02 and errors.max() <= 0.05, layer
+        for (phase, got, chosen), (_, expected, cpu_chosen) in zip(
+            attention_calls(model, layer, run), attention_calls(cpu, layer, run), strict=True
+        ):
+            assert rel_rms(got, expected).max() <= 5e-3, (layer, phase)
+            if cpu_chosen is not None:
+                assert chosen is not None and torch.equal(chosen, cpu_chosen), (layer, phase)
+    for errors in feed_forward_errors(model, run):
+        assert len(errors) >= run.prompt // 2 and errors.median() <= 0.01 and errors.max() <= 0.03
+
+
+class Selections:
+    """What the routers and indexers of a model choose, in order."""
+
+    def __init__(self, model: dsv4.Transformer):
+        self.taken: list[Tensor] = []
+        for block in model.layers:
+            block.ffn.gate.register_forward_hook(lambda _m, _i, output: self.taken.append(output[1].cpu()))
+            if block.attn.indexer is not None:
+                block.attn.indexer.register_forward_hook(lambda _m, _i, output: self.taken.append(output.cpu()))
+
+
+@pytest.mark.parametrize("run", FULL, ids=str)
+def test_off_float32(run: Run, device: CudaOnHost) -> None:
+    selected = []
+    for where in ("cuda", "cpu"):
+        model = dsv4.load(ROOT / run.case, device=where, quantization="off", dtype=torch.float32)
+        selections = Selections(model)
+        logits = feed(model, run.ids, steps(run)).cpu()
+        assert (logits - tensors(run.case, "expected_fp32")[f"{run.name}.logits"]).abs().max() <= 1e-4
+        selected.append(selections.taken)
+    for mine, theirs in zip(*selected, strict=True):
+        assert torch.equal(mine, theirs)
+    # The attention kernel multiplies bfloat16.
+    assert set(device.references) == {"_sparse_attention_reference", "_grouped_linear_reference"}
+
+
+def test_off_bfloat16(device: CudaOnHost) -> None:
+    for run in FULL:
+        model = dsv4.load(ROOT / run.case, device="cuda", quantization="off", dtype=torch.bfloat16)
+        errors = rel_rms(feed(model, run.ids, steps(run)).cpu(), tensors(run.case, "expected_fp32")["full.logits"])
+        assert errors.median() <= 0.015 and (errors <= 0.05).float().mean() >= 0.90
+    assert set(device.references) == {"_grouped_linear_reference"}
+
+
+def layer_outputs(model: dsv4.Transformer, ids: Tensor, chunks: list[int], given: list[Tensor] | None) -> list[Tensor]:
+    """Streams after every layer of every chunk; each layer starts from the `given` ones, or from those before it."""
+    cache, outputs, inputs = model.new_cache(1, ids.shape[1]), [], iter(given or ())
+    for chunk in ids.split(chunks, dim=1):
+        step = cache.begin([chunk[0]])
+        rows = Rows(model.frequencies, *step.tensors())
+        streams = model._embed(step.token_ids).unsqueeze(1).repeat(1, 4, 1)
+        for index, block in enumerate(model.layers):
+            streams = block(streams, rows, cache.layers[index])
+            outputs.append(streams.cpu())
+            streams = next(inputs).to(model.device) if given else streams
+        cache.commit(step)
+    return outputs
+
+
+def test_layers_of_nano(device: CudaOnHost) -> None:
+    """Layer by layer from the CPU's streams: through all eight, random weights blow a flip of one code up."""
+    ids = torch.randint(512, (1, 131), generator=torch.Generator().manual_seed(1))
+    chunks = [130, 1]  # the 128 tokens of an entry of its HCA layers, and more
+    cpu = layer_outputs(dsv4.load("nano"), ids, chunks, None)
+    got = layer_outputs(dsv4.load("nano", device="cuda"), ids, chunks, cpu)
+    for layer in range(8):
+        pieces = zip(got[layer::8], cpu[layer::8], strict=True)
+        errors = torch.cat([rel_rms(mine.flatten(1), theirs.flatten(1)) for mine, theirs in pieces])
+        # Where rounding makes a router choose another expert, a row differs.
+        assert len(errors) == 131 and errors.median() <= 0.03 and (errors > 0.1).sum() <= 3, layer
+
+
+def test_generation(device: CudaOnHost) -> None:
+    """Tokens of nano, greedy: those of the logits of one piece; one wait a token, for its logits."""
+    model = dsv4.load("nano", device="cuda")
+    device.waits.clear()
+    prompt = list(range(40, 48))
+    tokens = list(model.generate(prompt, max_new_tokens=3))
+    assert sum(device.waits.values()) == 3
+    logits = feed(model, torch.tensor([[*prompt, *tokens[:-1]]]), [10])
+    assert logits[0, 7:].argmax(-1).tolist() == tokens
+    (sampled,) = model.generate(prompt[:2], max_new_tokens=1, temperature=1.0, seed=5)
+    assert 0 <= sampled < 512
+
+
+def test_chunks_and_company_do_not_matter(device: CudaOnHost) -> None:
+    model, ids = dsv4.load(ROOT / "dev_a", device="cuda"), FULL[0].ids[:, :22]
+    whole = feed(model, ids, [22])
+    assert_same_bits(feed(model, ids, [5, 1, 16]).cpu(), whole.cpu())
+    both = torch.cat([ids, ids.flip(1)])
+    logits = model(both, cache=model.new_cache(2, 64), num_tokens=[22, 10])
+    assert_same_bits(logits[0].cpu(), whole[0].cpu())
+    assert_same_bits(logits[1, :10].cpu(), feed(model, ids.flip(1)[:, :10], [10])[0].cpu())
+    assert not logits[1, 10:].any()
+
+
+def test_caches(device: CudaOnHost, tmp_path: Path) -> None:
+    """Copies, cuts with and without a replay, a file: the device's bits."""
+    model, ids = dsv4.load(ROOT / "dev_a", device="cuda"), FULL[0].ids
+    whole = feed(model, ids, [39]).cpu()
+    cache = model.new_cache(1, 64)
+    model(ids[:, :30], cache=cache)
+    copy = cache.snapshot()
+    assert_same_bits(model(ids[:, 30:], cache=copy).cpu(), whole[:, 30:])
+    cache.save(tmp_path / "cache")
+    loaded = dsv4.KVCache.load(tmp_path / "cache", device="cuda")
+    assert loaded.layers[0].window_pages.is_cuda
+    assert_same_bits(model(ids[:, 30:], cache=loaded).cpu(), whole[:, 30:])
+    for length in (33, 3):
+        copy.crop(length)
+        assert_same_bits(model(ids[:, length:], cache=copy).cpu(), whole[:, length:])
+
+
+def test_multi_token_prediction(device: CudaOnHost) -> None:
+    model, ids = dsv4.load(ROOT / "dev_a", device="cuda"), FULL[0].ids
+    got = model.predict_next(model.hidden_streams(ids[:, :-1]), ids[:, 1:])
+    cpu = cpu_model("dev_a", "checkpoint", torch.bfloat16)
+    assert rel_rms(got.cpu(), cpu.predict_next(cpu.hidden_streams(ids[:, :-1]), ids[:, 1:])).median() <= 0.10
+
+
+def experts_case(up: str) -> list[Tensor | None]:
+    """x, weights, indices, w1, w3, w2 and their scales: w1 and w2 in e2m1 with e8m0 scales, w3 as `up` says."""
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(3, 64, generator=generator).bfloat16()
+    codes = torch.randint(-128, 128, (3, 2, 64, 32), generator=generator, dtype=torch.int8)
+    scales = torch.full((3, 2, 64, 2), 2.0**-5).to(torch.float8_e8m0fnu)
+    w3, w3_scale = codes[1], scales[1]
+    if up == "float32 scales":
+        w3_scale = w3_scale.float()
+    elif up == "e4m3":
+        w3, w3_scale = torch.randn(2, 64, 64, generator=generator).to(torch.float8_e4m3fn), torch.ones(2, 1, 1)
+    elif up == "uint8":
+        w3 = w3.view(torch.uint8)
+    indices = torch.tensor([[0, 1], [1, 0], [0, 1]], dtype=torch.int32)
+    return [x, torch.rand(3, 2, generator=generator), indices, codes[0], w3, codes[2], scales[0], w3_scale, scales[2]]
+
+
+@pytest.mark.parametrize("up", ["as w1", "uint8", "float32 scales", "e4m3"])
+@pytest.mark.parametrize("shared", [False, True])
+def test_experts_whose_gate_and_up_are_stored_differently(up: str, shared: bool, device: CudaOnHost) -> None:
+    """Those have no kernel on a GPU, and run on the reference."""
+    case = experts_case("as w1" if shared else up)
+    if shared:
+        _, _, _, w1, w3, w2, w1_scale, w3_scale, w2_scale = experts_case(up)
+        case.append([part[0] for part in (w1, w1_scale, w3, w3_scale, w2, w2_scale)])
+    expected = dsv4.ops.moe_experts(*case)
+    there = [[part.to("cuda") for part in value] if isinstance(value, list) else value.to("cuda") for value in case]
+    before = device.calls()["moe_experts"]
+    assert rel_rms(dsv4.ops.moe_experts(*there).cpu(), expected).max() <= 1e-2
+    alike = up in ("as w1", "uint8")
+    assert device.calls()["moe_experts"] - before == alike
+    assert device.references == ({} if alike else {"_moe_experts_reference": 1})
+
+
+class TestDevice:
+    """The device itself."""
+
+    def test_devices_do_not_mix(self, device: CudaOnHost) -> None:
+        there, here = torch.ones(3, device="cuda"), torch.ones(3)
+        assert isinstance(there, DeviceTensor) and (there + torch.tensor(1.0)).is_cuda
+        with pytest.raises(RuntimeError, match=r"cuda:0 and on cpu"):
+            there + here
+        with pytest.raises(RuntimeError, match="1 of 2 tensors are not on the device"):
+            dsv4.ops.rms_norm(there, here)
+        assert (there + here.to("cuda")).cpu().tolist() == [2, 2, 2]
+
+    def test_waits_are_counted(self, device: CudaOnHost) -> None:
+        x = torch.arange(4.0).to("cuda")
+        x[0] = 5
+        x.add_(1)
+        assert not device.waits
+        assert x.max() == 6 and x[x > 2].shape == (3,) and x.tolist() == [6, 2, 3, 4] and float(x[1]) == 2
+        assert device.waits == {"index": 1, "_to_copy": 1, "_local_scalar_dense": 2}
