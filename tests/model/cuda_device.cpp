@@ -1,4 +1,4 @@
-// What the library for torch does when it is loaded (tests/model/cuda_device.py).
+// What the library for torch does when it is loaded (cuda_device.py).
 //
 // torch asks the guard of a tensor's device before it looks at the tensor. Builds without CUDA have none for "cuda";
 // this one does nothing, so that there can be tensors that say so. Threads take turns, which is fastest: races are the
