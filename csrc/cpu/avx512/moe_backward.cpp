@@ -1,8 +1,7 @@
 // Gradients of plain experts. gate and up are the forward pass's own products (avx512/plain_rows.h), so that both
 // passes clamp alike; the other six products of a row, of which weights or rows are read across, are those of
 // avx512/outer_product.h. 16 hidden inter FLOPs a row of an expert. Many rows: the limit is the rate of vdpbf16ps or
-// FMA. Few: reading every weight and writing every gradient once, 12 bytes a weight in bfloat16's case less than half
-// of it.
+// FMA. Few: reading each weight and writing its gradient once, 4 bytes in bfloat16 and 8 in float32.
 #include "cpu/avx512/moe_product.h"
 #include "cpu/avx512/outer_product.h"
 #include "cpu/avx512/rows.h"

@@ -4,7 +4,7 @@
 // copied beforehand into panels of 64 columns, bfloat16 with two rows interleaved, kOuterSteps steps at a time, so that
 // a panel (16 KiB) stays in the first-level cache while rows of a pass by. The sums of a chunk of steps start at zero
 // and are added to what was there: a result depends on its own operands alone, in ascending order. The limit is the
-// rate of FMA or vdpbf16ps, which takes denormal operands and sums as zero; adding a chunk costs 5 % of it.
+// rate of FMA or vdpbf16ps, which takes denormal operands and sums as zero.
 #pragma once
 
 #include "cpu/avx512/moe_panels.h"
@@ -102,7 +102,7 @@ static __attribute__((noinline)) void outer_tile(const OuterTile<X>& t) {
   }
 }
 
-// `count` rows of 16 columns as words of a panel.
+// 16 columns of a step: of a row, and in bfloat16 of the next one, or of zero.
 DSV4_INLINE __m512i step_words(const bf16* row, const bf16* next, __mmask16 mask) {
   const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, row));
   if (next == nullptr) return low;
