@@ -1,4 +1,4 @@
-"""What the attention and index ops are timed beside: the same rows, in eager torch and in transformers."""
+"""What attention, index and experts are timed beside: the same rows, in eager torch and in transformers."""
 
 import json
 
@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from dsv4 import bench, cli
-from dsv4.bench import attention, index, pages, transformers_cores
+from dsv4.bench import attention, index, moe, pages, transformers_cores
 from dsv4.bench.measure import Clock, Peaks, Timing
+from dsv4.testing import relative_rms
 
 PEAKS = Peaks(Timing(130.0, 1.0, 100.0), 1e6, Timing(70.0, 1.0, 50.0), Timing(11.0, 1.0, 10.0), 1e9)
 
@@ -41,6 +42,16 @@ def test_index_of_transformers_is_the_op(context):
             ours, others = {*row} - {-1}, {*other} - {-1}
             assert len(ours) == len(others)
             assert len(ours & others) >= 0.8 * len(ours)
+
+
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_experts_of_transformers_are_the_op(tokens):
+    """On unquantised activations, and with the routing weight after the down projection: a few per cent apart."""
+    case, other = moe.cases("moe_experts", "nano", tokens, torch.device("cpu"))
+    assert (case.baseline, other.baseline) == ("eager torch bf16", "transformers")
+    expected, eager, theirs = case.run().float(), case.run_baseline().float(), other.run_baseline().float()
+    assert relative_rms(theirs, eager).max() <= 0.01
+    assert relative_rms(theirs, expected).max() <= 0.06
 
 
 def test_batch_of_other_sequences():

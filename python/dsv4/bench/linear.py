@@ -19,7 +19,7 @@ from dsv4.model.config import Config
 
 #: Ops of this family, and the rows at once unless told otherwise.
 OPS = ("fp8_linear", "grouped_linear", "fp4_linear", "dense_linear")
-CONTEXTS = (1, 8, 64, 1024)
+CONTEXTS = (1, 8, 64, 2048)
 QUICK_CONTEXTS = (1, 64)
 
 _CHECKED_ROWS = 8

@@ -1,4 +1,5 @@
-"""moe_experts on FP4 weights against a loop over experts with bfloat16 products in eager torch.
+"""moe_experts on FP4 weights against a loop over experts with bfloat16 products in eager torch, and on a second line
+against transformers' experts module on the same bfloat16 weights (bench/transformers_cores).
 
 `context` counts tokens at once. As many of the model's experts as leave room for their bfloat16 copies. FLOPs: 6
 hidden inter a token and expert; bytes: the stored weights of the experts that are touched, rows, outputs.
@@ -13,6 +14,8 @@ nothing but equality passes. Bytes: indices, rows, offsets.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,11 +26,12 @@ from dsv4 import ops
 from dsv4.bench.linear import draw_weight
 from dsv4.bench.measure import Case, Comparison
 from dsv4.bench.pages import spread
+from dsv4.bench.transformers_cores import against_transformers, prepare_experts
 from dsv4.model.config import Config
 
 #: Ops of this family, and the tokens at once unless told otherwise.
 OPS = ("moe_map", "moe_experts", "moe_experts_backward")
-CONTEXTS = (1, 8, 64, 512)
+CONTEXTS = (1, 8, 64, 2048)
 QUICK_CONTEXTS = (1, 64)
 
 Matrices = Tensor | Sequence[Tensor]  # of all experts
@@ -35,6 +39,7 @@ _NO_ERROR = 1e-9  # far below what one wrong number of any size measured here ma
 _CHECKED_ROWS = 3
 _CHECKED_GRADIENT_ROWS = 48  # gradients of the matrices sum over them
 _MOST_ROWS = 4096
+_MOST_GRADIENT_ROWS = 512
 _COPY_BYTES = 3 << 29  # 1.5 GiB
 
 
@@ -65,14 +70,16 @@ def _experts(config: Config, room: int = _COPY_BYTES) -> int:
     return max(min(config.n_routed_experts, room // expert), config.num_experts_per_tok)
 
 
-def _experts_case(shape: str, config: Config, tokens: int, device: torch.device) -> Case:
+def _experts_cases(shape: str, config: Config, tokens: int, device: torch.device) -> Iterator[Case]:
     torch.manual_seed(0)
     hidden, inter, limit = config.hidden_size, config.moe_intermediate_size, config.swiglu_limit
     experts, top_k = _experts(config), config.num_experts_per_tok
     sizes = ((inter, hidden), (inter, hidden), (hidden, inter))
     stored = [tuple(value.to(device) for value in draw_weight("fp4", experts, *size)) for size in sizes]
-    w1, w3, w2 = (_dequantized(*pair) for pair in stored)
-    dense = (w1, w3, w2)
+    gate_up = torch.empty(experts, 2 * inter, hidden, dtype=torch.bfloat16, device=device)
+    dense = (gate_up[:, :inter], gate_up[:, inter:], gate_up.new_empty(experts, hidden, inter))
+    for pair, matrices in zip(stored, dense, strict=True):
+        _dequantize(*pair, matrices)
     x = torch.randn(tokens, hidden).bfloat16().to(device)
     indices = torch.rand(tokens, experts).topk(top_k).indices.int().to(device)
     weights = torch.rand(tokens, top_k).softmax(1).to(device) * config.routed_scaling_factor
@@ -89,11 +96,16 @@ def _experts_case(shape: str, config: Config, tokens: int, device: torch.device)
         return [Comparison(run()[index], eager, exact)]
 
     expert_bytes = sum(value.nbytes for pair in stored for value in pair) // experts
-    return Case(
+    case = Case(
         "moe_experts", f"{shape} tokens={tokens} hidden={hidden} inter={inter} experts={experts} top_k={top_k} fp4",
         run, "eager torch bf16", lambda: eager_experts(x, weights, indices, dense, limit), compare,
         6.0 * hidden * inter * top_k * tokens, len(indices.unique()) * expert_bytes + 2.0 * x.nbytes, "bfloat16",
     )  # fmt: skip
+    yield case
+    # Its rows, gate and up of one expert at a time.
+    needed = 2 * tokens * top_k * (2 * hidden + 3 * inter)
+    prepare = partial(prepare_experts, x, weights, indices, gate_up, dense[2], limit)
+    yield replace(case, **against_transformers(needed, prepare))
 
 
 def _backward_case(shape: str, config: Config, tokens: int, device: torch.device) -> Case:
@@ -171,18 +183,19 @@ def _map_case(shape: str, config: Config, tokens: int, device: torch.device) -> 
     )  # fmt: skip
 
 
-def _dequantized(codes: Tensor, scale: Tensor) -> Tensor:
-    """bfloat16 of all experts, one after another: the way there is four times as wide."""
-    size = (*codes.shape[:2], 2 * codes.shape[2])
-    dense = torch.empty(size, dtype=torch.bfloat16, device=codes.device)
+def _dequantize(codes: Tensor, scale: Tensor, to: Tensor) -> None:
+    """All experts as bfloat16, one after another: the way there is four times as wide."""
     for expert in range(len(codes)):
-        dense[expert] = ops.dequantize_weight(codes[expert], scale[expert], torch.bfloat16)
-    return dense
-
-
-_CASES = {"moe_map": _map_case, "moe_experts": _experts_case, "moe_experts_backward": _backward_case}
+        to[expert] = ops.dequantize_weight(codes[expert], scale[expert], torch.bfloat16)
 
 
 def cases(op: str, shape: str, context: int, device: torch.device) -> Iterator[Case]:
-    """`op` for the sizes of the model `shape`, on `context` tokens at once (4096 at most: prompts come in chunks)."""
-    yield _CASES[op](shape, Config.preset(shape), min(context, _MOST_ROWS), device)
+    """`op` for the sizes of the model `shape`, on `context` tokens at once: 4096 at most, as prompts come in chunks, 512
+    for gradients."""
+    config, tokens = Config.preset(shape), min(context, _MOST_ROWS)
+    if op == "moe_map":
+        yield _map_case(shape, config, tokens, device)
+    elif op == "moe_experts":
+        yield from _experts_cases(shape, config, tokens, device)
+    else:
+        yield _backward_case(shape, config, min(tokens, _MOST_GRADIENT_ROWS), device)

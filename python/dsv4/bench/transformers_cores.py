@@ -1,7 +1,8 @@
 """The cores of transformers' attention and index, on the rows that a benchmark drew: what its modules do between their
-projections, by its own functions, on caches as they keep them.
+projections, by its own functions, on caches as they keep them. And its experts, a module of their own.
 
-They copy keys to every head and score every entry, so a shape of theirs may need far more memory than the op.
+Attention and index copy keys to every head and score every entry, so a shape of theirs may need far more memory than
+the op.
 """
 
 from __future__ import annotations
@@ -127,3 +128,26 @@ def prepare_index(
         return torch.where(chosen >= limits.unsqueeze(-1), -1, chosen)
 
     return run
+
+
+def prepare_experts(
+    x: Tensor, weights: Tensor, indices: Tensor, gate_up: Tensor, down: Tensor, limit: float
+) -> Callable[[], Tensor]:
+    """transformers' experts module on these rows, with the matrices as its parameters.
+
+    Args:
+        x: [tokens, hidden]. weights, indices: [tokens, top_k].
+        gate_up: [experts, 2 inter, hidden]. down: [experts, hidden, inter].
+    """
+    from transformers import DeepseekV4Config
+    from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4Experts
+
+    experts, hidden, inter = down.shape
+    config = DeepseekV4Config(hidden_size=hidden, swiglu_limit=limit)
+    config.num_local_experts, config.intermediate_size = experts, inter
+    with torch.device("meta"):
+        module = DeepseekV4Experts(config)
+    for name, matrix in (("gate_up_proj", gate_up), ("down_proj", down)):
+        setattr(module, name, torch.nn.Parameter(matrix, requires_grad=False))
+    chosen, shares = indices.long(), weights.to(x.dtype)
+    return lambda: module(x, chosen, shares)
