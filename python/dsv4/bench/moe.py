@@ -78,8 +78,8 @@ def _experts_cases(shape: str, config: Config, tokens: int, device: torch.device
     stored = [tuple(value.to(device) for value in draw_weight("fp4", experts, *size)) for size in sizes]
     gate_up = torch.empty(experts, 2 * inter, hidden, dtype=torch.bfloat16, device=device)
     dense = (gate_up[:, :inter], gate_up[:, inter:], gate_up.new_empty(experts, hidden, inter))
-    for pair, matrices in zip(stored, dense, strict=True):
-        _dequantize(*pair, matrices)
+    for (codes, scale), matrices in zip(stored, dense, strict=True):
+        _dequantize(codes, scale, matrices)
     x = torch.randn(tokens, hidden).bfloat16().to(device)
     indices = torch.rand(tokens, experts).topk(top_k).indices.int().to(device)
     weights = torch.rand(tokens, top_k).softmax(1).to(device) * config.routed_scaling_factor

@@ -145,6 +145,7 @@ def prepare_experts(
     experts, hidden, inter = down.shape
     config = DeepseekV4Config(hidden_size=hidden, swiglu_limit=limit)
     config.num_local_experts, config.intermediate_size = experts, inter
+    config._experts_implementation = "eager"
     with torch.device("meta"):
         module = DeepseekV4Experts(config)
     for name, matrix in (("gate_up_proj", gate_up), ("down_proj", down)):
