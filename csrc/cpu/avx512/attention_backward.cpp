@@ -112,16 +112,17 @@ class BackwardRow {
     for (int64_t begin = 0; begin < count.all; begin += kTileKeys) {
       const int64_t keys = smaller(count.all - begin, kTileKeys), groups = (keys + kGroup - 1) / kGroup;
       tile_for_scores(reader, begin, begin + keys, count.all, head_dim_, tiles);
-      Product::score<M>(query(row), query_stride(), heads_, tiles.tile, groups, head_dim_, scores(0) + begin,
-                        head_stride());
-      Product::score<M>(kept_.grad, head_dim_, heads_, tiles.tile, groups, head_dim_, reach(0) + begin, head_stride());
+      Products::template score<M>(query(row), query_stride(), heads_, tiles.tile, groups, head_dim_, scores(0) + begin,
+                                  head_stride());
+      Products::template score<M>(kept_.grad, head_dim_, heads_, tiles.tile, groups, head_dim_, reach(0) + begin,
+                                  head_stride());
     }
     for (int64_t h = 0; h < heads_; ++h) gates[h] = weigh(row, h, count.all);
     for (int64_t begin = 0; begin < count.all; begin += kTileKeys) {
       const int64_t keys = smaller(count.all - begin, kTileKeys);
       tile_for_values(reader, begin, begin + keys, count.all, head_dim_, tiles);
-      Product::mix<M>(slopes(0) + begin, head_stride() * kWordElements<M>, heads_, tiles.tile,
-                      round_up(keys, kGroup) / kWordElements<M>, head_dim_, begin == 0, passing_.sums);
+      Products::template mix<M>(slopes(0) + begin, head_stride() * kWordElements<M>, heads_, tiles.tile,
+                                round_up(keys, kGroup) / kWordElements<M>, head_dim_, begin == 0, passing_.sums);
     }
     for (int64_t h = 0; h < heads_; ++h) {
       X* out = grads_.grad_query.template as<X>().at(row, h);
@@ -156,6 +157,9 @@ class BackwardRow {
   }
 
  private:
+  // Gradients are differences, and show what long rows of float32 lose; bfloat16 operands have lost more before.
+  using Products = WordProduct<sizeof(M) == 4 ? 64 : 0>;
+
   static int64_t weights_stride(int64_t most) { return round_up(most, kGroup) + 16; }
 
   // Between the two steps.

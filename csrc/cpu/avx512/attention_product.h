@@ -22,23 +22,17 @@ DSV4_INLINE __m512 dot_words(__m512 sum, __m512i a, __m512i b, const float*) {
   return _mm512_fmadd_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b), sum);
 }
 
-// Words that are added to one sum in a row. Longer rows of float32 lose more than the products of plain torch do;
-// bfloat16 operands have lost more than that before.
-template <class X>
-constexpr int64_t kRowWords = sizeof(X) == 4 ? 32 : INT64_MAX;
-template <class X>
-constexpr bool kApart = sizeof(X) == 4;  // a row is summed before it is added to what is there
-
-// sums[h][0:32] (+)= sum over words of left[h][word] * right[word][0:32].
-template <class X, int kCount>
+// sums[h][0:32] (+)= sum over words of left[h][word] * right[word][0:32]. kApart: the words are summed before they are
+// added to what is there.
+template <class X, bool kApart, int kCount>
 static __attribute__((noinline)) void multiply(const X* left, int64_t left_stride, const uint32_t* right, int64_t words,
                                                bool fresh, float* sums, int64_t sums_stride) {
   constexpr int64_t kElements = kWordElements<X>;
   __m512 acc[kCount][2];
 #pragma GCC unroll 8
   for (int h = 0; h < kCount; ++h) {
-    acc[h][0] = fresh || kApart<X> ? _mm512_setzero_ps() : _mm512_loadu_ps(sums + h * sums_stride);
-    acc[h][1] = fresh || kApart<X> ? _mm512_setzero_ps() : _mm512_loadu_ps(sums + h * sums_stride + 16);
+    acc[h][0] = fresh || kApart ? _mm512_setzero_ps() : _mm512_loadu_ps(sums + h * sums_stride);
+    acc[h][1] = fresh || kApart ? _mm512_setzero_ps() : _mm512_loadu_ps(sums + h * sums_stride + 16);
   }
   for (int64_t word = 0; word < words; ++word, right += kGroup) {
     const __m512i a = _mm512_loadu_si512(right), b = _mm512_loadu_si512(right + 16);
@@ -51,7 +45,7 @@ static __attribute__((noinline)) void multiply(const X* left, int64_t left_strid
   }
 #pragma GCC unroll 8
   for (int h = 0; h < kCount; ++h) {
-    if (kApart<X> && !fresh) {
+    if (kApart && !fresh) {
       acc[h][0] = _mm512_add_ps(_mm512_loadu_ps(sums + h * sums_stride), acc[h][0]);
       acc[h][1] = _mm512_add_ps(_mm512_loadu_ps(sums + h * sums_stride + 16), acc[h][1]);
     }
@@ -60,31 +54,37 @@ static __attribute__((noinline)) void multiply(const X* left, int64_t left_strid
   }
 }
 
-template <class X>
+template <class X, bool kApart>
 DSV4_INLINE void multiply_row(const X* left, int64_t left_stride, int64_t heads, const uint32_t* right, int64_t words,
                               bool fresh, float* sums, int64_t sums_stride) {
   for (; heads >= kHeads; heads -= kHeads, left += kHeads * left_stride, sums += kHeads * sums_stride) {
-    multiply<X, kHeads>(left, left_stride, right, words, fresh, sums, sums_stride);
+    multiply<X, kApart, kHeads>(left, left_stride, right, words, fresh, sums, sums_stride);
   }
   for (; heads >= 4; heads -= 4, left += 4 * left_stride, sums += 4 * sums_stride) {
-    multiply<X, 4>(left, left_stride, right, words, fresh, sums, sums_stride);
+    multiply<X, kApart, 4>(left, left_stride, right, words, fresh, sums, sums_stride);
   }
-  if (heads == 3) multiply<X, 3>(left, left_stride, right, words, fresh, sums, sums_stride);
-  if (heads == 2) multiply<X, 2>(left, left_stride, right, words, fresh, sums, sums_stride);
-  if (heads == 1) multiply<X, 1>(left, left_stride, right, words, fresh, sums, sums_stride);
+  if (heads == 3) multiply<X, kApart, 3>(left, left_stride, right, words, fresh, sums, sums_stride);
+  if (heads == 2) multiply<X, kApart, 2>(left, left_stride, right, words, fresh, sums, sums_stride);
+  if (heads == 1) multiply<X, kApart, 1>(left, left_stride, right, words, fresh, sums, sums_stride);
 }
 
-template <class X>
-DSV4_INLINE void multiply_heads(const X* left, int64_t left_stride, int64_t heads, const uint32_t* right, int64_t words,
-                                bool fresh, float* sums, int64_t sums_stride) {
-  for (int64_t first = 0; first < words; first += smaller(kRowWords<X>, words)) {
-    multiply_row(left + first * kWordElements<X>, left_stride, heads, right + first * kGroup,
-                 smaller(kRowWords<X>, words - first), fresh && first == 0, sums, sums_stride);
-  }
-}
-
-struct Product {
+// kMostWords: added to one sum in a row; 0: all. Long rows of float32 lose more than the products of plain torch do.
+template <int64_t kMostWords>
+struct WordProduct {
   static constexpr int64_t kKeptBytes = 256 << 10;  // of 1 MiB of second-level cache
+
+  template <class X>
+  DSV4_INLINE void multiply_heads(const X* left, int64_t left_stride, int64_t heads, const uint32_t* right,
+                                  int64_t words, bool fresh, float* sums, int64_t sums_stride) {
+    if constexpr (kMostWords == 0) {
+      multiply_row<X, false>(left, left_stride, heads, right, words, fresh, sums, sums_stride);
+      return;
+    }
+    for (int64_t first = 0; first < words; first += kMostWords) {
+      multiply_row<X, true>(left + first * kWordElements<X>, left_stride, heads, right + first * kGroup,
+                            smaller(kMostWords, words - first), fresh && first == 0, sums, sums_stride);
+    }
+  }
 
   // scores[h][key] = query[h] . key, for whole groups of keys.
   template <class X>
@@ -107,6 +107,7 @@ struct Product {
     }
   }
 };
+using Product = WordProduct<0>;
 
 // Runs body(X, M) with the type of the queries and the type as which they and the keys are multiplied.
 template <class Body>
