@@ -80,7 +80,8 @@ def sparse_attention(
     Raises: RuntimeError naming the argument, what it must be and what it was; also where a sequence is not a row of the
         tables (the CUDA kernel, which cannot ask the host, treats such a row as one without keys).
     Differentiable through out and lse with respect to query, sink and pools of a float dtype. The gradient takes the
-    numerators for unrounded.
+    numerators for unrounded; like the results it does not depend on the number of threads, and a sequence's rows get
+    the same bits alone and in a batch.
     Source: DeepSeek-V4 report, 2.3; the official inference code (sparse_attn); FlashMLA for lse and empty rows.
     """
     pools = (window_pages,) if compressed_pages is None else (window_pages, compressed_pages)
