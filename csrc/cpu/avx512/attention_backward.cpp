@@ -158,7 +158,7 @@ class BackwardRow {
 
  private:
   // Gradients are differences, and show what long rows of float32 lose; bfloat16 operands have lost more before.
-  using Products = WordProduct<sizeof(M) == 4 ? 64 : 0>;
+  using Products = WordProduct<sizeof(M) == 4 ? 16 : 0>;
 
   static int64_t weights_stride(int64_t most) { return round_up(most, kGroup) + 16; }
 
