@@ -190,8 +190,8 @@ def _dequantize(codes: Tensor, scale: Tensor, to: Tensor) -> None:
 
 
 def cases(op: str, shape: str, context: int, device: torch.device) -> Iterator[Case]:
-    """`op` for the sizes of the model `shape`, on `context` tokens at once: 4096 at most, as prompts come in chunks, 512
-    for gradients."""
+    """`op` for the sizes of the model `shape`, on `context` tokens at once: 4096 at most, as prompts come in chunks,
+    512 for gradients."""
     config, tokens = Config.preset(shape), min(context, _MOST_ROWS)
     if op == "moe_map":
         yield _map_case(shape, config, tokens, device)
