@@ -1,5 +1,6 @@
 #include "torch/glue.h"
 
+#include <algorithm>
 #include <stdexcept>
 
 #include "common/hardware.h"
@@ -202,14 +203,35 @@ AnyView<2> mutable_rows_view(const Tensor& tensor) {
   return view;
 }
 
+Tensor empty(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype, const Tensor& device_of) {
+  constexpr size_t kMostAxes = 8;
+  if (sizes.size() > kMostAxes) return torch::stable::empty(sizes, dtype, std::nullopt, device_of.device());
+  // Not through the dispatcher by name, as torch::stable::empty goes: a short op would spend half its time there.
+  int64_t strides[kMostAxes], step = 1;
+  for (size_t axis = sizes.size(); axis-- > 0;) {
+    strides[axis] = step;
+    step *= std::max<int64_t>(sizes[axis], 1);
+  }
+  int32_t device_type, device_index;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(device_of.get(), &device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(device_of.get(), &device_index));
+  AtenTensorHandle made = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(sizes.size()), sizes.data(), strides,
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type, device_index, &made));
+  return Tensor(made);
+}
+
 Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype, const Tensor& device_of) {
-  return torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()), dtype,
-                              std::nullopt, device_of.device());
+  return empty(torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()), dtype, device_of);
 }
 
 Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype, const Tensor& device_of) {
-  return torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(sizes.data(), sizes.size()), dtype, std::nullopt,
-                              device_of.device());
+  return empty(torch::headeronly::IntHeaderOnlyArrayRef(sizes.data(), sizes.size()), dtype, device_of);
+}
+
+Scratch::Scratch(int64_t bytes, const Tensor& on) : bytes_(bytes) {
+  if (bytes > 0) memory_ = empty({bytes}, ScalarType::Byte, on);
 }
 
 Tensor dense(const Tensor& tensor, int axes) {

@@ -84,21 +84,22 @@ class Check {
   std::string device_;
 };
 
+Tensor empty(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype, const Tensor& device_of);
 Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype, const Tensor& device_of);
 Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype, const Tensor& device_of);
 
 // Scratch memory of a call.
 class Scratch {
  public:
-  Scratch(int64_t bytes, const Tensor& on) : bytes_(bytes), memory_(empty({bytes}, ScalarType::Byte, on)) {}
+  Scratch(int64_t bytes, const Tensor& on);
   operator Workspace() const {
-    if (bytes_ == 0) return {};
-    return {memory_.mutable_data_ptr(), bytes_};
+    if (!memory_.has_value()) return {};
+    return {memory_->mutable_data_ptr(), bytes_};
   }
 
  private:
   int64_t bytes_;
-  Tensor memory_;
+  std::optional<Tensor> memory_;  // none for 0 bytes
 };
 
 // The tensor itself where its last `axes` axes lie densely in memory, else a contiguous copy.

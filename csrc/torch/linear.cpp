@@ -75,8 +75,7 @@ Tensor output(const Check& check, const Tensor& x, int64_t outputs, std::optiona
   const ScalarType dtype = out_dtype.value_or(x.scalar_type());
   check.require(dtype == ScalarType::BFloat16 || dtype == ScalarType::Float,
                 "out_dtype must be bfloat16, float32 or float64");
-  return torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(sizes.data(), sizes.size()), dtype, std::nullopt,
-                              x.device());
+  return empty(sizes, dtype, x);
 }
 
 // `outputs` rows of checked weights.

@@ -218,7 +218,7 @@ std::vector<Tensor> moe_experts_backward(const Tensor& grad_, const Tensor& x_, 
       matrices.emplace_back(check, prefix + kNames[i], *given[i], std::nullopt, x_type, leading,
                             i == 2 ? hidden : inter, i == 2 ? inter : hidden);
       views[i] = static_cast<ExpertMatrix>(matrices.back()).data;
-      results.push_back(empty({given[i]->sizes().begin(), given[i]->sizes().end()}, x_type, x));
+      results.push_back(empty(given[i]->sizes(), x_type, x));
       gradients[i] = Matrix::three(results.back());
     }
   };

@@ -53,7 +53,7 @@ Tensor rms_norm(const Tensor& x_, const std::optional<Tensor>& weight_, double e
   }
   const Tensor x = dense(x_, static_cast<int>(x_.dim()));
   const std::optional<Tensor> weight = dense(weight_);
-  const Tensor result = torch::stable::empty_like(x);
+  const Tensor result = empty(x.sizes(), x.scalar_type(), x);
   check.run(dsv4::rms_norm, {rows_view(x), view(weight), eps, mutable_rows_view(result)}, x);
   return result;
 }
@@ -87,7 +87,7 @@ Tensor apply_rope(const Tensor& x_, const Tensor& rope_, bool inverse) {
   }
   check.rope(rope_, sizes.front(), sizes.back());
   const Tensor x = dense(x_, static_cast<int>(x_.dim())), rope = dense(rope_, 2);
-  const Tensor result = torch::stable::empty_like(x);
+  const Tensor result = empty(x.sizes(), x.scalar_type(), x);
   const AnyView<3> from = heads_view(x, rows_view(x)), to = heads_view(result, mutable_rows_view(result));
   check.run(dsv4::apply_rope, {from, view(rope), inverse, to}, x);
   return result;

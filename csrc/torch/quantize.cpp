@@ -13,7 +13,7 @@ Tensor hadamard(const Tensor& x_) {
                  {"bfloat16 or float32 or float64", {"..., n"}});
   }
   const Tensor x = dense(x_, static_cast<int>(x_.dim()));
-  const Tensor result = torch::stable::empty_like(x);
+  const Tensor result = empty(x.sizes(), x.scalar_type(), x);
   HadamardParams params{rows_view(x), mutable_rows_view(result), {}};
   const Scratch scratch(dsv4::hadamard_workspace_bytes(params, check.context(x)), x);
   params.workspace = scratch;

@@ -179,7 +179,7 @@ def poison(cache: KVCache) -> None:
             for tensor in pool.tensors:
                 tensor[page] = torch.nan
     for sequence, progress in enumerate(cache._progress):
-        tables = [table[sequence].numpy() for table in cache._tables.columns]
+        tables = [table[sequence] for table in cache._tables.columns]
         for layer in cache.layers:
             beyond = np.arange(progress.length, len(tables[0]) * 256)
             _put_nan(layer.window_pages, tables[0], beyond, 256)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -79,18 +80,18 @@ class _Tables:
 
     def __init__(self, pools: tuple[PagePool, PagePool], batch_size: int, blocks: int = 4):
         self.pools = pools
-        self.columns = tuple(torch.full((batch_size, blocks), -1, dtype=torch.int32) for _ in pools)
+        self.columns = tuple(np.full((batch_size, blocks), -1, np.int32) for _ in pools)
 
     def widen(self, blocks: int) -> None:
         """Room for so many columns, and some more."""
         old = self.columns[0].shape[1]
         if blocks > old:
             extra = max(blocks, old + old // 2) - old
-            self.columns = tuple(torch.nn.functional.pad(table, (0, extra), value=-1) for table in self.columns)
+            self.columns = tuple(np.pad(table, ((0, 0), (0, extra)), constant_values=-1) for table in self.columns)
 
     def pages(self, kind: int, sequence: int | slice = slice(None), blocks: slice = slice(None)) -> list[int]:
         """Pages held by the given sequences and columns, one entry a table entry."""
-        entries = self.columns[kind][sequence, blocks].flatten()
+        entries = self.columns[kind][sequence, blocks]
         return entries[entries >= 0].tolist()
 
     def drop(self, kind: int, sequence: int, blocks: slice) -> None:
@@ -110,7 +111,7 @@ class _Tables:
     def select(self, sequences: Sequence[int]) -> _Tables:
         """Tables of a copy of these sequences, holding the same pages."""
         copy = _Tables(self.pools, len(sequences))
-        copy.columns = tuple(table[list(sequences)].clone() for table in self.columns)
+        copy.columns = tuple(table[list(sequences)] for table in self.columns)
         for kind, pool in enumerate(self.pools):
             pool.hold(copy.pages(kind))
         return copy
@@ -172,7 +173,7 @@ class KVCache:
         # Copies share pools: what a cache holds has to be given back when the cache goes.
         weakref.finalize(self, self._tables.release).atexit = False
         self._progress = [_Progress() for _ in range(batch_size)]
-        self._ids = [torch.empty(0, dtype=torch.int32) for _ in range(batch_size)]
+        self._ids = [np.empty(0, np.int32) for _ in range(batch_size)]
         self._open: Step | None = None
         self._states = [self.settings.states(ratio, batch_size, self.device) for ratio in self.settings.ratios]
         self._layers: tuple[tuple[int, int], tuple[LayerCache, ...]] | None = None
@@ -212,7 +213,7 @@ class KVCache:
     def token_ids(self, sequence: int = 0) -> Tensor:
         """The tokens of a sequence, int64 [length], in host memory."""
         sequence = self._slot(sequence)
-        return self._ids[sequence][: self._progress[sequence].length].long()
+        return torch.from_numpy(self._ids[sequence][: self._progress[sequence].length]).long()
 
     @property
     def nbytes(self) -> int:
@@ -347,7 +348,7 @@ class KVCache:
         copy.settings, copy.device = self.settings, self.device
         copy._setup(len(chosen), self.max_seq_len, self._tables.select(chosen))
         copy._progress = [replace(self._progress[s]) for s in chosen]
-        copy._ids = [self._ids[s][: self._progress[s].length].clone() for s in chosen]
+        copy._ids = [self._ids[s][: self._progress[s].length].copy() for s in chosen]
         for mine, theirs in zip(copy._states, self._states, strict=True):
             for to, source in zip(mine, theirs, strict=True):
                 if to is not None and source is not None:
@@ -426,7 +427,7 @@ class KVCache:
     def _stored_tables(self) -> tuple[Tensor, Tensor]:
         """(window, compressed) tables of the committed tokens, [batch_size, blocks]."""
         blocks = blocks_of(self.length)
-        tables = tuple(table[:, :blocks].clone() for table in self._tables.columns)
+        tables = tuple(torch.from_numpy(table[:, :blocks].copy()) for table in self._tables.columns)
         for sequence, length in enumerate(self.lengths):
             for table in tables:
                 table[sequence, blocks_of(length) :] = -1
@@ -438,14 +439,14 @@ class KVCache:
     ) -> None:
         """Makes an unused cache stand where another stood; pages 0 .. max(table) are to be filled by the caller."""
         self._progress = [_Progress(*entry) for entry in progress]
-        self._ids = [part.clone() for part in ids]
+        self._ids = [part.numpy().copy() for part in ids]
         self._tables.widen(tables[0].shape[1])
         for kind, (pool, table) in enumerate(zip(self._tables.pools, tables, strict=True)):
             count = int(table.max()) + 1 if table.numel() else 0
             pool.reserve(count)
             taken = [pool.take() for _ in range(count)]
-            place = torch.tensor([*taken, -1], dtype=torch.int32)
-            self._tables.columns[kind][:, : table.shape[1]] = place[table.long()]
+            place = np.array([*taken, -1], np.int32)
+            self._tables.columns[kind][:, : table.shape[1]] = place[table.numpy()]
             # A page is held once by every entry that names it; taking it counted one holder too many.
             pool.hold(self._tables.pages(kind))
             pool.drop(taken)
@@ -473,7 +474,7 @@ class KVCache:
             if progress.length == 0:
                 progress.high = progress.floor = 0
 
-    def _checked_tokens(self, token_ids: Sequence[Tensor]) -> list[Tensor]:
+    def _checked_tokens(self, token_ids: Sequence[Tensor]) -> list[np.ndarray]:
         if len(token_ids) != self.batch_size:
             raise ValueError(f"cache: begin needs one tensor a sequence, {self.batch_size}, got {len(token_ids)}")
         rows = []
@@ -488,18 +489,18 @@ class KVCache:
                     f"cache: sequence {sequence} would have {total} tokens, max_seq_len is {self.max_seq_len}; "
                     "make the cache with a larger one"
                 )
-            ids = ids.detach().cpu().long()
-            low, high = (int(end) for end in ids.aminmax()) if len(ids) else (0, 0)
+            new = ids.detach().cpu().numpy()
+            low, high = (int(new.min()), int(new.max())) if len(new) else (0, 0)
             if low < 0 or high >= self.config.vocab_size:
                 raise ValueError(f"cache: token ids must lie in [0, {self.config.vocab_size}), got {low} to {high}")
-            rows.append(ids)
+            rows.append(new)
         return rows
 
-    def _keep_ids(self, sequence: int, new: Tensor) -> None:
+    def _keep_ids(self, sequence: int, new: np.ndarray) -> None:
         length, ids = self._progress[sequence].length, self._ids[sequence]
         total = length + len(new)
         if total > len(ids):
-            larger = torch.empty(max(total, len(ids) + len(ids) // 2), dtype=torch.int32)
+            larger = np.empty(max(total, len(ids) + len(ids) // 2), np.int32)
             larger[:length] = ids[:length]
             ids = self._ids[sequence] = larger
         ids[length:total] = new
@@ -526,20 +527,22 @@ class KVCache:
             for sequence, start, count in spans:
                 self._progress[sequence].high = max(self._progress[sequence].high, start + count)
         stored = max([1, *map(blocks_of, self.lengths), *(blocks.stop for _, _, blocks in written)])
-        window, compressed = (table[:, :stored].clone().to(self.device) for table in tables.columns)
+        window, compressed = (self._on_device(table[:, :stored].copy()) for table in tables.columns)
         write = torch.full_like(compressed, -1) if replay else compressed
         self._open = Step(*self._rows(spans), window, compressed, write, replay, tuple(spans))
         return self._open
 
     def _rows(self, spans: list[tuple[int, int, int]]) -> tuple[Tensor, Tensor, Tensor]:
         """(sequence, position, token_ids) of all rows, on the device."""
-        empty = torch.empty(0, dtype=torch.int32)
-        sequence = [torch.full((count,), s, dtype=torch.int32) for s, _, count in spans]
-        position = [torch.arange(start, start + count, dtype=torch.int32) for _, start, count in spans]
-        ids = [self._ids[s][start : start + count] for s, start, count in spans]
-        parts = (torch.cat([empty, *part]) for part in (sequence, position, ids))
-        rows = [part.to(self.device) for part in parts]
+        sequence = [np.full(count, s, np.int32) for s, _, count in spans]
+        position = [np.arange(start, start + count, dtype=np.int32) for _, start, count in spans]
+        ids = [self._ids[s][start : start + count].astype(np.int64) for s, start, count in spans]
+        none = np.empty(0, np.int32)  # a step may have no row at all
+        rows = [self._on_device(np.concatenate(part or [none])) for part in (sequence, position, ids)]
         return rows[0], rows[1], rows[2].long()
+
+    def _on_device(self, values: np.ndarray) -> Tensor:
+        return torch.from_numpy(values).to(self.device)
 
 
 def _make_pools(settings: Settings, device: torch.device) -> tuple[PagePool, PagePool]:
