@@ -273,7 +273,7 @@ def test_no_tokenizer(run, folder, tmp_path):
         (["plan", "v4-pro", "--context", "0"], "'0' must be a whole number of tokens from 1"),
         (["plan", "v4-pro", "--plot", "/nowhere/plan.png"], "/nowhere/plan.png"),
         (["inspect", "nowhere"], "nowhere: no such folder"),
-        (["bench", "--op", "sorting"], "no benchmark of 'sorting'; there are sparse_attention, index_topk"),
+        (["bench", "--op", "sorting"], "no benchmark of 'sorting'; there are sparse_attention, sparse_att"),
         (["bench", "--shape", "v5"], "invalid choice: 'v5'"),
         (
             ["bench", "--quick", "--json", "/nowhere/r.jsonl"],
@@ -383,6 +383,7 @@ SHAPES = {
         for step, rows in (("decode", "1"), ("decode", "8 sequences=8"), ("prefill", "33"))
         for _ in range(2)
     ],
+    "sparse_attention_backward": [f"{k} context=33 rows=33 heads=8 head_dim=128 bf16" for k in ("csa", "hca")],
     "index_topk": [
         f"{step} context=33 rows={rows} heads=4 dim=128 k=64 fp4"
         for step, rows in (("decode", "1"), ("decode", "8 sequences=8"), ("prefill", "33"))
@@ -405,8 +406,7 @@ SHAPES = {
     "kv_norm_rope": ["rows=33 head_dim=128 bf16"],
     "apply_rope": ["rows=33 heads=4 dim=128 bf16"],
     "rope_rows": ["rows=33 rope_dim=64 f32"],
-    "index_query": ["rows=33 heads=4 dim=128 bf16"],
-    "hadamard": ["rows=33 heads=4 dim=128 bf16"],
+    **{op: ["rows=33 heads=4 dim=128 bf16"] for op in ("index_query", "hadamard")},
     "quantize_fp8": ["rows=33 n=256 block=128 bf16"],
     "quantize_fp4": ["rows=33 n=256 block=32 bf16"],
     "dequantize_fp8": ["rows=33 n=256 block=128 bf16"],

@@ -80,7 +80,7 @@ def test_has_test_and_opcheck(op: str) -> None:
     assert op in covered, f"no function of tests/ops calls check_op and names {op}"
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", [op for op in OPS if not op.startswith("_")])
 def test_listed_with_an_implementation(op: str) -> None:
     row = dsv4.ops.implementations()[op]
     assert row["cpu"]

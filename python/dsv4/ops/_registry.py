@@ -110,14 +110,14 @@ def no_gradient(op: str, mend: str) -> tuple[Callable[..., Any], Callable[..., N
 
 
 def implementations() -> dict[str, dict[str, list[str]]]:
-    """What each op runs on in this process: {op: {"cpu": [...], "cuda": [...]}}, best first.
+    """What each public op runs on in this process: {op: {"cpu": [...], "cuda": [...]}}, best first.
 
     "reference" is the pure-torch definition. The list of a device that this process does not have is empty.
     """
     kernels = _library.kernel_implementations() if _has_library else {}
     has_cuda = torch.cuda.is_available()
     table: dict[str, dict[str, list[str]]] = {}
-    for op in sorted(_registered):
+    for op in sorted(op for op in _registered if not op.startswith("_")):
         found = kernels.get(op, {})
         cpu = list(found.get("cpu", [])) or ["reference"]
         cuda = list(found.get("cuda", [])) or ["reference"]
