@@ -107,7 +107,10 @@ def feed_forward_errors(shipped: dsv4.Transformer, run: Run) -> list[Tensor]:
     return errors
 
 
-def attention_calls(shipped: dsv4.Transformer, layer: int, run: Run) -> list[tuple[str, Tensor, Tensor | None]]:
+Calls = list[tuple[str, Tensor, Tensor | None]]
+
+
+def attention_calls(shipped: dsv4.Transformer, layer: int, run: Run) -> Calls:
     """The recorded inputs of a layer's attention, fed one after another through its cache: of each call the phase, the
     output and the indexer's selection (None without an indexer), in host memory."""
     recorded, attention = tensors(run.case, "intermediates_quant"), shipped.layers[layer].attn
@@ -133,14 +136,14 @@ def attention_calls(shipped: dsv4.Transformer, layer: int, run: Run) -> list[tup
     return calls
 
 
-def attention_errors(shipped: dsv4.Transformer, layer: int, run: Run) -> Tensor | None:
+def attention_errors(calls: Calls, layer: int, run: Run, window: int) -> Tensor | None:
     """Relative errors of rows whose selection is the recorded one; None where the run recorded nothing."""
     recorded, compared = tensors(run.case, "intermediates_quant"), []
-    for phase, got, selected in attention_calls(shipped, layer, run):
+    for phase, got, selected in calls:
         key = f"{run.name}.{phase}.layers.{layer}"
         same = torch.ones(len(got), dtype=torch.bool)
         if selected is not None and f"{key}.indexer.topk_idxs" in recorded:
-            offset = run.prompt if phase == "prefill" else shipped.config.sliding_window
+            offset = run.prompt if phase == "prefill" else window
             expected = recorded[f"{key}.indexer.topk_idxs"].flatten(0, -2).long()
             expected = torch.where(expected < 0, expected, expected - offset)
             same = torch.tensor(

@@ -4,6 +4,7 @@ them, against the golden cases and the CPU kernels."""
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -40,12 +41,22 @@ STEP_OPS = {
     "store_window",
 }
 FULL = [run for run in runs() if run.name == "full"]
+SOME = FULL[0].ids[:, :22]
+# Widths of nano and one layer of each kind.
+KINDS = replace(dsv4.Config.preset("nano"), num_hidden_layers=4, compress_ratios=(0, 0, 4, 128))
 
 
 @pytest.fixture
 def device() -> Iterator[CudaOnHost]:
     with torch.no_grad(), CudaOnHost() as device:
         yield device
+
+
+@pytest.fixture(scope="module")
+def in_one_piece() -> Tensor:
+    """Logits of SOME, in host memory."""
+    with torch.no_grad(), CudaOnHost():
+        return feed(dsv4.load(ROOT / "dev_a", device="cuda"), SOME, [22]).cpu()
 
 
 def steps(run: Run) -> list[int]:
@@ -71,11 +82,10 @@ def test_sublayers(run: Run, device: CudaOnHost) -> None:
     be, and the CPU's own selections."""
     model, cpu = (dsv4.load(ROOT / run.case, device=where) for where in ("cuda", "cpu"))
     for layer in range(len(model.layers)):
-        errors = attention_errors(model, layer, run)
+        calls, cpu_calls = (attention_calls(where, layer, run) for where in (model, cpu))
+        errors = attention_errors(calls, layer, run, model.config.sliding_window)
         assert errors is not None and errors.median() <= 0.02 and errors.max() <= 0.05, layer
-        for (phase, got, chosen), (_, expected, cpu_chosen) in zip(
-            attention_calls(model, layer, run), attention_calls(cpu, layer, run), strict=True
-        ):
+        for (phase, got, chosen), (_, expected, cpu_chosen) in zip(calls, cpu_calls, strict=True):
             assert rel_rms(got, expected).max() <= 5e-3, (layer, phase)
             if cpu_chosen is not None:
                 assert chosen is not None and torch.equal(chosen, cpu_chosen), (layer, phase)
@@ -132,22 +142,22 @@ def layer_outputs(model: dsv4.Transformer, ids: Tensor, chunks: list[int], given
     return outputs
 
 
-def test_layers_of_nano(device: CudaOnHost) -> None:
-    """Layer by layer from the CPU's streams: through all eight, random weights blow a flip of one code up."""
+def test_layers_of_every_kind(device: CudaOnHost) -> None:
+    """Layer by layer from the CPU's streams: through all of them, random weights blow a flip of one code up."""
     ids = torch.randint(512, (1, 131), generator=torch.Generator().manual_seed(1))
-    chunks = [130, 1]  # the 128 tokens of an entry of its HCA layers, and more
-    cpu = layer_outputs(dsv4.load("nano"), ids, chunks, None)
-    got = layer_outputs(dsv4.load("nano", device="cuda"), ids, chunks, cpu)
-    for layer in range(8):
-        pieces = zip(got[layer::8], cpu[layer::8], strict=True)
+    chunks = [130, 1]  # the 128 tokens of an entry of the HCA layer, and more
+    cpu = layer_outputs(dsv4.init(KINDS), ids, chunks, None)
+    got = layer_outputs(dsv4.init(KINDS, device="cuda"), ids, chunks, cpu)
+    for layer in range(4):
+        pieces = zip(got[layer::4], cpu[layer::4], strict=True)
         errors = torch.cat([rel_rms(mine.flatten(1), theirs.flatten(1)) for mine, theirs in pieces])
         # Where rounding makes a router choose another expert, a row differs.
         assert len(errors) == 131 and errors.median() <= 0.03 and (errors > 0.1).sum() <= 3, layer
 
 
 def test_generation(device: CudaOnHost) -> None:
-    """Tokens of nano, greedy: those of the logits of one piece; one wait a token, for its logits."""
-    model = dsv4.load("nano", device="cuda")
+    """Greedy tokens: those of the logits of one piece; one wait a token, for its logits."""
+    model = dsv4.init(KINDS, device="cuda")
     device.waits.clear()
     prompt = list(range(40, 48))
     tokens = list(model.generate(prompt, max_new_tokens=3))
@@ -158,36 +168,35 @@ def test_generation(device: CudaOnHost) -> None:
     assert 0 <= sampled < 512
 
 
-def test_chunks_and_company_do_not_matter(device: CudaOnHost) -> None:
-    model, ids = dsv4.load(ROOT / "dev_a", device="cuda"), FULL[0].ids[:, :22]
-    whole = feed(model, ids, [22])
-    assert_same_bits(feed(model, ids, [5, 1, 16]).cpu(), whole.cpu())
-    both = torch.cat([ids, ids.flip(1)])
+def test_chunks_and_company_do_not_matter(in_one_piece: Tensor, device: CudaOnHost) -> None:
+    model = dsv4.load(ROOT / "dev_a", device="cuda")
+    assert_same_bits(feed(model, SOME, [5, 1, 16]).cpu(), in_one_piece)
+    both = torch.cat([SOME, SOME.flip(1)])
     logits = model(both, cache=model.new_cache(2, 64), num_tokens=[22, 10])
-    assert_same_bits(logits[0].cpu(), whole[0].cpu())
-    assert_same_bits(logits[1, :10].cpu(), feed(model, ids.flip(1)[:, :10], [10])[0].cpu())
+    assert_same_bits(logits[0].cpu(), in_one_piece[0])
+    assert_same_bits(logits[1, :10].cpu(), feed(model, SOME.flip(1)[:, :10], [10])[0].cpu())
     assert not logits[1, 10:].any()
 
 
-def test_caches(device: CudaOnHost, tmp_path: Path) -> None:
+def test_caches(in_one_piece: Tensor, device: CudaOnHost, tmp_path: Path) -> None:
     """Copies, cuts with and without a replay, a file: the device's bits."""
-    model, ids = dsv4.load(ROOT / "dev_a", device="cuda"), FULL[0].ids
-    whole = feed(model, ids, [39]).cpu()
+    model = dsv4.load(ROOT / "dev_a", device="cuda")
     cache = model.new_cache(1, 64)
-    model(ids[:, :30], cache=cache)
+    model(SOME[:, :17], cache=cache)
     copy = cache.snapshot()
-    assert_same_bits(model(ids[:, 30:], cache=copy).cpu(), whole[:, 30:])
+    assert_same_bits(model(SOME[:, 17:], cache=copy).cpu(), in_one_piece[:, 17:])
     cache.save(tmp_path / "cache")
     loaded = dsv4.KVCache.load(tmp_path / "cache", device="cuda")
     assert loaded.layers[0].window_pages.is_cuda
-    assert_same_bits(model(ids[:, 30:], cache=loaded).cpu(), whole[:, 30:])
-    for length in (33, 3):
+    assert_same_bits(model(SOME[:, 17:], cache=loaded).cpu(), in_one_piece[:, 17:])
+    for length, replays in ((18, False), (3, True)):
         copy.crop(length)
-        assert_same_bits(model(ids[:, length:], cache=copy).cpu(), whole[:, length:])
+        assert any(copy.pending()) == replays
+        assert_same_bits(model(SOME[:, length:], cache=copy).cpu(), in_one_piece[:, length:])
 
 
 def test_multi_token_prediction(device: CudaOnHost) -> None:
-    model, ids = dsv4.load(ROOT / "dev_a", device="cuda"), FULL[0].ids
+    model, ids = dsv4.load(ROOT / "dev_a", device="cuda"), SOME
     got = model.predict_next(model.hidden_streams(ids[:, :-1]), ids[:, 1:])
     cpu = cpu_model("dev_a", "checkpoint", torch.bfloat16)
     assert rel_rms(got.cpu(), cpu.predict_next(cpu.hidden_streams(ids[:, :-1]), ids[:, 1:])).median() <= 0.10

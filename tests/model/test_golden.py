@@ -10,6 +10,7 @@ from golden import (
     CASES,
     ROOT,
     Run,
+    attention_calls,
     attention_errors,
     feed,
     feed_forward_errors,
@@ -119,7 +120,8 @@ def test_attention_pairs(case: str) -> None:
     shipped = model(case, "checkpoint", torch.bfloat16)
     for run in (run for run in RUNS if run.case == case):
         for layer in range(len(shipped.layers)):
-            errors = attention_errors(shipped, layer, run)
+            calls = attention_calls(shipped, layer, run)
+            errors = attention_errors(calls, layer, run, shipped.config.sliding_window)
             if errors is not None:
                 assert errors.median() <= 0.02 and errors.max() <= 0.05, (run, layer)
 
