@@ -2,6 +2,7 @@
 // accesses.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -9,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "common/context.h"
 #include "common/dtype.h"
 #include "common/view.h"
 
@@ -123,6 +125,31 @@ class Guarded {
   int64_t size_;
   std::vector<uint8_t> bytes_;
 };
+
+// Scratch memory of exactly the bytes that an op asks for: 64-byte aligned, NaN at first, guarded on both sides.
+class Scratch {
+ public:
+  explicit Scratch(int64_t bytes) : bytes_(bytes), memory_(static_cast<size_t>(bytes) + 192, kPattern) {}
+
+  Workspace workspace() { return {start(), bytes_}; }
+  bool intact() {
+    const uint8_t *first = memory_.data(), *used = start(), *behind = used + bytes_, *last = first + memory_.size();
+    const auto untouched = [](uint8_t byte) { return byte == kPattern; };
+    return std::all_of(first, used, untouched) && std::all_of(behind, last, untouched);
+  }
+
+ private:
+  static constexpr uint8_t kPattern = 0xFF;
+
+  uint8_t* start() { return reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(memory_.data()) + 127) / 64 * 64); }
+
+  int64_t bytes_;
+  std::vector<uint8_t> memory_;
+};
+
+inline bool same_bits(const std::vector<float>& a, const std::vector<float>& b) {
+  return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0);
+}
 
 // Runs `body` with DSV4_MAX_ISA set to `isa`, and puts the old value back.
 template <class Body>

@@ -220,14 +220,10 @@ struct Case {
   bool run(const Implementation& implementation, const Context& context) { return run(implementation, context, p); }
 
   static bool run(const Implementation& implementation, const Context& context, SparseAttentionParams params) {
-    const int64_t bytes = implementation.workspace(params, context);
-    Guarded<float> memory({bytes / 4 + 64});
-    float* start = memory.data();
-    while (reinterpret_cast<uintptr_t>(start) % 64 != 0) ++start;
-    params.workspace = {start, bytes};
-    const float after = start[bytes / 4];
+    testing::Scratch scratch(implementation.workspace(params, context));
+    params.workspace = scratch.workspace();
     const bool done = CHECK(implementation.run(params, context).is_ok());
-    return CHECK(memory.intact() && std::memcmp(&after, start + bytes / 4, 4) == 0) && done;
+    return CHECK(scratch.intact()) && done;
   }
 
   bool intact() const {

@@ -161,21 +161,13 @@ struct Case {
   // lse comes from the scalar forward kernel.
   bool run(const Implementation& implementation, const Context& context) {
     SparseAttentionParams f = p.forward;
-    std::vector<float> room(static_cast<size_t>(scalar::sparse_attention_workspace_bytes(f, context) / 4 + 32));
-    f.workspace = {aligned(room.data()), static_cast<int64_t>(room.size()) * 4 - 64};
+    testing::Scratch forward(scalar::sparse_attention_workspace_bytes(f, context));
+    f.workspace = forward.workspace();
     if (!CHECK(scalar::sparse_attention(f, context).is_ok())) return false;
-    const int64_t bytes = implementation.workspace(p, context);
-    Guarded<float> memory({bytes / 4 + 64});
-    float* start = aligned(memory.data());
-    p.workspace = {start, bytes};
-    const float after = start[bytes / 4];
+    testing::Scratch scratch(implementation.workspace(p, context));
+    p.workspace = scratch.workspace();
     const bool done = CHECK(implementation.run(p, context).is_ok());
-    return CHECK(memory.intact() && std::memcmp(&after, start + bytes / 4, 4) == 0) && done;
-  }
-
-  static float* aligned(float* start) {
-    while (reinterpret_cast<uintptr_t>(start) % 64 != 0) ++start;
-    return start;
+    return CHECK(scratch.intact()) && done;
   }
 
   bool intact() const {

@@ -133,4 +133,21 @@ TEST(guard_bands_notice_a_stray_write) {
   CHECK(!array.intact());
 }
 
+TEST(scratch_memory_notices_writes_on_either_side) {
+  for (const int64_t bytes : {0, 1, 64, 1000}) {
+    testing::Scratch scratch(bytes);
+    const Workspace memory = scratch.workspace();
+    CHECK(memory.bytes == bytes && reinterpret_cast<uintptr_t>(memory.data) % 64 == 0);
+    uint8_t* start = static_cast<uint8_t*>(memory.data);
+    std::fill(start, start + bytes, uint8_t{0});
+    CHECK(scratch.intact());
+    for (const int64_t at : {int64_t{-1}, bytes}) {
+      start[at] = 0;
+      CHECK(!scratch.intact());
+      start[at] = 0xFF;
+    }
+    CHECK(scratch.intact());
+  }
+}
+
 }  // namespace

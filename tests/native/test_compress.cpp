@@ -100,11 +100,11 @@ struct Problem {
 
   void run(Result& result, int64_t first, int64_t count, const Context& context) {
     CompressParams p = params(result, first, count);
-    std::vector<char> memory(static_cast<size_t>(compress_workspace_bytes(p, context)) + 64);
-    p.workspace.data = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) / 64 * 64);
-    p.workspace.bytes = static_cast<int64_t>(memory.size()) - 64;
+    testing::Scratch scratch(compress_workspace_bytes(p, context));
+    p.workspace = scratch.workspace();
     const Status status = compress(p, context);
     CHECK_MESSAGE(status.is_ok(), status.message());
+    CHECK(scratch.intact());
   }
 };
 

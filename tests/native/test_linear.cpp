@@ -24,6 +24,8 @@ namespace {
 using namespace dsv4;
 using testing::Guarded;
 using testing::Random;
+using testing::same_bits;
+using testing::Scratch;
 
 enum class Form { kFp8, kFp4, kGrouped };
 
@@ -179,15 +181,10 @@ class Problem {
     ThreadPool pool(threads);
     const Context context = pool.context();
     const Functions& functions = implementation.functions[static_cast<int>(s_.form)];
-    const int64_t bytes = functions.workspace(p, context);
-    Guarded<uint8_t> memory({bytes + 64});
-    const uintptr_t start = (reinterpret_cast<uintptr_t>(memory.data()) + 63) / 64 * 64;
-    p.workspace = {reinterpret_cast<void*>(start), bytes};
+    Scratch scratch(functions.workspace(p, context));
+    p.workspace = scratch.workspace();
     CHECK(functions.run(p, context).is_ok());
-    CHECK(out.intact() && memory.intact());
-    for (uint8_t* end = reinterpret_cast<uint8_t*>(start) + bytes; end < memory.data() + memory.size(); ++end) {
-      CHECK(*end == 0xFF);
-    }
+    CHECK(out.intact() && scratch.intact());
     std::vector<float> values;
     for (int64_t i = 0; i < out.size(); ++i) values.push_back(to_float(out[i]));
     return values;
@@ -209,10 +206,6 @@ class Problem {
   Guarded<uint8_t> weight_;
   Guarded<S> scale_;
 };
-
-bool same_bits(const std::vector<float>& a, const std::vector<float>& b) {
-  return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0);
-}
 
 bool usable(const Implementation& implementation) {
   if (cpu_isa() >= implementation.needs) return true;
@@ -350,11 +343,9 @@ TEST(messages) {
   ThreadPool pool(1);
   LinearParams good = problem.params();
   good.out = out.any<3>();
-  const int64_t bytes = fp8_linear_workspace_bytes(good, pool.context());
-  CHECK(bytes > 0);
-  std::vector<uint8_t> memory(static_cast<size_t>(bytes + 64));
-  const uintptr_t start = (reinterpret_cast<uintptr_t>(memory.data()) + 63) / 64 * 64;
-  good.workspace = {reinterpret_cast<void*>(start), bytes};
+  Scratch scratch(fp8_linear_workspace_bytes(good, pool.context()));
+  good.workspace = scratch.workspace();
+  CHECK(good.workspace.bytes > 0);
   CHECK(fp8_linear(good, pool.context()).is_ok());
 
   LinearParams p = good;

@@ -19,6 +19,8 @@ namespace {
 using namespace dsv4;
 using testing::Guarded;
 using testing::Random;
+using testing::same_bits;
+using testing::Scratch;
 
 struct Implementation {
   const char* name;
@@ -88,15 +90,10 @@ class Problem {
     p.out = out.template any<2>();
     ThreadPool pool(threads);
     const Context context = pool.context();
-    const int64_t bytes = implementation.workspace(p, context);
-    Guarded<uint8_t> memory({bytes + 64});
-    const uintptr_t start = (reinterpret_cast<uintptr_t>(memory.data()) + 63) / 64 * 64;
-    p.workspace = {reinterpret_cast<void*>(start), bytes};
+    Scratch scratch(implementation.workspace(p, context));
+    p.workspace = scratch.workspace();
     CHECK(implementation.run(p, context).is_ok());
-    CHECK(out.intact() && memory.intact());
-    for (uint8_t* end = reinterpret_cast<uint8_t*>(start) + bytes; end < memory.data() + memory.size(); ++end) {
-      CHECK(*end == 0xFF);
-    }
+    CHECK(out.intact() && scratch.intact());
     return std::vector<float>(out.data(), out.data() + out.size());
   }
 
@@ -114,10 +111,6 @@ class Problem {
   Guarded<X> x_;
   Guarded<W> weight_;
 };
-
-bool same_bits(const std::vector<float>& a, const std::vector<float>& b) {
-  return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0);
-}
 
 template <class X, class W>
 void check(const Implementation& implementation, const Shape& shape) {
@@ -179,10 +172,8 @@ TEST(messages) {
   good.x = x.any<2>();
   good.weight = weight.any<2>();
   good.out = out.any<2>();
-  const int64_t bytes = dense_linear_workspace_bytes(good, pool.context());
-  std::vector<uint8_t> memory(static_cast<size_t>(bytes + 64));
-  const uintptr_t start = (reinterpret_cast<uintptr_t>(memory.data()) + 63) / 64 * 64;
-  good.workspace = {reinterpret_cast<void*>(start), bytes};
+  Scratch scratch(dense_linear_workspace_bytes(good, pool.context()));
+  good.workspace = scratch.workspace();
   CHECK(dense_linear(good, pool.context()).is_ok());
 
   DenseLinearParams p = good;
@@ -203,7 +194,7 @@ TEST(messages) {
   p = good;
   p.x.stride[1] = 2;
   expect(p, "dense_linear: x must be contiguous in its last 1 axes");
-  if (bytes > 0) {
+  if (good.workspace.bytes > 0) {
     p = good;
     p.workspace.data = nullptr;
     expect(p, "dense_linear: workspace must be 64-byte aligned, not null");

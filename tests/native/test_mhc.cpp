@@ -22,6 +22,7 @@ namespace {
 using namespace dsv4;
 using testing::Guarded;
 using testing::Random;
+using testing::Scratch;
 
 struct Implementation {
   const char* name;
@@ -130,22 +131,6 @@ struct Problem {
     for (int i = 0; i < 24; ++i) p.base[i] = base[i];
     return p;
   }
-};
-
-// 64-byte aligned scratch memory of exactly the size that the op asks for, NaN at first, guarded behind.
-class Scratch {
- public:
-  explicit Scratch(int64_t bytes) : bytes_(bytes), memory_(static_cast<size_t>(bytes) + 192, 0xFF) {}
-  Workspace workspace() { return {start(), bytes_}; }
-  bool intact() {
-    const uint8_t* end = static_cast<uint8_t*>(start()) + bytes_;
-    return std::all_of(end, end + 64, [](uint8_t byte) { return byte == 0xFF; });
-  }
-
- private:
-  void* start() { return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(memory_.data()) + 63) / 64 * 64); }
-  int64_t bytes_;
-  std::vector<uint8_t> memory_;
 };
 
 // The largest that any implementation asks for.

@@ -22,6 +22,7 @@ namespace {
 using namespace dsv4;
 using testing::Guarded;
 using testing::Random;
+using testing::Scratch;
 
 int64_t blocks(int64_t size, int64_t block) { return (size + block - 1) / block; }
 
@@ -55,21 +56,6 @@ struct Matrix {
     view.data.dtype = view.scale.dtype = DType::kUInt8;
   }
   bool intact() const { return plain.intact() && codes.intact() && scale.intact(); }
-};
-
-class Scratch {
- public:
-  explicit Scratch(int64_t bytes) : bytes_(bytes), memory_(static_cast<size_t>(bytes) + 192, 0xFF) {}
-  Workspace workspace() { return {start(), bytes_}; }
-  bool intact() {
-    const uint8_t* end = static_cast<uint8_t*>(start()) + bytes_;
-    return std::all_of(end, end + 64, [](uint8_t byte) { return byte == 0xFF; });
-  }
-
- private:
-  void* start() { return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(memory_.data()) + 63) / 64 * 64); }
-  int64_t bytes_;
-  std::vector<uint8_t> memory_;
 };
 
 template <class X>

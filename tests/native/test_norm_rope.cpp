@@ -174,11 +174,11 @@ void window(int64_t tokens, int64_t dim, int64_t rope_dim, int64_t page_size, DT
                             typed<1>(position, DType::kInt32),
                             1e-6,
                             {}};
-        std::vector<char> memory(static_cast<size_t>(store_window_workspace_bytes(p, context)) + 64);
-        p.workspace.data = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) / 64 * 64);
-        p.workspace.bytes = static_cast<int64_t>(memory.size()) - 64;
+        testing::Scratch scratch(store_window_workspace_bytes(p, context));
+        p.workspace = scratch.workspace();
         const Status status = store_window(p, context);
         CHECK_MESSAGE(status.is_ok(), status.message());
+        CHECK(scratch.intact());
         return pages;
       },
       "store_window");
@@ -206,10 +206,9 @@ void rotations(int64_t rows, int64_t size) {
       [&](const Context& context) {
         Guarded<X> result({rows, size});
         HadamardParams p{x.template any<2>(), result.template any<2>(), {}};
-        std::vector<char> memory(static_cast<size_t>(hadamard_workspace_bytes(p, context)) + 64);
-        p.workspace.data = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) / 64 * 64);
-        p.workspace.bytes = static_cast<int64_t>(memory.size()) - 64;
-        CHECK(hadamard(p, context).is_ok());
+        testing::Scratch scratch(hadamard_workspace_bytes(p, context));
+        p.workspace = scratch.workspace();
+        CHECK(hadamard(p, context).is_ok() && scratch.intact());
         return result;
       },
       "hadamard");
@@ -265,9 +264,8 @@ TEST(messages) {
   ThreadPool pool(1);
   Guarded<float> q({2, 2, 32}), rope({2, 17, 2}), short_rope({1, 8, 2}), x({2, 12}), result({2, 2, 32});
   Status status = query_norm_rope({q.any<3>(), rope.any<3>(), 1e-6, result.any<3>()}, pool.context());
-  CHECK_MESSAGE(
-      std::string(status.message()) == "query_norm_rope: rope must have at most 16 pairs, got 17",
-      status.message());
+  CHECK_MESSAGE(std::string(status.message()) == "query_norm_rope: rope must have at most 16 pairs, got 17",
+                status.message());
   status = query_norm_rope({q.any<3>(), short_rope.any<3>(), 1e-6, result.any<3>()}, pool.context());
   CHECK_MESSAGE(
       std::string(status.message()) == "query_norm_rope: rope must be float32 [2, *, 2], got float32 [1, 8, 2]",
