@@ -317,7 +317,7 @@ def test_command(run: Any, folder: Path, tmp_path: Path) -> None:
     assert (code, err) == (0, "")
     lines = out.splitlines()
     assert lines[0] == "checking   all 3 layers, 40 tokens; references on the last 4"
-    assert re.fullmatch(r"memory     [\d.]+ .iB needed \(layer 1\), 64\.00 GiB allowed", lines[1])
+    assert re.fullmatch(r"memory     [\d.,]+ .iB needed \(layer 1\), 64\.00 GiB allowed", lines[1])
     assert lines[2] == "limits     rms: attention 0.02, experts 0.01, mixing 0.01; largest: 0.05"
     assert [line[:12] for line in lines[4:]] == ["0 SWA hash  ", "1 CSA scored", "2 HCA scored"]
     values = [json.loads(line) for line in file.read_text().splitlines()]
