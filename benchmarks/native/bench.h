@@ -69,6 +69,19 @@ class Bench {
   Peaks peaks_;
 };
 
+// Scratch memory for ops, 64-byte aligned, as large as the largest that was asked for.
+class Scratch {
+ public:
+  // Valid until the next call.
+  Workspace of(int64_t bytes) {
+    if (static_cast<int64_t>(memory_.size()) < bytes + 64) memory_.resize(static_cast<size_t>(bytes + 64));
+    return {reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(memory_.data()) + 63) / 64 * 64), bytes};
+  }
+
+ private:
+  std::vector<uint8_t> memory_;
+};
+
 // The largest difference divided by the largest magnitude of `expected`; infinity where one of them is not finite
 // alone.
 double relative_error(const std::vector<float>& actual, const std::vector<float>& expected);

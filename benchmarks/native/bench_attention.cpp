@@ -188,10 +188,7 @@ class Case {
     params_.scale = 1.0f / std::sqrt(static_cast<float>(kDim));
     params_.out = view_of<bf16, 3>(out_, DType::kBFloat16, {rows, kHeads, kDim});
     params_.lse = view_of<float, 2>(lse_, DType::kFloat32, {rows, kHeads});
-    const int64_t bytes = sparse_attention_workspace_bytes(params_, context_);
-    workspace_.resize(static_cast<size_t>(bytes + 64));
-    const uintptr_t start = (reinterpret_cast<uintptr_t>(workspace_.data()) + 63) / 64 * 64;
-    params_.workspace = {reinterpret_cast<void*>(start), bytes};
+    params_.workspace = scratch_.of(sparse_attention_workspace_bytes(params_, context_));
   }
 
   std::vector<float> expected(int64_t row, int64_t head) const {
@@ -247,7 +244,7 @@ class Case {
   std::vector<bf16> query_, out_;
   std::vector<int32_t> sequence_, position_, lengths_, indices_;
   std::vector<float> sink_, rope_, lse_;
-  std::vector<uint8_t> workspace_;
+  bench::Scratch scratch_;
   Context context_;
   SparseAttentionParams params_{};
 };

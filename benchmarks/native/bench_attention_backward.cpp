@@ -141,11 +141,6 @@ class Case {
     bool operator==(const Place& other) const { return pool == other.pool && entry == other.entry; }
   };
 
-  void* room(int64_t bytes) {
-    workspace_.resize(std::max(workspace_.size(), static_cast<size_t>(bytes + 64)));
-    return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(workspace_.data()) + 63) / 64 * 64);
-  }
-
   void fill_parameters() {
     SparseAttentionParams& f = p_.forward;
     f.query = query_.view;
@@ -162,8 +157,7 @@ class Case {
     f.scale = 1.0f / std::sqrt(static_cast<float>(kDim));
     f.out = out_.view;
     f.lse = lse_.view;
-    const int64_t bytes = sparse_attention_workspace_bytes(f, context_);
-    f.workspace = {room(bytes), bytes};
+    f.workspace = scratch_.of(sparse_attention_workspace_bytes(f, context_));
     failed_ = !sparse_attention(f, context_).is_ok();
     p_.grad_out = grad_out_.view;
     p_.grad_lse = grad_lse_.view;
@@ -171,8 +165,7 @@ class Case {
     p_.grad_window = grad_raw_.view;
     p_.grad_compressed = grad_compressed_.view;
     p_.grad_sink = grad_sink_.view;
-    const int64_t needed = sparse_attention_backward_workspace_bytes(p_, context_);
-    p_.workspace = {room(needed), needed};
+    p_.workspace = scratch_.of(sparse_attention_backward_workspace_bytes(p_, context_));
   }
 
   std::vector<Place> keys_of(int64_t row) const {
@@ -275,7 +268,7 @@ class Case {
   Array<1> sink_, grad_sink_;
   Array<3> rope_;
   Array<2> lse_, grad_lse_;
-  std::vector<uint8_t> workspace_;
+  bench::Scratch scratch_;
   Context context_;
   SparseAttentionBackwardParams p_{};
   bool failed_ = false;

@@ -70,7 +70,7 @@ struct Problem {
   std::vector<float> weights;
   std::vector<uint8_t> pages;
   std::vector<int32_t> table, sequence, lengths, result;
-  std::vector<char> scratch;
+  bench::Scratch scratch;
   IndexTopkParams params{};
 
   explicit Problem(const Shape& shape) : s(shape) {
@@ -120,12 +120,7 @@ struct Problem {
     }
   }
 
-  void use(const Context& context) {
-    const int64_t bytes = index_topk_workspace_bytes(params, context);
-    scratch.resize(static_cast<size_t>(bytes) + 64);
-    const auto start = (reinterpret_cast<uintptr_t>(scratch.data()) + 63) / 64 * 64;
-    params.workspace = {reinterpret_cast<void*>(start), bytes};
-  }
+  void use(const Context& context) { params.workspace = scratch.of(index_topk_workspace_bytes(params, context)); }
 
   double key(int64_t entry, int64_t d) const {
     const int64_t page = table[static_cast<size_t>(entry / kPage)], offset = entry % kPage;

@@ -84,10 +84,7 @@ class Case {
     const auto bytes_of = fp4_         ? fp4_linear_workspace_bytes
                           : quantised_ ? fp8_linear_workspace_bytes
                                        : grouped_linear_workspace_bytes;
-    const int64_t bytes = bytes_of(params_, context_);
-    workspace_.resize(static_cast<size_t>(bytes + 64));
-    const uintptr_t start = (reinterpret_cast<uintptr_t>(workspace_.data()) + 63) / 64 * 64;
-    params_.workspace = {reinterpret_cast<void*>(start), bytes};
+    params_.workspace = scratch_.of(bytes_of(params_, context_));
   }
 
   bench::Measurement measurement() {
@@ -139,7 +136,8 @@ class Case {
   int64_t row_bytes_, scale_columns_;
   Random random_;
   std::vector<bf16> x_, out_;
-  std::vector<uint8_t> weight_, scale_, workspace_;
+  std::vector<uint8_t> weight_, scale_;
+  bench::Scratch scratch_;
   Context context_;
   LinearParams params_{};
 };

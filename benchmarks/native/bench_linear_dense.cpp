@@ -50,10 +50,7 @@ class Case {
     params_.x = dense(x_.data(), DType::kBFloat16, rows, s_.inputs);
     params_.weight = dense(weight, s_.weight, s_.outputs, s_.inputs);
     params_.out = dense(out_.data(), DType::kFloat32, rows, s_.outputs);
-    const int64_t bytes = dense_linear_workspace_bytes(params_, context_);
-    workspace_.resize(static_cast<size_t>(bytes + 64));
-    const uintptr_t start = (reinterpret_cast<uintptr_t>(workspace_.data()) + 63) / 64 * 64;
-    params_.workspace = {reinterpret_cast<void*>(start), bytes};
+    params_.workspace = scratch_.of(dense_linear_workspace_bytes(params_, context_));
   }
 
   bench::Measurement measurement() {
@@ -105,7 +102,7 @@ class Case {
   int64_t rows_;
   std::vector<bf16> x_, narrow_;
   std::vector<float> wide_, out_;
-  std::vector<uint8_t> workspace_;
+  bench::Scratch scratch_;
   Context context_;
   DenseLinearParams params_{};
 };

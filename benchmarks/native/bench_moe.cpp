@@ -106,7 +106,7 @@ struct Tokens {
   std::vector<bf16> x, result;
   std::vector<float> weights;
   std::vector<int32_t> indices;
-  std::vector<char> memory;
+  bench::Scratch scratch;
 
   Tokens(const Layer& layer, int64_t n)
       : count(n),
@@ -125,11 +125,6 @@ struct Tokens {
     }
   }
 
-  Workspace workspace(int64_t bytes) {
-    memory.resize(static_cast<size_t>(bytes) + 64);
-    return {reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) / 64 * 64), bytes};
-  }
-
   MoeExpertsParams experts(const Layer& layer, const Context& context, int64_t first) {
     const int64_t n = count - first, hidden = layer.shape.hidden;
     MoeExpertsParams p{};
@@ -140,7 +135,7 @@ struct Tokens {
     for (int i = 0; i < 3; ++i) p.shared[i] = layer.shared[static_cast<size_t>(i)].view;
     p.swiglu_limit = 10;
     p.result = dense<AnyView<2>>(result.data() + first * hidden, DType::kBFloat16, {n, hidden});
-    p.workspace = workspace(moe_experts_workspace_bytes(p, context));
+    p.workspace = scratch.of(moe_experts_workspace_bytes(p, context));
     return p;
   }
 
@@ -154,7 +149,7 @@ struct Tokens {
     p.route_scale = 1.5;
     p.weights = floats(weights.data() + first * kTopK, n, kTopK);
     p.indices = dense<AnyView<2>>(indices.data() + first * kTopK, DType::kInt32, {n, kTopK});
-    p.workspace = workspace(moe_gate_workspace_bytes(p, context));
+    p.workspace = scratch.of(moe_gate_workspace_bytes(p, context));
     return p;
   }
 

@@ -61,7 +61,7 @@ struct Problem {
   std::vector<float> weights, grad_weights;
   std::vector<int32_t> indices;
   std::vector<X> matrices[3], grads[3];
-  std::vector<char> memory;
+  bench::Scratch scratch;
 
   explicit Problem(const Shape& shape)
       : s(shape),
@@ -104,9 +104,7 @@ struct Problem {
       p.grad_matrices[i] = any<3>(grads[i], {s.experts, out, in});
     }
     p.swiglu_limit = 10;
-    const int64_t bytes = moe_experts_backward_workspace_bytes(p, context);
-    memory.resize(static_cast<size_t>(bytes) + 64);
-    p.workspace = {reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) / 64 * 64), bytes};
+    p.workspace = scratch.of(moe_experts_backward_workspace_bytes(p, context));
     return p;
   }
 

@@ -106,13 +106,13 @@ class Problem {
       AnyView<2> flat{x_.memory.data(), DType::kBFloat16, {rows_ * kHeads, dim_}, {dim_, 1}}, out = flat;
       out.data = result_.memory.data();
       HadamardParams p{flat, out, {}};
-      p.workspace = scratch(hadamard_workspace_bytes(p, context));
+      p.workspace = scratch_.of(hadamard_workspace_bytes(p, context));
       return hadamard(p, context);
     }
     if (op_ == "store_window") {
       AnyView<2> kv{x_.memory.data(), DType::kBFloat16, {rows_, dim_}, {dim_, 1}};
       StoreWindowParams p{kv, weight_.view, rope_.view, pool, sequence_.view, position_.view, 1e-6, {}};
-      p.workspace = scratch(store_window_workspace_bytes(p, context));
+      p.workspace = scratch_.of(store_window_workspace_bytes(p, context));
       return store_window(p, context);
     }
     CompressParams p{kv_.as<const float>(),
@@ -128,7 +128,7 @@ class Problem {
                      1e-6,
                      keys_,
                      {}};
-    p.workspace = scratch(compress_workspace_bytes(p, context));
+    p.workspace = scratch_.of(compress_workspace_bytes(p, context));
     return compress(p, context);
   }
 
@@ -159,11 +159,6 @@ class Problem {
  private:
   bool quantizes() const { return op_ == "quantize_fp8" || op_ == "quantize_fp4"; }
 
-  Workspace scratch(int64_t bytes) {
-    if (static_cast<int64_t>(scratch_.size()) < bytes + 64) scratch_.resize(static_cast<size_t>(bytes + 64));
-    return {reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(scratch_.data()) + 63) / 64 * 64), bytes};
-  }
-
   std::string op_;
   int64_t rows_;
   bool keys_;
@@ -178,7 +173,7 @@ class Problem {
   Array<int32_t, 1> sequence_, position_;
   int64_t page_size_;
   Array<uint8_t, 2> pages_;
-  std::vector<char> scratch_;
+  bench::Scratch scratch_;
 };
 
 void measure(bench::Bench& bench, const std::string& op, int64_t rows, Isa isa) {
