@@ -48,6 +48,40 @@ enum class Form { kFp8, kFp4, kGrouped };
 
 int64_t ceil_div(int64_t value, int64_t divisor) { return (value + divisor - 1) / divisor; }
 
+bool is_plain(const LinearParams& p, Form form) { return form == Form::kGrouped && !p.scale.given(); }
+
+// One group of a plain product.
+DenseLinearParams plain_group(const LinearParams& p, int64_t group) {
+  const int64_t outputs = p.weight.size(0) / p.x.size(1);
+  const auto moved = [](void* data, DType dtype, int64_t elements) {
+    const int64_t bytes = elements * (dtype == DType::kBFloat16 ? 2 : 4);
+    return data == nullptr ? nullptr : static_cast<uint8_t*>(data) + bytes;  // none where there is no element
+  };
+  DenseLinearParams one;
+  one.x = {moved(p.x.data, p.x.dtype, group * p.x.stride[1]),
+           p.x.dtype,
+           {p.x.size(0), p.x.size(2)},
+           {p.x.stride[0], p.x.stride[2]}};
+  one.weight = {moved(p.weight.data, p.weight.dtype, group * outputs * p.weight.stride[0]),
+                p.weight.dtype,
+                {outputs, p.weight.size(1)},
+                {p.weight.stride[0], p.weight.stride[1]}};
+  one.out = {moved(p.out.data, p.out.dtype, group * p.out.stride[1]),
+             p.out.dtype,
+             {p.out.size(0), p.out.size(2)},
+             {p.out.stride[0], p.out.stride[2]}};
+  one.workspace = p.workspace;
+  return one;
+}
+
+Status run_plain_groups(const Status& valid, const LinearParams& p, const Context& context) {
+  Status status = valid;
+  for (int64_t group = 0; status.is_ok() && group < p.x.size(1); ++group) {
+    status = dense_linear(plain_group(p, group), context);
+  }
+  return status;
+}
+
 void validate_arguments(Validator& v, const LinearParams& p, Form form) {
   const int64_t groups = p.x.size(1), inputs = p.x.size(2), rows = p.weight.size(0);
   const bool fp4 = form == Form::kFp4;
@@ -56,8 +90,10 @@ void validate_arguments(Validator& v, const LinearParams& p, Form form) {
   v.require(inputs <= INT32_MAX && rows <= INT32_MAX, "the weight is too large");
   v.require(!fp4 || inputs % 2 == 0, "x must have an even number of inputs");
   if (!v.status().is_ok()) return;
-  v.view("weight", p.weight, DType::kUInt8, {Validator::kAny, fp4 ? inputs / 2 : inputs});
+  v.view("weight", p.weight, is_plain(p, form) ? p.x.dtype : DType::kUInt8,
+         {Validator::kAny, fp4 ? inputs / 2 : inputs});
   v.require(rows % groups == 0, "weight must have a multiple of %lld rows", static_cast<long long>(groups));
+  if (is_plain(p, form)) return;
   v.require(p.scale.dtype == DType::kUInt8 || p.scale.dtype == DType::kFloat32, "scale must be uint8 or float32");
   v.view("scale", p.scale, p.scale.dtype, {fp4 ? rows : ceil_div(rows, 128), ceil_div(inputs, fp4 ? 32 : 128)});
 }
@@ -91,6 +127,7 @@ int64_t workspace_bytes(const LinearParams& p, const Context& context, const cha
                         const Bytes<LinearParams>& of) {
   Validator v(op);
   validate_arguments(v, p, form);
+  if (v.status().is_ok() && is_plain(p, form)) return dense_linear_workspace_bytes(plain_group(p, 0), context);
   const bool tiles = form == Form::kGrouped ? narrow_with_e8m0_scales(p) : e8m0_scales(p);
   return v.status().is_ok() ? most_bytes(p, context, of, tiles) : 0;
 }
@@ -158,7 +195,8 @@ Status fp4_linear(const LinearParams& p, const Context& c) {
   return fp4_linear_op.run(validate(p, c, "fp4_linear", Form::kFp4, fp4_linear_workspace_bytes), p, c);
 }
 Status grouped_linear(const LinearParams& p, const Context& c) {
-  return grouped_linear_op.run(validate(p, c, "grouped_linear", Form::kGrouped, grouped_linear_workspace_bytes), p, c);
+  const Status valid = validate(p, c, "grouped_linear", Form::kGrouped, grouped_linear_workspace_bytes);
+  return is_plain(p, Form::kGrouped) ? run_plain_groups(valid, p, c) : grouped_linear_op.run(valid, p, c);
 }
 Status dense_linear(const DenseLinearParams& p, const Context& c) {
   return dense_linear_op.run(validate_dense(p, c), p, c);

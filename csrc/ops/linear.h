@@ -26,7 +26,8 @@ int64_t fp4_linear_workspace_bytes(const LinearParams&, const Context&);
 int64_t grouped_linear_workspace_bytes(const LinearParams&, const Context&);
 
 // The first two take one group and quantise x to e4m3 in blocks of 128 with a power-of-two scale each
-// (python/dsv4/ops/quantize.py); grouped_linear takes e4m3 weights and x as it is.
+// (python/dsv4/ops/quantize.py); grouped_linear takes e4m3 weights and x as it is, or, without a scale, weights of the
+// dtype of x, with which each group is a dense_linear.
 Status fp8_linear(const LinearParams&, const Context&);
 Status fp4_linear(const LinearParams&, const Context&);
 Status grouped_linear(const LinearParams&, const Context&);

@@ -23,10 +23,7 @@ void check_scale(Check& check, const Tensor& scale, int64_t rows, int64_t column
 using Run = Status (*)(const LinearParams&, const Context&);
 using WorkspaceBytes = int64_t (*)(const LinearParams&, const Context&);
 
-void launch(const Check& check, LinearParams& params, const Tensor& weight, const Tensor& scale, const Tensor& on,
-            Run run, WorkspaceBytes workspace_bytes) {
-  params.weight = bytes_view(weight);
-  params.scale = bytes_view(scale);
+void launch(const Check& check, LinearParams& params, const Tensor& on, Run run, WorkspaceBytes workspace_bytes) {
   const Scratch scratch(workspace_bytes(params, check.context(on)), on);
   params.workspace = scratch;
   check.run(run, params, on);
@@ -86,7 +83,9 @@ Tensor linear(Check& check, const Tensor& x_, const Tensor& weight_, const Tenso
   LinearParams params{};
   params.x = with_group(rows_view(x));
   params.out = with_group(rows_view<true>(out));
-  launch(check, params, weight, scale, x, run, workspace_bytes);
+  params.weight = bytes_view(weight);
+  params.scale = bytes_view(scale);
+  launch(check, params, x, run, workspace_bytes);
   return out;
 }
 
@@ -115,18 +114,20 @@ Tensor grouped_linear(const Tensor& x_, const Tensor& weight_, const std::option
                                   {kFloats, {"tokens", "groups", "in"}});
   const int64_t tokens = sizes[0], groups = sizes[1], inputs = sizes[2];
   check.require(groups >= 1, "x must have at least one group, got " + std::to_string(groups));
-  check.require(scale_.has_value(), "the kernel needs a scale; plain weights go through dsv4.ops.grouped_linear");
-  const int64_t rows =
-      check.tensor("weight", weight_, {kAny, inputs}, {ScalarType::Float8_e4m3fn}, {nullptr, {"groups * out"}})[0];
+  const ScalarType weights = scale_.has_value() ? ScalarType::Float8_e4m3fn : x_.scalar_type();
+  const int64_t rows = check.tensor("weight", weight_, {kAny, inputs}, {weights}, {nullptr, {"groups * out"}})[0];
   check.require(rows % groups == 0, "weight must have a multiple of " + std::to_string(groups) +
                                         " rows, one part a group, got " + std::to_string(rows));
-  check_scale(check, *scale_, ceil_div(rows, 128), ceil_div(inputs, 128));
-  const Tensor x = dense(x_), weight = dense(weight_), scale = dense(*scale_);
+  if (scale_.has_value()) check_scale(check, *scale_, ceil_div(rows, 128), ceil_div(inputs, 128));
+  const Tensor x = dense(x_), weight = dense(weight_);
+  const std::optional<Tensor> scale = dense(scale_);
   Tensor out = empty({tokens, groups, rows / groups}, x.scalar_type(), x);
   LinearParams params{};
   params.x = view(x);
   params.out = mutable_view(out);
-  launch(check, params, weight, scale, x, dsv4::grouped_linear, dsv4::grouped_linear_workspace_bytes);
+  params.weight = bytes_view(weight);
+  if (scale.has_value()) params.scale = bytes_view(*scale);
+  launch(check, params, x, dsv4::grouped_linear, dsv4::grouped_linear_workspace_bytes);
   return out;
 }
 

@@ -279,7 +279,7 @@ def test_says_that_there_is_no_gradient(name):
         y.sum().backward()
 
 
-GROUPED = grid(tokens=[0, 1, 7], groups=[1, 2, 4], sizes=[(1, 1), (64, 50), (130, 200)])
+GROUPED = grid(tokens=[0, 1, 7, 40], groups=[1, 2, 4], sizes=[(1, 1), (64, 50), (130, 200)])
 
 
 @pytest.mark.parametrize("case", GROUPED)
@@ -330,6 +330,40 @@ def test_grouped_rows_are_independent(implementation, dtype):
         assert_rows_independent(lambda rows: ops.grouped_linear(rows, weight, scale), [x])
 
 
+@pytest.mark.parametrize("implementation", implementation_cases("dense_linear"))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("groups", "size", "out"), [(1, 128, 33), (3, 70, 50), (2, 512, 64), (4, 31, 1), (2, 0, 3)])
+def test_plain_groups_are_dense_linears(implementation, dtype, groups, size, out):
+    weight = torch.randn(groups * out, size).to(dtype)
+    with max_isa("scalar" if implementation == "reference" else implementation):
+        for tokens in (0, 1, 2, 5, 16, 21):
+            x = torch.randn(tokens, groups, size).to(dtype)
+            y = torch.ops.dsv4.grouped_linear(x, weight)
+            parts = [ops.dense_linear(x[:, g], w) for g, w in enumerate(weight.split(out))]
+            assert_same_bits(y, torch.stack(parts, 1))
+            assert_same_bits(torch.ops.dsv4.grouped_linear(strided(x), strided(weight)), y)
+
+
+def test_plain_groups_of_few_rows_go_to_the_kernel():
+    weight = torch.randn(2 * 20, 30)
+    for tokens, through_kernel in ((16, True), (17, False)):
+        before = _library.calls()["dense_linear"]
+        ops.grouped_linear(torch.randn(tokens, 2, 30), weight)
+        assert (_library.calls()["dense_linear"] != before) == through_kernel
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_plain_grouped_gradient_of_few_rows(dtype):
+    x, weight = torch.randn(5, 2, 40).to(dtype).requires_grad_(), torch.randn(6, 40).to(dtype).requires_grad_()
+    grad = torch.randn(5, 2, 3).to(dtype)
+    found = torch.autograd.grad(ops.grouped_linear(x, weight), (x, weight), grad)
+    for value, operand, equation in zip(found, (weight, x), ("tgn,gnk->tgk", "tgn,tgk->gnk"), strict=True):
+        other = operand.view(2, 3, 40) if operand is weight else operand
+        exact = torch.einsum(equation, grad.double(), other.double()).reshape(value.shape)
+        baseline = torch.einsum(equation, grad, other).reshape(value.shape)
+        assert_no_worse(value, baseline, exact)
+
+
 def test_grouped_layout_does_not_matter():
     weight, scale = fp8_weight(4 * 50, 256)
     x = torch.randn(29, 4, 256).bfloat16()
@@ -364,6 +398,7 @@ def test_opcheck():
     check_op(dsv4.grouped_linear, x.view(3, 2, 32), *fp8_weight(6, 32))
     check_op(dsv4.grouped_linear, x.view(3, 2, 32).requires_grad_(), *fp8_weight(6, 32))
     plain = torch.randn(6, 8, requires_grad=True)
+    check_op(dsv4.grouped_linear, torch.randn(3, 2, 8, requires_grad=True), plain)
     check_op(dsv4._grouped_linear_reference, torch.randn(3, 2, 8, requires_grad=True), plain)
     check_op(dsv4._fp8_linear_reference, x.double().detach(), *fp8_weight(24, 64))
     check_op(dsv4._fp4_linear_reference, x.double().detach(), *fp4_weight(24, 64))

@@ -34,6 +34,15 @@ __all__ = [
 ]
 
 _KERNEL_FLOATS = (torch.bfloat16, torch.float32)
+_FEW_ROWS = 16
+
+
+def few_rows(x: Tensor, rows: int) -> bool:
+    """Whether so many rows of a plain product without rounding rules are for a kernel, as those of a decode step.
+
+    On a CPU kernels are faster than torch's products up to there: docs/investigations/decode_cpu.md.
+    """
+    return rows <= _FEW_ROWS and x.device.type == "cpu" and x.dtype in _KERNEL_FLOATS
 
 
 def fp8_linear(x: Tensor, weight: Tensor, scale: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
@@ -107,7 +116,8 @@ def grouped_linear(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Te
     """y[:, g] = x[:, g] W_g^T: each group of heads has rows of the weight of its own. Activations are not quantised.
 
     With a scale the weight is dequantised and the sum rounded once to the dtype of x (kernels add in float32, in an
-    order that depends on `in` alone); without, a plain product in that dtype.
+    order that depends on `in` alone); without, a plain product in that dtype, which torch multiplies where there are
+    many tokens.
 
     Args:
         x:      [tokens, groups, in] bfloat16, float32 or float64.
@@ -117,7 +127,7 @@ def grouped_linear(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Te
     Raises: RuntimeError where a shape, dtype or device differs from the above.
     Source: the grouped output projection (wo_a) of the official inference code.
     """
-    kernel = scale is not None and x.dtype in _KERNEL_FLOATS
+    kernel = x.dtype in _KERNEL_FLOATS if scale is not None else few_rows(x, x.shape[0])
     op = torch.ops.dsv4.grouped_linear if kernel else torch.ops.dsv4._grouped_linear_reference
     return op(x, weight, scale)
 
