@@ -369,7 +369,7 @@ TEST(messages) {
   expect(p, grouped_linear, "grouped_linear: out must be float32 [2, 1, 200], got float32 [2, 1, 199]");
   p = good;
   p.scale = {};
-  expect(p, grouped_linear, "grouped_linear: weight must be float32 [*, 256], got uint8 [200, 256]");
+  expect(p, grouped_linear, "grouped_linear: weight must be bfloat16 [*, 256], got uint8 [200, 256]");
   p = good;
   p.weight.data = nullptr;
   expect(p, fp8_linear, "fp8_linear: weight must not be null");
