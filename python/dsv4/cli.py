@@ -49,9 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sys.stdout, sys.stderr = (
         stream or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w") for stream in (sys.stdout, sys.stderr)
     )
-    parser = _parser()
-    options = parser.parse_args(arguments)
+    options = argparse.Namespace(command="")
     try:
+        options = _parser().parse_args(arguments)
         return options.run(options) or 0
     except KeyboardInterrupt:
         return _INTERRUPTED

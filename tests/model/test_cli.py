@@ -1,11 +1,7 @@
 """The command line as its users meet it: what it prints, where, and with which exit code."""
 
-import functools
 import json
-import os
 import re
-import signal
-import subprocess
 import sys
 import time
 from types import SimpleNamespace
@@ -48,11 +44,6 @@ def run(capsys):
         return code, out, err
 
     return call
-
-
-def start(*arguments, **options):
-    command = [sys.executable, "-m", "dsv4", *map(str, arguments)]
-    return subprocess.Popen(command, **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options})
 
 
 @pytest.mark.parametrize("command", ["generate", "plan", "inspect", "bench", "env", "demo"])
@@ -306,40 +297,6 @@ def test_interrupt_keeps_what_was_produced(run, folder, monkeypatch):
     assert code == 130
     assert out == "a\ufffd\n"
     assert f"generated  {len(tokens) - 1} tokens" in err
-
-
-def test_interrupt_of_a_process(folder):
-    # A job that a shell started in the background ignores interrupts, and so would what it starts.
-    listen = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    arguments = ("generate", folder, "--prompt", "x", "--raw", "--ignore-eos", "--max-new-tokens", 100_000)
-    process = start(*arguments, preexec_fn=listen)
-    first = process.stdout.read(1)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 130
-    assert (first + out).endswith(b"\n")
-    assert b"Traceback" not in err
-
-
-def test_reader_that_leaves():
-    process = start("plan", "nano")
-    process.stdout.close()
-    err = process.stderr.read()
-    process.stderr.close()
-    assert process.wait(timeout=60) == 0
-    assert err == b""
-
-
-@pytest.mark.parametrize("command", [("plan", "nano"), ("generate", "nano", "--tokens", "1", "--max-new-tokens", 1)])
-def test_streams_that_are_closed_or_full(command):
-    process = start(*command, preexec_fn=lambda: os.closerange(1, 3))
-    process.communicate(timeout=120)
-    assert process.returncode == 0
-    with open("/dev/full", "wb") as full:
-        process = start(*command, stdout=full)
-        err = process.communicate(timeout=120)[1].decode()
-    assert process.returncode == 2
-    assert err.splitlines()[-1] == f"dsv4 {command[0]}: No space left on device"
 
 
 def test_control_characters_stay_off_a_terminal(capsys, monkeypatch):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -127,3 +129,29 @@ def test_it_holds_for_its_thread() -> None:
         other.start()
         other.join()
     assert kernel_calls()["moe_gate"] == before + 1
+
+
+def test_it_does_not_wait_for_the_compiler() -> None:
+    """Importing torch._dynamo takes a second, which a call of one small op should not."""
+    program = """
+import sys, torch, dsv4
+with dsv4.ops.use_reference():
+    dsv4.ops.hadamard(torch.ones(2, 8))
+sys.exit("torch._dynamo" in sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_compiled_functions_run_on_definitions_too() -> None:
+    x, gate, top_k = gate_arguments()
+
+    def route(rows: torch.Tensor) -> torch.Tensor:
+        return ops.moe_gate(2 * rows, gate, top_k)[0] + 1
+
+    with ops.use_reference():
+        expected = route(x)
+    before = kernel_calls()["moe_gate"]
+    compiled = torch.compile(route, backend="aot_eager")
+    with ops.use_reference():
+        assert_same_bits(compiled(x), expected)
+    assert kernel_calls()["moe_gate"] == before
