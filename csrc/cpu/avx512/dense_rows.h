@@ -3,9 +3,11 @@
 // the lanes. So a result depends on its two rows alone. Mixed operands widen to float32, exactly.
 //
 // Up to 4 rows of activations: 16 pairs of rows at a time straight from memory, each weight read once; the limit is the
-// bandwidth. More: 4 KiB of a row at a time, so that 4 rows of activations stay in the first-level cache and 32 of
-// weights in the second while 4 x 4 pairs at a time go through registers (8 loads for 16 products); the sums wait in
-// scratch memory. The limit is the rate of FMA or vdpbf16ps.
+// bandwidth. Rows of weights shorter than a page go one after another: several at a time in one page hide from the
+// processor what comes next (half the bandwidth, docs/investigations/decode_cpu.md). More: 4 KiB of a row at a time, so
+// that 4 rows of activations stay in the first-level cache and 32 of weights in the second while 4 x 4 pairs at a time
+// go through registers (8 loads for 16 products); the sums wait in scratch memory. The limit is the rate of FMA or
+// vdpbf16ps.
 #pragma once
 
 #include "cpu/avx512/weight_rows.h"
@@ -46,14 +48,10 @@ struct DenseStep<bf16, bf16> {
   DSV4_INLINE __m512 add(__m512 sum, __m512i x, __m512i w) { return dot_bf16(sum, x, w); }
 };
 
-// Adds kM rows x with kN rows w to sums[m * kN + n].
+// Adds kM rows x with kN rows w to sum[m * kN + n].
 template <int kM, int kN, class X, class W>
-static __attribute__((noinline)) void dense_tile(const X* x, int64_t x_stride, const W* w, int64_t w_stride,
-                                                 int64_t inputs, bool first, __m512* sums) {
+DSV4_INLINE void dense_sums(const X* x, int64_t x_stride, const W* w, int64_t w_stride, int64_t inputs, __m512* sum) {
   using Step = DenseStep<X, W>;
-  __m512 sum[kM * kN];
-#pragma GCC unroll 16
-  for (int i = 0; i < kM * kN; ++i) sum[i] = first ? _mm512_setzero_ps() : sums[i];
   const auto add = [&](int64_t at, auto... count) __attribute__((always_inline)) {
     decltype(Step::load(x, count...)) rows[kM];
 #pragma GCC unroll 4
@@ -68,8 +66,31 @@ static __attribute__((noinline)) void dense_tile(const X* x, int64_t x_stride, c
   int64_t at = 0;
   for (; at + Step::kInputs <= inputs; at += Step::kInputs) add(at);
   if (at < inputs) add(at, inputs - at);
+}
+
+template <int kM, int kN, class X, class W>
+static __attribute__((noinline)) void dense_tile(const X* x, int64_t x_stride, const W* w, int64_t w_stride,
+                                                 int64_t inputs, bool first, __m512* sums) {
+  __m512 sum[kM * kN];
+#pragma GCC unroll 16
+  for (int i = 0; i < kM * kN; ++i) sum[i] = first ? _mm512_setzero_ps() : sums[i];
+  dense_sums<kM, kN>(x, x_stride, w, w_stride, inputs, sum);
 #pragma GCC unroll 16
   for (int i = 0; i < kM * kN; ++i) sums[i] = sum[i];
+}
+
+// The same sums from zero, one row w after another.
+template <int kM, int kN, class X, class W>
+static __attribute__((noinline)) void dense_in_order(const X* x, int64_t x_stride, const W* w, int64_t w_stride,
+                                                     int64_t inputs, __m512* sums) {
+  for (int n = 0; n < kN; ++n) {
+    __m512 sum[kM];
+#pragma GCC unroll 4
+    for (int m = 0; m < kM; ++m) sum[m] = _mm512_setzero_ps();
+    dense_sums<kM, 1>(x, x_stride, w + n * w_stride, w_stride, inputs, sum);
+#pragma GCC unroll 4
+    for (int m = 0; m < kM; ++m) sums[m * kN + n] = sum[m];
+  }
 }
 
 class DenseKernel {
@@ -127,7 +148,11 @@ class DenseKernel {
     const int64_t w_stride = p_.weight.stride[0];
     const W* from = w + n * w_stride;
     __m512 sums[16];
-    dense_tile<kM, kN>(x, p_.x.stride[0], from, w_stride, p_.x.size(1), true, sums);
+    if (p_.x.size(1) * static_cast<int64_t>(sizeof(W)) < kPageBytes) {
+      dense_in_order<kM, kN>(x, p_.x.stride[0], from, w_stride, p_.x.size(1), sums);
+    } else {
+      dense_tile<kM, kN>(x, p_.x.stride[0], from, w_stride, p_.x.size(1), true, sums);
+    }
     put<kM, kN>(row, output + n, sums);
   }
 

@@ -24,10 +24,10 @@ DSV4_INLINE PlainSum plain_add(PlainSum s, const float* x, const float* w, __mma
   return s;
 }
 
-// kM rows x (`stride` elements apart) with kN rows w (`w_stride` apart): results[m * result_stride + n].
+// kM rows x (`stride` elements apart) with kN rows w (`w_stride` apart): lanes whose totals are the products, to
+// sum[m * kN + n].
 template <int kM, int kN, class T>
-static __attribute__((noinline)) void plain_tile(const T* x, int64_t stride, const T* w, int64_t w_stride,
-                                                 int64_t inputs, float* results, int64_t result_stride) {
+DSV4_INLINE void plain_sums(const T* x, int64_t stride, const T* w, int64_t w_stride, int64_t inputs, __m512* sums) {
   PlainSum sum[kM * kN];
 #pragma GCC unroll 16
   for (int i = 0; i < kM * kN; ++i) sum[i] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
@@ -44,15 +44,36 @@ static __attribute__((noinline)) void plain_tile(const T* x, int64_t stride, con
   for (; at + kStep <= inputs; at += kStep) step(at, ~__mmask32{0});
   if (at < inputs) step(at, mask32(inputs - at));
 #pragma GCC unroll 16
-  for (int i = 0; i < kM * kN; ++i) {
-    results[i / kN * result_stride + i % kN] = total(_mm512_add_ps(sum[i].a, sum[i].b));
-  }
+  for (int i = 0; i < kM * kN; ++i) sums[i] = _mm512_add_ps(sum[i].a, sum[i].b);
+}
+
+// Products of the same: results[m * result_stride + n].
+template <int kM, int kN, class T>
+static __attribute__((noinline)) void plain_tile(const T* x, int64_t stride, const T* w, int64_t w_stride,
+                                                 int64_t inputs, float* results, int64_t result_stride) {
+  __m512 sums[kM * kN];
+  plain_sums<kM, kN>(x, stride, w, w_stride, inputs, sums);
+#pragma GCC unroll 16
+  for (int i = 0; i < kM * kN; ++i) results[i / kN * result_stride + i % kN] = total(sums[i]);
+}
+
+// One row x with 16 rows w shorter than a page, one after another: several at a time in one page hide from the
+// processor what comes next (docs/investigations/decode_cpu.md).
+template <class T>
+static __attribute__((noinline)) void plain_in_order(const T* x, const T* w, int64_t w_stride, int64_t inputs,
+                                                     float* results) {
+  __m512 sums[16];
+  for (int n = 0; n < 16; ++n) plain_sums<1, 1>(x, 0, w + n * w_stride, 0, inputs, sums + n);
+  _mm512_storeu_ps(results, totals<16>(sums));
 }
 
 template <int kM, class T>
 static inline void plain_rows(const T* x, int64_t stride, const T* w, int64_t w_stride, int64_t rows, int64_t inputs,
                               float* results, int64_t result_stride) {
   int64_t r = 0;
+  if (kM == 1 && inputs * static_cast<int64_t>(sizeof(T)) < kPageBytes) {
+    for (; r + 16 <= rows; r += 16) plain_in_order(x, w + r * w_stride, w_stride, inputs, results + r);
+  }
   for (; r + 4 <= rows; r += 4) {
     plain_tile<kM, 4>(x, stride, w + r * w_stride, w_stride, inputs, results + r, result_stride);
   }

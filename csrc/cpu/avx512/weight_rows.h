@@ -24,6 +24,7 @@ namespace {
 
 inline constexpr int64_t kBlock = 128;  // inputs
 inline constexpr int64_t kBlockSteps = kBlock / kStep;
+inline constexpr int64_t kPageBytes = 4096;  // plain rows shorter than that are read one after another
 
 DSV4_INLINE int64_t blocks_of(int64_t inputs) { return (inputs + kBlock - 1) / kBlock; }
 
