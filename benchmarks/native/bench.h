@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "common/context.h"
+#include "common/dense.h"
 #include "common/thread_pool.h"
 
 namespace dsv4::bench {

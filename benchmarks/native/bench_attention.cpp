@@ -31,30 +31,6 @@ constexpr Shape kShapes[] = {
     {"prefill rows=2048 keys=128+512 context=64K ratio=128", 2048, 65536, 128, 0},
 };
 
-struct Random {
-  uint64_t state = 88172645463325252ull;
-  uint64_t bits() {
-    state ^= state << 13;
-    state ^= state >> 7;
-    return state ^= state << 17;
-  }
-  float uniform() { return static_cast<float>(bits() >> 40) * (2.0f / 16777216.0f) - 1.0f; }
-};
-
-template <class T, int N>
-AnyView<N> view_of(std::vector<T>& data, DType dtype, std::initializer_list<int64_t> shape) {
-  AnyView<N> view;
-  view.data = data.data();
-  view.dtype = dtype;
-  int64_t stride = 1;
-  for (int axis = N - 1; axis >= 0; --axis) {
-    view.shape[axis] = shape.begin()[axis];
-    view.stride[axis] = stride;
-    stride *= view.shape[axis];
-  }
-  return view;
-}
-
 // A pool that holds entries [first, end) of one sequence in shuffled pages.
 struct Pool {
   int64_t page_size, page_bytes, first_block;
@@ -67,9 +43,8 @@ struct Pool {
     table.assign(static_cast<size_t>(blocks), -1);
     std::iota(table.begin() + first_block, table.end(), 0);
     for (int64_t i = count - 1; i > 0; --i) {
-      std::swap(
-          table[static_cast<size_t>(first_block + i)],
-          table[static_cast<size_t>(first_block + static_cast<int64_t>(random.bits() % static_cast<uint64_t>(i + 1)))]);
+      std::swap(table[static_cast<size_t>(first_block + i)],
+                table[static_cast<size_t>(first_block + random.below(i + 1))]);
     }
     bytes.resize(static_cast<size_t>(count * page_bytes));
     for (int64_t page = 0; page < count; ++page) {
@@ -104,9 +79,8 @@ struct Pool {
 
   RowPool pool() {
     RowPool result{};
-    result.bytes =
-        view_of<uint8_t, 2>(bytes, DType::kUInt8, {static_cast<int64_t>(bytes.size()) / page_bytes, page_bytes});
-    result.table = view_of<int32_t, 2>(table, DType::kInt32, {1, static_cast<int64_t>(table.size())});
+    result.bytes = dense<AnyView<2>>(bytes.data(), {static_cast<int64_t>(bytes.size()) / page_bytes, page_bytes});
+    result.table = dense<AnyView<2>>(table.data(), {1, static_cast<int64_t>(table.size())});
     result.page_size = page_size;
     return result;
   }
@@ -136,7 +110,7 @@ class Case {
       for (int64_t i = 0; i < shape.selected; ++i) {
         const int64_t stretch = lengths_.back() / shape.selected;
         indices_[static_cast<size_t>(row * shape.selected + i)] =
-            static_cast<int32_t>(i * stretch + static_cast<int64_t>(random_.bits() % static_cast<uint64_t>(stretch)));
+            static_cast<int32_t>(i * stretch + random_.below(stretch));
       }
     }
     fill_parameters();
@@ -172,22 +146,22 @@ class Case {
 
   void fill_parameters() {
     const int64_t rows = shape_.rows;
-    params_.query = view_of<bf16, 3>(query_, DType::kBFloat16, {rows, kHeads, kDim});
+    params_.query = dense<AnyView<3>>(query_.data(), {rows, kHeads, kDim});
     params_.window_pool = window_.pool();
     params_.compressed = entries_.pool();
-    params_.sequence = view_of<int32_t, 1>(sequence_, DType::kInt32, {rows});
-    params_.position = view_of<int32_t, 1>(position_, DType::kInt32, {rows});
+    params_.sequence = dense<AnyView<1>>(sequence_.data(), {rows});
+    params_.position = dense<AnyView<1>>(position_.data(), {rows});
     if (shape_.selected > 0) {
-      params_.indices = view_of<int32_t, 2>(indices_, DType::kInt32, {rows, shape_.selected});
+      params_.indices = dense<AnyView<2>>(indices_.data(), {rows, shape_.selected});
     }
-    params_.lengths = view_of<int32_t, 1>(lengths_, DType::kInt32, {rows});
-    params_.sink = view_of<float, 1>(sink_, DType::kFloat32, {kHeads});
-    params_.rope = view_of<float, 3>(rope_, DType::kFloat32, {rows, kRope / 2, 2});
+    params_.lengths = dense<AnyView<1>>(lengths_.data(), {rows});
+    params_.sink = dense<AnyView<1>>(sink_.data(), {kHeads});
+    params_.rope = dense<AnyView<3>>(rope_.data(), {rows, kRope / 2, 2});
     params_.rope_dim = kRope;
     params_.window = kWindow;
     params_.scale = 1.0f / std::sqrt(static_cast<float>(kDim));
-    params_.out = view_of<bf16, 3>(out_, DType::kBFloat16, {rows, kHeads, kDim});
-    params_.lse = view_of<float, 2>(lse_, DType::kFloat32, {rows, kHeads});
+    params_.out = dense<AnyView<3>>(out_.data(), {rows, kHeads, kDim});
+    params_.lse = dense<AnyView<2>>(lse_.data(), {rows, kHeads});
     params_.workspace = scratch_.of(sparse_attention_workspace_bytes(params_, context_));
   }
 

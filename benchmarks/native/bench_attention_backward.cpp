@@ -28,16 +28,6 @@ constexpr Shape kShapes[] = {
     {"rows=512 keys=128+512 bf16", 512, 4, 512, false},
 };
 
-struct Random {
-  uint64_t state = 88172645463325252ull;
-  uint64_t bits() {
-    state ^= state << 13;
-    state ^= state >> 7;
-    return state ^= state << 17;
-  }
-  float uniform() { return static_cast<float>(bits() >> 40) * (2.0f / 16777216.0f) - 1.0f; }
-};
-
 // A dense tensor of bfloat16, float32 or int32.
 template <int N>
 struct Array {
@@ -110,7 +100,7 @@ class Case {
       lengths_.integer(row) = (position_.integer(row) + 1) / static_cast<int32_t>(s_.ratio);
       for (int64_t i = 0; i < s_.selected; ++i) {
         const int64_t stretch = lengths_.integer(row) / s_.selected;
-        const int64_t within = static_cast<int64_t>(random.bits() % static_cast<uint64_t>(stretch));
+        const int64_t within = random.below(stretch);
         indices_.integer(row * s_.selected + i) = static_cast<int32_t>(i * stretch + within);
       }
     }

@@ -31,36 +31,6 @@ constexpr Shape kShapes[] = {
     {"prefill rows=256 entries=4096 heads=4 dim=64 fp4", 256, 4096, 4, 64, true},
 };
 
-struct Random {
-  uint64_t state = 88172645463325252ull;
-  uint64_t bits() {
-    state ^= state << 13;
-    state ^= state >> 7;
-    return state ^= state << 17;
-  }
-  float uniform() { return static_cast<float>(bits() >> 40) * (2.0f / 16777216.0f) - 1.0f; }
-};
-
-template <class V, class T>
-V view_of(std::vector<T>& data, std::initializer_list<int64_t> shape) {
-  V view{};
-  view.data = data.data();
-  int64_t stride = 1;
-  for (int axis = static_cast<int>(shape.size()) - 1; axis >= 0; --axis) {
-    view.shape[axis] = shape.begin()[axis];
-    view.stride[axis] = stride;
-    stride *= view.shape[axis];
-  }
-  return view;
-}
-
-template <class V, class T>
-V typed(std::vector<T>& data, DType dtype, std::initializer_list<int64_t> shape) {
-  V view = view_of<V>(data, shape);
-  view.dtype = dtype;
-  return view;
-}
-
 // One sequence in shuffled pages; row r of a prefill sees `rows - 1 - r` quarters fewer entries than the last, decoding
 // rows see them all.
 struct Problem {
@@ -87,7 +57,7 @@ struct Problem {
     table.resize(static_cast<size_t>(blocks));
     std::iota(table.begin(), table.end(), 0);
     for (int64_t i = blocks - 1; i > 0; --i) {
-      std::swap(table[static_cast<size_t>(i)], table[random.bits() % static_cast<uint64_t>(i + 1)]);
+      std::swap(table[static_cast<size_t>(i)], table[static_cast<size_t>(random.below(i + 1))]);
     }
     for (int64_t page = 0; page < blocks; ++page) fill_scales(page, random);
     for (int64_t row = 0; row < s.rows; ++row) {
@@ -95,24 +65,24 @@ struct Problem {
       lengths.push_back(static_cast<int32_t>(s.rows > 8 ? s.entries - (s.rows - 1 - row) / 4 : s.entries));
     }
     result.assign(static_cast<size_t>(s.rows * kBest), -2);
-    params.query = typed<AnyView<3>>(query, DType::kBFloat16, {s.rows, s.heads, s.dim});
+    params.query = dense<AnyView<3>>(query.data(), {s.rows, s.heads, s.dim});
     params.weights.data = weights.data();
     params.weights.shape[0] = s.rows, params.weights.shape[1] = s.heads;
     params.weights.stride[0] = s.heads, params.weights.stride[1] = 1;
-    params.bytes = typed<AnyView<2>>(pages, DType::kUInt8, {blocks, kPage * (value_bytes + scale_bytes)});
-    params.table = typed<AnyView<2>>(table, DType::kInt32, {1, blocks});
-    params.sequence = typed<AnyView<1>>(sequence, DType::kInt32, {s.rows});
-    params.lengths = typed<AnyView<1>>(lengths, DType::kInt32, {s.rows});
+    params.bytes = dense<AnyView<2>>(pages.data(), {blocks, kPage * (value_bytes + scale_bytes)});
+    params.table = dense<AnyView<2>>(table.data(), {1, blocks});
+    params.sequence = dense<AnyView<1>>(sequence.data(), {s.rows});
+    params.lengths = dense<AnyView<1>>(lengths.data(), {s.rows});
     params.k = kBest;
     params.page_size = kPage;
-    params.result = typed<AnyView<2>>(result, DType::kInt32, {s.rows, kBest});
+    params.result = dense<AnyView<2>>(result.data(), {s.rows, kBest});
   }
 
   void fill_scales(int64_t page, Random& random) {
     uint8_t* to = pages.data() + kPage * (page * (value_bytes + scale_bytes) + value_bytes);
     for (int64_t i = 0; i < kPage * scale_bytes; ++i) {
       if (s.fp4) {
-        to[i] = static_cast<uint8_t>(125 + random.bits() % 4);
+        to[i] = static_cast<uint8_t>(125 + random.below(4));
       } else if (i % 4 == 0) {
         const float scale = 0.01f * (1.5f + random.uniform());
         memcpy(to + i, &scale, sizeof(scale));

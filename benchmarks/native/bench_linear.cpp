@@ -27,30 +27,6 @@ constexpr Shape kShapes[] = {
 };
 constexpr int64_t kRows[] = {1, 8, 64, 1024};
 
-struct Random {
-  uint64_t state = 88172645463325252ull;
-  uint64_t bits() {
-    state ^= state << 13;
-    state ^= state >> 7;
-    return state ^= state << 17;
-  }
-  float uniform() { return static_cast<float>(bits() >> 40) * (2.0f / 16777216.0f) - 1.0f; }
-};
-
-template <int N>
-AnyView<N> dense(void* data, DType dtype, std::initializer_list<int64_t> shape) {
-  AnyView<N> view;
-  view.data = data;
-  view.dtype = dtype;
-  int64_t stride = 1;
-  for (int axis = N - 1; axis >= 0; --axis) {
-    view.shape[axis] = shape.begin()[axis];
-    view.stride[axis] = stride;
-    stride *= view.shape[axis];
-  }
-  return view;
-}
-
 int64_t ceil_div(int64_t value, int64_t divisor) { return (value + divisor - 1) / divisor; }
 
 class Case {
@@ -76,11 +52,11 @@ class Case {
       code = static_cast<uint8_t>(fp4_ ? bits : (bits & 0x80u) | (0x30u + (bits & 0xFu)));
     }
     for (uint8_t& scale : scale_) scale = static_cast<uint8_t>(118 + (random_.bits() >> 20) % 4);
-    params_.x = dense<3>(x_.data(), DType::kBFloat16, {rows, s_.groups, s_.inputs});
-    params_.weight = dense<2>(weight_.data(), DType::kUInt8, {weight_rows(), row_bytes_});
+    params_.x = dense<AnyView<3>>(x_.data(), {rows, s_.groups, s_.inputs});
+    params_.weight = dense<AnyView<2>>(weight_.data(), {weight_rows(), row_bytes_});
     params_.scale =
-        dense<2>(scale_.data(), DType::kUInt8, {static_cast<int64_t>(scale_.size()) / scale_columns_, scale_columns_});
-    params_.out = dense<3>(out_.data(), DType::kBFloat16, {rows, s_.groups, s_.outputs});
+        dense<AnyView<2>>(scale_.data(), {static_cast<int64_t>(scale_.size()) / scale_columns_, scale_columns_});
+    params_.out = dense<AnyView<3>>(out_.data(), {rows, s_.groups, s_.outputs});
     const auto bytes_of = fp4_         ? fp4_linear_workspace_bytes
                           : quantised_ ? fp8_linear_workspace_bytes
                                        : grouped_linear_workspace_bytes;

@@ -23,16 +23,6 @@ constexpr Shape kShapes[] = {
 };
 constexpr int64_t kRows[] = {1, 8, 64, 1024};
 
-AnyView<2> dense(void* data, DType dtype, int64_t rows, int64_t columns) {
-  AnyView<2> view;
-  view.data = data;
-  view.dtype = dtype;
-  view.shape[0] = rows;
-  view.shape[1] = view.stride[0] = columns;
-  view.stride[1] = 1;
-  return view;
-}
-
 class Case {
  public:
   Case(const Shape& shape, int64_t rows, bench::Bench& bench)
@@ -43,13 +33,13 @@ class Case {
         wide_(static_cast<size_t>(s_.weight == DType::kFloat32 ? s_.inputs * s_.outputs : 0)),
         out_(static_cast<size_t>(rows * s_.outputs)),
         context_(bench.pool().context()) {
-    for (bf16& value : x_) value = bf16_from_float(uniform());
-    for (bf16& value : narrow_) value = bf16_from_float(uniform());
-    for (float& value : wide_) value = uniform();
-    void* weight = narrow_.empty() ? static_cast<void*>(wide_.data()) : narrow_.data();
-    params_.x = dense(x_.data(), DType::kBFloat16, rows, s_.inputs);
-    params_.weight = dense(weight, s_.weight, s_.outputs, s_.inputs);
-    params_.out = dense(out_.data(), DType::kFloat32, rows, s_.outputs);
+    for (bf16& value : x_) value = bf16_from_float(random_.uniform());
+    for (bf16& value : narrow_) value = bf16_from_float(random_.uniform());
+    for (float& value : wide_) value = random_.uniform();
+    params_.x = dense<AnyView<2>>(x_.data(), {rows, s_.inputs});
+    params_.weight = narrow_.empty() ? dense<AnyView<2>>(wide_.data(), {s_.outputs, s_.inputs})
+                                     : dense<AnyView<2>>(narrow_.data(), {s_.outputs, s_.inputs});
+    params_.out = dense<AnyView<2>>(out_.data(), {rows, s_.outputs});
     params_.workspace = scratch_.of(dense_linear_workspace_bytes(params_, context_));
   }
 
@@ -73,13 +63,6 @@ class Case {
   }
 
  private:
-  float uniform() {
-    state_ ^= state_ << 13;
-    state_ ^= state_ >> 7;
-    state_ ^= state_ << 17;
-    return static_cast<float>(state_ >> 40) * (2.0f / 16777216.0f) - 1.0f;
-  }
-
   double error() const {
     std::vector<float> actual, expected;
     for (const int64_t row : {int64_t{0}, rows_ / 2, rows_ - 1}) {
@@ -97,9 +80,9 @@ class Case {
     return bench::relative_error(actual, expected);
   }
 
-  uint64_t state_ = 88172645463325252ull;
   Shape s_;
   int64_t rows_;
+  Random random_;
   std::vector<bf16> x_, narrow_;
   std::vector<float> wide_, out_;
   bench::Scratch scratch_;

@@ -15,17 +15,6 @@ using namespace dsv4;
 
 constexpr int64_t kChecked = 4;  // tokens compared
 
-class Numbers {
- public:
-  float uniform(float low, float high) {
-    state_ = state_ * 6364136223846793005ull + 1442695040888963407ull;
-    return low + (high - low) * static_cast<float>(state_ >> 40) * (1.0f / 16777216.0f);
-  }
-
- private:
-  uint64_t state_ = 1;
-};
-
 // 64-byte aligned memory.
 template <class T>
 class Array {
@@ -35,8 +24,8 @@ class Array {
   }
   T* data() { return data_; }
   int64_t size() const { return size_; }
-  void fill(Numbers& numbers, float low, float high) {
-    for (int64_t i = 0; i < size_; ++i) data_[i] = from_float<T>(numbers.uniform(low, high));
+  void fill(Random& random, float low, float high) {
+    for (int64_t i = 0; i < size_; ++i) data_[i] = from_float<T>(random.uniform(low, high));
   }
 
  private:
@@ -44,21 +33,6 @@ class Array {
   int64_t size_;
   T* data_;
 };
-
-template <class V, class T>
-V dense(T* data, std::initializer_list<int64_t> shape) {
-  V view;
-  view.data = data;
-  int axis = static_cast<int>(shape.size());
-  int64_t stride = 1;
-  while (axis-- > 0) {
-    view.shape[axis] = shape.begin()[axis];
-    view.stride[axis] = stride;
-    stride *= view.shape[axis];
-  }
-  if constexpr (std::is_same_v<T, bf16> && !std::is_same_v<V, View<bf16, 1>>) view.dtype = DType::kBFloat16;
-  return view;
-}
 
 // Inputs and outputs of every mHC op at one size. A second one holds what the scalar kernels make of the last tokens.
 struct Problem {
@@ -89,11 +63,11 @@ struct Problem {
         workspace(workspace_bytes) {}
 
   void fill() {
-    Numbers numbers;
+    Random random;
     const float width = 1.7f / std::sqrt(static_cast<float>(4 * hidden));
-    for (Array<bf16>* x : {&sublayer, &streams, &grad}) x->fill(numbers, -1, 1);
-    fn.fill(numbers, -width, width), scale.fill(numbers, 0.5f, 1.5f), base.fill(numbers, -1, 1);
-    post.fill(numbers, 0, 2), comb.fill(numbers, 0, 1);
+    for (Array<bf16>* x : {&sublayer, &streams, &grad}) x->fill(random, -1, 1);
+    fn.fill(random, -width, width), scale.fill(random, 0.5f, 1.5f), base.fill(random, -1, 1);
+    post.fill(random, 0, 2), comb.fill(random, 0, 1);
   }
 
   void take_last(Problem& from) {

@@ -18,60 +18,23 @@ using namespace dsv4;
 
 constexpr int64_t kTopK = 6;
 
-class Numbers {
- public:
-  uint32_t bits() {
-    state_ = state_ * 6364136223846793005ull + 1442695040888963407ull;
-    return static_cast<uint32_t>(state_ >> 33);
-  }
-  float uniform(float low, float high) {
-    return low + (high - low) * static_cast<float>(bits() & 0xFFFFFF) * (1.0f / 16777216.0f);
-  }
-
- private:
-  uint64_t state_ = 1;
-};
-
-template <class V, class T>
-V dense(const T* data, DType dtype, std::initializer_list<int64_t> shape) {
-  V view;
-  view.data = const_cast<T*>(data);
-  view.dtype = dtype;
-  int axis = static_cast<int>(shape.size());
-  int64_t stride = 1;
-  while (axis-- > 0) {
-    view.shape[axis] = shape.begin()[axis];
-    view.stride[axis] = stride;
-    stride *= view.shape[axis];
-  }
-  return view;
-}
-
-template <class T>
-View<T, 2> floats(T* data, int64_t rows, int64_t columns) {
-  View<T, 2> view;
-  view.data = data;
-  view.shape[0] = rows, view.shape[1] = columns, view.stride[0] = columns, view.stride[1] = 1;
-  return view;
-}
-
 // Random codes, scales that bring outputs near one.
 struct Matrix {
   std::vector<uint8_t> codes, scale;
   ExpertMatrix view;
 
-  Matrix(Numbers& numbers, WeightFormat format, int64_t experts, int64_t out, int64_t in) {
+  Matrix(Random& random, WeightFormat format, int64_t experts, int64_t out, int64_t in) {
     const bool fp4 = format == WeightFormat::kFp4;
     const int64_t columns = fp4 ? in / 2 : in, rows = fp4 ? out : out / 128, groups = in / (fp4 ? 32 : 128);
     codes.resize(static_cast<size_t>(experts * out * columns));
     for (uint8_t& code : codes) {
-      code = static_cast<uint8_t>(numbers.bits());
+      code = static_cast<uint8_t>(random.below(256));
       if (!fp4) code = static_cast<uint8_t>(code & 0xBF);  // below 2: no NaN
     }
     scale.assign(static_cast<size_t>(experts * rows * groups), static_cast<uint8_t>(fp4 ? 119 : 121));
     view.format = format;
-    view.data = dense<AnyView<3>>(codes.data(), DType::kUInt8, {experts, out, columns});
-    view.scale = dense<AnyView<3>>(scale.data(), DType::kUInt8, {experts, rows, groups});
+    view.data = dense<AnyView<3>>(codes.data(), {experts, out, columns});
+    view.scale = dense<AnyView<3>>(scale.data(), {experts, rows, groups});
   }
   double bytes() const { return static_cast<double>(codes.size() + scale.size()); }
 };
@@ -88,15 +51,15 @@ struct Layer {
   std::vector<float> bias;
 
   explicit Layer(const Shape& s) : shape(s), gate(static_cast<size_t>(s.routed * s.hidden)), bias(s.routed) {
-    Numbers numbers;
+    Random random;
     for (int i = 0; i < 3; ++i) {
       const int64_t out = i == 2 ? s.hidden : s.inter, in = i == 2 ? s.inter : s.hidden;
-      routed.emplace_back(numbers, WeightFormat::kFp4, s.experts, out, in);
-      shared.emplace_back(numbers, WeightFormat::kFp8, 1, out, in);
+      routed.emplace_back(random, WeightFormat::kFp4, s.experts, out, in);
+      shared.emplace_back(random, WeightFormat::kFp8, 1, out, in);
     }
     const float width = 1.7f / std::sqrt(static_cast<float>(s.hidden));
-    for (bf16& value : gate) value = from_float<bf16>(numbers.uniform(-width, width));
-    for (float& value : bias) value = numbers.uniform(0, 1);
+    for (bf16& value : gate) value = from_float<bf16>(random.uniform(-width, width));
+    for (float& value : bias) value = random.uniform(0, 1);
   }
 };
 
@@ -114,11 +77,11 @@ struct Tokens {
         result(x.size()),
         weights(static_cast<size_t>(n * kTopK)),
         indices(weights.size()) {
-    Numbers numbers;
-    for (bf16& value : x) value = from_float<bf16>(numbers.uniform(-1, 1));
-    for (float& value : weights) value = numbers.uniform(0.1f, 0.4f);
+    Random random;
+    for (bf16& value : x) value = from_float<bf16>(random.uniform(-1, 1));
+    for (float& value : weights) value = random.uniform(0.1f, 0.4f);
     for (int64_t i = 0; i < n; ++i) {  // distinct experts of a token
-      const int64_t first = numbers.bits() % layer.shape.experts, step = 1 + 2 * (numbers.bits() % 3);
+      const int64_t first = random.below(layer.shape.experts), step = 1 + 2 * random.below(3);
       for (int64_t k = 0; k < kTopK; ++k) {
         indices[i * kTopK + k] = static_cast<int32_t>((first + k * step) % layer.shape.experts);
       }
@@ -128,13 +91,13 @@ struct Tokens {
   MoeExpertsParams experts(const Layer& layer, const Context& context, int64_t first) {
     const int64_t n = count - first, hidden = layer.shape.hidden;
     MoeExpertsParams p{};
-    p.x = dense<AnyView<2>>(x.data() + first * hidden, DType::kBFloat16, {n, hidden});
-    p.weights = floats<const float>(weights.data() + first * kTopK, n, kTopK);
-    p.indices = dense<AnyView<2>>(indices.data() + first * kTopK, DType::kInt32, {n, kTopK});
+    p.x = dense<AnyView<2>>(x.data() + first * hidden, {n, hidden});
+    p.weights = dense<View<const float, 2>>(weights.data() + first * kTopK, {n, kTopK});
+    p.indices = dense<AnyView<2>>(indices.data() + first * kTopK, {n, kTopK});
     p.w1 = layer.routed[0].view, p.w3 = layer.routed[1].view, p.w2 = layer.routed[2].view;
     for (int i = 0; i < 3; ++i) p.shared[i] = layer.shared[static_cast<size_t>(i)].view;
     p.swiglu_limit = 10;
-    p.result = dense<AnyView<2>>(result.data() + first * hidden, DType::kBFloat16, {n, hidden});
+    p.result = dense<AnyView<2>>(result.data() + first * hidden, {n, hidden});
     p.workspace = scratch.of(moe_experts_workspace_bytes(p, context));
     return p;
   }
@@ -142,13 +105,13 @@ struct Tokens {
   MoeGateParams gate(const Layer& layer, const Context& context, int64_t first) {
     const int64_t n = count - first, hidden = layer.shape.hidden;
     MoeGateParams p{};
-    p.x = dense<AnyView<2>>(x.data() + first * hidden, DType::kBFloat16, {n, hidden});
-    p.weight = dense<AnyView<2>>(layer.gate.data(), DType::kBFloat16, {layer.shape.routed, hidden});
+    p.x = dense<AnyView<2>>(x.data() + first * hidden, {n, hidden});
+    p.weight = dense<AnyView<2>>(layer.gate.data(), {layer.shape.routed, hidden});
     p.top_k = kTopK;
     p.bias.data = layer.bias.data(), p.bias.shape[0] = layer.shape.routed, p.bias.stride[0] = 1;
     p.route_scale = 1.5;
-    p.weights = floats(weights.data() + first * kTopK, n, kTopK);
-    p.indices = dense<AnyView<2>>(indices.data() + first * kTopK, DType::kInt32, {n, kTopK});
+    p.weights = dense<View<float, 2>>(weights.data() + first * kTopK, {n, kTopK});
+    p.indices = dense<AnyView<2>>(indices.data() + first * kTopK, {n, kTopK});
     p.workspace = scratch.of(moe_gate_workspace_bytes(p, context));
     return p;
   }
@@ -228,15 +191,15 @@ void measure_gate(bench::Bench& bench, const Layer& layer, int64_t count, const 
 // Sorting pairs by expert: bytes of the indices, the rows and the offsets; there is no arithmetic to speak of.
 void measure_map(bench::Bench& bench, const Shape& s, int64_t count) {
   const Context context = bench.pool().context();
-  Numbers numbers;
+  Random random;
   std::vector<int32_t> indices(static_cast<size_t>(count * kTopK)), rows(indices.size());
   std::vector<int32_t> offsets(static_cast<size_t>(s.routed + 1));
-  for (int32_t& index : indices) index = static_cast<int32_t>(numbers.bits() % s.routed);
+  for (int32_t& index : indices) index = static_cast<int32_t>(random.below(s.routed));
   MoeMapParams p{};
-  p.indices = dense<AnyView<2>>(indices.data(), DType::kInt32, {count, kTopK});
+  p.indices = dense<AnyView<2>>(indices.data(), {count, kTopK});
   p.experts = s.routed;
-  p.offsets = dense<AnyView<1>>(offsets.data(), DType::kInt32, {s.routed + 1});
-  p.rows = dense<AnyView<1>>(rows.data(), DType::kInt32, {count * kTopK});
+  p.offsets = dense<AnyView<1>>(offsets.data(), {s.routed + 1});
+  p.rows = dense<AnyView<1>>(rows.data(), {count * kTopK});
   bench::Measurement m;
   m.op = "moe_map";
   m.impl = "scalar";

@@ -14,41 +14,6 @@ namespace {
 
 using namespace dsv4;
 
-class Numbers {
- public:
-  uint32_t bits() {
-    state_ = state_ * 6364136223846793005ull + 1442695040888963407ull;
-    return static_cast<uint32_t>(state_ >> 33);
-  }
-  float uniform(float low, float high) {
-    return low + (high - low) * static_cast<float>(bits() & 0xFFFFFF) * (1.0f / 16777216.0f);
-  }
-
- private:
-  uint64_t state_ = 1;
-};
-
-template <class V, class T>
-V dense(T* data, std::initializer_list<int64_t> shape) {
-  V view;
-  view.data = data;
-  int axis = static_cast<int>(shape.size());
-  int64_t stride = 1;
-  while (axis-- > 0) {
-    view.shape[axis] = shape.begin()[axis];
-    view.stride[axis] = stride;
-    stride *= view.shape[axis];
-  }
-  return view;
-}
-
-template <int N, class X>
-AnyView<N> any(std::vector<X>& data, std::initializer_list<int64_t> shape, int64_t offset = 0) {
-  AnyView<N> view = dense<AnyView<N>>(data.data() + offset, shape);
-  view.dtype = sizeof(X) == 2 ? DType::kBFloat16 : sizeof(X) == 4 ? DType::kFloat32 : DType::kNone;
-  return view;
-}
-
 struct Shape {
   const char* name;
   int64_t tokens, hidden, inter, experts, top_k;
@@ -71,13 +36,13 @@ struct Problem {
         weights(static_cast<size_t>(s.tokens * s.top_k)),
         grad_weights(weights.size()),
         indices(weights.size()) {
-    Numbers numbers;
+    Random random;
     const auto fill = [&](auto& values, float width) {
-      for (auto& value : values) value = from_float<std::decay_t<decltype(value)>>(numbers.uniform(-width, width));
+      for (auto& value : values) value = from_float<std::decay_t<decltype(value)>>(random.uniform(-width, width));
     };
     fill(x, 1.7f), fill(grad, 1), fill(weights, 1);
     for (int64_t i = 0; i < s.tokens; ++i) {  // distinct experts of a token
-      const int64_t first = numbers.bits() % s.experts;
+      const int64_t first = random.below(s.experts);
       for (int64_t k = 0; k < s.top_k; ++k) indices[i * s.top_k + k] = static_cast<int32_t>((first + k) % s.experts);
     }
     for (int i = 0; i < 3; ++i) {
@@ -91,17 +56,16 @@ struct Problem {
   MoeExpertsBackwardParams params(const Context& context, int64_t first) {
     const int64_t n = s.tokens - first;
     MoeExpertsBackwardParams p{};
-    p.x = any<2>(x, {n, s.hidden}, first * s.hidden);
-    p.grad = any<2>(grad, {n, s.hidden}, first * s.hidden);
-    p.grad_x = any<2>(grad_x, {n, s.hidden}, first * s.hidden);
+    p.x = dense<AnyView<2>>(x.data() + first * s.hidden, {n, s.hidden});
+    p.grad = dense<AnyView<2>>(grad.data() + first * s.hidden, {n, s.hidden});
+    p.grad_x = dense<AnyView<2>>(grad_x.data() + first * s.hidden, {n, s.hidden});
     p.weights = dense<View<const float, 2>>(weights.data() + first * s.top_k, {n, s.top_k});
     p.grad_weights = dense<View<float, 2>>(grad_weights.data() + first * s.top_k, {n, s.top_k});
-    p.indices = any<2>(indices, {n, s.top_k}, first * s.top_k);
-    p.indices.dtype = DType::kInt32;
+    p.indices = dense<AnyView<2>>(indices.data() + first * s.top_k, {n, s.top_k});
     for (int i = 0; i < 3; ++i) {
       const int64_t out = i == 2 ? s.hidden : s.inter, in = i == 2 ? s.inter : s.hidden;
-      p.matrices[i] = any<3>(matrices[i], {s.experts, out, in});
-      p.grad_matrices[i] = any<3>(grads[i], {s.experts, out, in});
+      p.matrices[i] = dense<AnyView<3>>(matrices[i].data(), {s.experts, out, in});
+      p.grad_matrices[i] = dense<AnyView<3>>(grads[i].data(), {s.experts, out, in});
     }
     p.swiglu_limit = 10;
     p.workspace = scratch.of(moe_experts_backward_workspace_bytes(p, context));

@@ -26,23 +26,16 @@ struct Array {
   std::vector<T> memory;
   AnyView<N> view;
 
-  Array(DType dtype, std::initializer_list<int64_t> shape, float range = 0) {
+  Array(std::initializer_list<int64_t> shape, float range = 0) {
     int64_t size = 1;
-    int axis = N;
-    while (axis-- > 0) {
-      view.shape[axis] = shape.begin()[axis];
-      view.stride[axis] = size;
-      size *= view.shape[axis];
-    }
+    for (const int64_t extent : shape) size *= extent;
     memory.resize(static_cast<size_t>(size));
-    view.data = memory.data();
-    view.dtype = dtype;
+    view = dense<AnyView<N>>(memory.data(), shape);
     if constexpr (std::is_same_v<T, float> || std::is_same_v<T, bf16>) {
-      uint64_t state = static_cast<uint64_t>(size);
+      Random random(static_cast<uint64_t>(size));
       for (T& x : memory) {
         if (range == 0) break;
-        state = state * 6364136223846793005ull + 1442695040888963407ull;
-        x = from_float<T>(range * (static_cast<float>(state >> 40) * (2.0f / 16777216.0f) - 1));
+        x = from_float<T>(random.uniform(-range, range));
       }
     }
   }
@@ -66,22 +59,21 @@ class Problem {
                                                               : kDim),
         channels_(op == "compress hca" ? dim_ : 2 * dim_),
         blocks_((rows + kBlock - 1) / kBlock),
-        x_(DType::kBFloat16,
-           {rows, op == "query_norm_rope" || op == "hadamard" || op == "index_query" ? kHeads : 1, dim_}, 2),
-        result_(DType::kBFloat16, {rows, x_.view.shape[1], dim_}),
-        kv_(DType::kFloat32, {rows, channels_}, 2),
-        gate_(DType::kFloat32, {rows, channels_}, 4),
-        ape_(DType::kFloat32, {ratio_, channels_}, 1),
-        rope_(DType::kFloat32, {rows, kRope / 2, 2}, 1),
-        weight_(DType::kFloat32, {dim_}, 1),
-        codes_(DType::kUInt8, {rows, quantizes() ? dim_ : 0}),
-        scale_(DType::kUInt8, {rows, quantizes() ? dim_ / (op == "quantize_fp4" ? 32 : 128) : 0}),
-        state_(DType::kFloat32, {1, 2 * ratio_ + 8, 2, channels_}),
-        table_(DType::kInt32, {1, blocks_}),
-        sequence_(DType::kInt32, {rows}),
-        position_(DType::kInt32, {rows}),
+        x_({rows, op == "query_norm_rope" || op == "hadamard" || op == "index_query" ? kHeads : 1, dim_}, 2),
+        result_({rows, x_.view.shape[1], dim_}),
+        kv_({rows, channels_}, 2),
+        gate_({rows, channels_}, 4),
+        ape_({ratio_, channels_}, 1),
+        rope_({rows, kRope / 2, 2}, 1),
+        weight_({dim_}, 1),
+        codes_({rows, quantizes() ? dim_ : 0}),
+        scale_({rows, quantizes() ? dim_ / (op == "quantize_fp4" ? 32 : 128) : 0}),
+        state_({1, 2 * ratio_ + 8, 2, channels_}),
+        table_({1, blocks_}),
+        sequence_({rows}),
+        position_({rows}),
         page_size_(op == "store_window" ? kBlock : kBlock / ratio_),
-        pages_(DType::kUInt8, {blocks_, keys_ ? page_size_ * 68 : fp8_page_bytes(page_size_, dim_, kRope)}) {
+        pages_({blocks_, keys_ ? page_size_ * 68 : fp8_page_bytes(page_size_, dim_, kRope)}) {
     for (int64_t i = 0; i < blocks_; ++i) table_.memory[static_cast<size_t>(i)] = static_cast<int32_t>(i);
     for (int64_t i = 0; i < rows; ++i) position_.memory[static_cast<size_t>(i)] = static_cast<int32_t>(i);
     if (rows == 1) position_.memory[0] = static_cast<int32_t>(ratio_ - 1);  // the row that completes an entry

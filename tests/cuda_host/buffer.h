@@ -11,7 +11,7 @@
 #include <vector>
 
 #include "common/context.h"
-#include "common/view.h"
+#include "common/dense.h"
 #include "native/check.h"
 
 #if defined(DSV4_ON_GPU)
@@ -145,7 +145,7 @@ class DeviceTensor {
   template <int N>
   AnyView<N> any() {
     AnyView<N> view = shaped<AnyView<N>, N>();
-    view.dtype = sizeof(T) == 2 ? DType::kBFloat16 : DType::kFloat32;
+    view.dtype = dtype_of<T>();
     return view;
   }
   template <int N>

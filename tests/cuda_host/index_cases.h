@@ -193,7 +193,6 @@ struct IndexProblem {
     p.weights = weights.const_view<2>();
     if (quantised()) {
       p.bytes = bytes.any<2>();
-      p.bytes.dtype = DType::kUInt8;
     } else {
       p.plain = c.format == IndexKeyFormat::kFloat32 ? wide_pages.any<3>() : narrow_pages.any<3>();
     }
@@ -201,7 +200,6 @@ struct IndexProblem {
     p.sequence = sequence.any<1>();
     p.lengths = lengths.any<1>();
     p.result = result.any<2>();
-    for (DType* dtype : {&p.table.dtype, &p.sequence.dtype, &p.lengths.dtype, &p.result.dtype}) *dtype = DType::kInt32;
     p.k = c.k;
     p.page_size = c.page_size;
     return p;

@@ -135,13 +135,7 @@ struct LinearProblem {
     p.x = c.wide_x ? wide_x.any<3>() : narrow_x.any<3>();
     p.out = c.wide_out ? wide_out.any<3>() : narrow_out.any<3>();
     p.weight = codes.any<2>();
-    p.weight.dtype = DType::kUInt8;
-    if (c.wide_scales) {
-      p.scale = wide_scale.any<2>();
-    } else {
-      p.scale = scale.any<2>();
-      p.scale.dtype = DType::kUInt8;
-    }
+    p.scale = c.wide_scales ? wide_scale.any<2>() : scale.any<2>();
     return p;
   }
   DenseLinearParams dense_params() {

@@ -25,8 +25,6 @@ inline Context scalar_context() {
 template <int N, class T>
 AnyView<N> view_of(DeviceTensor<T>& tensor, bool on_host, int64_t shift = 0) {
   AnyView<N> view = tensor.template any<N>();
-  if (sizeof(T) == 1) view.dtype = DType::kUInt8;
-  if (std::is_same_v<T, int32_t>) view.dtype = DType::kInt32;
   view.data = (on_host ? &tensor.at(0) : tensor.device()) + shift;
   return view;
 }

@@ -11,8 +11,7 @@
 #include <vector>
 
 #include "common/context.h"
-#include "common/dtype.h"
-#include "common/view.h"
+#include "common/dense.h"
 
 namespace dsv4::testing {
 
@@ -39,25 +38,7 @@ void not_run(const char* reason);
 #define CHECK_MESSAGE(condition, message) \
   dsv4::testing::check(static_cast<bool>(condition), __FILE__, __LINE__, message)
 
-// Seeded uniform numbers, the same on every machine.
-class Random {
- public:
-  explicit Random(uint64_t seed) : state_(seed * 0x9E3779B97F4A7C15ull + 1) {}
-
-  uint64_t bits() {
-    state_ ^= state_ << 13;
-    state_ ^= state_ >> 7;
-    state_ ^= state_ << 17;
-    return state_;
-  }
-  // In [low, high).
-  float uniform(float low, float high) {
-    return low + (high - low) * static_cast<float>(bits() >> 40) * (1.0f / 16777216.0f);
-  }
-
- private:
-  uint64_t state_;
-};
+using dsv4::Random;
 
 // A dense array between guard bands, filled with signalling NaN patterns until somebody writes. `intact()` is false
 // once anything wrote beside it.
@@ -89,17 +70,15 @@ class Guarded {
 
   template <int N>
   View<T, N> view() {
-    return shaped<View<T, N>>();
+    return dense<View<T, N>>(data(), shape_.data());
   }
   template <int N>
   View<const T, N> const_view() {
-    return shaped<View<const T, N>>();
+    return dense<View<const T, N>>(data(), shape_.data());
   }
   template <int N>
   AnyView<N> any() {
-    AnyView<N> result = shaped<AnyView<N>>();
-    result.dtype = sizeof(T) == 2 ? DType::kBFloat16 : DType::kFloat32;
-    return result;
+    return dense<AnyView<N>>(data(), shape_.data());
   }
 
   bool same_bits(const Guarded& other) const { return bytes_ == other.bytes_; }
@@ -107,19 +86,6 @@ class Guarded {
  private:
   static constexpr size_t kGuard = 256;
   static constexpr uint8_t kPattern = 0xFF;  // NaN in bfloat16 and float32
-
-  template <class V>
-  V shaped() {
-    V result;
-    result.data = data();
-    int64_t stride = 1;
-    for (int axis = static_cast<int>(shape_.size()) - 1; axis >= 0; --axis) {
-      result.shape[axis] = shape_[axis];
-      result.stride[axis] = stride;
-      stride *= shape_[axis];
-    }
-    return result;
-  }
 
   std::vector<int64_t> shape_;
   int64_t size_;

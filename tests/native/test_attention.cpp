@@ -48,13 +48,6 @@ struct Shape {
   DType pool;  // kUInt8: FP8 rows
 };
 
-template <int N, class T>
-AnyView<N> typed(Guarded<T>& array, DType dtype) {
-  AnyView<N> view = array.template any<N>();
-  view.dtype = dtype;
-  return view;
-}
-
 // A pool of pages in shuffled order whose unwritten rows are NaN; X is bf16 or float.
 class Pool {
  public:
@@ -122,16 +115,13 @@ class Pool {
   RowPool pool() {
     RowPool result{};
     result.page_size = page_size_;
-    result.table = typed<2>(table_, DType::kInt32);
+    result.table = table_.any<2>();
     if (s_.pool == DType::kUInt8) {
-      result.bytes = typed<2>(bytes_, DType::kUInt8);
+      result.bytes = bytes_.any<2>();
       return result;
     }
-    result.plain.data = bytes_.data();
+    result.plain = dense<AnyView<3>>(bytes_.data(), {blocks_ + 1, page_size_, s_.dim});
     result.plain.dtype = s_.pool;
-    const int64_t shape[] = {blocks_ + 1, page_size_, s_.dim}, stride[] = {page_size_ * s_.dim, s_.dim, 1};
-    std::copy_n(shape, 3, result.plain.shape);
-    std::copy_n(stride, 3, result.plain.stride);
     return result;
   }
 
@@ -181,10 +171,10 @@ struct Case {
     p.query = query.template any<3>();
     p.window_pool = window.pool();
     if (s.entries > 0) p.compressed = entries.pool();
-    p.sequence = typed<1>(sequence, DType::kInt32);
-    p.position = typed<1>(position, DType::kInt32);
-    if (s.selected > 0) p.indices = typed<2>(indices, DType::kInt32);
-    if (s.entries > 0) p.lengths = typed<1>(lengths, DType::kInt32);
+    p.sequence = sequence.any<1>();
+    p.position = position.any<1>();
+    if (s.selected > 0) p.indices = indices.any<2>();
+    if (s.entries > 0) p.lengths = lengths.any<1>();
     p.sink = sink.template any<1>();
     if (s.rope > 0) p.rope = rope.template any<3>();
     p.rope_dim = s.rope;

@@ -47,13 +47,6 @@ struct Target {
   int64_t at;
 };
 
-template <int N, class T>
-AnyView<N> integers(Guarded<T>& array) {
-  AnyView<N> view = array.template any<N>();
-  view.dtype = DType::kInt32;
-  return view;
-}
-
 // One call; X is the type of query, pools and their gradients. Row r stands at the first position plus r.
 template <class X>
 struct Case {
@@ -137,12 +130,12 @@ struct Case {
   void fill_parameters() {
     SparseAttentionParams& f = p.forward;
     f.query = query.template any<3>();
-    f.window_pool = {raw.template any<3>(), {}, integers<2>(raw_table), s.page};
-    if (s.entries > 0) f.compressed = {compressed.template any<3>(), {}, integers<2>(table), s.page};
-    f.sequence = integers<1>(sequence);
-    f.position = integers<1>(position);
-    if (s.selected > 0) f.indices = integers<2>(indices);
-    if (s.entries > 0) f.lengths = integers<1>(lengths);
+    f.window_pool = {raw.template any<3>(), {}, raw_table.any<2>(), s.page};
+    if (s.entries > 0) f.compressed = {compressed.template any<3>(), {}, table.any<2>(), s.page};
+    f.sequence = sequence.any<1>();
+    f.position = position.any<1>();
+    if (s.selected > 0) f.indices = indices.any<2>();
+    if (s.entries > 0) f.lengths = lengths.any<1>();
     f.sink = sink.template any<1>();
     if (s.rope > 0) f.rope = rope.template any<3>();
     f.rope_dim = s.rope;

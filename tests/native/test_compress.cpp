@@ -15,13 +15,6 @@ using namespace dsv4;
 using testing::Guarded;
 using testing::Random;
 
-template <int N, class T>
-AnyView<N> typed(Guarded<T>& x, DType dtype) {
-  AnyView<N> view = x.template any<N>();
-  view.dtype = dtype;
-  return view;
-}
-
 struct Shape {
   int64_t ratio, dim, rope_dim, sets;
   bool rotate;
@@ -82,9 +75,9 @@ struct Problem {
                      weight.any<1>(),
                      rope.any<3>(),
                      result.state.view<4>(),
-                     {{}, typed<2>(result.pages, DType::kUInt8), typed<2>(table, DType::kInt32), kPageSize},
-                     typed<1>(sequence, DType::kInt32),
-                     typed<1>(position, DType::kInt32),
+                     {{}, result.pages.any<2>(), table.any<2>(), kPageSize},
+                     sequence.any<1>(),
+                     position.any<1>(),
                      shape.ratio,
                      1e-6,
                      shape.rotate,

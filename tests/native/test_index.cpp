@@ -62,13 +62,6 @@ const Shape kShapes[] = {
     {4, 64, 64, 512, IndexKeyFormat::kFp4, {{6000, 5000}, {2600}}},
 };
 
-template <int N, class T>
-AnyView<N> typed(Guarded<T>& array, DType dtype) {
-  AnyView<N> view = array.template any<N>();
-  view.dtype = dtype;
-  return view;
-}
-
 constexpr float kFp8Scales[] = {0.5f, 1, 2, -1, 3, 0};
 constexpr uint8_t kFp8Codes[] = {0x38, 0x40, 0x3C, 0xB8, 0xBC, 0x00, 0x44, 0xC4};  // 1, 2, 1.5, -1, ...
 
@@ -187,20 +180,17 @@ struct Case {
     p.query = query.template any<3>();
     p.weights = weights.template const_view<2>();
     if (scale_bytes() > 0) {
-      p.bytes = typed<2>(bytes, DType::kUInt8);
+      p.bytes = bytes.any<2>();
     } else {
-      p.plain.data = bytes.data();
+      p.plain = dense<AnyView<3>>(bytes.data(), {pages, s.page_size, s.dim});
       p.plain.dtype = s.format == IndexKeyFormat::kFloat32 ? DType::kFloat32 : DType::kBFloat16;
-      const int64_t shape[] = {pages, s.page_size, s.dim}, stride[] = {s.page_size * s.dim, s.dim, 1};
-      std::copy_n(shape, 3, p.plain.shape);
-      std::copy_n(stride, 3, p.plain.stride);
     }
-    p.table = typed<2>(table, DType::kInt32);
-    p.sequence = typed<1>(sequence, DType::kInt32);
-    p.lengths = typed<1>(lengths, DType::kInt32);
+    p.table = table.any<2>();
+    p.sequence = sequence.any<1>();
+    p.lengths = lengths.any<1>();
     p.k = s.k;
     p.page_size = s.page_size;
-    p.result = typed<2>(result, DType::kInt32);
+    p.result = result.any<2>();
   }
 
   static bool run(const Implementation& by, const Context& context, IndexTopkParams params) {

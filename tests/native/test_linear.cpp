@@ -131,8 +131,8 @@ class Problem {
     LinearParams p{};
     p.x = x_.template any<3>();
     p.x.shape[2] = s_.inputs;
-    p.weight = bytes(weight_, columns_, DType::kUInt8);
-    p.scale = bytes(scale_, scale_columns_, sizeof(S) == 1 ? DType::kUInt8 : DType::kFloat32);
+    p.weight = first_columns(weight_, columns_);
+    p.scale = first_columns(scale_, scale_columns_);
     return p;
   }
 
@@ -192,9 +192,8 @@ class Problem {
 
  private:
   template <class T>
-  AnyView<2> bytes(Guarded<T>& array, int64_t columns, DType dtype) {
+  AnyView<2> first_columns(Guarded<T>& array, int64_t columns) {
     AnyView<2> view = array.template any<2>();
-    view.dtype = dtype;
     view.shape[1] = columns;
     return view;
   }

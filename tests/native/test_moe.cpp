@@ -53,7 +53,6 @@ struct Matrix {
     for (int64_t i = 0; i < scale.size(); ++i) scale[i] = static_cast<uint8_t>(base + (random.bits() >> 20) % 3);
     view.data = codes.template any<3>();
     view.scale = scale.template any<3>();
-    view.data.dtype = view.scale.dtype = DType::kUInt8;
   }
   bool intact() const { return plain.intact() && codes.intact() && scale.intact(); }
 };
@@ -89,10 +88,8 @@ struct Problem {
     p.x.data = x.data() + first * hidden;
     p.weights = weights.const_view<2>();
     p.weights.data += first * top_k;
-    p.indices.data = indices.data() + first * top_k;
-    p.indices.dtype = DType::kInt32;
-    p.indices.shape[1] = top_k, p.indices.stride[0] = top_k, p.indices.stride[1] = 1;
-    p.x.shape[0] = p.weights.shape[0] = p.indices.shape[0] = count;
+    p.indices = dense<AnyView<2>>(indices.data() + first * top_k, {count, top_k});
+    p.x.shape[0] = p.weights.shape[0] = count;
     p.w1 = matrices[0].view, p.w3 = matrices[1].view, p.w2 = matrices[2].view;
     for (size_t i = 3; i < matrices.size(); ++i) p.shared[i - 3] = matrices[i].view;
     p.swiglu_limit = limit;
@@ -258,8 +255,7 @@ TEST(gate_equals_the_scalar_one) {
       MoeGateParams p{};
       p.x = x.any<2>(), p.weight = weight.any<2>(), p.bias = bias.const_view<1>();
       p.top_k = k, p.route_scale = 1.5, p.weights = weights.view<2>();
-      p.indices.data = indices.data(), p.indices.dtype = DType::kInt32;
-      p.indices.shape[0] = tokens, p.indices.shape[1] = k, p.indices.stride[0] = k, p.indices.stride[1] = 1;
+      p.indices = dense<AnyView<2>>(indices.data(), {tokens, k});
       Scratch scratch(bytes(p, context));
       p.workspace = scratch.workspace();
       CHECK(op(p, context).is_ok());
@@ -282,11 +278,9 @@ TEST(map) {
   const std::vector<int32_t> indices = {2, 0, -1, 2, 3, 0, 0, 1 << 30};
   std::vector<int32_t> offsets(6, 77), rows(10, 77);
   MoeMapParams p{};
-  p.indices.data = const_cast<int32_t*>(indices.data()), p.indices.dtype = DType::kInt32;
-  p.indices.shape[0] = 4, p.indices.shape[1] = 2, p.indices.stride[0] = 2, p.indices.stride[1] = 1;
+  p.indices = dense<AnyView<2>>(indices.data(), {4, 2});
   p.experts = 3;
-  p.offsets.data = offsets.data(), p.rows.data = rows.data(), p.offsets.dtype = p.rows.dtype = DType::kInt32;
-  p.offsets.shape[0] = 4, p.rows.shape[0] = 8, p.offsets.stride[0] = p.rows.stride[0] = 1;
+  p.offsets = dense<AnyView<1>>(offsets.data(), {4}), p.rows = dense<AnyView<1>>(rows.data(), {8});
   ThreadPool pool(1);
   CHECK(moe_map(p, pool.context()).is_ok());
   CHECK((offsets == std::vector<int32_t>{0, 3, 3, 5, 77, 77}));

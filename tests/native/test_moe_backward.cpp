@@ -57,10 +57,8 @@ struct Problem {
     p.x.data = x.data() + first * hidden, p.grad.data = grad.data() + first * hidden;
     p.weights = weights.const_view<2>();
     p.weights.data += first * top_k;
-    p.indices.data = indices.data() + first * top_k;
-    p.indices.dtype = DType::kInt32;
-    p.indices.shape[1] = top_k, p.indices.stride[0] = top_k, p.indices.stride[1] = 1;
-    p.x.shape[0] = p.grad.shape[0] = p.weights.shape[0] = p.indices.shape[0] = count;
+    p.indices = dense<AnyView<2>>(indices.data() + first * top_k, {count, top_k});
+    p.x.shape[0] = p.grad.shape[0] = p.weights.shape[0] = count;
     for (size_t n = 0; n < matrices.size(); ++n) {
       (n < 3 ? p.matrices[n] : p.shared[n - 3]) = matrices[n].template any<3>();
     }

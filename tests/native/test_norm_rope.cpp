@@ -19,13 +19,6 @@ using testing::check_all_equal;
 using testing::Guarded;
 using testing::Random;
 
-template <int N, class T>
-AnyView<N> typed(Guarded<T>& x, DType dtype) {
-  AnyView<N> view = x.template any<N>();
-  view.dtype = dtype;
-  return view;
-}
-
 void fill_rope(Guarded<float>& rope, Random& random) {
   for (int64_t i = 0; i < rope.size(); i += 2) {
     const float angle = random.uniform(-50, 50);
@@ -111,7 +104,7 @@ TEST(rope_tables_of_every_size) {
     check_all_equal<Guarded<float>>(
         [&](const Context& context) {
           Guarded<float> result({90, pairs, 2});
-          CHECK(rope_rows({typed<1>(position, DType::kInt32), frequency.any<1>(), result.any<3>()}, context).is_ok());
+          CHECK(rope_rows({position.any<1>(), frequency.any<1>(), result.any<3>()}, context).is_ok());
           for (int64_t i = 0; i < 90 * pairs; ++i) {
             const float angle = static_cast<float>(position[i / pairs]) * frequency[i % pairs];
             CHECK(std::fabs(result[2 * i] - std::cos(static_cast<double>(angle))) < 6e-8);
@@ -160,20 +153,14 @@ void window(int64_t tokens, int64_t dim, int64_t rope_dim, int64_t page_size, DT
         std::memset(pages.data(), 0x5A, static_cast<size_t>(pages.size()));
         RowPool pool{};
         if (plain == DType::kNone) {
-          pool.bytes = typed<2>(pages, DType::kUInt8);
+          pool.bytes = pages.any<2>();
         } else {
           pool.plain = {pages.data(), plain, {8, page_size, dim}, {page_size * dim, dim, 1}};
         }
-        pool.table = typed<2>(table, DType::kInt32);
+        pool.table = table.any<2>();
         pool.page_size = page_size;
-        StoreWindowParams p{kv.template any<2>(),
-                            weight.any<1>(),
-                            rope.any<3>(),
-                            pool,
-                            typed<1>(sequence, DType::kInt32),
-                            typed<1>(position, DType::kInt32),
-                            1e-6,
-                            {}};
+        StoreWindowParams p{kv.template any<2>(), weight.any<1>(),   rope.any<3>(), pool,
+                            sequence.any<1>(),    position.any<1>(), 1e-6,          {}};
         testing::Scratch scratch(store_window_workspace_bytes(p, context));
         p.workspace = scratch.workspace();
         const Status status = store_window(p, context);

@@ -17,13 +17,6 @@ using testing::Random;
 
 constexpr int64_t ceil_div(int64_t value, int64_t divisor) { return (value + divisor - 1) / divisor; }
 
-template <int N>
-AnyView<N> bytes(Guarded<uint8_t>& x) {
-  AnyView<N> view = x.any<N>();
-  view.dtype = DType::kUInt8;
-  return view;
-}
-
 // Codes and, behind them, scales in one buffer, so that one comparison sees both.
 template <class X>
 void encoders(int64_t rows, int64_t n, int64_t block, bool fp4) {
@@ -34,7 +27,7 @@ void encoders(int64_t rows, int64_t n, int64_t block, bool fp4) {
   check_all_equal<Guarded<uint8_t>>(
       [&](const Context& context) {
         Guarded<uint8_t> result({rows, codes + blocks});
-        const AnyView<2> all = bytes<2>(result);
+        const AnyView<2> all = result.any<2>();
         const AnyView<2> first{all.data, DType::kUInt8, {rows, codes}, {codes + blocks, 1}};
         const AnyView<2> second{result.data() + codes, DType::kUInt8, {rows, blocks}, {codes + blocks, 1}};
         const QuantizeParams p{x.template any<2>(), block, first, second};
@@ -75,8 +68,8 @@ void decoders(int64_t batch, int64_t rows, int64_t n, int64_t group, int64_t blo
   check_all_equal<Guarded<X>>(
       [&](const Context& context) {
         Guarded<X> result({batch, rows, n});
-        const DequantizeParams p{fp4,   bytes<3>(codes), wide ? scale.any<3>() : bytes<3>(narrow),
-                                 group, block,           result.template any<3>()};
+        const DequantizeParams p{fp4,   codes.any<3>(), wide ? scale.any<3>() : narrow.any<3>(),
+                                 group, block,          result.template any<3>()};
         const Status status = group > 1 ? dequantize_weight(p, context)
                               : fp4     ? dequantize_fp4(p, context)
                                         : dequantize_fp8(p, context);
@@ -139,11 +132,11 @@ TEST(messages) {
   const auto message = [](const Status& status, const char* expected) {
     CHECK_MESSAGE(std::string(status.message()) == expected, status.message());
   };
-  message(quantize_fp8({x.any<2>(), 0, bytes<2>(codes), bytes<2>(scale)}, pool.context()),
+  message(quantize_fp8({x.any<2>(), 0, codes.any<2>(), scale.any<2>()}, pool.context()),
           "quantize_fp8: block must be at least 1, got 0");
-  message(quantize_fp8({x.any<2>(), 16, bytes<2>(codes), bytes<2>(scale)}, pool.context()),
+  message(quantize_fp8({x.any<2>(), 16, codes.any<2>(), scale.any<2>()}, pool.context()),
           "quantize_fp8: scale must be uint8 [2, 2], got uint8 [2, 1]");
-  message(quantize_fp4({x.any<2>(), 15, bytes<2>(codes), bytes<2>(scale)}, pool.context()),
+  message(quantize_fp4({x.any<2>(), 15, codes.any<2>(), scale.any<2>()}, pool.context()),
           "quantize_fp4: the last dimension of x and block must be even");
   message(index_query({query.any<3>(), rope.any<3>(), query.any<3>()}, pool.context()),
           "index_query: dim must be a power of two from 2 to 1024, got 2048");
