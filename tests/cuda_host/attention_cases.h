@@ -16,6 +16,7 @@
 namespace dsv4::testing {
 
 enum class Entries { kNone, kIndices, kLengths };
+enum class RowForm { kFp8, kBf16, kF32 };
 
 // Of a sequence: the first row's position, and how many rows.
 struct Run {
@@ -26,7 +27,8 @@ struct AttentionCase {
   std::vector<Run> runs = {Run{40, 3}};
   int64_t heads = 16, head_dim = 64;
   Entries entries = Entries::kIndices;
-  bool fp8_window = false, fp8_entries = true;
+  bool f32_query = false;
+  RowForm window_rows = RowForm::kBf16, entry_rows = RowForm::kFp8;
   int64_t rope_dim = 16;  // of FP8 rows
   bool rotated = true;    // rope given, of that width
   int64_t window = 32, k = 24;
@@ -45,21 +47,30 @@ inline int64_t sum_of_rows(const AttentionCase& c) {
   return rows;
 }
 
+// All of it in float32.
+inline AttentionCase f32_case() {
+  AttentionCase c;
+  c.f32_query = true;
+  c.window_rows = c.entry_rows = RowForm::kF32;
+  return c;
+}
+
 // A pool whose content depends on the seed, the sequence and the entry alone, its places on `placement`. Whatever is
 // not stored is NaN.
 class TestPool {
  public:
-  TestPool(const AttentionCase& c, bool fp8, int64_t page_size, const std::vector<int64_t>& counts, uint64_t salt,
+  TestPool(const AttentionCase& c, RowForm form, int64_t page_size, const std::vector<int64_t>& counts, uint64_t salt,
            int64_t blocks)
-      : fp8_(fp8),
+      : form_(form),
         page_size_(page_size),
         head_dim_(c.head_dim),
         rope_dim_(c.rope_dim),
         blocks_(std::max(blocks_of(counts, page_size), blocks)),
         pages_(static_cast<int64_t>(counts.size()) * blocks_of(counts, page_size) + 2),
         table_({static_cast<int64_t>(counts.size()), std::max<int64_t>(blocks_, 1)}),
-        plain_({fp8 ? 1 : pages_, fp8 ? 1 : page_size, fp8 ? 1 : c.head_dim}),
-        bytes_({fp8 ? pages_ : 1, fp8 ? fp8_page_bytes(page_size, c.head_dim, c.rope_dim) : 1}) {
+        plain_(plain_shape(RowForm::kBf16)),
+        wide_(plain_shape(RowForm::kF32)),
+        bytes_(form == RowForm::kFp8 ? Shape{pages_, fp8_page_bytes(page_size, c.head_dim, c.rope_dim)} : Shape{1, 1}) {
     std::vector<int32_t> free;
     for (int64_t page = 0; page < pages_; ++page) free.push_back(static_cast<int32_t>(page));
     Random order(c.placement * 977 + salt);
@@ -79,8 +90,7 @@ class TestPool {
       }
     }
     table_.upload();
-    plain_.upload();
-    bytes_.upload();
+    upload();
   }
 
   RowPool view() {
@@ -89,11 +99,11 @@ class TestPool {
     pool.table = table_.any<2>();
     pool.table.dtype = DType::kInt32;
     pool.table.shape[1] = blocks_;
-    if (fp8_) {
+    if (form_ == RowForm::kFp8) {
       pool.bytes = bytes_.any<2>();
       pool.bytes.dtype = DType::kUInt8;
     } else {
-      pool.plain = plain_.any<3>();
+      pool.plain = form_ == RowForm::kF32 ? wide_.any<3>() : plain_.any<3>();
     }
     return pool;
   }
@@ -103,21 +113,34 @@ class TestPool {
     const auto found = keys_.find({sequence, entry});
     return found == keys_.end() ? nullptr : &found->second;
   }
-  bool intact() { return table_.intact() && plain_.intact() && bytes_.intact(); }
+  bool intact() { return table_.intact() && plain_.intact() && wide_.intact() && bytes_.intact(); }
 
   // Makes one value of a stored key NaN.
   void spoil(int64_t sequence, int64_t entry) {
     const int64_t page = table_.at(sequence, entry / page_size_), offset = entry % page_size_;
-    if (fp8_) {
+    if (form_ == RowForm::kFp8) {
       bytes_.at(page, fp8_row_at(offset, head_dim_, rope_dim_) + 3) = 0xFF;
+    } else if (form_ == RowForm::kF32) {
+      wide_.at(page, offset * head_dim_ + 3) = NAN;
     } else {
       plain_.at(page, offset * head_dim_ + 3) = bf16{0x7FC0};
     }
-    plain_.upload();
-    bytes_.upload();
+    upload();
   }
 
  private:
+  using Shape = std::vector<int64_t>;
+
+  Shape plain_shape(RowForm form) const {
+    return form == form_ ? Shape{pages_, page_size_, head_dim_} : Shape{1, 1, 1};
+  }
+
+  void upload() {
+    plain_.upload();
+    wide_.upload();
+    bytes_.upload();
+  }
+
   static int64_t blocks_of(const std::vector<int64_t>& counts, int64_t page_size) {
     return (*std::max_element(counts.begin(), counts.end()) + page_size - 1) / page_size;
   }
@@ -127,14 +150,13 @@ class TestPool {
     std::vector<double>& key = keys_[{sequence, entry}];
     const float size = random.uniform(0.5f, 2.0f);
     const auto half = [&] { return from_float<bf16>(random.uniform(-size, size)); };
-    if (!fp8_) {
-      for (int64_t d = 0; d < head_dim_; ++d) {
-        const bf16 value = half();
-        plain_.at(page, offset * head_dim_ + d) = value;
-        key.push_back(to_float(value));
-      }
-      return;
+    for (int64_t d = 0; d < head_dim_ && form_ == RowForm::kF32; ++d) {
+      key.push_back(wide_.at(page, offset * head_dim_ + d) = random.uniform(-size, size));
     }
+    for (int64_t d = 0; d < head_dim_ && form_ == RowForm::kBf16; ++d) {
+      key.push_back(to_float(plain_.at(page, offset * head_dim_ + d) = half()));
+    }
+    if (form_ != RowForm::kFp8) return;
     const int64_t row = fp8_row_at(offset, head_dim_, rope_dim_), nope = head_dim_ - rope_dim_;
     const int64_t scales = fp8_scales_at(offset, page_size_, head_dim_, rope_dim_);
     for (int64_t b = 0; b * kRowBlock < nope; ++b) {
@@ -154,18 +176,21 @@ class TestPool {
     }
   }
 
-  bool fp8_;
+  RowForm form_;
   int64_t page_size_, head_dim_, rope_dim_, blocks_, pages_;
   DeviceTensor<int32_t> table_;
   DeviceTensor<bf16> plain_;
+  DeviceTensor<float> wide_;
   DeviceTensor<uint8_t> bytes_;
   std::map<std::pair<int64_t, int64_t>, std::vector<double>> keys_;
 };
 
+// X: of queries and out.
+template <class X = bf16>
 struct AttentionProblem {
   AttentionCase c;
   int64_t rows;
-  DeviceTensor<bf16> query, out;
+  DeviceTensor<X> query, out;
   DeviceTensor<int32_t> sequence, position, indices, lengths;
   DeviceTensor<float> sink, rope, lse;
   TestPool raw, compressed;
@@ -184,8 +209,8 @@ struct AttentionProblem {
         sink({c.heads}),
         rope({rows, std::max<int64_t>(c.rope_dim / 2, 1), 2}),
         lse({rows, c.heads}),
-        raw(c, c.fp8_window, c.window_page_size, ends(c, 1), 1, 0),
-        compressed(c, c.fp8_entries, c.page_size, ends(c, c.ratio), 2, c.blocks),
+        raw(c, c.window_rows, c.window_page_size, ends(c, 1), 1, 0),
+        compressed(c, c.entry_rows, c.page_size, ends(c, c.ratio), 2, c.blocks),
         workspace(static_cast<size_t>(workspace_bytes(c, rows))),
         scale(2.0f / std::sqrt(static_cast<float>(c.head_dim))) {
     int64_t row = 0;
@@ -209,7 +234,7 @@ struct AttentionProblem {
 
   SparseAttentionParams params() {
     SparseAttentionParams p = {};
-    p.query = query.any<3>();
+    p.query = query.template any<3>();
     p.window_pool = raw.view();
     p.sequence = integers<1>(sequence);
     p.position = integers<1>(position);
@@ -223,7 +248,7 @@ struct AttentionProblem {
     p.rope_dim = c.rope_dim;
     p.window = c.window;
     p.scale = scale;
-    p.out = out.any<3>();
+    p.out = out.template any<3>();
     p.lse = lse.any<2>();
     p.workspace = {workspace.device(), workspace_bytes(c, rows)};
     return p;
@@ -268,7 +293,7 @@ struct AttentionProblem {
   // Of the shapes alone.
   static int64_t workspace_bytes(const AttentionCase& c, int64_t rows) {
     SparseAttentionParams p = {};
-    p.query.dtype = DType::kBFloat16;
+    p.query.dtype = sizeof(X) == 2 ? DType::kBFloat16 : DType::kFloat32;
     p.query.shape[0] = rows, p.query.shape[1] = c.heads, p.query.shape[2] = c.head_dim;
     p.window = c.window;
     if (c.entries != Entries::kNone) {
@@ -287,7 +312,7 @@ struct AttentionProblem {
     Random random(c.seed * 7919 + static_cast<uint64_t>(s * 1000003 + p));
     sequence.at(row) = s;
     position.at(row) = p;
-    for (int64_t i = 0; i < query.inner(); ++i) query.at(row, i) = from_float<bf16>(random.uniform(-1, 1));
+    for (int64_t i = 0; i < query.inner(); ++i) query.at(row, i) = from_float<X>(random.uniform(-1, 1));
     for (int64_t i = 0; i < rope.inner() / 2; ++i) {
       const float angle = random.uniform(-3, 3);
       rope.at(row, 2 * i) = std::cos(angle);
@@ -317,7 +342,8 @@ struct AttentionProblem {
 };
 
 // Runs the kernels; the message of what went wrong, or nothing. heads_per_block: 0, as the op chooses.
-inline std::string run_attention(AttentionProblem& p, int heads_per_block = 0) {
+template <class X>
+std::string run_attention(AttentionProblem<X>& p, int heads_per_block = 0) {
   const SparseAttentionParams params = p.params();
   if (!sm80::accepts_sparse_attention(params)) return "not accepted";
   const Status status = heads_per_block == 0 ? sm80::sparse_attention(params, cuda_context())
@@ -330,10 +356,13 @@ inline std::string run_attention(AttentionProblem& p, int heads_per_block = 0) {
 }
 
 // What the kernels made of the problem against float64: "" or the first value beyond its limit. Limits: half a unit in
-// the last place for each rounding to bfloat16, of which the numerators' many average out (4 times their standard
-// error), and 3e-6 for sums in float32.
-inline std::string compare_attention(AttentionProblem& p) {
-  const auto spacing = [](double value) { return value == 0 ? 0 : std::ldexp(1.0 / 128, std::ilogb(value)); };
+// the last place for each rounding to X, of which the numerators' many, where X is bfloat16, average out (4 times their
+// standard error), and 3e-6 for sums in float32.
+template <class X>
+std::string compare_attention(AttentionProblem<X>& p) {
+  constexpr bool kNarrow = sizeof(X) == 2;
+  constexpr int kBits = kNarrow ? 7 : 23;
+  const auto spacing = [](double value) { return value == 0 ? 0 : std::ldexp(1.0, std::ilogb(value) - kBits); };
   const int64_t dim = p.c.head_dim, pairs = p.params().rope.given() ? p.c.rope_dim / 2 : 0;
   for (int64_t row = 0; row < p.rows; ++row) {
     const auto keys = p.keys(row);
@@ -359,8 +388,8 @@ inline std::string compare_attention(AttentionProblem& p) {
           squares += term * term;
           size += std::abs(term);
         }
-        limit[static_cast<size_t>(d)] =
-            0.501 * spacing(value[static_cast<size_t>(d)]) + std::sqrt(squares) * 4 * 0.29 / 128 + 3e-6 * size;
+        limit[static_cast<size_t>(d)] = 0.501 * spacing(value[static_cast<size_t>(d)]) +
+                                        std::sqrt(squares) * (kNarrow ? 4 * 0.29 / 128 : 0) + 3e-6 * size;
       }
       for (int64_t i = 0; i < pairs; ++i) {
         const size_t at = static_cast<size_t>(dim - 2 * pairs + 2 * i);
@@ -392,16 +421,22 @@ inline std::string compare_attention(AttentionProblem& p) {
   return "";
 }
 
-inline std::string try_attention(const AttentionCase& c, int heads_per_block = 0) {
-  AttentionProblem p(c);
+template <class X>
+std::string try_attention_of(const AttentionCase& c, int heads_per_block) {
+  AttentionProblem<X> p(c);
   const std::string fault = run_attention(p, heads_per_block);
   return fault.empty() ? compare_attention(p) : fault;
 }
 
+inline std::string try_attention(const AttentionCase& c, int heads_per_block = 0) {
+  return c.f32_query ? try_attention_of<float>(c, heads_per_block) : try_attention_of<bf16>(c, heads_per_block);
+}
+
 // Bits of a row's results.
-inline std::vector<uint32_t> bits_of(AttentionProblem& p, int64_t row) {
+template <class X>
+std::vector<uint32_t> bits_of(AttentionProblem<X>& p, int64_t row) {
   std::vector<uint32_t> bits;
-  for (int64_t i = 0; i < p.out.inner(); ++i) bits.push_back(p.out.at(row, i).bits);
+  for (int64_t i = 0; i < p.out.inner(); ++i) bits.push_back(bits_from_float(to_float(p.out.at(row, i))));
   for (int64_t h = 0; h < p.c.heads; ++h) bits.push_back(bits_from_float(p.lse.at(row, h)));
   return bits;
 }

@@ -32,11 +32,19 @@ AttentionCase mixed(int64_t heads, int64_t k) {
   return c;
 }
 
+// The same in float32: a tile is 16 keys.
+AttentionCase in_float32(AttentionCase c) {
+  c.f32_query = true;
+  c.window_rows = c.entry_rows = RowForm::kF32;
+  return c;
+}
+
+template <class X = bf16>
 void check_seeds(const AttentionCase& c, int heads_per_block, int seeds) {
   std::vector<std::vector<uint32_t>> first;
   for (int seed = 0; seed < seeds; ++seed) {
     simt::configure(order(seed));
-    AttentionProblem p(c);
+    AttentionProblem<X> p(c);
     const std::string fault = run_attention(p, heads_per_block);
     CHECK_MESSAGE(fault.empty(), "seed " + std::to_string(seed) + ": " + fault);
     std::vector<std::vector<uint32_t>> bits;
@@ -58,6 +66,15 @@ TEST(no_alarm_and_the_same_bits_over_seeds) {
   wide.head_dim = 512;
   wide.rope_dim = 256;
   check_seeds(wide, 32, 3);
+  check_seeds<float>(in_float32(mixed(20, 50)), 16, kSeeds);
+  check_seeds<float>(in_float32(mixed(5, 310)), 16, 3);
+  check_seeds<float>(in_float32(slow), 16, 6);
+  AttentionCase converted = mixed(20, 50);  // FP8 and bfloat16 rows in tiles of float32
+  converted.f32_query = true;
+  check_seeds<float>(converted, 16, kSeeds);
+  converted.f32_query = false;
+  converted.window_rows = RowForm::kF32;
+  check_seeds(converted, 16, kSeeds);
 }
 
 TEST(ldmatrix_meets_no_bank_conflict) {
@@ -72,30 +89,35 @@ TEST(ldmatrix_meets_no_bank_conflict) {
   }
 }
 
-// Every line that synchronises, left out alone, must fail, in whatever order the threads run.
-TEST(every_synchronisation_is_needed) {
+// Every line that synchronises, left out alone, must fail, in whatever order the threads run. The kinds of those lines.
+std::multiset<std::string> check_every_synchronisation(const AttentionCase& c, int heads_per_block) {
   std::multiset<std::string> kinds;
-  for (const int heads_per_block : {16, 32}) {
-    const AttentionCase c = mixed(static_cast<int64_t>(heads_per_block), 50);
-    simt::configure({});
-    simt::forget_sites();
-    CHECK(try_attention(c, heads_per_block).empty());
-    for (const simt::SyncSite& site : simt::sites_met()) {
-      if (heads_per_block == 16) kinds.insert(site.kind);
-      for (int seed = 0; seed < 6; ++seed) {
-        simt::Options options = order(seed);
-        options.skip_file = site.file.c_str();
-        options.skip_line = site.line;
-        simt::configure(options);
-        const std::string fault = try_attention(c, heads_per_block);
-        CHECK_MESSAGE(!fault.empty(), "without " + site.kind + " of " + site.file + ":" + std::to_string(site.line) +
-                                          " nothing fails, seed " + std::to_string(seed));
-      }
+  simt::configure({});
+  simt::forget_sites();
+  CHECK(try_attention(c, heads_per_block).empty());
+  for (const simt::SyncSite& site : simt::sites_met()) {
+    kinds.insert(site.kind);
+    for (int seed = 0; seed < 6; ++seed) {
+      simt::Options options = order(seed);
+      options.skip_file = site.file.c_str();
+      options.skip_line = site.line;
+      simt::configure(options);
+      const std::string fault = try_attention(c, heads_per_block);
+      CHECK_MESSAGE(!fault.empty(), "without " + site.kind + " of " + site.file + ":" + std::to_string(site.line) +
+                                        " nothing fails, seed " + std::to_string(seed));
     }
-    simt::configure({});
   }
-  CHECK(kinds == std::multiset<std::string>({"cp_async_commit", "cp_async_commit", "cp_async_wait", "sync_threads",
-                                             "sync_threads", "sync_threads", "sync_threads", "sync_warp"}));
+  simt::configure({});
+  return kinds;
+}
+
+TEST(every_synchronisation_is_needed) {
+  const std::multiset<std::string> tile = {"cp_async_commit", "cp_async_commit", "cp_async_wait", "sync_threads",
+                                           "sync_warp"};
+  std::multiset<std::string> tensor_cores = tile;
+  tensor_cores.insert({"sync_threads", "sync_threads", "sync_threads"});
+  for (const int heads : {16, 32}) CHECK(check_every_synchronisation(mixed(heads, 50), heads) == tensor_cores);
+  CHECK(check_every_synchronisation(in_float32(mixed(16, 50)), 16) == tile);
 }
 
 }  // namespace

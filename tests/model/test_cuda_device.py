@@ -16,6 +16,7 @@ from torch import Tensor
 
 import dsv4
 from dsv4.nn import Rows
+from dsv4.ops.layout import allocate_pages, write_rows
 from dsv4.testing import assert_same_bits
 
 pytestmark = pytest.mark.skipif(library() is None, reason=f"not run: {LIBRARY} is not built (DSV4_NATIVE=ON)")
@@ -106,7 +107,7 @@ class Selections:
 
 @pytest.mark.parametrize("run", FULL, ids=str)
 def test_off_float32(run: Run, device: CudaOnHost) -> None:
-    selected = []
+    selected, before = [], device.calls()["sparse_attention"]
     for where in ("cuda", "cpu"):
         model = dsv4.load(ROOT / run.case, device=where, quantization="off", dtype=torch.float32)
         selections = Selections(model)
@@ -115,8 +116,9 @@ def test_off_float32(run: Run, device: CudaOnHost) -> None:
         selected.append(selections.taken)
     for mine, theirs in zip(*selected, strict=True):
         assert torch.equal(mine, theirs)
-    # The attention kernel multiplies bfloat16.
-    assert set(device.references) == {"_sparse_attention_reference", "_grouped_linear_reference"}
+    # wo_a, a plain grouped product, is torch's on the CPU too. Of each layer and step, attention has its kernel.
+    assert set(device.references) == {"_grouped_linear_reference"}
+    assert device.calls()["sparse_attention"] - before == len(steps(run)) * model.config.num_hidden_layers
 
 
 def test_off_bfloat16(device: CudaOnHost) -> None:
@@ -125,6 +127,69 @@ def test_off_bfloat16(device: CudaOnHost) -> None:
         errors = rel_rms(feed(model, run.ids, steps(run)).cpu(), tensors(run.case, "expected_fp32")["full.logits"])
         assert errors.median() <= 0.015 and (errors <= 0.05).float().mean() >= 0.90
     assert set(device.references) == {"_grouped_linear_reference"}
+
+
+DTYPES = (torch.bfloat16, torch.float32)
+
+
+def attention_case(
+    query: torch.dtype, window: torch.dtype, entries: torch.dtype, head_dim: int = 80, rope_dim: int = 16
+) -> dict[str, Tensor | float | int]:
+    """Rows 20 to 24 of two sequences; uint8 stands for FP8 rows."""
+    generator = torch.Generator().manual_seed(4)
+
+    def pages(dtype: torch.dtype, size: int) -> Tensor:
+        rows = torch.randn(8 * size, head_dim, generator=generator)
+        if dtype != torch.uint8:
+            return rows.view(8, size, head_dim).to(dtype)
+        bytes_, where = allocate_pages(8, size, head_dim, rope_dim, "fp8"), torch.arange(8 * size)
+        write_rows(bytes_, rows.bfloat16(), where // size, where % size, size, rope_dim)
+        return bytes_
+
+    position = torch.arange(20, 25, dtype=torch.int32).repeat(2)
+    wide = torch.float64 if query == torch.float64 else torch.float32
+    return {
+        "query": torch.randn(10, 5, head_dim, generator=generator).to(query),
+        "window_pages": pages(window, 16),
+        "window_table": torch.tensor([[3, 0], [5, 6]], dtype=torch.int32),
+        "compressed_pages": pages(entries, 4),
+        "compressed_table": torch.tensor([[1, 7], [2, -1]], dtype=torch.int32),
+        "sequence": torch.tensor([0, 1], dtype=torch.int32).repeat_interleave(5),
+        "position": position,
+        "indices": torch.tensor([4, -1, 0, 5, 2, 9], dtype=torch.int32).repeat(10, 1),
+        "lengths": (position + 1) // 4,
+        "sink": torch.randn(5, generator=generator, dtype=wide),
+        "rope": torch.randn(10, rope_dim // 2, 2, generator=generator, dtype=wide),
+        "window": 7,
+        "scale": head_dim**-0.5,
+        "window_page_size": 16,
+        "page_size": 4,
+    }
+
+
+def on_device(case: dict[str, Tensor | float | int]) -> dict[str, Tensor | float | int]:
+    return {name: value.to("cuda") if isinstance(value, Tensor) else value for name, value in case.items()}
+
+
+@pytest.mark.parametrize("query", DTYPES)
+@pytest.mark.parametrize("window", [*DTYPES, torch.uint8])
+@pytest.mark.parametrize("entries", [*DTYPES, torch.uint8])
+def test_attention_of_every_dtype(
+    query: torch.dtype, window: torch.dtype, entries: torch.dtype, device: CudaOnHost
+) -> None:
+    """What the CPU's kernels take, the GPU's do."""
+    case = attention_case(query, window, entries)
+    out, lse = dsv4.ops.sparse_attention(**case)
+    got, got_lse = dsv4.ops.sparse_attention(**on_device(case))
+    assert not device.references
+    assert rel_rms(got.cpu().flatten(1), out.flatten(1)).max() <= (2**-8 if query == torch.bfloat16 else 2**-21)
+    torch.testing.assert_close(got_lse.cpu(), lse, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("dtype", "head_dim"), [(torch.float64, 32), (torch.float16, 32), (torch.float32, 33)])
+def test_attention_left_to_the_reference(dtype: torch.dtype, head_dim: int, device: CudaOnHost) -> None:
+    dsv4.ops.sparse_attention(**on_device(attention_case(dtype, dtype, dtype, head_dim)))
+    assert device.references == {"_sparse_attention_reference": 1}
 
 
 def layer_outputs(model: dsv4.Transformer, ids: Tensor, chunks: list[int], given: list[Tensor] | None) -> list[Tensor]:

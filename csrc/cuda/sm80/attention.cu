@@ -5,11 +5,15 @@
 // finished there; the partial results of longer rows are combined in order of the splits by a second kernel. Neither
 // the heads of a block nor what stands beside a row has a part in any sum.
 //
+// Where queries or rows are float32, tiles are: 16 keys, by cp.async, for 16 heads, multiplied by FMA
+// (attention_lanes.h); the rest is the same. Its roofline is that of FP32: at 16 heads, 16 FLOP a byte of the rows.
+//
 // n keys and H heads: 4 H D n FLOP a row; 584 n B of FP8 rows of D = 512 (1024 n B of bfloat16) and 4 H D B of query
 // and out. At H = 64, 224 FLOP/B of FP8 rows: near the balance of Ampere and Hopper. A tile is decoded once for 32
 // heads. Registers allow 8 warps an SM: one block of 32 heads, or two of 16. A split's partial result is 2 KB a head.
 #include "cuda/common/launch.h"
 #include "cuda/sm80/attention.h"
+#include "cuda/sm80/attention_lanes.h"
 #include "cuda/sm80/attention_tile.h"
 
 namespace dsv4::sm80 {
@@ -28,91 +32,88 @@ DSV4_DEVICE void store_partial(const AttentionArguments& a, int64_t row, int64_t
   DSV4_UNROLL
   for (int i = 0; i < 2 * kSteps; ++i) {
     if (i >= 2 * warp.steps) break;
-    ptx::store_global_16(partial_sum(a, partial, warp, i),
+    ptx::store_global_16(partial_sum(a, partial, warp.part, i, warp.lane),
                          Words4{{bits_from_float(warp.sum[i][0]), bits_from_float(warp.sum[i][1]),
                                  bits_from_float(warp.sum[i][2]), bits_from_float(warp.sum[i][3])}});
   }
 }
 
-// Grid: x over rows, their splits, and runs of kGroups head groups, the last fastest.
+// The part of a row that a block takes. Grid: x over rows, their splits, and runs of head groups, the last fastest.
+struct BlockPart {
+  int64_t row, split, run, begin, end;  // begin, end: tiles
+  AttentionRow keys;
+
+  DSV4_DEVICE BlockPart(const AttentionArguments& a, int64_t runs, int tile_keys) {
+    const int64_t block = ptx::block_index_x();
+    run = block % runs;
+    split = block / runs % a.splits;
+    row = a.first_row + block / runs / a.splits;
+    keys.load(a, row);
+    const int64_t tiles = (keys.slots + tile_keys - 1) / tile_keys, of_split = kSplitSlots / tile_keys;
+    begin = split * of_split;
+    end = begin + of_split < tiles ? begin + of_split : tiles;
+  }
+  DSV4_DEVICE bool exists() const { return split < keys.splits(); }
+};
+
 template <int kGroups>
 DSV4_DEVICE void attend(const AttentionArguments& a) {
-  constexpr int kThreads = 32 * kGroupWarps * kGroups;
-  using Loader = TileLoader<kThreads>;
-  const int64_t runs = (a.groups + kGroups - 1) / kGroups, block = ptx::block_index_x();
-  const int64_t split = block / runs % a.splits, row = a.first_row + block / runs / a.splits;
-  AttentionRow keys_of_row;
-  keys_of_row.load(a, row);
-  if (split >= keys_of_row.splits()) return;
-  const int64_t begin = split * kSplitTiles, tiles = keys_of_row.tiles();
-  const int64_t end = begin + kSplitTiles < tiles ? begin + kSplitTiles : tiles;
-
+  const BlockPart block(a, (a.groups + kGroups - 1) / kGroups, kTileKeys);
+  if (!block.exists()) return;
   const AttentionShared<kGroups> shared(a);
   WarpPart warp;
-  warp.locate(a, block % runs * kGroups);
+  warp.locate(a, block.run * kGroups);
   warp.clear();
-  warp.load_query(a, row);
-
-  // A slot is looked up two tiles before its key is needed, its page one tile before: each waits for the one before it.
-  Loader loader;
-  AttentionSlot slot;
-  AttentionKey key, next;
-  const auto look_up = [&](int64_t tile) { slot.load(keys_of_row, tile * kTileKeys + Loader::key()); };
-  const auto finish = [&](int64_t tile) {
-    loader.finish(a, key, shared.tile(tile, a));
-    if (Loader::member() == 0) {
-      const float counts = key.form == KeyForm::kNone ? 0.0f : 1.0f;
-      ptx::store_shared_float(shared.count(tile) + static_cast<uint32_t>(Loader::key() * 4), counts);
-    }
-  };
-  look_up(begin);
-  key.find(a, keys_of_row, slot);
-  look_up(begin + 1);
-  if (begin < end) {
-    loader.start(a, key, shared.tile(begin, a));
-    finish(begin);
-  }
-  ptx::cp_async_commit();
-  next.find(a, keys_of_row, slot);
-  look_up(begin + 2);
-  DSV4_UNROLL_IF(false)
-  for (int64_t tile = begin; tile < end; ++tile) {
-    ptx::cp_async_wait<0>();
-    ptx::sync_threads();  // the tile is whole; nobody reads the other one, nor the numerators
-    key = next;
-    if (tile + 1 < end) loader.start(a, key, shared.tile(tile + 1, a));
-    ptx::cp_async_commit();
-    next.find(a, keys_of_row, slot);
-    look_up(tile + 3);
-    warp.score(a, shared, shared.tile(tile, a));
+  warp.load_query(a, block.row);
+  walk_tiles<Bf16Tile, 32 * kGroupWarps * kGroups>(a, block.keys, block.begin, block.end, shared, [&](int64_t tile) {
+    warp.score(a, shared, shared.tile(tile));
     ptx::sync_threads();  // all parts of the scores are there
     warp.weigh(a, shared, shared.count(tile));
     ptx::sync_threads();  // and all numerators
-    warp.accumulate(a, shared, shared.tile(tile, a));
-    if (tile + 1 < end) finish(tile + 1);
-  }
+    warp.accumulate(a, shared, shared.tile(tile));
+  });
 
   warp.close();
   const int weighed = warp.weighed_head();
-  if (keys_of_row.splits() > 1) {
-    const int64_t group = block % runs * kGroups + warp.group;
+  if (block.keys.splits() > 1) {
+    const int64_t group = block.run * kGroups + warp.group;
     if (group >= a.groups) return;
-    store_partial(a, row, split, group, warp);
+    store_partial(a, block.row, block.split, group, warp);
     return;
   }
   const HeadEnd ends(warp.most, warp.total, sink_of(a, warp.first_head + weighed));
   if (warp.lane % 8 == 0) {
-    ends.write_lse(a, row, warp.first_head + weighed);
+    ends.write_lse(a, block.row, warp.first_head + weighed);
     const int head = warp.group * kGroupHeads + weighed;
     ptx::store_shared_float(shared.divisors + static_cast<uint32_t>(head * 4), ends.divisor);
   }
   ptx::sync_threads();  // the divisors of all heads are there
   const uint32_t mine = shared.divisors + static_cast<uint32_t>((warp.group * kGroupHeads + warp.lane / 4) * 4);
   const float divisor[2] = {ptx::load_shared_float(mine), ptx::load_shared_float(mine + 32)};
-  warp.write(a, row, divisor);
+  warp.write<bf16>(a, block.row, divisor);
+}
+
+template <class X>
+DSV4_DEVICE void attend_in_lanes(const AttentionArguments& a) {
+  const BlockPart block(a, a.groups, F32Tile::kKeys);
+  if (!block.exists()) return;
+  WarpHeads<X> heads;
+  heads.locate(a, block.run);
+  heads.load_query(a, block.row);
+  const LanesShared shared(a, heads.first / kLaneHeads);
+  walk_tiles<F32Tile, 32 * kLaneWarps>(a, block.keys, block.begin, block.end, shared, [&](int64_t tile) {
+    if (heads.exist(a)) heads.add(a, shared, tile);
+  });
+  heads.close();
+  if (block.keys.splits() > 1) {
+    heads.store(a, partial_of(a, block.row, block.split, block.run));
+  } else {
+    heads.write(a, block.row);
+  }
 }
 
 // Grid: x over rows and head groups.
+template <class X>
 DSV4_DEVICE void combine(const AttentionArguments& a) {
   const int64_t group = ptx::block_index_x() % a.groups, row = a.first_row + ptx::block_index_x() / a.groups;
   AttentionRow keys_of_row;
@@ -143,7 +144,7 @@ DSV4_DEVICE void combine(const AttentionArguments& a) {
     DSV4_UNROLL
     for (int i = 0; i < 2 * kSteps; ++i) {
       if (i >= 2 * warp.steps) break;
-      const Words4 sum = ptx::load_global_16(partial_sum(a, partial, warp, i));
+      const Words4 sum = ptx::load_global_16(partial_sum(a, partial, warp.part, i, warp.lane));
       DSV4_UNROLL
       for (int j = 0; j < 4; ++j) {
         const int half = j / 2;
@@ -166,18 +167,22 @@ DSV4_DEVICE void combine(const AttentionArguments& a) {
     divisor[half] = ends.divisor;
     if (warp.part == 0 && warp.lane % 4 == 0) ends.write_lse(a, row, head);
   }
-  warp.write(a, row, divisor);
+  warp.write<X>(a, row, divisor);
 }
 
 }  // namespace
 
 DSV4_KERNEL(128, 2) sm80_bf16_sparse_attention_16(const AttentionArguments a) { attend<1>(a); }
 DSV4_KERNEL(256, 1) sm80_bf16_sparse_attention_32(const AttentionArguments a) { attend<2>(a); }
-DSV4_KERNEL(kCombineThreads, 2) sm80_bf16_sparse_attention_combine(const AttentionArguments a) { combine(a); }
+DSV4_KERNEL(128, 2) sm80_bf16_sparse_attention_f32_rows(const AttentionArguments a) { attend_in_lanes<bf16>(a); }
+DSV4_KERNEL(128, 2) sm80_f32_sparse_attention(const AttentionArguments a) { attend_in_lanes<float>(a); }
+DSV4_KERNEL(kCombineThreads, 2) sm80_bf16_sparse_attention_combine(const AttentionArguments a) { combine<bf16>(a); }
+DSV4_KERNEL(kCombineThreads, 2) sm80_f32_sparse_attention_combine(const AttentionArguments a) { combine<float>(a); }
 
 namespace {
 
 static_assert(AttentionShared<2>::bytes(2 * kMaxHeadDim) <= cuda::kMaxSharedBytes);
+static_assert(LanesShared::bytes(4 * kMaxHeadDim) <= cuda::kMaxSharedBytes);
 
 constexpr int64_t kPartialBytes = int64_t{256} << 20;  // at most, unless one row needs more
 constexpr int64_t kManyBlocks = 264;                   // two on each SM of the largest GPUs
@@ -186,38 +191,56 @@ constexpr int64_t kMaxBlocks = 0x7FFFFFFF;
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 bool aligned(const void* data, uintptr_t bytes) { return reinterpret_cast<uintptr_t>(data) % bytes == 0; }
 
-// Whether pairs of elements are aligned words.
+int64_t bytes_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+
+// Whether pairs of elements are aligned as one.
 bool paired(const AnyView<3>& view) {
-  return aligned(view.data, 4) && view.stride[0] % 2 == 0 && view.stride[1] % 2 == 0;
+  return aligned(view.data, static_cast<uintptr_t>(2 * bytes_of(view.dtype))) && view.stride[0] % 2 == 0 &&
+         view.stride[1] % 2 == 0;
 }
 
 AttentionPool pool_of(const RowPool& from, int64_t head_dim, int64_t rope_dim) {
   AttentionPool pool = {};
-  pool.given = from.given();
-  if (!pool.given) return pool;
-  pool.fp8 = from.bytes.given();
+  pool.form = KeyForm::kNone;
+  if (!from.given()) return pool;
   pool.table = static_cast<const int32_t*>(from.table.data);
   pool.table_stride = from.table.stride[0];
   pool.blocks = from.table.shape[1];
   constexpr int64_t kLargestPage = int64_t{1} << 31;  // entries have 31 bits
   pool.page_size = static_cast<uint32_t>(from.page_size < kLargestPage ? from.page_size : kLargestPage);
-  if (pool.fp8) {
+  const bool fp8 = from.bytes.given(), f32 = !fp8 && from.plain.dtype == DType::kFloat32;
+  bool whole;  // of 16-byte pieces
+  if (fp8) {
     pool.data = static_cast<const uint8_t*>(from.bytes.data);
     pool.pages = from.bytes.shape[0];
     pool.page_stride = from.bytes.stride[0];
     pool.row_stride = fp8_row_bytes(head_dim, rope_dim);
     pool.scales = fp8_scales_at(0, from.page_size, head_dim, rope_dim);
     pool.scale_stride = static_cast<int>(fp8_row_scale_bytes(head_dim, rope_dim));
-    pool.vector = pool.row_stride % 16 == 0 && (head_dim - rope_dim) % 16 == 0;
+    whole = (head_dim - rope_dim) % 16 == 0;
   } else {
+    const int64_t element = bytes_of(from.plain.dtype);
     pool.data = static_cast<const uint8_t*>(from.plain.data);
     pool.pages = from.plain.shape[0];
-    pool.page_stride = 2 * from.plain.stride[0];
-    pool.row_stride = 2 * from.plain.stride[1];
-    pool.vector = pool.row_stride % 16 == 0 && head_dim % 8 == 0;
+    pool.page_stride = element * from.plain.stride[0];
+    pool.row_stride = element * from.plain.stride[1];
+    whole = head_dim * element % 16 == 0;
   }
-  pool.vector = pool.vector && aligned(pool.data, 16) && pool.page_stride % 16 == 0;
+  whole = whole && pool.row_stride % 16 == 0 && aligned(pool.data, 16) && pool.page_stride % 16 == 0;
+  if (fp8) {
+    pool.form = whole ? KeyForm::kFp8 : KeyForm::kFp8Slow;
+  } else if (f32) {
+    pool.form = whole ? KeyForm::kF32 : KeyForm::kF32Slow;
+  } else {
+    pool.form = whole ? KeyForm::kBf16 : KeyForm::kBf16Slow;
+  }
   return pool;
+}
+
+// Tensor cores multiply bfloat16.
+bool in_lanes(const SparseAttentionParams& p) {
+  const auto f32 = [](const RowPool& pool) { return pool.plain.given() && pool.plain.dtype == DType::kFloat32; };
+  return p.query.dtype == DType::kFloat32 || f32(p.window_pool) || f32(p.compressed);
 }
 
 int64_t slots_of_any_row(const SparseAttentionParams& p) {
@@ -239,7 +262,7 @@ struct Plan {
     const int64_t padded = round_up(p.query.shape[2], 16);
     slice = static_cast<int>(round_up(ceil_div(padded, kGroupWarps), 16));
     groups = ceil_div(p.query.shape[1], kGroupHeads);
-    splits = ceil_div(slots_of_any_row(p), int64_t{kTileKeys} * kSplitTiles);
+    splits = ceil_div(slots_of_any_row(p), kSplitSlots);
     const int64_t floats = 2 * kGroupHeads + static_cast<int64_t>(slice) * 64;
     partial_bytes = splits > 1 ? splits * groups * floats * static_cast<int64_t>(sizeof(float)) : 0;
     rows_at_once = kMaxBlocks / (groups * splits + 1);
@@ -264,28 +287,52 @@ AttentionArguments arguments_of(const SparseAttentionParams& p, const Plan& plan
   a.nope = a.head_dim - a.rope;
   a.padded_dim = static_cast<int>(round_up(head_dim, 16));
   a.slice = plan.slice;
-  a.tile_row = static_cast<int>(round_up(2 * head_dim, 128));
+  a.tile_row = in_lanes(p) ? 4 * a.padded_dim : static_cast<int>(round_up(2 * head_dim, 128));
   a.paired_query = paired(p.query);
   a.paired_out = paired(p.out);
   return a;
 }
 
-template <int kGroups>
-Status launch_attend(void (*kernel)(AttentionArguments), const AttentionArguments& a, int64_t rows,
-                     const Context& context) {
+using Kernel = void (*)(AttentionArguments);
+
+Status launch_attend(Kernel kernel, int64_t blocks_of_split, int threads, int shared_bytes, const AttentionArguments& a,
+                     int64_t rows, const Context& context) {
   cuda::LaunchShape shape;
-  shape.blocks_x = rows * a.splits * ceil_div(a.groups, kGroups);
-  shape.threads = 32 * kGroupWarps * kGroups;
-  shape.shared_bytes = AttentionShared<kGroups>::bytes(a.tile_row);
+  shape.blocks_x = rows * a.splits * blocks_of_split;
+  shape.threads = threads;
+  shape.shared_bytes = shared_bytes;
+  return cuda::launch("sparse_attention", kernel, shape, context, a);
+}
+
+template <int kGroups>
+Status launch_attend(Kernel kernel, const AttentionArguments& a, int64_t rows, const Context& context) {
+  return launch_attend(kernel, ceil_div(a.groups, kGroups), 32 * kGroupWarps * kGroups,
+                       AttentionShared<kGroups>::bytes(a.tile_row), a, rows, context);
+}
+
+Status attend_rows(const AttentionArguments& a, int64_t rows, int heads_per_block, const Context& context) {
+  if (in_lanes(a.params)) {
+    const Kernel kernel =
+        a.params.query.dtype == DType::kFloat32 ? sm80_f32_sparse_attention : sm80_bf16_sparse_attention_f32_rows;
+    return launch_attend(kernel, a.groups, 32 * kLaneWarps, LanesShared::bytes(a.tile_row), a, rows, context);
+  }
+  return heads_per_block == kGroupHeads ? launch_attend<1>(sm80_bf16_sparse_attention_16, a, rows, context)
+                                        : launch_attend<2>(sm80_bf16_sparse_attention_32, a, rows, context);
+}
+
+Status combine_rows(const AttentionArguments& a, int64_t rows, const Context& context) {
+  const Kernel kernel =
+      a.params.query.dtype == DType::kFloat32 ? sm80_f32_sparse_attention_combine : sm80_bf16_sparse_attention_combine;
+  cuda::LaunchShape shape;
+  shape.blocks_x = rows * a.groups;
+  shape.threads = kCombineThreads;
   return cuda::launch("sparse_attention", kernel, shape, context, a);
 }
 
 }  // namespace
 
 bool accepts_sparse_attention(const SparseAttentionParams& p) {
-  const auto fits = [](const RowPool& pool) { return !pool.plain.given() || pool.plain.dtype == DType::kBFloat16; };
-  return p.query.dtype == DType::kBFloat16 && fits(p.window_pool) && fits(p.compressed) && p.query.size(2) % 2 == 0 &&
-         p.query.size(2) <= kMaxHeadDim;
+  return p.query.size(2) % 2 == 0 && p.query.size(2) <= kMaxHeadDim;
 }
 
 int64_t sparse_attention_workspace_bytes(const SparseAttentionParams& p, const Context&) {
@@ -302,15 +349,10 @@ Status sparse_attention(const SparseAttentionParams& p, const Context& context, 
   AttentionArguments a = arguments_of(p, plan);
   for (a.first_row = 0; a.first_row < rows; a.first_row += plan.rows_at_once) {
     const int64_t count = rows - a.first_row < plan.rows_at_once ? rows - a.first_row : plan.rows_at_once;
-    const Status attended = heads_per_block == kGroupHeads
-                                ? launch_attend<1>(sm80_bf16_sparse_attention_16, a, count, context)
-                                : launch_attend<2>(sm80_bf16_sparse_attention_32, a, count, context);
+    const Status attended = attend_rows(a, count, heads_per_block, context);
     if (!attended.is_ok()) return attended;
     if (a.splits == 1) continue;
-    cuda::LaunchShape shape;
-    shape.blocks_x = count * a.groups;
-    shape.threads = kCombineThreads;
-    const Status combined = cuda::launch("sparse_attention", sm80_bf16_sparse_attention_combine, shape, context, a);
+    const Status combined = combine_rows(a, count, context);
     if (!combined.is_ok()) return combined;
   }
   return Status::ok();

@@ -6,13 +6,14 @@
 
 namespace dsv4::sm80 {
 
-// bfloat16 queries, FP8 or bfloat16 pools, even head_dim up to 512; any number of heads.
+// Queries and pools of any form the contract knows, even head_dim up to 512; any number of heads. On tensor cores where
+// queries are bfloat16 and pools FP8 or bfloat16.
 bool accepts_sparse_attention(const SparseAttentionParams&);
 int64_t sparse_attention_workspace_bytes(const SparseAttentionParams&, const Context&);
 Status sparse_attention(const SparseAttentionParams&, const Context&);
 
 // The same with 16 or 32 heads a block, which changes no bit of the results: few rows need many blocks, many rows are
-// better served by reading a key once for more heads.
+// better served by reading a key once for more heads. Without tensor cores it is always 16.
 Status sparse_attention(const SparseAttentionParams&, const Context&, int heads_per_block);
 
 }  // namespace dsv4::sm80

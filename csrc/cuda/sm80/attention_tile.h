@@ -2,41 +2,34 @@
 // dims, in both products: the tile's scores are sums of four warps' parts, and its values go to each warp's own
 // columns. So a warp keeps its part of the queries and of the sums in registers and reads only its columns of the tile.
 //
-// In shared memory: two tiles of 32 keys; the four parts of the scores, float32 [4, heads, 32], of which the first
-// gives way to the numerators in bfloat16; a factor and a divisor of each head; whether each key counts.
+// In shared memory: two tiles of 32 keys, and whether each counts; the four parts of the scores, float32 [4, heads,
+// 32], of which the first gives way to the numerators in bfloat16; a factor and a divisor of each head.
 #pragma once
 
-#include "cuda/sm80/attention_keys.h"
+#include "cuda/sm80/attention_ends.h"
+#include "cuda/sm80/attention_load.h"
 
 namespace dsv4::sm80 {
 
-inline constexpr int kGroupHeads = 16;
 inline constexpr int kGroupWarps = 4;
 inline constexpr int kSteps = kMaxHeadDim / kGroupWarps / 16;  // of 16 dims, of a warp
-inline constexpr int kScoreRow = kTileKeys * 4;                // bytes
+inline constexpr int kTileKeys = Bf16Tile::kKeys;
+inline constexpr int kScoreRow = kTileKeys * 4;  // bytes
 
 template <int kGroups>
-struct AttentionShared {
+struct AttentionShared : TilePair<Bf16Tile> {
   static constexpr int kHeads = kGroups * kGroupHeads;
-  uint32_t tiles, scores, factors, divisors, counts;
+  uint32_t scores, factors, divisors;
 
-  DSV4_DEVICE explicit AttentionShared(const AttentionArguments& a) {
-    tiles = ptx::shared_base();
-    scores = tiles + static_cast<uint32_t>(2 * kTileKeys * a.tile_row);
+  DSV4_DEVICE explicit AttentionShared(const AttentionArguments& a) : TilePair<Bf16Tile>(a) {
+    scores = end();
     factors = scores + kGroupWarps * kHeads * kScoreRow;
     divisors = factors + kHeads * 4;
-    counts = divisors + kHeads * 4;
   }
   static constexpr int bytes(int tile_row) {
-    return 2 * kTileKeys * tile_row + kGroupWarps * kHeads * kScoreRow + 2 * kHeads * 4 + 2 * kTileKeys * 4;
+    return TilePair<Bf16Tile>::bytes(tile_row) + kGroupWarps * kHeads * kScoreRow + 2 * kHeads * 4;
   }
 
-  DSV4_DEVICE uint32_t tile(int64_t number, const AttentionArguments& a) const {
-    return tiles + static_cast<uint32_t>((number & 1) * kTileKeys * a.tile_row);
-  }
-  DSV4_DEVICE uint32_t count(int64_t number) const {
-    return counts + static_cast<uint32_t>((number & 1) * kTileKeys * 4);
-  }
   // Four keys' scores in one warp's part. Pieces are permuted so that writing fragments meets no bank twice.
   DSV4_DEVICE uint32_t score(int part, int head, int piece) const {
     return scores + static_cast<uint32_t>((part * kHeads + head) * kScoreRow + (piece ^ (head & 3) * 2) * 16);
@@ -103,7 +96,7 @@ struct WarpPart {
       for (int half = 0; half < 2; ++half) {
         uint32_t keys[4];
         const int key = 16 * half + lane / 16 * 8 + lane % 8, piece = first_dim / 8 + 2 * i + lane / 8 % 2;
-        ptx::ldmatrix_x4(keys, tile_address(a, tile, key, piece));
+        ptx::ldmatrix_x4(keys, Bf16Tile::address(a, tile, key, piece));
         ptx::mma_m16n8k16(scores[2 * half], query[i], keys[0], keys[1]);
         ptx::mma_m16n8k16(scores[2 * half + 1], query[i], keys[2], keys[3]);
       }
@@ -178,7 +171,7 @@ struct WarpPart {
       for (int half = 0; half < 2; ++half) {
         uint32_t values[4];
         const int key = 16 * half + lane / 8 % 2 * 8 + lane % 8, piece = first_dim / 8 + 2 * i + lane / 16;
-        ptx::ldmatrix_x4_transposed(values, tile_address(a, tile, key, piece));
+        ptx::ldmatrix_x4_transposed(values, Bf16Tile::address(a, tile, key, piece));
         ptx::mma_m16n8k16(sum[2 * i], weights[half], values[0], values[1]);
         ptx::mma_m16n8k16(sum[2 * i + 1], weights[half], values[2], values[3]);
       }
@@ -195,47 +188,26 @@ struct WarpPart {
   // The head of the group whose softmax this lane takes part in.
   DSV4_DEVICE int weighed_head() const { return 4 * part + lane / 8; }
 
-  // Divides the sums, undoes the rotation and writes the row's out. divisor: of heads lane / 4 and lane / 4 + 8.
+  // Divides the sums and writes the row's out. divisor: of heads lane / 4 and lane / 4 + 8.
+  template <class X>
   DSV4_DEVICE void write(const AttentionArguments& a, int64_t row, const float (&divisor)[2]) const {
-    const AnyView<3>&out = a.params.out, &rope = a.params.rope;
-    const int pairs = rope.given() ? static_cast<int>(rope.shape[1]) : 0, rotated = a.head_dim - 2 * pairs;
-    const float* angles = static_cast<const float*>(rope.data) + (pairs > 0 ? row * rope.stride[0] : 0);
+    const RowOut<X> out(a, row);
     DSV4_UNROLL
     for (int i = 0; i < 2 * kSteps; ++i) {
       const int dim = first_dim + 8 * i + lane % 4 * 2;
       if (i >= 2 * steps || dim >= a.head_dim) continue;
-      float cosine = 1.0f, sine = 0.0f;
-      if (dim >= rotated) {
-        cosine = angles[dim - rotated];
-        sine = angles[dim - rotated + 1];
-      }
+      const Turn turn = out.turn(dim);
       DSV4_UNROLL
       for (int half = 0; half < 2; ++half) {
         const int64_t head = first_head + lane / 4 + 8 * half;
         if (head >= a.heads) continue;
-        uint32_t pair = ptx::pack_bf16(ptx::divide(sum[i][2 * half], divisor[half]),
-                                       ptx::divide(sum[i][2 * half + 1], divisor[half]));
-        if (dim >= rotated) {
-          const float even = ptx::low_bf16(pair), odd = ptx::high_bf16(pair);
-          pair = ptx::pack_bf16(ptx::add(ptx::multiply(even, cosine), ptx::multiply(odd, sine)),
-                                ptx::add(ptx::multiply(odd, cosine), -ptx::multiply(even, sine)));
-        }
-        bf16* to = static_cast<bf16*>(out.data) + row * out.stride[0] + head * out.stride[1] + dim;
-        if (a.paired_out) {
-          *reinterpret_cast<uint32_t*>(to) = pair;
-        } else {
-          to[0] = bf16{static_cast<uint16_t>(pair)};
-          to[1] = bf16{static_cast<uint16_t>(pair >> 16)};
-        }
+        out.write(head, dim, turn, ptx::divide(sum[i][2 * half], divisor[half]),
+                  ptx::divide(sum[i][2 * half + 1], divisor[half]));
       }
     }
   }
 
  private:
-  static DSV4_DEVICE uint32_t tile_address(const AttentionArguments& a, uint32_t tile, int key, int piece) {
-    return tile + static_cast<uint32_t>(key * a.tile_row + (piece ^ (key & 7)) * 16);
-  }
-
   static DSV4_DEVICE uint32_t load_pair(const AttentionArguments& a, int64_t row, int64_t head, int dim, bool exists) {
     if (!exists || head >= a.heads || dim >= a.head_dim) return 0;
     const AnyView<3>& query = a.params.query;
@@ -244,42 +216,5 @@ struct WarpPart {
     return from[0].bits | static_cast<uint32_t>(from[1].bits) << 16;
   }
 };
-
-// What the sums of a head are divided by, and its lse. A head whose row has no key has a total of 0; of any other it is
-// at least 1, or NaN.
-struct HeadEnd {
-  float divisor, lse;
-
-  DSV4_DEVICE HeadEnd(float most, float total, float sink) {
-    if (total == 0.0f) {
-      divisor = 1.0f;
-      lse = INFINITY;
-    } else {
-      divisor = ptx::add(total, ptx::exponential(ptx::add(sink, -most)));
-      lse = ptx::add(most, ptx::logarithm(total));
-    }
-  }
-
-  DSV4_DEVICE void write_lse(const AttentionArguments& a, int64_t row, int64_t head) const {
-    const AnyView<2>& to = a.params.lse;
-    if (head < a.heads) static_cast<float*>(to.data)[row * to.stride[0] + head] = lse;
-  }
-};
-
-DSV4_DEVICE float sink_of(const AttentionArguments& a, int64_t head) {
-  return head < a.heads ? static_cast<const float*>(a.params.sink.data)[head * a.params.sink.stride[0]] : 0.0f;
-}
-
-// A split's result, float32: the greatest scores of its 16 heads, their totals, and the sums of four warps, fragment by
-// fragment.
-DSV4_DEVICE int64_t partial_floats(int slice) { return 2 * kGroupHeads + static_cast<int64_t>(slice) * 64; }
-
-DSV4_DEVICE float* partial_of(const AttentionArguments& a, int64_t row, int64_t split, int64_t group) {
-  return a.partial + (((row - a.first_row) * a.splits + split) * a.groups + group) * partial_floats(a.slice);
-}
-
-DSV4_DEVICE float* partial_sum(const AttentionArguments& a, float* partial, const WarpPart& warp, int i) {
-  return partial + 2 * kGroupHeads + ((warp.part * (a.slice / 8) + i) * 32 + warp.lane) * 4;
-}
 
 }  // namespace dsv4::sm80

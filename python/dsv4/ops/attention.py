@@ -109,14 +109,12 @@ def sparse_attention(
 def _op(query: Tensor, pools: tuple[Tensor, ...], wide: tuple[Tensor, ...]) -> Any:
     """The op that takes these arguments: the one with kernels, or the reference for float16 and float64.
 
-    CUDA kernels multiply bfloat16 and hold rows of up to 512 dims, in pairs.
+    CUDA kernels hold rows of up to 512 dims, in pairs.
     """
-    floats: tuple[torch.dtype, ...] = _KERNEL_FLOATS
-    kernel = all(x.dtype == torch.float32 for x in wide)
+    kernel = query.dtype in _KERNEL_FLOATS and all(x.dtype == torch.float32 for x in wide)
     if query.is_cuda:
-        floats = (torch.bfloat16,)
         kernel = kernel and query.dim() == 3 and query.shape[2] % 2 == 0 and query.shape[2] <= 512
-    if kernel and query.dtype in floats and all(x.dtype in (*floats, torch.uint8) for x in pools):
+    if kernel and all(x.dtype in (*_KERNEL_FLOATS, torch.uint8) for x in pools):
         return torch.ops.dsv4.sparse_attention
     return torch.ops.dsv4._sparse_attention_reference
 
