@@ -116,7 +116,7 @@ def test_off_float32(run: Run, device: CudaOnHost) -> None:
         selected.append(selections.taken)
     for mine, theirs in zip(*selected, strict=True):
         assert torch.equal(mine, theirs)
-    # wo_a, a plain grouped product, is torch's on the CPU too. Of each layer and step, attention has its kernel.
+    # wo_a, a plain grouped product, is torch's. Of each layer and step, attention has its kernel.
     assert set(device.references) == {"_grouped_linear_reference"}
     assert device.calls()["sparse_attention"] - before == len(steps(run)) * model.config.num_hidden_layers
 
