@@ -151,9 +151,7 @@ std::tuple<Tensor, Tensor> sparse_attention(const Tensor& query, const Tensor& w
   SparseAttentionParams params = call.params(lse);
   params.out = mutable_view(out);
   params.lse = mutable_view(lse);
-  const Scratch scratch(dsv4::sparse_attention_workspace_bytes(params, check.context(query)), query);
-  params.workspace = scratch;
-  check.run(dsv4::sparse_attention, params, query);
+  check.run(dsv4::sparse_attention, dsv4::sparse_attention_workspace_bytes, params, query);
   return {out, lse};
 }
 DSV4_OP(
@@ -192,9 +190,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sparse_attention_backward(
   if (call.raw->plain()) params.grad_window = mutable_view(grad_window);
   if (call.entries.has_value() && call.entries->plain()) params.grad_compressed = mutable_view(grad_compressed);
   params.grad_sink = mutable_view(grad_sink);
-  const Scratch scratch(dsv4::sparse_attention_backward_workspace_bytes(params, check.context(query)), query);
-  params.workspace = scratch;
-  check.run(dsv4::sparse_attention_backward, params, query);
+  check.run(dsv4::sparse_attention_backward, dsv4::sparse_attention_backward_workspace_bytes, params, query);
   return {grad_query, grad_window, grad_compressed, grad_sink};
 }
 DSV4_OP(

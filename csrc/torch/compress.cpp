@@ -67,9 +67,7 @@ void compress(const Tensor& kv_, const Tensor& gate_, const Tensor& ape_, const 
                         eps,
                         rotate,
                         {}};
-  const Scratch scratch(dsv4::compress_workspace_bytes(params, check.context(kv)), kv);
-  params.workspace = scratch;
-  check.run(dsv4::compress, params, kv);
+  check.run(dsv4::compress, dsv4::compress_workspace_bytes, params, kv);
   pool.finish();
   state.finish();
 }

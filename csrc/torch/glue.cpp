@@ -74,6 +74,25 @@ std::string device_text(const Tensor& tensor) {
   return "another device";
 }
 
+Tensor allocate(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype, const Tensor& device_of) {
+  constexpr size_t kMostAxes = 8;
+  if (sizes.size() > kMostAxes) return torch::stable::empty(sizes, dtype, std::nullopt, device_of.device());
+  // Not through the dispatcher by name, as torch::stable::empty goes: a short op would spend half its time there.
+  int64_t strides[kMostAxes], step = 1;
+  for (size_t axis = sizes.size(); axis-- > 0;) {
+    strides[axis] = step;
+    step *= std::max<int64_t>(sizes[axis], 1);
+  }
+  int32_t device_type, device_index;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(device_of.get(), &device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(device_of.get(), &device_index));
+  AtenTensorHandle made = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(sizes.size()), sizes.data(), strides,
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type, device_index, &made));
+  return Tensor(made);
+}
+
 #if !defined(DSV4_TORCH_CUDA)
 void torch_parallel_for(void*, int64_t count, void (*body)(void* argument, int64_t begin, int64_t end),
                         void* argument) {
@@ -204,22 +223,9 @@ AnyView<2> mutable_rows_view(const Tensor& tensor) {
 }
 
 Tensor empty(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype, const Tensor& device_of) {
-  constexpr size_t kMostAxes = 8;
-  if (sizes.size() > kMostAxes) return torch::stable::empty(sizes, dtype, std::nullopt, device_of.device());
-  // Not through the dispatcher by name, as torch::stable::empty goes: a short op would spend half its time there.
-  int64_t strides[kMostAxes], step = 1;
-  for (size_t axis = sizes.size(); axis-- > 0;) {
-    strides[axis] = step;
-    step *= std::max<int64_t>(sizes[axis], 1);
-  }
-  int32_t device_type, device_index;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(device_of.get(), &device_type));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(device_of.get(), &device_index));
-  AtenTensorHandle made = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      static_cast<int64_t>(sizes.size()), sizes.data(), strides,
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type, device_index, &made));
-  return Tensor(made);
+  const Tensor memory = allocate(sizes, dtype, device_of);
+  if (Tape* tape = Tape::recording()) tape->keep(memory);
+  return memory;
 }
 
 Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype, const Tensor& device_of) {
@@ -230,15 +236,23 @@ Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype, const Tensor& 
   return empty(torch::headeronly::IntHeaderOnlyArrayRef(sizes.data(), sizes.size()), dtype, device_of);
 }
 
-Scratch::Scratch(int64_t bytes, const Tensor& on) : bytes_(bytes) {
-  if (bytes > 0) memory_ = empty({bytes}, ScalarType::Byte, on);
+Workspace Scratch::at_least(int64_t bytes) {
+  if (bytes > bytes_) {
+    memory_ = allocate(torch::headeronly::IntHeaderOnlyArrayRef(&bytes, 1), ScalarType::Byte, on_);
+    bytes_ = bytes;
+  }
+  if (bytes == 0) return {};
+  return {memory_->mutable_data_ptr(), bytes_};
 }
 
 Tensor dense(const Tensor& tensor, int axes) {
   const auto sizes = tensor.sizes(), strides = tensor.strides();
   int64_t expected = 1;
   for (int64_t axis = tensor.dim() - 1; axis >= 0 && axis >= tensor.dim() - axes; --axis) {
-    if (sizes[axis] != 1 && strides[axis] != expected) return torch::stable::contiguous(tensor);
+    if (sizes[axis] != 1 && strides[axis] != expected) {
+      if (Tape* tape = Tape::recording()) tape->refuse();
+      return torch::stable::contiguous(tensor);
+    }
     expected *= sizes[axis];
   }
   return tensor;

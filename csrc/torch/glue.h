@@ -20,6 +20,7 @@
 #include "common/context.h"
 #include "common/status.h"
 #include "common/view.h"
+#include "torch/tape.h"
 
 namespace dsv4::binding {
 
@@ -66,10 +67,32 @@ class Check {
   // Runs an op of csrc/ops on the device of `on` and its current stream or torch's threads, and throws what it reports.
   template <class Params>
   void run(Status (*op)(const Params&, const Context&), const Params& params, const Tensor& on) const {
+    on_device(on, [&](const Context& context) { return op(params, context); });
+    if (Tape* tape = Tape::recording()) {
+      tape->add(on, [op, params](const Context& context, Scratch&) { return op(params, context); });
+    }
+  }
+
+  // The same with scratch memory, as much as `bytes` says.
+  template <class Params>
+  void run(Status (*op)(const Params&, const Context&), int64_t (*bytes)(const Params&, const Context&), Params params,
+           const Tensor& on) const {
+    auto call = [op, bytes, params](const Context& context, Scratch& scratch) mutable {
+      params.workspace = scratch.at_least(bytes(params, context));
+      return op(params, context);
+    };
+    Scratch scratch(on);
+    on_device(on, [&](const Context& context) { return call(context, scratch); });
+    if (Tape* tape = Tape::recording()) tape->add(on, call);
+  }
+
+  // The same for anything that returns a Status.
+  template <class Body>
+  void on_device(const Tensor& on, Body&& body) const {
 #if defined(DSV4_TORCH_CUDA) && !defined(DSV4_HOST_MODEL)
     const torch::stable::accelerator::DeviceGuard guard(on.get_device_index());
 #endif
-    raise(op(params, context(on)));
+    raise(body(context(on)));
   }
 
   // Where `run` runs; for the size of a workspace.
@@ -84,23 +107,10 @@ class Check {
   std::string device_;
 };
 
+// Uninitialised; results, and what else must live as long as a recording of the call.
 Tensor empty(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype, const Tensor& device_of);
 Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype, const Tensor& device_of);
 Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype, const Tensor& device_of);
-
-// Scratch memory of a call.
-class Scratch {
- public:
-  Scratch(int64_t bytes, const Tensor& on);
-  operator Workspace() const {
-    if (!memory_.has_value()) return {};
-    return {memory_->mutable_data_ptr(), bytes_};
-  }
-
- private:
-  int64_t bytes_;
-  std::optional<Tensor> memory_;  // none for 0 bytes
-};
 
 // The tensor itself where its last `axes` axes lie densely in memory, else a contiguous copy.
 Tensor dense(const Tensor& tensor, int axes = 1);
@@ -163,6 +173,15 @@ AnyView<2> mutable_rows_view(const Tensor& tensor);
 inline TensorView<true> mutable_view(const Tensor& tensor) { return TensorView<true>(&tensor); }
 
 }  // namespace dsv4::binding
+
+// The name of what each library has for itself; not tensor operations.
+#if defined(DSV4_HOST_MODEL)
+#define DSV4_LIBRARY_OP(name) "_host_model_" name
+#elif defined(DSV4_TORCH_CUDA)
+#define DSV4_LIBRARY_OP(name) "_cuda_" name
+#else
+#define DSV4_LIBRARY_OP(name) "_cpu_" name
+#endif
 
 // Registers a function of this file as torch.ops.dsv4.<function>. The CPU library brings the schema, so it is loaded
 // first.

@@ -50,9 +50,7 @@ Tensor index_topk(const Tensor& query_, const Tensor& weights_, const Tensor& pa
   params.k = k;
   params.page_size = page_size;
   params.result = mutable_view(result);
-  const Scratch scratch(dsv4::index_topk_workspace_bytes(params, check.context(query)), query);
-  params.workspace = scratch;
-  check.run(dsv4::index_topk, params, query);
+  check.run(dsv4::index_topk, dsv4::index_topk_workspace_bytes, params, query);
   return result;
 }
 DSV4_OP(

@@ -45,15 +45,7 @@ std::string library_info() {
 }  // namespace
 }  // namespace dsv4::binding
 
-#if defined(DSV4_HOST_MODEL)
-#define DSV4_INFO_NAME "_host_model_library"
-#elif defined(DSV4_TORCH_CUDA)
-#define DSV4_INFO_NAME "_cuda_library"
-#else
-#define DSV4_INFO_NAME "_cpu_library"
-#endif
-
-STABLE_TORCH_LIBRARY_FRAGMENT(dsv4, library) { library.def(DSV4_INFO_NAME "() -> str"); }
+STABLE_TORCH_LIBRARY_FRAGMENT(dsv4, library) { library.def(DSV4_LIBRARY_OP("library") "() -> str"); }
 STABLE_TORCH_LIBRARY_IMPL(dsv4, CompositeExplicitAutograd, library) {
-  library.impl(DSV4_INFO_NAME, TORCH_BOX(&dsv4::binding::library_info));
+  library.impl(DSV4_LIBRARY_OP("library"), TORCH_BOX(&dsv4::binding::library_info));
 }

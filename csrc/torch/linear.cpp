@@ -23,12 +23,6 @@ void check_scale(Check& check, const Tensor& scale, int64_t rows, int64_t column
 using Run = Status (*)(const LinearParams&, const Context&);
 using WorkspaceBytes = int64_t (*)(const LinearParams&, const Context&);
 
-void launch(const Check& check, LinearParams& params, const Tensor& on, Run run, WorkspaceBytes workspace_bytes) {
-  const Scratch scratch(workspace_bytes(params, check.context(on)), on);
-  params.workspace = scratch;
-  check.run(run, params, on);
-}
-
 // Checked activations whose rows `rows_view` can address.
 Tensor dense_rows(const Tensor& x) {
   const int axes = static_cast<int>(x.dim());
@@ -85,7 +79,7 @@ Tensor linear(Check& check, const Tensor& x_, const Tensor& weight_, const Tenso
   params.out = with_group(rows_view<true>(out));
   params.weight = bytes_view(weight);
   params.scale = bytes_view(scale);
-  launch(check, params, x, run, workspace_bytes);
+  check.run(run, workspace_bytes, params, x);
   return out;
 }
 
@@ -127,7 +121,7 @@ Tensor grouped_linear(const Tensor& x_, const Tensor& weight_, const std::option
   params.out = mutable_view(out);
   params.weight = bytes_view(weight);
   if (scale.has_value()) params.scale = bytes_view(*scale);
-  launch(check, params, x, dsv4::grouped_linear, dsv4::grouped_linear_workspace_bytes);
+  check.run(dsv4::grouped_linear, dsv4::grouped_linear_workspace_bytes, params, x);
   return out;
 }
 
@@ -143,9 +137,7 @@ Tensor dense_linear(const Tensor& x_, const Tensor& weight_, std::optional<Scala
   params.x = rows_view(x);
   params.weight = view(weight);
   params.out = rows_view<true>(out);
-  const Scratch scratch(dsv4::dense_linear_workspace_bytes(params, check.context(x)), x);
-  params.workspace = scratch;
-  check.run(dsv4::dense_linear, params, x);
+  check.run(dsv4::dense_linear, dsv4::dense_linear_workspace_bytes, params, x);
   return out;
 }
 

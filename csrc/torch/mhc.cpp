@@ -57,6 +57,16 @@ struct Mixing {
   }
 };
 
+// Scratch memory whose size the sizes of the tensors and the number of threads decide.
+class Memory {
+ public:
+  Memory(int64_t bytes, const Tensor& on) : bytes_(empty({bytes}, ScalarType::Byte, on)) {}
+  operator Workspace() const { return {bytes_.mutable_data_ptr(), bytes_.numel()}; }
+
+ private:
+  Tensor bytes_;
+};
+
 void check_norm(Check& check, const std::optional<Tensor>& weight, const Sizes& s) {
   if (!weight.has_value()) return;
   if (s.x == ScalarType::Float) {
@@ -94,8 +104,8 @@ std::tuple<Tensor, Tensor, Tensor> mhc_pre(const Tensor& streams_, const Tensor&
   Tensor input = empty({s.tokens, s.hidden}, s.x, streams);
   Tensor post = float_tensor({s.tokens, kStreams}, streams),
          comb = float_tensor({s.tokens, kStreams, kStreams}, streams);
-  const Scratch scratch(dsv4::mhc_pre_workspace_bytes(s.tokens, s.hidden, dtype_of(streams), check.context(streams)),
-                        streams);
+  const Memory scratch(dsv4::mhc_pre_workspace_bytes(s.tokens, s.hidden, dtype_of(streams), check.context(streams)),
+                       streams);
   const MhcPreParams params{view(streams),       mixing,
                             view(norm_weight),   static_cast<float>(rms_eps),
                             mutable_view(input), mutable_view(post),
@@ -123,8 +133,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mhc_post_pre(const Tensor& sublayer_,
   Tensor input = empty({s.tokens, s.hidden}, s.x, streams);
   Tensor next_post = float_tensor({s.tokens, kStreams}, streams);
   Tensor next_comb = float_tensor({s.tokens, kStreams, kStreams}, streams);
-  const Scratch scratch(dsv4::mhc_pre_workspace_bytes(s.tokens, s.hidden, dtype_of(streams), check.context(streams)),
-                        streams);
+  const Memory scratch(dsv4::mhc_pre_workspace_bytes(s.tokens, s.hidden, dtype_of(streams), check.context(streams)),
+                       streams);
   const MhcPostPreParams params{{view(sublayer), view(streams), view(post), view(comb), mutable_view(result)},
                                 {view(result), mixing, view(norm_weight), static_cast<float>(rms_eps),
                                  mutable_view(input), mutable_view(next_post), mutable_view(next_comb), scratch}};
@@ -144,8 +154,8 @@ Tensor mhc_head(const Tensor& streams_, const Tensor& fn, const Tensor& scale, c
   const Mixing mixing(check, s.hidden, fn, scale, base, norm_eps, hc_eps, 0, true);
   const Tensor streams = dense(streams_);
   Tensor output = empty({s.tokens, s.hidden}, s.x, streams);
-  const Scratch scratch(dsv4::mhc_head_workspace_bytes(s.tokens, s.hidden, dtype_of(streams), check.context(streams)),
-                        streams);
+  const Memory scratch(dsv4::mhc_head_workspace_bytes(s.tokens, s.hidden, dtype_of(streams), check.context(streams)),
+                       streams);
   const MhcHeadParams params{view(streams), mixing, mutable_view(output), scratch};
   check.run(dsv4::mhc_head, params, streams);
   return output;
@@ -208,7 +218,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mhc_pre_backward(
   Tensor grad_fn = float_tensor({kMixes, kStreams * s.hidden}, streams);
   Tensor grad_scale = float_tensor({3}, streams), grad_base = float_tensor({kMixes}, streams);
   Tensor grad_norm_weight = float_tensor({norm_weight.has_value() ? s.hidden : 0}, streams);
-  const Scratch scratch(
+  const Memory scratch(
       dsv4::mhc_pre_backward_workspace_bytes(s.tokens, s.hidden, dtype_of(streams), check.context(streams)), streams);
   const MhcPreBackwardParams params{view(grad_input),
                                     view(grad_post),
@@ -244,7 +254,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mhc_head_backward(const Tensor& grad_
   Tensor grad_streams = empty({s.tokens, kStreams, s.hidden}, s.x, streams);
   Tensor grad_fn = float_tensor({kStreams, kStreams * s.hidden}, streams);
   Tensor grad_scale = float_tensor({1}, streams), grad_base = float_tensor({kStreams}, streams);
-  const Scratch scratch(
+  const Memory scratch(
       dsv4::mhc_head_backward_workspace_bytes(s.tokens, s.hidden, dtype_of(streams), check.context(streams)), streams);
   const MhcHeadBackwardParams params{
       view(grad_output),        view(streams),           mixing, mutable_view(grad_streams), mutable_view(grad_fn),

@@ -33,9 +33,7 @@ std::tuple<Tensor, Tensor> moe_gate(const Tensor& x_, const Tensor& weight_, int
                        view(bias),  view(token_ids),       view(tid2eid),
                        route_scale, mutable_view(weights), mutable_view(indices),
                        {}};
-  const Scratch scratch(dsv4::moe_gate_workspace_bytes(params, check.context(x)), x);
-  params.workspace = scratch;
-  check.run(dsv4::moe_gate, params, x);
+  check.run(dsv4::moe_gate, dsv4::moe_gate_workspace_bytes, params, x);
   return {weights, indices};
 }
 DSV4_OP(
@@ -180,9 +178,7 @@ Tensor moe_experts(const Tensor& x_, const Tensor& weights_, const Tensor& indic
   for (size_t i = 0; i < shared.size(); ++i) params.shared[i] = shared[i];
   params.swiglu_limit = static_cast<float>(swiglu_limit);
   params.result = mutable_view(result);
-  const Scratch scratch(dsv4::moe_experts_workspace_bytes(params, check.context(x)), x);
-  params.workspace = scratch;
-  check.run(dsv4::moe_experts, params, x);
+  check.run(dsv4::moe_experts, dsv4::moe_experts_workspace_bytes, params, x);
   return result;
 }
 DSV4_OP(
@@ -235,9 +231,7 @@ std::vector<Tensor> moe_experts_backward(const Tensor& grad_, const Tensor& x_, 
   params.swiglu_limit = static_cast<float>(swiglu_limit);
   params.grad_x = mutable_view(results[0]);
   params.grad_weights = mutable_view(results[1]);
-  const Scratch scratch(dsv4::moe_experts_backward_workspace_bytes(params, check.context(x)), x);
-  params.workspace = scratch;
-  check.run(dsv4::moe_experts_backward, params, x);
+  check.run(dsv4::moe_experts_backward, dsv4::moe_experts_backward_workspace_bytes, params, x);
   return results;
 }
 DSV4_OP(

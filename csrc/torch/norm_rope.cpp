@@ -35,9 +35,7 @@ void store_window(const Tensor& kv_, const Tensor& weight_, const Tensor& rope_,
   const Tensor kv = dense(kv_), weight = dense(weight_), rope = dense(rope_, 2), sequence = dense(sequence_),
                position = dense(position_);
   StoreWindowParams params{view(kv), view(weight), view(rope), pool, view(sequence), view(position), eps, {}};
-  const Scratch scratch(dsv4::store_window_workspace_bytes(params, check.context(kv)), kv);
-  params.workspace = scratch;
-  check.run(dsv4::store_window, params, kv);
+  check.run(dsv4::store_window, dsv4::store_window_workspace_bytes, params, kv);
   pool.finish();
 }
 DSV4_OP(

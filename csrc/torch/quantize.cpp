@@ -15,9 +15,7 @@ Tensor hadamard(const Tensor& x_) {
   const Tensor x = dense(x_, static_cast<int>(x_.dim()));
   const Tensor result = empty(x.sizes(), x.scalar_type(), x);
   HadamardParams params{rows_view(x), mutable_rows_view(result), {}};
-  const Scratch scratch(dsv4::hadamard_workspace_bytes(params, check.context(x)), x);
-  params.workspace = scratch;
-  check.run(dsv4::hadamard, params, x);
+  check.run(dsv4::hadamard, dsv4::hadamard_workspace_bytes, params, x);
   return result;
 }
 DSV4_OP("hadamard(Tensor x) -> Tensor", hadamard)

@@ -61,6 +61,11 @@ def load() -> None:
         _loaded[path.name] = path
 
 
+def loaded() -> list[str]:
+    """The op libraries in this process, by device: their own ops are named `_<device>_...`."""
+    return [device for device, name in (("cpu", _CPU), ("cuda", _CUDA)) if name in _loaded]
+
+
 def _report(device: str) -> dict[str, Any]:
     load()
     name, op = (_CPU, "_cpu_library") if device == "cpu" else (_CUDA, "_cuda_library")

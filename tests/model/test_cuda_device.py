@@ -260,6 +260,24 @@ def test_caches(in_one_piece: Tensor, device: CudaOnHost, tmp_path: Path) -> Non
         assert_same_bits(model(SOME[:, length:], cache=copy).cpu(), in_one_piece[:, length:])
 
 
+def test_kernels_run_again_from_a_tape(device: CudaOnHost) -> None:
+    """What dsv4.RecordedModel decodes with, on a device; with scratch memory and without."""
+    ops = torch.ops.dsv4
+    x = torch.randn(3, 256, device="cuda")
+    weight, scale = torch.randint(0, 120, (128, 256), dtype=torch.uint8), torch.full((1, 2), 0.5)
+    weight, scale = weight.view(torch.float8_e4m3fn).to("cuda"), scale.to("cuda")
+    ops._host_model_tape_begin()
+    normed = dsv4.ops.rms_norm(x, None)
+    result = dsv4.ops.fp8_linear(normed, weight, scale)
+    assert ops._host_model_tape_calls() == 2
+    tape = ops._host_model_tape_end()
+    for seed in range(3):
+        x.copy_(torch.randn(3, 256, generator=torch.Generator().manual_seed(seed)))
+        ops._host_model_tape_run(tape, 0, 2)
+        assert torch.equal(result.cpu(), dsv4.ops.fp8_linear(dsv4.ops.rms_norm(x, None), weight, scale).cpu())
+    ops._host_model_tape_free(tape)
+
+
 def test_multi_token_prediction(device: CudaOnHost) -> None:
     model, ids = dsv4.load(ROOT / "dev_a", device="cuda"), SOME
     got = model.predict_next(model.hidden_streams(ids[:, :-1]), ids[:, 1:])

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import dsv4
+from dsv4.model import recording as module
 from dsv4.model.recording import MOST_ROWS, NotRecordable, RecordedModel, Recording
 
 CONSTANT = torch.ones(3)
@@ -159,14 +160,97 @@ def test_functions_in_general() -> None:
             assert torch.equal(found, function(x, y))
 
 
+def test_kernels_and_ops_of_torch_in_turns() -> None:
+    """Results and scratch memory of kernels, in memory of the recording's own."""
+    weight = torch.linspace(0.5, 2, 64)
+
+    def function(x: Tensor) -> Tensor:
+        turned = dsv4.ops.hadamard(dsv4.ops.rms_norm(x, weight))
+        return dsv4.ops.rms_norm((turned + 1).view(2, 96), None).view(3, 64)[1:]
+
+    with torch.inference_mode():
+        recording = Recording(function, torch.randn(3, 64))
+        assert len(recording) == 4
+        for seed in range(4):
+            x = torch.randn(3, 64, generator=torch.Generator().manual_seed(seed))
+            assert torch.equal(recording(x), function(x))
+
+
+def test_more_threads_than_recorded(model: dsv4.Transformer) -> None:
+    expected, recorded, cache = decode(model, filled(model, [70]), 8), RecordedModel(model), filled(model, [70])
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        found = [decode(recorded, cache, 4)]
+        torch.set_num_threads(4)
+        cache.crop(74)
+        found.append(decode(recorded, cache, 8)[4:])
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(torch.cat(found)[:4], expected[:4])
+    cache.crop(70)
+    assert torch.equal(decode(recorded, cache, 8), expected)
+
+
+def test_the_memory_of_weights_is_kept() -> None:
+    """Given other memory, a weight's old values go on being used, not what comes to lie there."""
+    weight = torch.ones(1 << 16)
+
+    def function(x: Tensor) -> Tensor:
+        return dsv4.ops.rms_norm(x, weight)
+
+    with torch.inference_mode():
+        x = torch.randn(1, 1 << 16)
+        recording = Recording(function, x)
+        expected = recording(x).clone()
+        weight.data = torch.zeros(4)
+        torch.full((1 << 16,), 5.0)
+        assert torch.equal(recording(x), expected)
+
+
+def test_without_room_the_model_runs(model: dsv4.Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MOST_BYTES", 100_000)
+    recorded = RecordedModel(model)
+    assert torch.equal(decode(recorded, filled(model, [20]), 5), decode(model, filled(model, [20]), 5))
+    assert recorded._recording is None
+
+
 @pytest.mark.parametrize(
-    "function",
+    ("function", "message"),
     [
-        pytest.param(lambda x: x * float(x.sum()), id="a value"),
-        pytest.param(lambda x: x[x > 0] if bool((x > 0).any()) else x, id="a branch"),
-        pytest.param(lambda x: CONSTANT, id="a result that no op made"),
+        pytest.param(lambda x: x * float(x.sum()), "reads the value of a tensor", id="a value"),
+        pytest.param(lambda x: x[x > 0] if bool((x > 0).any()) else x, "reads the value of a tensor", id="a branch"),
+        pytest.param(lambda x: CONSTANT, "the result is not made by a recorded op", id="a result that no op made"),
+        pytest.param(lambda x: dsv4.ops.rms_norm(x.T, None), "an op copied an operand first", id="a copied operand"),
     ],
 )
-def test_what_cannot_be_recorded(function: Callable[[Tensor], Tensor]) -> None:
-    with pytest.raises(NotRecordable), torch.inference_mode():
-        Recording(function, torch.randn(3))
+def test_what_cannot_be_recorded(function: Callable[[Tensor], Tensor], message: str) -> None:
+    with pytest.raises(NotRecordable, match=message), torch.inference_mode():
+        Recording(function, torch.randn(3, 5))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda ops: ops._cpu_tape_run(999_999, 0, 1), "tape_run: there is no tape 999999"),
+        (lambda ops: ops._cpu_tape_calls(), "tape_calls: nothing is being recorded"),
+        (lambda ops: ops._cpu_tape_end(), "tape_end: nothing is being recorded"),
+    ],
+)
+def test_wrong_use_of_a_tape(call: Callable[[object], object], message: str) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        call(torch.ops.dsv4)
+
+
+def test_calls_outside_of_a_tape() -> None:
+    ops = torch.ops.dsv4
+    ops._cpu_tape_begin()
+    dsv4.ops.rms_norm(torch.randn(2, 32), None)
+    tape = ops._cpu_tape_end()
+    for first, last in ((0, 2), (-1, 1), (1, 0)):
+        with pytest.raises(RuntimeError, match=rf"calls lie in \[0, 1\], got {first} to {last}"):
+            ops._cpu_tape_run(tape, first, last)
+    ops._cpu_tape_run(tape, 0, 1)
+    ops._cpu_tape_free(tape)
+    with pytest.raises(RuntimeError, match="there is no tape"):
+        ops._cpu_tape_run(tape, 0, 1)

@@ -1,81 +1,80 @@
-"""A function of tensors as the list of ops it ran, and decoding with it.
+"""A function of tensors as the kernels it ran, and decoding with it.
 
-A decode step of a small model spends as much time in Python (modules, attributes, argument parsing) as in its kernels.
-The ops of a step and the order of their operands depend on shapes alone, so they are written down once and run again.
+A decode step of a small model spends as much time in Python, in torch's dispatcher and on its results' memory as in its
+kernels. Which kernels run, and where their operands lie, depends on shapes alone, so both are written down once and the
+kernels are run again: what a CUDA graph is to a GPU.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from operator import itemgetter
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dsv4 import _library
 from dsv4.cache import KVCache, LayerCache, Step
 from dsv4.model.transformer import Transformer
 from dsv4.nn.rows import Rows
 
 MOST_ROWS = 64
 """Rows of a step up to which recording pays; beyond, kernels take the time."""
+MOST_BYTES = 256 * 2**20
+"""Memory that a recording may hold: every result of every op has its own."""
 
 
 class NotRecordable(RuntimeError):
-    """The function does something that a list of ops cannot repeat."""
-
-
-class _Call(NamedTuple):
-    """values[results] = op(*gather(values)); the spent values are not needed afterwards."""
-
-    op: Callable[..., Any]
-    gather: Callable[[list[Any]], tuple[Any, ...]]
-    results: tuple[int, ...]
-    single: bool
-    spent: tuple[int, ...]
+    """The function does something that running its kernels again cannot repeat."""
 
 
 class Recording:
-    """The ops that `function(*inputs)` ran, callable with other inputs of the same shapes, dtypes and devices.
+    """What `function(*inputs)` ran, callable with other inputs of the same shapes, dtypes and devices.
 
-    Tensors that are neither inputs nor made by the function (weights, cache pages) are kept by reference: changes of
-    their values are seen, replacing them is not. `result` is what the recorded run returned.
+    Tensors that are neither inputs nor made by the function (weights, cache pages) are kept by their memory: changes of
+    their values are seen, giving them other memory is not. `result` is what the recorded run returned; later runs
+    overwrite it. One thread at a time.
 
     Args:
         function: tensors to one tensor, by torch ops alone. Gradients must be off.
         inputs: its arguments.
     Raises:
-        NotRecordable: the function looks at a tensor's values, or returns what no recorded op made.
+        NotRecordable: the function looks at a tensor's values, returns what no op of it made, or needs more than
+            MOST_BYTES for its results.
     """
 
     def __init__(self, function: Callable[..., Tensor], *inputs: Tensor):
-        tape = _Tape(inputs)
+        self._inputs = tuple(value.clone() for value in inputs)
+        tape = _Tape(self._inputs)
         with tape:
-            self.result = function(*inputs)
-        self._inputs = len(inputs)
-        self._values, self._calls, self._result = tape.program(self.result)
+            self.result = function(*self._inputs)
+        if not tape.made(self.result):
+            raise NotRecordable("the result is not made by a recorded op")
+        self._memory = tape.memory
+        self._steps = tape.steps
 
     def __call__(self, *inputs: Tensor) -> Tensor:
-        values = self._values.copy()
-        values[: self._inputs] = inputs
-        for op, gather, results, single, spent in self._calls:
-            if single:
-                values[results[0]] = op(*gather(values))
-            else:
-                for slot, value in zip(results, op(*gather(values)) or (), strict=True):
-                    values[slot] = value
-            for slot in spent:
-                values[slot] = None
-        return values[self._result]
+        for own, value in zip(self._inputs, inputs, strict=True):
+            own.copy_(value)
+        for step in self._steps:
+            step()
+        return self.result
 
     def __len__(self) -> int:
-        return len(self._calls)
+        """How many kernels and ops of torch a run calls."""
+        return sum(step.last - step.first if isinstance(step, _Kernels) else 1 for step in self._steps)
 
 
 class _Tape(TorchDispatchMode):
-    """Writes down every op, with its operands as places in one list of values."""
+    """Writes down every op: kernels of this package by the op library itself, torch's ops as calls into fixed memory.
+
+    Attributes:
+        steps: what to call again, in order.
+        memory: what the steps read or write and nobody else may hold.
+    """
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -83,115 +82,144 @@ class _Tape(TorchDispatchMode):
 
     def __init__(self, inputs: Sequence[Tensor]):
         super().__init__()
-        self._values: list[Any] = []
-        self._slots: dict[int, int] = {}  # id of a tensor -> its place among the values
-        self._alive: list[Tensor] = []  # so that an id names one tensor only
-        self._calls: list[tuple[Callable[..., Any], tuple[int, ...], tuple[int, ...], bool]] = []
-        self._made: set[int] = set()
-        for tensor in inputs:
-            self._slot(tensor, new=True)
-        self._made.update(range(len(inputs)))
+        self.steps: list[Callable[[], Any]] = []
+        self.memory: list[Any] = []
+        self._alive: list[Tensor] = list(inputs)  # so that an id names one tensor only
+        self._made = {id(tensor) for tensor in inputs}
+        self._bytes = 0
+        self._kernels = [_KernelTape(library) for library in _library.loaded()]
+
+    def __enter__(self) -> _Tape:
+        for kernels in self._kernels:
+            kernels.begin()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        for kernels in self._kernels:
+            kernels.end()
+        self._alive.clear()
+
+    def made(self, tensor: Tensor) -> bool:
+        """Whether the function made it, or got it."""
+        return id(tensor) in self._made
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        results = result if isinstance(result, tuple | list) else () if result is None else (result,)
-        if not all(isinstance(value, Tensor) for value in results):
-            if any(self._is_made(value) for value in args) and not isinstance(result, torch.dtype):
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        operands = list(_tensors((args, tuple(kwargs.values()))))
+        results = list(_tensors(result))
+        if not results and result is not None and not isinstance(result, torch.dtype):
+            if any(self.made(operand) for operand in operands):
                 raise NotRecordable(f"{func} reads the value of a tensor")
             return result  # of dtypes and shapes alone: the same at every run
-        if isinstance(result, Tensor) and not func._schema.is_mutable and _same(result, args[0]):
-            # The operand itself, as of a conversion to the dtype or a reshape to the shape that it has.
-            self._slots[id(result)] = self._slot(args[0])
-            self._alive.append(result)
-            return result
-        operands = tuple(self._operand(value) for value in args)
-        op = partial(func, **self._constants(func, kwargs)) if kwargs else func
-        known = len(self._values)
-        slots = tuple(self._slot(value) for value in results)
-        self._made.update(slot for slot in slots if slot >= known)  # an op in place returns its operand
-        self._calls.append((op, operands, slots, isinstance(result, Tensor)))
+        self.memory.extend(operand.untyped_storage() for operand in operands if not self.made(operand))
+        step = next(filter(None, [kernels.take() for kernels in self._kernels]), None)
+        if step is not None:
+            if not self.steps or not step.extend(self.steps[-1]):
+                self.steps.append(step)
+        elif func._schema.is_mutable:
+            self.steps.append(partial(func, *args, **kwargs))
+        elif not _share_memory(results, operands):
+            self.steps.append(_into(func, args, kwargs, results))
+            self._bytes += sum(value.nbytes for value in results)
+        self._alive.extend(results)
+        self._made.update(map(id, results))
+        if self._bytes + sum(kernels.bytes() for kernels in self._kernels) > MOST_BYTES:
+            raise NotRecordable(f"results of more than {MOST_BYTES >> 20} MiB")
         return result
 
-    def program(self, result: Tensor) -> tuple[list[Any], list[_Call], int]:
-        """(values before a run, calls, place of the result)."""
-        if self._slots.get(id(result)) not in self._made:
-            raise NotRecordable("the result is not made by a recorded op")
-        last = self._slots[id(result)]
-        kept = {last, *range(len(self._values))} - self._made  # operands that no op makes
-        spent: list[tuple[int, ...]] = []
-        seen = {last}
-        for _, operands, slots, _ in reversed(self._calls):
-            free = {*operands, *slots} - seen - kept
-            seen |= free
-            spent.append(tuple(sorted(free)))
-        calls = [
-            _Call(op, _gather(operands), slots, single, free)
-            for (op, operands, slots, single), free in zip(self._calls, reversed(spent), strict=True)
-        ]
-        return [value if slot in kept else None for slot, value in enumerate(self._values)], calls, last
 
-    def _slot(self, value: Any, new: bool = False) -> int:
-        if new or not isinstance(value, Tensor) or id(value) not in self._slots:
-            self._values.append(value)
-            if not isinstance(value, Tensor):
-                return len(self._values) - 1
-            self._alive.append(value)
-            self._slots[id(value)] = len(self._values) - 1
-        return self._slots[id(value)]
+class _KernelTape:
+    """The kernels that one op library runs, as csrc/torch/tape.cpp records them."""
 
-    def _operand(self, value: Any) -> int:
-        if self._is_made(value) and not isinstance(value, Tensor):  # a list with tensors of this run
-            operands = tuple(self._slot(part) for part in value)
-            self._calls.append((_list, operands, (self._slot(None),), True))
-            self._made.add(self._calls[-1][2][0])
-            return self._calls[-1][2][0]
-        return self._slot(value)
+    def __init__(self, library: str):
+        def op(name: str) -> Any:
+            return getattr(torch.ops.dsv4, f"_{library}_tape_{name}").default
 
-    def _is_made(self, value: Any) -> bool:
-        """Whether an operand is, or holds, a tensor that differs from run to run."""
-        if isinstance(value, list | tuple):
-            return any(self._is_made(part) for part in value)
-        return isinstance(value, Tensor) and self._slots.get(id(value)) in self._made
+        self.begin, self.bytes, self._calls, self._end, self._run, self._free = map(
+            op, ("begin", "bytes", "calls", "end", "run", "free")
+        )
+        self._taken = 0
+        self._number = 0
 
-    def _constants(self, func: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        for name, value in kwargs.items():
-            if self._is_made(value):
-                raise NotRecordable(f"{func} takes a tensor by the name {name}")
-        return dict(kwargs)
+    def take(self) -> _Kernels | None:
+        """Those since the last time."""
+        count = self._calls()
+        if count < 0:
+            raise NotRecordable("an op copied an operand first")
+        if count == self._taken:
+            return None
+        taken = _Kernels(self, self._taken, count)
+        self._taken = count
+        return taken
+
+    def end(self) -> None:
+        self._number = self._end()
+        weakref.finalize(self, self._free, self._number)
+
+    def run(self, first: int, last: int) -> None:
+        self._run(self._number, first, last)
 
 
-def _same(tensor: Tensor, other: Any) -> bool:
-    """Whether both are the same view of the same memory."""
-    if tensor is other:
+class _Kernels:
+    """Kernels [first, last) of a tape."""
+
+    def __init__(self, tape: _KernelTape, first: int, last: int):
+        self.tape, self.first, self.last = tape, first, last
+
+    def __call__(self) -> None:
+        self.tape.run(self.first, self.last)
+
+    def extend(self, before: Callable[[], Any]) -> bool:
+        """Whether `before` now runs these as well, having ended where they begin."""
+        if not isinstance(before, _Kernels) or before.tape is not self.tape:
+            return False
+        before.last = self.last
         return True
-    return (
-        isinstance(other, Tensor)
-        and tensor.dtype == other.dtype
-        and tensor.shape == other.shape
-        and tensor.stride() == other.stride()
-        and tensor.data_ptr() == other.data_ptr()
-        and tensor.numel() > 0
-    )
 
 
-def _list(*values: Any) -> list[Any]:
-    return list(values)
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from _tensors(part)
 
 
-def _gather(slots: tuple[int, ...]) -> Callable[[list[Any]], tuple[Any, ...]]:
-    if len(slots) > 1:
-        return itemgetter(*slots)
-    return (lambda values: (values[slots[0]],)) if slots else (lambda values: ())
+def _share_memory(results: Sequence[Tensor], operands: Sequence[Tensor]) -> bool:
+    """Whether the results are views of operands: where those are written again, so are they."""
+    memory = {operand.untyped_storage().data_ptr() for operand in operands}
+    return all(result.untyped_storage().data_ptr() in memory for result in results)
+
+
+def _into(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], results: list[Tensor]) -> Callable[[], Any]:
+    """A call of `func` that leaves its results where they are now."""
+    operands = [(argument.name, str(argument.type)) for argument in func._schema.arguments]
+    for name in func.overloadpacket.overloads():
+        candidate = getattr(func.overloadpacket, name)
+        arguments = candidate._schema.arguments
+        out = [argument.name for argument in arguments if argument.is_out]
+        taken = [(argument.name, str(argument.type)) for argument in arguments if not argument.is_out]
+        if len(out) == len(results) and taken == operands:
+            return partial(candidate, *args, **kwargs, **dict(zip(out, results, strict=True)))
+
+    def run() -> None:
+        for own, value in zip(results, _tensors(func(*args, **kwargs)), strict=True):
+            own.copy_(value)
+
+    return run
 
 
 class RecordedModel:
-    """`model(input_ids, cache, logits_to_keep=n)` for decoding: same results, bit for bit, with less time in Python.
+    """`model(input_ids, cache, logits_to_keep=n)` for decoding: same results, bit for bit, less time around kernels.
 
-    The second step of equal shapes is recorded, those after it repeat its ops. Steps of many rows, calls with gradients
-    on or under a torch dispatch mode, and a model with forward hooks go to the model itself. While this is used, values
-    of the model's tensors may change, but tensors must not be replaced nor hooks be added: make a new one then.
+    The second step of equal shapes is recorded, those after it run its kernels. Steps of many rows, calls with
+    gradients on or under a torch dispatch mode, and a model with forward hooks go to the model itself. While this is
+    used, values of the model's tensors may change, but neither they nor their memory be replaced (as `model.to` does),
+    nor hooks be added: make a new one then. For one thread at a time.
     """
 
     def __init__(self, model: Transformer):
@@ -220,7 +248,7 @@ class RecordedModel:
         def run(*operands: Tensor) -> Tensor:
             return self.model.step_logits(Rows(self.model.frequencies, *operands), storage, batch, keep)
 
-        key = (batch, keep, *(operand.shape for operand in operands))
+        key = (batch, keep, torch.get_num_threads(), *(operand.shape for operand in operands))
         if key != self._key or storage is not self._storage:
             self._key, self._storage, self._recording = key, storage, None
             return run(*operands)
