@@ -26,6 +26,8 @@ MOST_ROWS = 64
 MOST_BYTES = 256 * 2**20
 """Memory that a recording may hold: every result of every op has its own."""
 
+_COPIES = (torch.ops.aten.to, torch.ops.aten._to_copy, torch.ops.aten.clone, torch.ops.aten.contiguous)
+
 
 class NotRecordable(RuntimeError):
     """The function does something that running its kernels again cannot repeat."""
@@ -197,6 +199,8 @@ def _share_memory(results: Sequence[Tensor], operands: Sequence[Tensor]) -> bool
 
 def _into(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], results: list[Tensor]) -> Callable[[], Any]:
     """A call of `func` that leaves its results where they are now."""
+    if func.overloadpacket in _COPIES:
+        return partial(results[0].copy_, args[0])
     operands = [(argument.name, str(argument.type)) for argument in func._schema.arguments]
     for name in func.overloadpacket.overloads():
         candidate = getattr(func.overloadpacket, name)
