@@ -1,9 +1,7 @@
 // The attention kernels' synchronisation, on the host model: no alarm and the same bits in any order of threads; and
 // every synchronisation is needed: a run that leaves one line's out fails.
-#include <set>
-
 #include "attention_cases.h"
-#include "simt/control.h"
+#include "synchronisation.h"
 
 namespace {
 
@@ -11,13 +9,6 @@ using namespace dsv4;
 using namespace dsv4::testing;
 
 constexpr int kSeeds = 30;
-
-simt::Options order(int seed) {
-  simt::Options options;
-  options.seed = static_cast<uint64_t>(seed);
-  options.schedule = static_cast<simt::Schedule>(seed % 3);
-  return options;
-}
 
 // bfloat16 and FP8 rows; a row of one split and, with many indices, one of two.
 AttentionCase mixed(int64_t heads, int64_t k) {
@@ -41,18 +32,12 @@ AttentionCase in_float32(AttentionCase c) {
 
 template <class X = bf16>
 void check_seeds(const AttentionCase& c, int heads_per_block, int seeds) {
-  std::vector<std::vector<uint32_t>> first;
-  for (int seed = 0; seed < seeds; ++seed) {
-    simt::configure(order(seed));
+  check_orders(seeds, [&](int, auto& bits) {
     AttentionProblem<X> p(c);
     const std::string fault = run_attention(p, heads_per_block);
-    CHECK_MESSAGE(fault.empty(), "seed " + std::to_string(seed) + ": " + fault);
-    std::vector<std::vector<uint32_t>> bits;
     for (int64_t row = 0; row < p.rows; ++row) bits.push_back(bits_of(p, row));
-    if (seed == 0) first = bits;
-    CHECK(bits == first);
-  }
-  simt::configure({});
+    return fault;
+  });
 }
 
 TEST(no_alarm_and_the_same_bits_over_seeds) {
@@ -89,35 +74,18 @@ TEST(ldmatrix_meets_no_bank_conflict) {
   }
 }
 
-// Every line that synchronises, left out alone, must fail, in whatever order the threads run. The kinds of those lines.
-std::multiset<std::string> check_every_synchronisation(const AttentionCase& c, int heads_per_block) {
-  std::multiset<std::string> kinds;
-  simt::configure({});
-  simt::forget_sites();
-  CHECK(try_attention(c, heads_per_block).empty());
-  for (const simt::SyncSite& site : simt::sites_met()) {
-    kinds.insert(site.kind);
-    for (int seed = 0; seed < 6; ++seed) {
-      simt::Options options = order(seed);
-      options.skip_file = site.file.c_str();
-      options.skip_line = site.line;
-      simt::configure(options);
-      const std::string fault = try_attention(c, heads_per_block);
-      CHECK_MESSAGE(!fault.empty(), "without " + site.kind + " of " + site.file + ":" + std::to_string(site.line) +
-                                        " nothing fails, seed " + std::to_string(seed));
-    }
-  }
-  simt::configure({});
-  return kinds;
+Kinds needed_lines(const AttentionCase& c, int heads_per_block) {
+  NeededLines lines;
+  lines.check(6, [&] { return try_attention(c, heads_per_block); });
+  return lines.kinds;
 }
 
 TEST(every_synchronisation_is_needed) {
-  const std::multiset<std::string> tile = {"cp_async_commit", "cp_async_commit", "cp_async_wait", "sync_threads",
-                                           "sync_warp"};
-  std::multiset<std::string> tensor_cores = tile;
-  tensor_cores.insert({"sync_threads", "sync_threads", "sync_threads"});
-  for (const int heads : {16, 32}) CHECK(check_every_synchronisation(mixed(heads, 50), heads) == tensor_cores);
-  CHECK(check_every_synchronisation(in_float32(mixed(16, 50)), 16) == tile);
+  const Kinds tensor_cores = {{"cp_async_commit", 2}, {"cp_async_wait", 1}, {"sync_threads", 4}, {"sync_warp", 1}};
+  for (const int heads : {16, 32}) CHECK(needed_lines(mixed(heads, 50), heads) == tensor_cores);
+  Kinds tile = tensor_cores;
+  tile["sync_threads"] = 1;
+  CHECK(needed_lines(in_float32(mixed(16, 50)), 16) == tile);
 }
 
 }  // namespace

@@ -1,52 +1,24 @@
 // The synchronisation of the kernels of norms, quantize and compress, on the host model: no alarm and the same bits in
 // any order of threads; and every synchronisation is needed: a run that leaves one line's out fails.
 #include <functional>
-#include <set>
 
 #include "compress_cases.h"
 #include "norm_rope_cases.h"
 #include "quantize_cases.h"
-#include "simt/control.h"
+#include "synchronisation.h"
 
 namespace {
 
 using namespace dsv4;
 using namespace dsv4::testing;
 
-simt::Options order(int seed) {
-  simt::Options options;
-  options.seed = static_cast<uint64_t>(seed);
-  options.schedule = static_cast<simt::Schedule>(seed % 3);
-  return options;
-}
-
 // `attempt` says what is wrong, or nothing: never in any order of threads, always without one of its `count` lines that
 // synchronise.
 void check_synchronisation(const std::function<std::string()>& attempt, size_t count) {
-  simt::configure({});
-  simt::forget_sites();
-  CHECK(attempt().empty());
-  const std::vector<simt::SyncSite> sites = simt::sites_met();
-  std::set<std::string> places;
-  for (int seed = 0; seed < 24; ++seed) {
-    simt::configure(order(seed));
-    const std::string fault = attempt();
-    CHECK_MESSAGE(fault.empty(), "seed " + std::to_string(seed) + ": " + fault);
-  }
-  for (const simt::SyncSite& site : sites) {
-    places.insert(site.file + std::to_string(site.line));
-    for (int seed = 0; seed < 6; ++seed) {
-      simt::Options options = order(seed);
-      options.skip_file = site.file.c_str();
-      options.skip_line = site.line;
-      simt::configure(options);
-      const std::string fault = attempt();
-      CHECK_MESSAGE(!fault.empty(), "without " + site.kind + " of " + site.file + ":" + std::to_string(site.line) +
-                                        " nothing fails, seed " + std::to_string(seed));
-    }
-  }
-  simt::configure({});
-  CHECK_MESSAGE(places.size() == count, std::to_string(places.size()) + " lines synchronise");
+  check_orders(24, [&](int, auto&) { return attempt(); });
+  NeededLines lines;
+  lines.check(6, attempt);
+  CHECK_MESSAGE(lines.places.size() == count, std::to_string(lines.places.size()) + " lines synchronise");
 }
 
 TEST(hadamard_in_registers) {
