@@ -126,5 +126,50 @@ static __attribute__((noinline)) void code_tile(const Rows& rows, const CodeRows
   for (int i = 0; i < kM * kN; ++i) sums[i] = sum[i];
 }
 
+inline constexpr int64_t kShortBlocks = 2;  // of rows of weights that code_rows takes
+
+// One arranged row x with `count` rows of weights of kBlocks whole blocks whose scales fold: the sums of a tile,
+// sums[n]. What all rows share stays in registers: the activations, and the tables of weights that have one scale.
+// Codes are read in the order of memory and not asked for: the processor does so itself, and better
+// (docs/investigations/decode_cpu.md).
+template <int kBlocks, class Rows>
+static __attribute__((noinline)) void code_rows(const Rows& rows, const CodeRows<typename Rows::Scale>& from,
+                                                int64_t count, const bf16* x, __m512* sums) {
+  const Rows expand = rows;
+  CodeRows<typename Rows::Scale> w = from;
+  __m512i row[kBlocks * kBlockSteps];
+#pragma GCC unroll 8
+  for (int i = 0; i < kBlocks * kBlockSteps; ++i) row[i] = _mm512_loadu_si512(x + kStep * i);
+  typename Rows::Shared shared[kBlocks];
+#pragma GCC unroll 2
+  for (int b = 0; b < kBlocks; ++b) shared[b] = expand.share(w.scales + b * Rows::kScales);
+  for (int64_t n = 0; n < count; ++n) {
+    __m512 sum = _mm512_setzero_ps();
+#pragma GCC unroll 2
+    for (int b = 0; b < kBlocks; ++b) {
+      const auto packed = expand.load(w.codes + b * Rows::kBlockBytes, w.scales + b * Rows::kScales);
+      __m512i weights[kBlockSteps];
+      expand.template half<0, true>(packed, shared[b], weights);
+      expand.template half<1, true>(packed, shared[b], weights + 2);
+#pragma GCC unroll 4
+      for (int j = 0; j < kBlockSteps; ++j) sum = dot_bf16(sum, row[b * kBlockSteps + j], weights[j]);
+    }
+    sums[n] = sum;
+    w.codes += w.stride, w.scales += w.scale_stride;
+  }
+}
+
+// Whether code_rows takes rows of so many code bytes, and the call with the number of their blocks.
+template <class Rows>
+DSV4_INLINE bool are_short(int64_t bytes) {
+  return bytes == Rows::kBlockBytes || bytes == kShortBlocks * Rows::kBlockBytes;
+}
+template <class Rows>
+DSV4_INLINE void short_rows(const Rows& rows, const CodeRows<typename Rows::Scale>& w, int64_t count, const bf16* x,
+                            __m512* sums) {
+  if (w.bytes == Rows::kBlockBytes) return code_rows<1>(rows, w, count, x, sums);
+  code_rows<kShortBlocks>(rows, w, count, x, sums);
+}
+
 }  // namespace
 }  // namespace dsv4::avx512

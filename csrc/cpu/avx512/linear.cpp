@@ -199,10 +199,19 @@ class Kernel {
     w.stride = stride;
     w.bytes = left < most ? left : most;
     w.scale_stride = Rows::kScales == 1 ? 0 : blocks_ * Rows::kScales;
-    const auto tile = [&](int64_t n, auto columns) __attribute__((always_inline)) {
+    const auto point = [&](int64_t n) __attribute__((always_inline)) {
       w.codes = codes(panel.row + n) + at;
       w.next = range.fresh ? later(panel, range, n + (ahead < kMostAhead ? ahead : kMostAhead)) : w.codes;
       w.scales = scales + n * w.scale_stride + range.block * Rows::kScales;
+    };
+    if constexpr (kM == 1 && std::is_same_v<Scale, typename Rows::Scale>) {
+      if (range.block == 0 && range.blocks == blocks_ && are_short<Rows>(w.bytes)) {
+        point(0);
+        return short_rows(expand_, w, panel.outputs, x, sums);
+      }
+    }
+    const auto tile = [&](int64_t n, auto columns) __attribute__((always_inline)) {
+      point(n);
       code_tile<kM, decltype(columns)::value>(expand_, w, x + range.block * kBlock, row_stride_, range.block == 0,
                                               sums + n * kM);
     };

@@ -52,6 +52,8 @@ class Product {
 
  protected:
   static constexpr int64_t kScales = Rows::kScales;
+  static constexpr int kOne = 16;  // rows of weights whose lanes are added up together
+  static_assert(kOne * kShortBlocks <= kColumns * 8, "scales that `one` keeps");
   // Scales of four rows as words, in steps of 8 blocks, or of one row as floats.
   static int64_t scales_memory(int64_t in) {
     return kColumns * round_up(blocks_of(in), 8) * 4 * static_cast<int64_t>(sizeof(uint16_t));
@@ -61,6 +63,8 @@ class Product {
   const uint8_t* scale_row(int64_t r) const {
     return w_.scale.as<const uint8_t>().at(expert_, kScales == 1 ? (row_ + r) / 128 : row_ + r);
   }
+  // Whether rows of weights have scales of their own, one after another in memory.
+  bool dense_scales() const { return kScales > 1 && w_.scale.stride[1] == w_.scale.size(2); }
   const bf16* activations(int64_t m) const { return reinterpret_cast<const bf16*>(x_[m]); }
 
   // Four rows of weights from block `first` on; beyond the last row the last once more.
@@ -81,10 +85,12 @@ class Product {
   bool folds() const {
     if (w_.scale.dtype != DType::kUInt8) return false;
     __m512i least = _mm512_set1_epi8(127), most = _mm512_set1_epi8(127);
-    for (int64_t r = 0; r < rows_; r += kScales == 1 ? 128 : 1) {
+    const bool dense = dense_scales();  // all rows as one
+    const int64_t count = dense ? rows_ * w_.scale.size(2) : w_.scale.size(2);
+    for (int64_t r = 0; r < rows_; r += kScales == 1 || dense ? 128 : 1) {
       const uint8_t* scales = scale_row(r);
-      for (int64_t i = 0; i < w_.scale.size(2); i += 64) {
-        const __mmask64 mine = mask64(w_.scale.size(2) - i);
+      for (int64_t i = 0; i < count; i += 64) {
+        const __mmask64 mine = mask64(count - i);
         const __m512i some = _mm512_mask_loadu_epi8(_mm512_set1_epi8(127), mine, scales + i);
         least = _mm512_min_epu8(least, some);
         most = _mm512_max_epu8(most, some);
@@ -141,8 +147,32 @@ class Product {
     }
   }
 
+  // One row of activations with rows of weights that need no chunks.
+  void one() const {
+    const int64_t blocks = blocks_of(in_);
+    pack(0, 0, blocks * kBlockSteps, near_, kStep);
+    typename Rows::Scale* scales = reinterpret_cast<typename Rows::Scale*>(scales_);
+    CodeRows<typename Rows::Scale> w;
+    w.stride = w_.data.stride[1], w.bytes = Rows::bytes(in_), w.scales = scales;
+    w.scale_stride = kScales == 1 ? 0 : blocks * kScales;
+    if (kScales == 1) __builtin_memset(scales, 0, kShortBlocks * sizeof(*scales));  // the activations have them
+    __m512 sums[kOne] = {};
+    for (int64_t r = 0; r < rows_; r += kOne) {
+      const int64_t count = rows_ - r < kOne ? rows_ - r : kOne;
+      const int64_t together = dense_scales() ? count : 1;  // rows
+      for (int64_t n = 0; kScales > 1 && n < count; n += together) {
+        const int64_t some = together * w_.scale.size(2);
+        Rows::fold(scale_row(r + n), some, some, scales + n * w.scale_stride);
+      }
+      w.codes = codes(r);
+      short_rows(expand_, w, count, near_, sums);
+      _mm512_mask_storeu_ps(out_ + r, low16(count), totals<kOne>(sums));
+    }
+  }
+
   template <int kM>
   void few() const {
+    if (kM == 1 && are_short<Rows>(Rows::bytes(in_))) return one();
     const int64_t width = elements(in_);
     for (int m = 0; m < kM; ++m) pack(m, 0, width / kStep, near_ + m * width, kStep);
     uint16_t* scales = reinterpret_cast<uint16_t*>(scales_);

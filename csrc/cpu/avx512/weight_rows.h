@@ -122,18 +122,26 @@ class Fp8Rows : public BlockOf<Fp8Rows> {
     return {{_mm512_maskz_loadu_epi8(mask64(count), codes), _mm512_maskz_loadu_epi8(mask64(count - 64), codes + 64)},
             kE4m3.of + *shift};
   }
+  // The table of a scale, in registers where rows of weights have it in common.
+  struct Shared {
+    __m512i high[2], low[2];
+  };
+  DSV4_MEMBER Shared share(const Scale* shift) const { return read(kE4m3.of + *shift); }
+
   // Registers 2 kHalf and 2 kHalf + 1 of a block.
   template <int kHalf, bool>
-  DSV4_MEMBER void half(const Packed& packed, __m512i* w) const {
+  DSV4_MEMBER void half(const Packed& packed, const Shared& table, __m512i* w) const {
     const __m512i code = packed.codes[kHalf];
-    const uint8_t *high = packed.table->high, *low = packed.table->low;
-    const __m512i upper = _mm512_ternarylogic_epi32(
-        _mm512_set1_epi8(0x7F), _mm512_permutex2var_epi8(_mm512_load_si512(high), code, _mm512_load_si512(high + 64)),
-        code,
-        0xCA);  // the sign of the code
-    const __m512i lower = _mm512_permutex2var_epi8(_mm512_load_si512(low), code, _mm512_load_si512(low + 64));
+    const __m512i upper =
+        _mm512_ternarylogic_epi32(_mm512_set1_epi8(0x7F), _mm512_permutex2var_epi8(table.high[0], code, table.high[1]),
+                                  code, 0xCA);  // the sign of the code
+    const __m512i lower = _mm512_permutex2var_epi8(table.low[0], code, table.low[1]);
     w[0] = _mm512_unpacklo_epi8(lower, upper);
     w[1] = _mm512_unpackhi_epi8(lower, upper);
+  }
+  template <int kHalf, bool kSaturate>
+  DSV4_MEMBER void half(const Packed& packed, __m512i* w) const {
+    half<kHalf, kSaturate>(packed, read(packed.table), w);
   }
 
   // A block of activations from the order of memory into that of `expand`: bytes unpack within lanes of 16.
@@ -149,6 +157,12 @@ class Fp8Rows : public BlockOf<Fp8Rows> {
 
   // The scale of a block for every lane.
   DSV4_INLINE __m512 scale(const float* scales, int64_t block) { return _mm512_set1_ps(scales[block]); }
+
+ private:
+  DSV4_INLINE Shared read(const E4m3Bytes::Table* table) {
+    return {{_mm512_load_si512(table->high), _mm512_load_si512(table->high + 64)},
+            {_mm512_load_si512(table->low), _mm512_load_si512(table->low + 64)}};
+  }
 };
 
 // bfloat16 values of e2m1's codes times 2^63, without a sign of zero; twice, so that the lowest bit of the next nibble
@@ -198,6 +212,12 @@ class Fp4Rows : public BlockOf<Fp4Rows> {
   }
   DSV4_MEMBER Packed load(const uint8_t* codes, const Scale* scales, int64_t count) const {
     return {_mm512_maskz_loadu_epi8(mask64(count), codes), lanes(scales)};
+  }
+  struct Shared {};  // every row of weights has scales of its own
+  DSV4_MEMBER Shared share(const Scale*) const { return {}; }
+  template <int kHalf, bool kSaturate>
+  DSV4_MEMBER void half(const Packed& packed, const Shared&, __m512i* w) const {
+    half<kHalf, kSaturate>(packed, w);
   }
   // Zero stays zero, by saturation or, in two instructions that find place beside more products, by the minimum.
   template <int kHalf, bool kSaturate>
