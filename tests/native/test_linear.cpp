@@ -257,8 +257,10 @@ TEST(threads_and_company_do_not_show) {
 TEST(every_number_of_rows_has_the_same_bits) {
   for (const Implementation& implementation : kImplementations) {
     if (!usable(implementation)) continue;
-    for (const Shape& shape : {Shape{Form::kFp8, 70, 1, 650, 37}, Shape{Form::kFp4, 70, 1, 650, 37},
-                               Shape{Form::kGrouped, 70, 2, 130, 21}}) {
+    for (const Shape& shape :
+         {Shape{Form::kFp8, 70, 1, 650, 37}, Shape{Form::kFp4, 70, 1, 650, 37}, Shape{Form::kFp8, 70, 1, 128, 37},
+          Shape{Form::kFp8, 70, 1, 256, 161}, Shape{Form::kFp4, 70, 1, 128, 37}, Shape{Form::kFp4, 70, 1, 256, 70},
+          Shape{Form::kGrouped, 70, 2, 128, 50}, Shape{Form::kGrouped, 70, 2, 130, 21}}) {
       Problem<bf16, uint8_t> problem(shape, 19);
       const std::vector<float> whole = problem.run(implementation, 1);
       for (int64_t count = 1; count <= shape.tokens; count += count < 34 ? 1 : 15) {

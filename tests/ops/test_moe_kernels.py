@@ -146,6 +146,21 @@ def test_rows_are_independent(implementation: str, dtype: torch.dtype, form: str
 
 
 @pytest.mark.parametrize("form", ["fp4", "fp8", "plain"])
+@pytest.mark.parametrize(("hidden", "inter"), [(128, 256), (256, 128), (256, 200)])
+@experts
+def test_one_token_of_short_rows(implementation: str, hidden: int, inter: int, form: str) -> None:
+    """Rows of weights of one or two blocks, with scales that lie one after another in memory or do not."""
+    a = problem(tokens=9, form=form, count=2, hidden=hidden, inter=inter)
+    expected = run(implementation, a)
+    for token in range(9):
+        one = a | {name: a[name][token : token + 1] for name in ("x", "weights", "indices")}
+        assert_same_bits(run(implementation, one), expected[token : token + 1])
+        for name in ("w1_scale", "w3_scale", "w2_scale"):
+            one[name] = None if one[name] is None else strided(one[name])
+        assert_same_bits(run(implementation, one), expected[token : token + 1])
+
+
+@pytest.mark.parametrize("form", ["fp4", "fp8", "plain"])
 @experts
 def test_threads_and_layout_do_not_matter(implementation: str, form: str) -> None:
     a = problem(tokens=40, form=form, hidden=260, inter=300)
