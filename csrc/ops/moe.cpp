@@ -24,7 +24,7 @@ bool all_quantised(const MoeExpertsParams& p) {
 }
 
 constexpr Candidate<MoeExpertsParams> kMoeExperts[] = {
-    {"sm80", Isa::kSm80, DSV4_SM80(sm80::moe_experts), DSV4_SM80(sm80::accepts_moe_experts)},
+    {"sm80", Isa::kSm80, DSV4_SM80(sm80::moe_experts)},
     {"amx", Isa::kAmx, DSV4_AMX(amx::moe_experts), all_quantised},
     {"avx512", Isa::kAvx512, DSV4_AVX512(avx512::moe_experts)},
     {"scalar", Isa::kScalar, DSV4_SCALAR(scalar::moe_experts)},

@@ -97,6 +97,11 @@ struct MoeCase {
   float limit = 1.0f;
   int64_t pad = 0;  // elements between one token's row and the next
   uint64_t seed = 1;
+  WeightFormat gate = WeightFormat::kNone;  // of w1, routed and shared; kNone: as w3
+  bool wide_gate = false;                   // its scales: float32 where those of w3 are e8m0, or the reverse
+
+  bool wide_w1() const { return wide_scales != wide_gate; }
+  WeightFormat gate_or(WeightFormat other) const { return gate == WeightFormat::kNone ? other : gate; }
 };
 
 template <class X>
@@ -115,10 +120,10 @@ struct MoeProblem {
         result({c.tokens, c.hidden}, c.pad),
         weights({c.tokens, c.top_k}),
         indices({c.tokens, c.top_k}),
-        w1(c.up, c.wide_scales, c.experts, c.inter, c.hidden, c.seed * 7 + 1),
+        w1(c.gate_or(c.up), c.wide_w1(), c.experts, c.inter, c.hidden, c.seed * 7 + 1),
         w3(c.up, c.wide_scales, c.experts, c.inter, c.hidden, c.seed * 7 + 2),
         w2(c.down, c.wide_scales, c.experts, c.hidden, c.inter, c.seed * 7 + 3),
-        s1(shared_format(), c.wide_scales, shared_count(), c.shared_inter, c.hidden, c.seed * 7 + 4),
+        s1(c.gate_or(shared_format()), c.wide_w1(), shared_count(), c.shared_inter, c.hidden, c.seed * 7 + 4),
         s3(shared_format(), c.wide_scales, shared_count(), c.shared_inter, c.hidden, c.seed * 7 + 5),
         s2(shared_format(), c.wide_scales, shared_count(), c.hidden, c.shared_inter, c.seed * 7 + 6) {
     // A token's data depends on its number alone, not on how many there are.

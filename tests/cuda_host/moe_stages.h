@@ -138,10 +138,10 @@ class MoeStages {
 
   std::vector<Ends> expected_inner(int64_t t, int64_t e, double weight, bool is_shared) {
     ExpertTensor<X>&w1 = is_shared ? p_.s1 : p_.w1, &w3 = is_shared ? p_.s3 : p_.w3, &w2 = is_shared ? p_.s2 : p_.w2;
-    const std::vector<double> x = input(t, w1.format);
+    const std::vector<double> x1 = input(t, w1.format), x3 = input(t, w3.format);
     std::vector<Ends> inner;
     for (int64_t row = 0; row < w1.out; ++row) {
-      inner.push_back(activation(product(w1, e, row, x), product(w3, e, row, x), weight));
+      inner.push_back(activation(product(w1, e, row, x1), product(w3, e, row, x3), weight));
     }
     for (size_t first = 0; first < inner.size() && w2.format != WeightFormat::kPlain; first += 128) {
       quantise(&inner[first], std::min<size_t>(128, inner.size() - first));

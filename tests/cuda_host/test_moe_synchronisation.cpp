@@ -16,9 +16,13 @@ constexpr sm80::ExpertCut kCuts[] = {{4096, false, false, true}, {4096, true, tr
 MoeCase case_of(WeightFormat format, int64_t hidden = 96) { return {5, hidden, 136, 3, 2, format, format, format, 72}; }
 
 TEST(no_alarm_and_the_same_bits_over_seeds) {
-  for (const WeightFormat format : kFormats) {
+  for (int kind = 0; kind < 6; ++kind) {
+    const WeightFormat format = kFormats[kind % 3];
+    MoeCase c = case_of(format, 160);
+    // w1 of another form than w3.
+    if (kind >= 3) c.gate = format == WeightFormat::kPlain ? WeightFormat::kFp4 : WeightFormat::kPlain;
     check_orders(kSeeds, [&](int seed, auto& bits) {
-      MoeProblem<bf16> p(case_of(format, 160));
+      MoeProblem<bf16> p(c);
       const std::string fault = p.run(&kCuts[seed % 2]);
       for (int64_t t = 0; t < p.c.tokens; ++t) bits.push_back(p.bits_of(t));
       return fault;

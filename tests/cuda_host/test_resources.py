@@ -55,6 +55,8 @@ CLAIMS = {
     },
     "bf16_moe_prepare": ["LDG.E.128", "STG.E.128", "SHFL.BFLY"],
     "f32_moe_prepare": ["LDG.E.128", "STG.E.128", "SHFL.BFLY"],
+    "bf16_moe_activate": ["LDG.E.128", "STG.E.128", "SHFL.BFLY", "MUFU.EX2"],
+    "f32_moe_activate": ["LDG.E.128", "STG.E.128", "SHFL.BFLY", "MUFU.EX2"],
     "i32_moe_map": ["REDUX.SUM", "VOTE.ANY", "POPC", "BAR.SYNC"],
     "bf16_moe_combine": ["LDG.E.128", "STG.E.128"],
     "f32_moe_combine": ["LDG.E.128", "STG.E.128"],

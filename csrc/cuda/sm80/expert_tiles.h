@@ -4,7 +4,8 @@
 // rows of one expert, gathered by the map. A warp has 16 rows of both, so that gate and up of an output meet in one
 // thread: clamp, SwiGLU and routing weight follow in registers, and the block quantises the 128 outputs, which share a
 // scale, on their way out in the form that w2's tiles read. down: rows of w2 times those, to one row of outputs for
-// each pair.
+// each pair. w1 and w3 of different forms, for which gate_up has no tile, take the way of down one after the other,
+// and `activate` makes of their outputs what gate_up does in registers.
 #pragma once
 
 #include "cuda/sm80/moe_map.h"
@@ -40,6 +41,9 @@ struct ExpertArguments {
   int64_t inner_stride, inner_plane_stride;  // bytes
   int inner_planes;
   bool quantise;
+  // Of activate: [rows, outputs].
+  const void *gate, *up;
+  bool vector;  // rows of those are made of whole, aligned 16-byte pieces
   // Of down: [rows, outputs].
   void* out;
 };
@@ -113,6 +117,24 @@ struct GateUpShape {
       kInnerAt + kInnerBytes > Shape::kSharedBytes ? kInnerAt + kInnerBytes : Shape::kSharedBytes;
 };
 
+// A row's activations for w2: this lane's eight of a block of 128 that sixteen lanes hold. Lanes without such a row
+// take part.
+DSV4_DEVICE void store_inner(const ExpertArguments& a, const ExpertTile& tile, int token, int64_t block, int unit,
+                             float (&value)[8]) {
+  if (a.quantise) round_trip_fp8(value);
+  if (token >= tile.count) return;
+  uint8_t* row = a.inner + (tile.first + token) * a.inner_stride;
+  const int64_t place = block * 16 + unit_place(unit, a.quantise);
+  for (int plane = 0; plane < a.inner_planes; ++plane) {
+    float part[8];
+    DSV4_UNROLL
+    for (int i = 0; i < 8; ++i) {
+      part[i] = a.inner_planes == 1 ? value[i] : float_from_bits(float_part(value[i], plane) << 16);
+    }
+    ptx::store_global_16(row + plane * a.inner_plane_stride + place * 16, unit_words(part, a.quantise));
+  }
+}
+
 // Sixteen lanes take a row of 128, eight a lane.
 template <class Shape>
 DSV4_DEVICE void write_inner(const ExpertArguments& a, const ExpertTile& tile, int64_t block, uint32_t inner) {
@@ -130,19 +152,31 @@ DSV4_DEVICE void write_inner(const ExpertArguments& a, const ExpertTile& tile, i
         for (int i = 0; i < 4; ++i) value[4 * half + i] = float_from_bits(piece.word[i]);
       }
     }
-    if (a.quantise) round_trip_fp8(value);
-    if (token >= tile.count) continue;
-    uint8_t* row = a.inner + (tile.first + token) * a.inner_stride;
-    const int64_t place = block * 16 + unit_place(unit, a.quantise);
-    for (int plane = 0; plane < a.inner_planes; ++plane) {
-      float part[8];
-      DSV4_UNROLL
-      for (int i = 0; i < 8; ++i) {
-        part[i] = a.inner_planes == 1 ? value[i] : float_from_bits(float_part(value[i], plane) << 16);
-      }
-      ptx::store_global_16(row + plane * a.inner_plane_stride + place * 16, unit_words(part, a.quantise));
-    }
+    store_inner(a, tile, token, block, unit, value);
   }
+}
+
+inline constexpr int kActivateRows = 8, kActivateThreads = 16 * kActivateRows;
+
+// Grid: blocks of 128 outputs, and for each all tiles.
+template <class X>
+DSV4_DEVICE void activate(const ExpertArguments& a) {
+  const ExpertTile tile = tile_of(a, ptx::block_index_x() % a.tile_count, kActivateRows);
+  if (tile.expert < 0) return;
+  const int64_t block = ptx::block_index_x() / a.tile_count, outputs = a.outputs - block * kBlockInputs;
+  const int token = ptx::thread_index() / 16, unit = ptx::thread_index() % 16;
+  float value[8] = {};
+  if (token < tile.count) {
+    const int64_t at = (tile.first + token) * a.outputs + block * kBlockInputs;
+    const int count = outputs < kBlockInputs ? static_cast<int>(outputs) : kBlockInputs;
+    const float weight = a.row_weights != nullptr ? a.row_weights[tile.first + token] : 1.0f;
+    float gate[8], up[8];
+    load_eight(static_cast<const X*>(a.gate) + at, 8 * unit, count, a.vector, gate);
+    load_eight(static_cast<const X*>(a.up) + at, 8 * unit, count, a.vector, up);
+    DSV4_UNROLL
+    for (int i = 0; i < 8; ++i) value[i] = 8 * unit + i < count ? swiglu(a, gate[i], up[i], weight) : 0.0f;
+  }
+  store_inner(a, tile, token, block, unit, value);
 }
 
 // Grid: blocks of 128 outputs, and for each all tiles, so that neighbours share weights.

@@ -1,6 +1,6 @@
-// moe_experts in at most seven kernels, none of which waits for the host: activations to the form of quantised weights;
-// the map of pairs by expert (moe_map.h); gate and up (expert_tiles.h), down, each for the routed experts and for the
-// shared one; the sum of a token's outputs by ascending expert, then the shared one's, in float32.
+// moe_experts in a few kernels, none of which waits for the host: activations to the form of quantised weights; the map
+// of pairs by expert (moe_map.h); gate and up (expert_tiles.h), down, each for the routed experts and for the shared
+// one; the sum of a token's outputs by ascending expert, then the shared one's, in float32.
 //
 // Few rows an expert: tiles of 8 rows, each weight read once, 128 rows of a matrix a block, 48 KB of weights in flight
 // (e2m1): bound by the bandwidth of the bytes of the experts touched. Many: tiles of 64, 57 FLOP a byte from L2 with
@@ -101,6 +101,8 @@ DSV4_EXPERT_KERNELS(f32, WeightForm::kFloat32)
 
 DSV4_KERNEL(kPrepareThreads, 4) sm80_bf16_moe_prepare(const PrepareArguments a) { prepare<bf16>(a); }
 DSV4_KERNEL(kPrepareThreads, 4) sm80_f32_moe_prepare(const PrepareArguments a) { prepare<float>(a); }
+DSV4_KERNEL(kActivateThreads, 4) sm80_bf16_moe_activate(const ExpertArguments a) { activate<bf16>(a); }
+DSV4_KERNEL(kActivateThreads, 4) sm80_f32_moe_activate(const ExpertArguments a) { activate<float>(a); }
 DSV4_KERNEL(kMapThreads, 2) sm80_i32_moe_map(const MapArguments a) { moe_map(a); }
 DSV4_KERNEL(kCombineThreads, 4) sm80_bf16_moe_combine(const CombineArguments a) { combine<bf16>(a); }
 DSV4_KERNEL(kCombineThreads, 4) sm80_f32_moe_combine(const CombineArguments a) { combine<float>(a); }
@@ -181,6 +183,17 @@ struct Expert {
 Expert routed(const MoeExpertsParams& p) { return {&p.w1, &p.w3, &p.w2}; }
 Expert shared(const MoeExpertsParams& p) { return {p.shared, p.shared + 1, p.shared + 2}; }
 
+// Whether one tile holds rows of both.
+bool alike(const Expert& e) { return form_of(*e.w1) == form_of(*e.w3) && e.w1->scale.dtype == e.w3->scale.dtype; }
+
+// Whether some w1 or w3 multiplies x as it is, or else quantised.
+bool wants_x(const MoeExpertsParams& p, bool as_it_is) {
+  for (const ExpertMatrix* w : {&p.w1, &p.w3, &p.shared[0], &p.shared[1]}) {
+    if (w->format != WeightFormat::kNone && plain(*w) == as_it_is) return true;
+  }
+  return false;
+}
+
 int planes_of(const MoeExpertsParams& p, const ExpertMatrix& w) {
   return plain(w) && p.x.dtype == DType::kFloat32 ? 3 : 1;
 }
@@ -191,6 +204,7 @@ int64_t padded_bytes(int64_t inputs) { return ceil_div(inputs, kBlockInputs) * k
 struct Layout {
   int64_t pairs, tile_count, tile_rows, used = 0;
   int64_t quantised, wide, tokens_of, row_weights, places, rows, tiles, inner, shared_inner, outputs, shared_outputs;
+  int64_t gate, up;  // of the routed experts, then of the shared one
 
   Layout(const MoeExpertsParams& p, const ExpertCut& cut, int64_t tokens) {
     const int64_t hidden = p.x.size(1), experts = p.w1.data.shape[0], size = p.x.dtype == DType::kBFloat16 ? 2 : 4;
@@ -198,10 +212,8 @@ struct Layout {
     pairs = tokens * p.weights.size(1);
     tile_rows = kTilesRows[cut.many];
     tile_count = pairs == 0 ? 0 : cut.tile_at_row ? pairs : pairs / tile_rows + experts;
-    const bool any_plain = plain(p.w1) || (has_shared && plain(p.shared[0]));
-    const bool any_quantised = !plain(p.w1) || (has_shared && !plain(p.shared[0]));
-    quantised = take(any_quantised ? tokens * padded_bytes(hidden) : 0);
-    wide = take(any_plain && size == 4 ? tokens * 3 * padded_bytes(hidden) : 0);
+    quantised = take(wants_x(p, false) ? tokens * padded_bytes(hidden) : 0);
+    wide = take(wants_x(p, true) && size == 4 ? tokens * 3 * padded_bytes(hidden) : 0);
     tokens_of = take(pairs * 4);
     row_weights = take(pairs * 4);
     places = take(pairs * 4);
@@ -211,6 +223,10 @@ struct Layout {
     shared_inner = take(has_shared ? tokens * planes_of(p, p.shared[2]) * padded_bytes(shared(p).inter()) : 0);
     outputs = take(pairs * hidden * size);
     shared_outputs = take(has_shared ? tokens * hidden * size : 0);
+    const int64_t apart = alike(routed(p)) ? 0 : pairs * routed(p).inter() * size;
+    const int64_t shared_apart = !has_shared || alike(shared(p)) ? 0 : tokens * shared(p).inter() * size;
+    gate = take(apart > shared_apart ? apart : shared_apart);
+    up = take(apart > shared_apart ? apart : shared_apart);
   }
 
  private:
@@ -263,8 +279,7 @@ class ExpertRun {
 
   // x for quantised weights, or for plain ones in float32.
   Status prepare(bool wide) const {
-    const auto wants = [&](const Expert& e) { return e.given() && plain(*e.w1) == wide; };
-    if ((wide && narrow()) || (!wants(routed(p_)) && !wants(shared(p_)))) return Status::ok();
+    if ((wide && narrow()) || !wants_x(p_, wide)) return Status::ok();
     PrepareArguments a = {};
     const AnyView<2> view = x();
     a.x.data = view.data;
@@ -309,18 +324,19 @@ class ExpertRun {
     return launch_map("moe_experts", a, context_);
   }
 
-  ActivationRows input(const Expert& e, bool is_shared) const {
+  // What a w1 or w3 multiplies.
+  ActivationRows input(const ExpertMatrix& w, bool is_shared) const {
     ActivationRows rows = {};
     rows.inputs = p_.x.size(1);
-    rows.planes = planes_of(p_, *e.w1);
+    rows.planes = planes_of(p_, w);
     rows.map = is_shared ? nullptr : memory<int32_t>(at_.tokens_of);
-    if (plain(*e.w1) && narrow()) {
+    if (plain(w) && narrow()) {
       rows.data = static_cast<const uint8_t*>(x().data);
       rows.stride = p_.x.stride[0] * 2;
       rows.bytes = rows.inputs * 2;
       rows.vector = vector();
     } else {
-      rows.data = memory(plain(*e.w1) ? at_.wide : at_.quantised);
+      rows.data = memory(plain(w) ? at_.wide : at_.quantised);
       rows.bytes = rows.plane_stride = padded_bytes(rows.inputs);
       rows.stride = rows.planes * rows.bytes;
       rows.vector = true;
@@ -331,10 +347,6 @@ class ExpertRun {
   Status expert(const Expert& e, bool is_shared) const {
     const bool many = is_shared ? cut_.many_shared : cut_.many;
     ExpertArguments a = {};
-    a.first = weights_of(*e.w1);
-    a.second = weights_of(*e.w3);
-    a.first.matrix.vector = a.second.matrix.vector = a.first.matrix.vector && a.second.matrix.vector;
-    a.x = input(e, is_shared);
     a.tiles = is_shared ? nullptr : memory<ExpertTile>(at_.tiles);
     a.rows = count_;
     a.outputs = e.inter();
@@ -346,7 +358,7 @@ class ExpertRun {
     a.inner_plane_stride = padded_bytes(a.outputs);
     a.inner_stride = a.inner_planes * a.inner_plane_stride;
     a.quantise = !plain(*e.w2);
-    const Status gated = launch(kGateUp[static_cast<int>(form_of(*e.w1))][many], a);
+    const Status gated = alike(e) ? gate_up(e, is_shared, many, a) : gate_and_up(e, is_shared, many, a);
     if (!gated.is_ok()) return gated;
     a.first = weights_of(*e.w2);
     a.x = {};
@@ -359,6 +371,31 @@ class ExpertRun {
     a.outputs = p_.x.size(1);
     a.out = memory(is_shared ? at_.shared_outputs : at_.outputs);
     return launch(kDown[static_cast<int>(form_of(*e.w2))][many], a);
+  }
+
+  Status gate_up(const Expert& e, bool is_shared, bool many, ExpertArguments a) const {
+    a.first = weights_of(*e.w1);
+    a.second = weights_of(*e.w3);
+    a.first.matrix.vector = a.second.matrix.vector = a.first.matrix.vector && a.second.matrix.vector;
+    a.x = input(*e.w1, is_shared);
+    return launch(kGateUp[static_cast<int>(form_of(*e.w1))][many], a);
+  }
+
+  // The same of matrices that are not alike.
+  Status gate_and_up(const Expert& e, bool is_shared, bool many, ExpertArguments a) const {
+    a.gate = memory(at_.gate);
+    a.up = memory(at_.up);
+    a.vector = a.outputs * size() % 16 == 0;
+    for (const ExpertMatrix* w : {e.w1, e.w3}) {
+      a.first = weights_of(*w);
+      a.x = input(*w, is_shared);
+      a.out = memory(w == e.w1 ? at_.gate : at_.up);
+      const Status status = launch(kDown[static_cast<int>(form_of(*w))][many], a);
+      if (!status.is_ok()) return status;
+    }
+    const ExpertKernel kernel = {narrow() ? sm80_bf16_moe_activate : sm80_f32_moe_activate, kBlockInputs, kActivateRows,
+                                 kActivateThreads, 0};
+    return launch(kernel, a);
   }
 
   Status launch(const ExpertKernel& kernel, ExpertArguments a) const {
@@ -401,13 +438,6 @@ class ExpertRun {
 
 }  // namespace
 
-bool accepts_moe_experts(const MoeExpertsParams& p) {
-  const auto alike = [](const Expert& e) {
-    return !e.given() || (form_of(*e.w1) == form_of(*e.w3) && e.w1->scale.dtype == e.w3->scale.dtype);
-  };
-  return alike(routed(p)) && alike(shared(p));
-}
-
 ExpertCut expert_cut(const MoeExpertsParams& p) {
   const int64_t tokens = p.x.size(0) < kTokensAtOnce ? p.x.size(0) : kTokensAtOnce;
   const int64_t pairs = tokens * p.weights.size(1), experts = p.w1.data.shape[0];
@@ -423,7 +453,7 @@ ExpertResults expert_results(const MoeExpertsParams& p, const ExpertCut& cut) {
 }
 
 int64_t moe_experts_workspace_bytes(const MoeExpertsParams& p, const ExpertCut& cut) {
-  return accepts_moe_experts(p) ? Layout(p, cut, cut.tokens).used : 0;
+  return Layout(p, cut, cut.tokens).used;
 }
 
 Status moe_experts(const MoeExpertsParams& p, const ExpertCut& cut, const Context& context) {

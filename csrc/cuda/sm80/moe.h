@@ -10,8 +10,7 @@ namespace dsv4::sm80 {
 int64_t moe_gate_workspace_bytes(const MoeGateParams&, const Context&);
 Status moe_gate(const MoeGateParams&, const Context&);
 
-// w1 and w3 must be of one form, their scales of one type; so of the shared expert.
-bool accepts_moe_experts(const MoeExpertsParams&);
+// Fastest where w1 and w3 are of one form and their scales of one type.
 int64_t moe_experts_workspace_bytes(const MoeExpertsParams&, const Context&);
 Status moe_experts(const MoeExpertsParams&, const Context&);
 

@@ -203,23 +203,12 @@ def moe_experts(
     Returns: [tokens, hidden] in the dtype of x. Differentiable in x, weights and plain weights, unless a matrix is
         quantised.
     Raises: RuntimeError where a shape, dtype or device differs from the above.
-    On a GPU, w1 and w3 stored in different forms (e4m3, e2m1, plain; dtype of the scales) run on the reference.
     Source: DeepSeek-V4 report, 2.1; the official inference code.
     """
     kernel = x.dtype in KERNEL_FLOATS and weights.dtype == torch.float32
     kernel = kernel and indices.dtype in INTEGERS and swiglu_limit >= 0
-    if x.is_cuda:  # its kernel multiplies a tile of w1 and of w3 together
-        kernel = kernel and _stored_alike(w1, w1_scale, w3, w3_scale)
-        kernel = kernel and (len(shared or ()) != 6 or _stored_alike(*(shared or ())[:4]))
     op = torch.ops.dsv4.moe_experts if kernel else torch.ops.dsv4._moe_experts_reference
     return op(x, weights, indices, w1, w3, w2, w1_scale, w3_scale, w2_scale, list(shared or ()), swiglu_limit)
-
-
-def _stored_alike(w1: Tensor, w1_scale: Tensor | None, w3: Tensor, w3_scale: Tensor | None) -> bool:
-    def form(weight: Tensor, scale: Tensor | None) -> tuple[bool, torch.dtype | None]:
-        return weight.dtype == torch.float8_e4m3fn, None if scale is None else scale.dtype
-
-    return form(w1, w1_scale) == form(w3, w3_scale)
 
 
 def moe_experts_reference(
