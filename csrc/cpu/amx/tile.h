@@ -95,8 +95,9 @@ DSV4_INLINE void tile_dot() {
 
 #else
 
-// Assembly, since the compiler's intrinsics take literal tile numbers only.
-DSV4_INLINE void tile_configure(const TileConfig& config) { _tile_loadconfig(&config); }
+// Assembly, since the compiler's intrinsics take literal tile numbers only, and GCC's _tile_loadconfig says that it reads
+// 8 bytes: stores to the other 56 may be dropped.
+DSV4_INLINE void tile_configure(const TileConfig& config) { __asm__ volatile("ldtilecfg %0" : : "m"(config)); }
 DSV4_INLINE void tile_release() { _tile_release(); }
 template <int kTile>
 DSV4_INLINE void tile_zero() {
