@@ -5,6 +5,8 @@
 
 namespace dsv4 {
 
+inline constexpr int64_t kMhcTokens = 32;  // that an instruction set's kernel takes together, at most
+
 // What the backward pass over the tokens leaves, behind the packed fn if there is one, for the sums over the tokens.
 struct MhcTokenGradient {
   float product[kMixes];  // of fn r

@@ -1,13 +1,15 @@
 // The forward mHC ops for any way of computing the product of fn with the streams. A Product is a struct of static
 // functions:
 //   pack<kOutputs>(fn, hidden, part, to)          packs one of kParts parts of fn
-//   many<X, kOutputs>(rows, packed, traffic, out) the products and squares of up to kTile tokens, with packed fn
-//   few<X, kOutputs>(rows, fn, context, out)      the same of tokens that are all there are, with fn as it is
-// A token's result must be the same either way, in any tile. Tiles of up to 16 tokens stay in the second-level cache
+//   many<X, kOutputs>(rows, packed, traffic, out) the products and squares of up to kGroups kTile tokens, with packed
+//   fn few<X, kOutputs>(rows, fn, context, out)      the same of up to kTile tokens that are all there are, with fn as
+//   it is
+// A token's result must be the same either way, in any tile. The tokens taken together stay in the second-level cache
 // between the product and the weighted sum.
 #pragma once
 
 #include "cpu/avx512/mhc_mixing.h"
+#include "cpu/mhc.h"
 
 namespace dsv4::avx512 {
 
@@ -47,18 +49,6 @@ struct Traffic {
     return stream + 1 < kStreams ? rows.data + (stream + 1) * rows.stream : rows.data + rows.tokens * rows.token;
   }
 };
-
-// The write of one stream of a tile, for a product that has no use for it in between.
-template <class X>
-DSV4_INLINE void write_rows(const Rows<X>& rows, int stream, const Traffic<X>& traffic) {
-  const int64_t whole = rows.hidden / kStep * kStep, tail = rows.hidden - whole;
-  for (int64_t t = 0; t < rows.tokens; ++t) {
-    const X* from = rows.data + t * rows.token + stream * rows.stream;
-    X* to = traffic.write + t * traffic.write_token + stream * traffic.write_stream;
-    for (int64_t d = 0; d < whole; d += kStep) copy_past_caches(from + d, to + d);
-    if (tail > 0) put<Store::kPart>(to + whole, get<true>(from + whole, tail), tail);
-  }
-}
 
 // Where the work takes no longer than waking threads.
 DSV4_INLINE Context on_this_thread(Context context) {
@@ -287,6 +277,8 @@ void run_few(const Op& op, const Context& all_threads) {
 // Many tokens: every thread takes some tiles. Behind the packed fn, the workspace has room for a tile of each.
 template <class Product, class X, class Op>
 void run_many(const Op& op, const Context& context) {
+  constexpr int64_t kTokens = Product::kGroups * kTile;
+  static_assert(kTokens <= kMhcTokens);
   const int64_t tokens = op.p.streams.shape[0], hidden = op.p.streams.shape[2];
   void* packed = op.p.workspace.data;
   parallel(context, Product::kParts, [&](int64_t begin, int64_t end) {
@@ -295,17 +287,19 @@ void run_many(const Op& op, const Context& context) {
     }
   });
   X* kept = reinterpret_cast<X*>(static_cast<char*>(packed) + Product::bytes(hidden, Op::kOutputs));
-  const int64_t tiles = (tokens + kTile - 1) / kTile, pieces = tiles < context.threads ? tiles : context.threads;
+  const int64_t tiles = (tokens + kTokens - 1) / kTokens, pieces = tiles < context.threads ? tiles : context.threads;
   parallel(context, pieces, [&](int64_t begin, int64_t end) {
-    alignas(64) float sums[kTile][kSums] = {};
+    alignas(64) float sums[kTokens][kSums] = {};
     for (int64_t piece = begin; piece < end; ++piece) {
       for (int64_t tile = tiles * piece / pieces; tile < tiles * (piece + 1) / pieces; ++tile) {
-        const int64_t first = tile * kTile, count = first + kTile <= tokens ? kTile : tokens - first;
-        const Rows<X> rows = Op::rows(op, first, count, kept + piece * kTile * kStreams * hidden);
+        const int64_t first = tile * kTokens, count = first + kTokens <= tokens ? kTokens : tokens - first;
+        const Rows<X> rows = Op::rows(op, first, count, kept + piece * kTokens * kStreams * hidden);
         Product::template many<X, Op::kOutputs>(rows, packed, Op::template traffic<X>(op, first, first + count), sums);
-        Op::weights(op, first, count, sums);
+        for (int64_t t = 0; t < count; t += kTile) {
+          Op::weights(op, first + t, count - t < kTile ? count - t : kTile, sums + t);
+        }
         for (int64_t t = 0; t < count; ++t) {
-          Op::finish(op, first + t, rows.data + t * rows.token, rows.stream, sums[t], rows.token);
+          Op::finish(op, first + t, rows.data + t * rows.token, rows.stream, sums[t], kTokens * rows.token);
         }
       }
     }

@@ -18,6 +18,7 @@ constexpr int kChunk = 16;  // steps; 12 columns of fn take 24 KiB
 
 struct Product {
   static constexpr int kParts = 4 * kStreams;
+  static constexpr int kGroups = 1;  // of kTile tokens, that pass fn together
 
   template <int kOutputs>
   static constexpr int columns() {
