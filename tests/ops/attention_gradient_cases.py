@@ -123,17 +123,28 @@ def eager(a: dict[str, Any], grads: tuple[Tensor, Tensor] | None = None, draw: i
     return {n: torch.zeros_like(x) if g is None else g for (n, x), g in zip(leaves.items(), found, strict=True)}
 
 
+def _together(each: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.cat([one[name].flatten() for one in each]) for name in each[0]}
+
+
 def assert_one_draw(a: dict[str, Any], got: dict[str, Tensor], grads: tuple[Tensor, Tensor] | None = None) -> None:
+    """`assert_one_draw_of_all` of a single problem."""
+    assert_one_draw_of_all([a], [got], grads)
+
+
+def assert_one_draw_of_all(
+    problems: list[dict[str, Any]], got: list[dict[str, Tensor]], grads: tuple[Tensor, Tensor] | None = None
+) -> None:
     """Every gradient has at most twice the error of eager torch in one of four orders of summation, or is float32 and
-    within two roundings of its largest value; where nothing is read it is zero.
+    within two roundings of its largest value; where nothing is read it is zero. Problems alike are compared as one.
 
     The error of one order may be small by luck; to be as good as torch is to be as good as one of them. The sink's
     gradient is one sum a head, whose error means little by itself: a few roundings.
     """
-    truth, draws = exact(a, grads), {}
-    for name, found in got.items():
+    truth, draws = _together([exact(a, grads) for a in problems]), {}
+    eps = torch.finfo(problems[0]["query"].dtype).eps
+    for name, found in _together(got).items():
         size = float(truth[name].abs().max()) if found.numel() else 0.0
-        eps = torch.finfo(a["query"].dtype).eps
         if name == "sink":
             torch.testing.assert_close(found.double(), truth[name], rtol=0, atol=8 * eps * max(size, 0.1))
             continue
@@ -143,7 +154,7 @@ def assert_one_draw(a: dict[str, Any], got: dict[str, Tensor], grads: tuple[Tens
             continue
         for draw in range(4):
             if draw not in draws:
-                draws[draw] = eager(a, grads, draw)
+                draws[draw] = _together([eager(a, grads, draw) for a in problems])
             try:
                 assert_no_worse(found, draws[draw][name], truth[name])
                 break

@@ -121,7 +121,7 @@ def problems(op, tokens, hidden, dtype, norm=None, backward=False, settings=(), 
     made = []
     with torch.random.fork_rng():
         torch.manual_seed(zlib.crc32(repr((op, tokens, hidden, dtype, norm, backward, settings, draw)).encode()))
-        for _ in range(max(4, -(-16 // tokens)) if tokens else 1):
+        for _ in range(max(4, -(-48 // tokens)) if tokens else 1):
             values = list(arguments(op, tokens, hidden, dtype, norm).values())
             out = results(eager(*values, *settings))
             if not backward:

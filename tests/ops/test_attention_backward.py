@@ -9,7 +9,17 @@ from typing import Any
 import pytest
 import torch
 from attention_cases import NAN, make
-from attention_gradient_cases import KERNELS, WANTED, Gradient, assert_one_draw, exact, places_of, seeds, wanted
+from attention_gradient_cases import (
+    KERNELS,
+    WANTED,
+    Gradient,
+    assert_one_draw,
+    assert_one_draw_of_all,
+    exact,
+    places_of,
+    seeds,
+    wanted,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -92,13 +102,17 @@ def test_every_number_of_keys(gradient: Gradient, keys: int, dtype: torch.dtype)
 @pytest.mark.parametrize("window", [1, 2, 16, 17])
 @pytest.mark.parametrize("start", [0, 1, 15, 16, 31])
 def test_window_around_page_boundaries(gradient: Gradient, window: int, start: int) -> None:
-    a = make(
-        runs=((start, 8), (start + 1, 5)), heads=8, head_dim=64, window=window, source="window", rope_dim=None,
-        dtype=torch.float32,
-    )  # fmt: skip
+    problems = [
+        make(
+            runs=((start, 8), (start + 1, 5)), heads=8, head_dim=64, window=window, source="window", rope_dim=None,
+            dtype=torch.float32, seed=seed,
+        )
+        for seed in range(4 if window == 2 else 1)  # of two keys the largest error is a matter of luck
+    ]  # fmt: skip
     if window > 1:
-        assert_one_draw(a, gradient(a))
+        assert_one_draw_of_all(problems, [gradient(a) for a in problems])
         return
+    (a,) = problems
     got, truth = gradient(a), exact(a)  # softmax of one score: gradients are sums that nearly cancel
     for n in wanted(a):
         torch.testing.assert_close(got[n].double(), truth[n], rtol=0, atol=5e-6)
