@@ -47,7 +47,7 @@ if(NOT pybind11_FOUND)
 endif()
 if(pybind11_FOUND)
   pybind11_add_module(dsv4_module "${DSV4_CSRC}/module.cpp" $<TARGET_OBJECTS:dsv4_common>)
-  target_link_libraries(dsv4_module PRIVATE dsv4_flags)
+  target_link_libraries(dsv4_module PRIVATE dsv4_peaks)
   target_compile_definitions(dsv4_module PRIVATE DSV4_VERSION="${PROJECT_VERSION}"
     DSV4_COMPILER="${CMAKE_CXX_COMPILER_ID} ${CMAKE_CXX_COMPILER_VERSION}" DSV4_CPU_SETS="${_cpu_names}"
     DSV4_TORCH_VERSION="${DSV4_TORCH_VERSION}" DSV4_CUDA_VERSION="${CMAKE_CUDA_COMPILER_VERSION}")

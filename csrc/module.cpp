@@ -1,9 +1,12 @@
-// dsv4._native: how this package was built and what hardware it sees. The op libraries do not depend on it.
+// dsv4._native: how this package was built, what hardware it sees and what that can do. The op libraries do not depend
+// on it.
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <thread>
 
 #include "common/hardware.h"
+#include "native/peaks.h"
 
 PYBIND11_MODULE(_native, module) {
   module.doc() = "Build information and detected hardware.";
@@ -28,4 +31,19 @@ PYBIND11_MODULE(_native, module) {
         return info;
       },
       "The processor: best instruction set with kernels here, and hardware threads.");
+  module.def(
+      "unit_peaks",
+      [](int threads) {
+        dsv4::bench::UnitPeaks peaks;
+        {
+          const pybind11::gil_scoped_release release;
+          dsv4::ThreadPool pool(std::max(threads, 1));
+          peaks = dsv4::bench::measure_units(pool);
+        }
+        pybind11::dict flops;
+        flops["float32"] = peaks.float32;
+        flops["bfloat16"] = peaks.bfloat16;
+        return flops;
+      },
+      pybind11::arg("threads"), "FLOP/s of the arithmetic units on so many threads, measured from registers.");
 }

@@ -38,23 +38,6 @@ double copy_bandwidth(ThreadPool& pool) {
   return best;
 }
 
-// `kernel` runs the given number of rounds from registers and returns how many operations it did.
-double peak_flops(ThreadPool& pool, double (*kernel)(int64_t rounds)) {
-  const Context context = pool.context();
-  std::vector<double> done(static_cast<size_t>(context.threads));
-  double best = 0;
-  for (int repeat = 0; repeat < 5; ++repeat) {
-    const auto start = Clock::now();
-    parallel(context, context.threads, [&](int64_t begin, int64_t end) {
-      for (int64_t thread = begin; thread < end; ++thread) done[static_cast<size_t>(thread)] = kernel(2'000'000);
-    });
-    double total = 0;
-    for (const double operations : done) total += operations;
-    best = std::max(best, total / seconds_since(start));
-  }
-  return best;
-}
-
 Timing summary(std::vector<double> seconds) {
   std::sort(seconds.begin(), seconds.end());
   const size_t count = seconds.size();
@@ -69,9 +52,8 @@ Timing summary(std::vector<double> seconds) {
 Peaks measure_peaks(ThreadPool& pool) {
   Peaks peaks;
   peaks.copy_bytes_per_second = copy_bandwidth(pool);
-  const PeakKernels kernels = peak_kernels(pool.context().best);
-  peaks.float32_flops = peak_flops(pool, kernels.float32);
-  peaks.bfloat16_flops = kernels.bfloat16 == nullptr ? peaks.float32_flops : peak_flops(pool, kernels.bfloat16);
+  const UnitPeaks units = measure_units(pool);
+  peaks.float32_flops = units.float32, peaks.bfloat16_flops = units.bfloat16;
   return peaks;
 }
 

@@ -4,8 +4,16 @@
 #include <cstdint>
 
 #include "common/context.h"
+#include "common/thread_pool.h"
 
 namespace dsv4::bench {
+
+// Fused multiply-adds by the widest vectors that the kernels use; bfloat16: dot products or tiles, and the float32 peak
+// where there are none. FLOP/s on the threads of the pool, the fastest of a few runs.
+struct UnitPeaks {
+  double float32, bfloat16;
+};
+UnitPeaks measure_units(ThreadPool& pool);
 
 // Each runs `rounds` rounds and returns the number of floating-point operations done.
 struct PeakKernels {

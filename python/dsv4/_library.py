@@ -121,7 +121,20 @@ def build_info() -> dict[str, Any]:
     return {"libraries": libraries, "native": _native_info()}
 
 
+def unit_peaks(threads: int) -> dict[str, float] | None:
+    """FLOP/s of the CPU's units on so many threads, measured from registers in half a second: {"float32", "bfloat16"}.
+    None where the pybind11 module does not fit this Python."""
+    native = _native()
+    return None if native is None else native.unit_peaks(threads)
+
+
 def _native_info() -> dict[str, Any] | None:
+    native = _native()
+    return None if native is None else {**native.build_info(), **native.hardware()}
+
+
+def _native() -> Any:
+    """The pybind11 module; None where there is none for this Python."""
     for folder in _folders():
         spec = importlib.machinery.PathFinder.find_spec("_native", [str(folder)])
         if spec is None or spec.loader is None:
@@ -131,5 +144,5 @@ def _native_info() -> dict[str, Any] | None:
             spec.loader.exec_module(native)
         except ImportError:  # built for another Python
             continue
-        return {**native.build_info(), **native.hardware()}
+        return native
     return None

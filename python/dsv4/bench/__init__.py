@@ -104,30 +104,27 @@ def _has_kernels(op: str, clock: Clock) -> bool:
 
 
 def _peak_results(peaks: Peaks, device: torch.device) -> list[dict[str, Any]]:
-    def result(op: str, shape: str, timing: Timing, gflop: float, mbyte: float) -> dict[str, Any]:
-        values = (
-            op,
-            "torch",
-            str(device),
-            shape,
-            timing.fastest,
-            timing.spread,
-            gflop,
-            mbyte,
-            timing.fastest,
-            1.0,
-            0.0,
-            0.0,
-        )
-        return dict(zip(KEYS, (*values, None, None, None), strict=True))
+    def result(op: str, impl: str, shape: str, timing: Timing, gflop: float, mbyte: float) -> dict[str, Any]:
+        us = timing.fastest
+        values = (op, impl, str(device), shape, us, timing.spread, gflop, mbyte, us, 1.0, 0.0, 0.0, None, None, None)
+        return dict(zip(KEYS, values, strict=True))
 
     side = round((peaks.matrix_flops / 2) ** (1 / 3))
     mbyte, gflop = peaks.copy_bytes / 1e6, peaks.matrix_flops / 1e9
-    return [
-        result("peak_copy", f"{mbyte / 2:.0f} MB", peaks.copy, 0.0, mbyte),
-        result("peak_float32", f"{side} x {side} x {side}", peaks.float32, gflop, 0.0),
-        result("peak_bfloat16", f"{side} x {side} x {side}", peaks.bfloat16, gflop, 0.0),
+    product = f"{side} x {side} x {side}"
+    found = [
+        result("peak_copy", "torch", f"{mbyte / 2:.0f} MB", peaks.copy, 0.0, mbyte),
+        result("peak_float32", "torch", product, peaks.float32, gflop, 0.0),
+        result("peak_bfloat16", "torch", product, peaks.bfloat16, gflop, 0.0),
     ]
+    for precision, flops in (peaks.units or {}).items():
+        us = peaks.matrix_flops / flops * 1e6
+        found.append(
+            result(
+                f"peak_{precision}", "units", f"as many from registers as {product}", Timing(us, 0.0, us), gflop, 0.0
+            )
+        )
+    return found
 
 
 def line(result: dict[str, Any]) -> str:

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dsv4 import _library
+
 Precision = Literal["float32", "bfloat16", "none"]
 
 # Larger than any cache, so that what a run finds in one is only what it put there itself.
@@ -121,7 +123,8 @@ def _keep_freed_memory() -> None:
 
 @dataclass(frozen=True)
 class Peaks:
-    """What this machine was measured to do: bytes read plus written by a large copy, FLOPs of large matrix products.
+    """What this machine was measured to do: bytes read plus written by a large copy, FLOPs of large matrix products in
+    torch, and on a CPU FLOP/s of the units themselves, from registers. The larger one is the peak.
 
     The fastest run counts: a peak is what the machine can do, not what it does while others use it.
     """
@@ -131,6 +134,7 @@ class Peaks:
     float32: Timing
     bfloat16: Timing
     matrix_flops: float
+    units: dict[str, float] | None = None
 
     @property
     def bytes_per_us(self) -> float:
@@ -139,6 +143,8 @@ class Peaks:
     def flops_per_us(self, precision: Precision) -> float:
         """float32 operands may be split into two bfloat16 ones, which is faster wherever BF16 is over twice as fast."""
         bfloat16, float32 = self.matrix_flops / self.bfloat16.fastest, self.matrix_flops / self.float32.fastest
+        if self.units is not None:
+            bfloat16, float32 = max(bfloat16, self.units["bfloat16"] / 1e6), max(float32, self.units["float32"] / 1e6)
         return max(bfloat16, float32) if precision == "bfloat16" else max(float32, bfloat16 / 2)
 
     def roof_us(self, case: Case) -> float:
@@ -160,7 +166,8 @@ def measure_peaks(clock: Clock) -> Peaks:
         a, b = (torch.randn(side, side, device=clock.device).to(dtype) for _ in range(2))
         return clock.time(lambda: a @ b)
 
-    return Peaks(copy, 2.0 * size, product(torch.float32), product(torch.bfloat16), 2.0 * side**3)
+    units = _library.unit_peaks(torch.get_num_threads()) if clock.device.type == "cpu" else None
+    return Peaks(copy, 2.0 * size, product(torch.float32), product(torch.bfloat16), 2.0 * side**3, units)
 
 
 def _threaded_copy(source: np.ndarray, target: np.ndarray, threads: int) -> None:
