@@ -6,7 +6,7 @@
 #include <thread>
 
 #include "common/hardware.h"
-#include "native/peaks.h"
+#include "common/peaks.h"
 
 PYBIND11_MODULE(_native, module) {
   module.doc() = "Build information and detected hardware.";
@@ -34,11 +34,11 @@ PYBIND11_MODULE(_native, module) {
   module.def(
       "unit_peaks",
       [](int threads) {
-        dsv4::bench::UnitPeaks peaks;
+        dsv4::UnitPeaks peaks;
         {
           const pybind11::gil_scoped_release release;
           dsv4::ThreadPool pool(std::max(threads, 1));
-          peaks = dsv4::bench::measure_units(pool);
+          peaks = dsv4::measure_units(pool);
         }
         pybind11::dict flops;
         flops["float32"] = peaks.float32;

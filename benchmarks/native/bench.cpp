@@ -9,7 +9,7 @@
 #include <limits>
 
 #include "common/hardware.h"
-#include "native/peaks.h"
+#include "common/peaks.h"
 
 namespace dsv4::bench {
 namespace {

@@ -6,7 +6,7 @@
 #include "common/context.h"
 #include "common/thread_pool.h"
 
-namespace dsv4::bench {
+namespace dsv4 {
 
 // Fused multiply-adds by the widest vectors that the kernels use; bfloat16: dot products or tiles, and the float32 peak
 // where there are none. FLOP/s on the threads of the pool, the fastest of a few runs.
@@ -27,4 +27,4 @@ double avx512_float32_peak(int64_t rounds);
 double avx512_bfloat16_peak(int64_t rounds);
 double amx_bfloat16_peak(int64_t rounds);
 
-}  // namespace dsv4::bench
+}  // namespace dsv4

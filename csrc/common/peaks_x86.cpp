@@ -1,9 +1,9 @@
 // Compiled with AVX-512 and AMX flags; called only where the processor has them.
 #include <immintrin.h>
 
-#include "native/peaks.h"
+#include "common/peaks.h"
 
-namespace dsv4::bench {
+namespace dsv4 {
 namespace {
 
 constexpr int kChains = 12;  // independent accumulators: covers the latency of two units
@@ -72,4 +72,4 @@ double amx_bfloat16_peak(int64_t rounds) {
   return 2.0 * 16 * 16 * 32 * 4 * static_cast<double>(rounds / 8);
 }
 
-}  // namespace dsv4::bench
+}  // namespace dsv4

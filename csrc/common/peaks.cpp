@@ -1,10 +1,10 @@
-#include "native/peaks.h"
+#include "common/peaks.h"
 
 #include <algorithm>
 #include <chrono>
 #include <vector>
 
-namespace dsv4::bench {
+namespace dsv4 {
 namespace {
 
 // `kernel` runs the given number of rounds from registers and returns how many operations it did.
@@ -56,4 +56,4 @@ UnitPeaks measure_units(ThreadPool& pool) {
   return {float32, kernels.bfloat16 == nullptr ? float32 : peak_flops(pool, kernels.bfloat16)};
 }
 
-}  // namespace dsv4::bench
+}  // namespace dsv4
