@@ -47,11 +47,21 @@ def test_index_of_transformers_is_the_op(context):
 @pytest.mark.parametrize("tokens", [1, 9])
 def test_experts_of_transformers_are_the_op(tokens):
     """On unquantised activations, and with the routing weight after the down projection: a few per cent apart."""
-    case, other = moe.cases("moe_experts", "nano", tokens, torch.device("cpu"))
+    case, other, _ = moe.cases("moe_experts", "nano", tokens, torch.device("cpu"))
     assert (case.baseline, other.baseline) == ("eager torch bf16", "transformers")
     expected, eager, theirs = case.run().float(), case.run_baseline().float(), other.run_baseline().float()
     assert relative_rms(theirs, eager).max() <= 0.01
     assert relative_rms(theirs, expected).max() <= 0.06
+
+
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_experts_of_kt_kernel_are_the_op(tokens):
+    """Its activations are not quantised: a few per cent apart. Without it the line says how to get it."""
+    case, _, other = moe.cases("moe_experts", "nano", tokens, torch.device("cpu"))
+    if other.run_baseline is None:
+        assert other.baseline == "kt-kernel FP4 not run: pip install --no-deps kt-kernel==0.7.2 gguf"
+        pytest.skip("not run: kt-kernel is not installed")
+    assert relative_rms(other.run_baseline().float(), case.run().float()).max() <= 0.06
 
 
 def test_batch_of_other_sequences():

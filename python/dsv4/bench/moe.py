@@ -1,5 +1,6 @@
 """moe_experts on FP4 weights against a loop over experts with bfloat16 products in eager torch, and on a second line
-against transformers' experts module on the same bfloat16 weights (bench/transformers_cores).
+against transformers' experts module on the same bfloat16 weights (bench/transformers_cores), on a third against
+kt-kernel's experts on the same FP4 weights (bench/kt_kernel).
 
 `context` counts tokens at once. As many of the model's experts as leave room for their bfloat16 copies. FLOPs: 6
 hidden inter a token and expert; bytes: the stored weights of the experts that are touched, rows, outputs.
@@ -23,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dsv4 import ops
+from dsv4.bench.kt_kernel import against_kt_kernel
 from dsv4.bench.linear import draw_weight
 from dsv4.bench.measure import Case, Comparison
 from dsv4.bench.pages import spread
@@ -106,6 +108,7 @@ def _experts_cases(shape: str, config: Config, tokens: int, device: torch.device
     needed = 2 * tokens * top_k * (2 * hidden + 3 * inter)
     prepare = partial(prepare_experts, x, weights, indices, gate_up, dense[2], limit)
     yield replace(case, **against_transformers(needed, prepare))
+    yield replace(case, **against_kt_kernel(x, weights, indices, stored, limit))
 
 
 def _backward_case(shape: str, config: Config, tokens: int, device: torch.device) -> Case:
