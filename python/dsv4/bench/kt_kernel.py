@@ -20,7 +20,7 @@ _MISSING = "not run: pip install --no-deps kt-kernel==0.7.2 gguf"
 class _Experts:
     """Experts of kt-kernel, which repacks the weights as it loads them."""
 
-    def __init__(self, stored: Sequence[tuple[Tensor, Tensor]], top_k: int, tokens: int, limit: float):
+    def __init__(self, stored: Sequence[tuple[Tensor, ...]], top_k: int, tokens: int, limit: float):
         from kt_kernel import kt_kernel_ext
 
         workers = kt_kernel_ext.WorkerPoolConfig()
@@ -51,7 +51,7 @@ class _Experts:
 
 
 def against_kt_kernel(
-    x: Tensor, weights: Tensor, indices: Tensor, stored: Sequence[tuple[Tensor, Tensor]], limit: float
+    x: Tensor, weights: Tensor, indices: Tensor, stored: Sequence[tuple[Tensor, ...]], limit: float
 ) -> dict[str, Any]:
     """`baseline` and `run_baseline` of a case of moe_experts; the latter None where kt-kernel is missing.
 
