@@ -73,12 +73,18 @@ struct E4m3Bytes {
 };
 alignas(64) static constexpr E4m3Bytes kE4m3;
 
+// The e8m0 scales of a block, as stored, all of which fold. Four are there with e2m1, of whatever value beyond the
+// last.
+struct StoredScales {
+  const uint8_t* first;
+};
+
 // What the formats have in common, on their own `load` and `half`.
 template <class Rows>
 struct BlockOf {
   // A block of weights times its scales; `count` bytes of it, if not all: the rest counts as zero and is not read.
-  template <class Scale, class... Count>
-  DSV4_MEMBER Block expand(const uint8_t* codes, const Scale* scales, Count... count) const {
+  template <class Scales, class... Count>
+  DSV4_MEMBER Block expand(const uint8_t* codes, Scales scales, Count... count) const {
     const Rows& rows = static_cast<const Rows&>(*this);
     const auto packed = rows.load(codes, scales, count...);
     Block block;
@@ -121,6 +127,11 @@ class Fp8Rows : public BlockOf<Fp8Rows> {
   DSV4_MEMBER Packed load(const uint8_t* codes, const Scale* shift, int64_t count) const {
     return {{_mm512_maskz_loadu_epi8(mask64(count), codes), _mm512_maskz_loadu_epi8(mask64(count - 64), codes + 64)},
             kE4m3.of + *shift};
+  }
+  template <class... Count>
+  DSV4_MEMBER Packed load(const uint8_t* codes, StoredScales stored, Count... count) const {
+    const Scale shift = static_cast<Scale>(kMostScale - *stored.first);
+    return load(codes, &shift, count...);
   }
   // The table of a scale, in registers where rows of weights have it in common.
   struct Shared {
@@ -188,6 +199,8 @@ class Fp4Rows : public BlockOf<Fp4Rows> {
     alignas(64) uint8_t index[64];
     for (int i = 0; i < 64; ++i) index[i] = static_cast<uint8_t>(2 * (i / 16) + i % 2);
     spread_ = _mm512_load_si512(index);
+    for (int i = 0; i < 64; ++i) index[i] = static_cast<uint8_t>(i % 2 == 0 ? i / 16 : 0x80);
+    spread_bytes_ = _mm512_load_si512(index);
   }
 
   static bool fold(const uint8_t* scales, int64_t count, int64_t padded, Scale* to) {
@@ -212,6 +225,12 @@ class Fp4Rows : public BlockOf<Fp4Rows> {
   }
   DSV4_MEMBER Packed load(const uint8_t* codes, const Scale* scales, int64_t count) const {
     return {_mm512_maskz_loadu_epi8(mask64(count), codes), lanes(scales)};
+  }
+  DSV4_MEMBER Packed load(const uint8_t* codes, StoredScales stored) const {
+    return {_mm512_loadu_si512(codes), lanes(stored)};
+  }
+  DSV4_MEMBER Packed load(const uint8_t* codes, StoredScales stored, int64_t count) const {
+    return {_mm512_maskz_loadu_epi8(mask64(count), codes), lanes(stored)};
   }
   struct Shared {};  // every row of weights has scales of its own
   DSV4_MEMBER Shared share(const Scale*) const { return {}; }
@@ -248,8 +267,14 @@ class Fp4Rows : public BlockOf<Fp4Rows> {
     __builtin_memcpy(&four, scales, sizeof(four));
     return _mm512_shuffle_epi8(_mm512_set1_epi64(four), spread_);
   }
+  DSV4_MEMBER __m512i lanes(StoredScales stored) const {
+    int32_t four;
+    __builtin_memcpy(&four, stored.first, sizeof(four));
+    const __m512i words = _mm512_shuffle_epi8(_mm512_set1_epi32(four), spread_bytes_);
+    return _mm512_slli_epi16(_mm512_sub_epi16(_mm512_set1_epi16(kMostScale), words), 7);
+  }
 
-  __m512i table_, spread_;
+  __m512i table_, spread_, spread_bytes_;
 };
 
 // float32 scales, of which powers of two may fold.
