@@ -28,10 +28,10 @@ using avx512::Block, avx512::blocks_of, avx512::kBlock, avx512::kBlockSteps, avx
 
 constexpr int64_t kInputs = 256;  // of a job
 constexpr int64_t kInputBlocks = kInputs / kBlock, kInputSteps = kInputs / kStep;
-constexpr int64_t kMostRows = 512;          // whose sums wait in memory
-constexpr int64_t kFewRows = 64;            // up to which pieces are small, for the threads' sake
-constexpr int64_t kWide = 256;              // outputs of a piece of more
-constexpr int64_t kPieceWeights = 1 << 17;  // of a piece of few rows, about
+constexpr int64_t kMostRows = 512;        // of activations in the second-level cache
+constexpr int64_t kChunkBytes = 5 << 18;  // of them, about
+constexpr int64_t kWide = 256;            // outputs of a piece, at most
+constexpr int64_t kPieces = 4;            // for each thread, at least
 constexpr int64_t kGapBytes = 16 << 10;
 
 // Weights of a format: how 128 inputs of a row expand. kLeast to kMost are the scales that go into them.
@@ -62,6 +62,7 @@ struct PlainWeights {
     return block;
   }
   static void arrange(const bf16* x, bf16* to) { __builtin_memcpy(to, x, kBlock * sizeof(bf16)); }
+  static int64_t place(int64_t j, int64_t i) { return 16 * j + i; }
 };
 
 template <class Weights, bool kQuantise>
@@ -73,46 +74,22 @@ class Kernel {
     const int64_t bytes = columns(p) * row_bytes(p);
     return p.x.size(0) <= kUnit ? bytes : (round_up(bytes, kGapBytes) / kGapBytes | 1) * kGapBytes;
   }
-  static int64_t panel(const LinearParams& p) {
-    if (p.x.size(0) > kFewRows) return kWide;
-    int64_t outputs = kSide;
-    while (outputs < kWide && 2 * outputs * p.x.size(2) <= kPieceWeights) outputs *= 2;
-    return outputs;
+  // Large pieces have long runs of weights and use activations often; every thread shall have some of them.
+  static int64_t panel(const LinearParams& p, int64_t threads) {
+    const int64_t share = p.weight.size(0) / (kPieces * threads) / kSide * kSide,
+                  outputs = share < kWide ? share : kWide;
+    return outputs < kSide ? kSide : outputs;
   }
   static int64_t memory(const LinearParams& p) {
-    return 2 * kWeightsBytes + panel(p) / kSide * pairs(p) * kSumsBytes +
-           (Weights::kScales == 0 ? 0 : row_bytes(p) + scales_bytes(p));
+    return 2 * kWeightsBytes + pairs(p) * kSumsBytes + (Weights::kScales == 0 ? 0 : row_bytes(p) + scales_bytes(p));
   }
 
   // Up to 16 rows: [step][pair of inputs][row][2], in the order of the weights' inputs, zero beyond the last.
   static void prepare(const LinearParams& p, int64_t token, int64_t group, uint8_t* to) {
-    const int64_t inputs = p.x.size(2), left = p.x.size(0) - token, rows = left < kUnit ? left : kUnit;
-    const int64_t width = columns(p);
-    uint32_t* pairs = reinterpret_cast<uint32_t*>(to);
-    for (int64_t at = 0; at < inputs; at += kBlock) {
-      const int64_t count = inputs - at < kBlock ? inputs - at : kBlock;
-      alignas(64) bf16 blocks[kUnit][kBlock];
-      for (int64_t i = 0; i < rows; ++i) {
-        if (p.x.dtype == DType::kBFloat16) {
-          arranged(p.x.as<const bf16>().at(token + i, group, at), count, blocks[i]);
-        } else if constexpr (kQuantise) {
-          arranged(p.x.as<const float>().at(token + i, group, at), count, blocks[i]);
-        }
-      }
-      for (int64_t j = 0; j < kBlockSteps; ++j, pairs += kTileRows * width) {
-        __m512i words[kTileRows];
-        for (int64_t i = 0; i < kTileRows; ++i) {
-          words[i] = i < rows ? _mm512_load_si512(blocks[i] + j * kStep) : _mm512_setzero_si512();
-        }
-        if (width == 1) {
-          _mm512_storeu_si512(pairs, words[0]);
-          continue;
-        }
-        avx512::transpose(words);
-        for (int64_t k = 0; k < kTileRows; ++k) {
-          _mm512_mask_storeu_epi32(pairs + k * width, avx512::low16(width), words[k]);
-        }
-      }
+    if (p.x.dtype == DType::kBFloat16) {
+      prepare_rows<bf16>(p, token, group, to);
+    } else if constexpr (kQuantise) {
+      prepare_rows<float>(p, token, group, to);
     }
   }
 
@@ -125,7 +102,7 @@ class Kernel {
         ranges_(inputs_ <= kInputs ? 1 : (inputs_ + kInputs - 1) / kInputs),
         weights_(reinterpret_cast<bf16*>(memory)),
         sums_(reinterpret_cast<Sums*>(memory + 2 * kWeightsBytes)),
-        row_(reinterpret_cast<bf16*>(sums_ + panel(p) / kSide * pairs(p))),
+        row_(reinterpret_cast<bf16*>(sums_ + pairs(p))),
         scales_(reinterpret_cast<float*>(reinterpret_cast<uint8_t*>(row_) + row_bytes(p))) {}
 
   void run(const uint8_t* units, int64_t group, int64_t begin, int64_t end) {
@@ -141,9 +118,9 @@ class Kernel {
     }
     if (sides_ == 0) return;
     configure();
-    for (int64_t first = 0; first < rows_; first += kMostRows) {
-      const int64_t last = rows_ - first < kMostRows ? rows_ : first + kMostRows;
-      last - first <= kSide ? few(units, first) : many(units, first, last);
+    const int64_t chunk = chunk_rows(p_);
+    for (int64_t first = 0; first < rows_; first += chunk) {
+      multiply_rows(units, first, rows_ - first < chunk ? rows_ : first + chunk);
     }
     tile_release();
   }
@@ -169,24 +146,71 @@ class Kernel {
     return round_up(blocks_of(p.x.size(2)) * Weights::kScales * static_cast<int64_t>(sizeof(float)), 64);
   }
   static int64_t columns(const LinearParams& p) { return p.x.size(0) < kUnit ? p.x.size(0) : kUnit; }  // of a unit
-  static int64_t pairs(const LinearParams& p) {                                                        // of units
-    const int64_t rows = p.x.size(0) < kMostRows ? p.x.size(0) : kMostRows;
+  // Rows that are multiplied with all outputs of a piece before the next ones.
+  static int64_t chunk_rows(const LinearParams& p) {
+    const int64_t rows = kChunkBytes / (row_bytes(p) + 1) / kSide * kSide;
+    return rows < kSide ? kSide : rows > kMostRows ? kMostRows : rows;
+  }
+  static int64_t pairs(const LinearParams& p) {  // of units of a chunk
+    const int64_t rows = p.x.size(0) < chunk_rows(p) ? p.x.size(0) : chunk_rows(p);
     return (rows + kSide - 1) / kSide;
   }
 
-  // Up to 128 activations in the order of the weights' inputs.
   template <class X>
-  static void arranged(const X* x, int64_t count, bf16* to) {
-    alignas(64) bf16 block[kBlock];
-    if constexpr (kQuantise) {
-      avx512::quantise_block(x, count, block);
-    } else {
-      for (int64_t at = 0; at < kBlock; at += kStep) {
-        const int64_t left = count - at < 0 ? 0 : count - at > kStep ? kStep : count - at;
-        _mm512_store_si512(block + at, _mm512_maskz_loadu_epi16(avx512::mask32(left), x + at));
+  static void prepare_rows(const LinearParams& p, int64_t token, int64_t group, uint8_t* to) {
+    const int64_t inputs = p.x.size(2), left = p.x.size(0) - token, rows = left < kUnit ? left : kUnit;
+    const int64_t width = columns(p);
+    for (int64_t at = 0; at < inputs; at += kBlock, to += width * kBlock * static_cast<int64_t>(sizeof(bf16))) {
+      const int64_t count = inputs - at < kBlock ? inputs - at : kBlock;
+      if (width == 1) {
+        alignas(64) bf16 block[kBlock];
+        read_block(p.x.as<const X>().at(token, group, at), count, block);
+        Weights::arrange(block, reinterpret_cast<bf16*>(to));
+        continue;
+      }
+      alignas(64) uint32_t pairs[kBlockSteps][kUnit][kTileRows];
+      for (int64_t i = 0; i < kUnit; ++i) {
+        read_pairs(p.x.as<const X>().at(token + (i < rows ? i : 0), group, at), i < rows ? count : 0, pairs, i);
+      }
+      for (int64_t j = 0; j < kBlockSteps; ++j) {
+        __m512i words[kTileRows];
+        for (int64_t i = 0; i < kTileRows; ++i) words[i] = _mm512_load_si512(pairs[j][i]);
+        avx512::transpose(words);
+#pragma GCC unroll 16
+        for (int64_t i = 0; i < kTileRows; ++i) {
+          _mm512_mask_storeu_epi32(to + 4 * width * Weights::place(j, i), avx512::low16(width), words[i]);
+        }
       }
     }
-    Weights::arrange(block, to);
+  }
+
+  // Up to 128 activations, quantised or not, in the order of memory.
+  template <class X>
+  static void read_block(const X* x, int64_t count, bf16* to) {
+    if constexpr (kQuantise) {
+      avx512::quantise_block(x, count, to);
+    } else {
+      for (int64_t at = 0; at < kBlock; at += kStep) _mm512_store_si512(to + at, read_step(x, count, at));
+    }
+  }
+  static __m512i read_step(const bf16* x, int64_t count, int64_t at) {
+    const int64_t left = count - at < 0 ? 0 : count - at > kStep ? kStep : count - at;
+    return _mm512_maskz_loadu_epi16(avx512::mask32(left), x + at);
+  }
+  // The same as pairs of row i.
+  template <class X>
+  DSV4_MEMBER static void read_pairs(const X* x, int64_t count, uint32_t (*to)[kUnit][kTileRows], int64_t i) {
+    if constexpr (kQuantise) {
+      avx512::Pair values[kBlockSteps];
+      avx512::quantise_values(x, count, values);
+      for (int64_t j = 0; j < kBlockSteps; ++j) {
+        const bool apart = sizeof(X) == sizeof(bf16);
+        const avx512::Pair value = apart ? values[j] : avx512::arrange(values[j], static_cast<const bf16*>(nullptr));
+        _mm512_store_si512(to[j][i], Weights::pairs(value));
+      }
+    } else {
+      for (int64_t j = 0; j < kBlockSteps; ++j) _mm512_store_si512(to[j][i], read_step(x, count, j * kStep));
+    }
   }
 
   const uint8_t* codes(int64_t row) const {
@@ -216,7 +240,7 @@ class Kernel {
   // A range of inputs of up to 32 outputs.
   struct Job {
     const Outputs* out;
-    int64_t side, range;
+    int64_t range;
     int64_t block() const { return range * kInputBlocks; }
   };
   int64_t steps(const Job& job) const {
@@ -225,56 +249,51 @@ class Kernel {
   }
   const uint8_t* first_codes(const Job& job) const { return codes(job.out->row) + job.block() * Weights::kBlockBytes; }
 
-  // The weights of a job on their way to [output / 16][step][output % 16][32], 128 inputs of a row at a time. Beyond
-  // the last output it is there once more: nothing that memory might hold gets into a tile.
+  // The weights of a job on their way to [output / 16][step][output % 16][32], a row at a time. Beyond the last output
+  // it is there once more: nothing that memory might hold gets into a tile.
   struct Expansion {
-    const Outputs* out;
+    Outputs out;
     int64_t block, blocks;  // the job's inputs
     int64_t ahead;          // bytes from its codes to those of the job after it
-    int64_t row, rows, at;  // of the rows; blocks of this one
-    const uint8_t *from, *scales;
-    bf16 *to, *weights;
+    int64_t row, rows;
+    bf16* to;
   };
-  void begin(const Job& job, const Job& after, bf16* weights) {
-    const int64_t rows = inputs_ == 0 ? 0 : round_up(job.out->count, kTileRows);
-    expansion_ = {job.out,
-                  job.block(),
-                  steps(job) / kBlockSteps,
-                  first_codes(after) - first_codes(job),
-                  0,
-                  rows,
-                  0,
-                  nullptr,
-                  nullptr,
-                  nullptr,
-                  weights};
+  void begin(const Job& job, const Job& after, bf16* to) {
+    const int64_t blocks = steps(job) / kBlockSteps, rows = blocks == 0 ? 0 : round_up(job.out->count, kTileRows);
+    expansion_ = {*job.out, job.block(), blocks, first_codes(after) - first_codes(job), 0, rows, to};
   }
-  void start_row(Expansion& e) const {
-    const int64_t row = e.out->row + (e.row < e.out->count ? e.row : e.out->count - 1);
-    e.from = codes(row) + e.block * Weights::kBlockBytes;
-    e.to = e.weights + e.row / kTileRows * kTileRows * kInputs + e.row % kTileRows * kStep;
-    if constexpr (Weights::kScales > 0) e.scales = scale_row(row) + e.block * Weights::kScales;
-  }
-  __attribute__((noinline)) void expand(int64_t items) {
-    Expansion e = expansion_;
-    for (; items > 0 && e.row < e.rows; --items) {
-      if (e.at == 0) start_row(e);
-      avx512::ask(e.from + e.ahead, Weights::kBlockBytes);
-      Block w;
-      if (e.block + e.at < whole_) {
-        w = expand_.expand(e.from, StoredScales{e.scales});
+  __attribute__((noinline)) void expand(int64_t rows) {
+    const Expansion e = expansion_;
+    const int64_t end = e.rows - e.row < rows ? e.rows : e.row + rows;
+    for (int64_t i = e.row; i < end; ++i) {
+      const int64_t row = e.out.row + (i < e.out.count ? i : e.out.count - 1);
+      const uint8_t *from = codes(row) + e.block * Weights::kBlockBytes, *scales = nullptr;
+      if constexpr (Weights::kScales > 0) scales = scale_row(row) + e.block * Weights::kScales;
+      bf16* to = e.to + i / kTileRows * kTileRows * kInputs + i % kTileRows * kStep;
+      if (e.block + kInputBlocks <= whole_) {
+#pragma GCC unroll 2
+        for (int64_t b = 0; b < kInputBlocks; ++b) expand_block(from, b, scales, e.ahead, to);
       } else {
-        uint8_t scales[4] = {Weights::kLeast, Weights::kLeast, Weights::kLeast, Weights::kLeast};
-        const int64_t at = whole_ * Weights::kScales;
-        for (int64_t i = 0; at + i < p_.scale.size(1); ++i) scales[i] = e.scales[i];
-        w = expand_.expand(e.from, StoredScales{scales}, Weights::bytes(inputs_) - whole_ * Weights::kBlockBytes);
+        for (int64_t b = 0; b < e.blocks; ++b) expand_last(e, from, b, scales, to);
       }
-      for (int64_t j = 0; j < kBlockSteps; ++j, e.to += kTileElements) _mm512_store_si512(e.to, w.w[j]);
-      e.from += Weights::kBlockBytes;
-      e.scales += Weights::kScales;
-      if (++e.at == e.blocks) e.at = 0, ++e.row;
     }
-    expansion_ = e;
+    expansion_.row = end;
+  }
+  DSV4_MEMBER void expand_block(const uint8_t* from, int64_t b, const uint8_t* scales, int64_t ahead, bf16* to) const {
+    avx512::ask(from + b * Weights::kBlockBytes + ahead, Weights::kBlockBytes);
+    put_block(expand_.expand(from + b * Weights::kBlockBytes, StoredScales{scales + b * Weights::kScales}), b, to);
+  }
+  // Where the last block of a row is among them and may not be whole.
+  void expand_last(const Expansion& e, const uint8_t* from, int64_t b, const uint8_t* scales, bf16* to) const {
+    if (e.block + b < whole_) return expand_block(from, b, scales, e.ahead, to);
+    uint8_t some[4] = {Weights::kLeast, Weights::kLeast, Weights::kLeast, Weights::kLeast};
+    for (int64_t i = 0; whole_ * Weights::kScales + i < p_.scale.size(1); ++i)
+      some[i] = scales[b * Weights::kScales + i];
+    const int64_t bytes = Weights::bytes(inputs_) - whole_ * Weights::kBlockBytes;
+    put_block(expand_.expand(from + b * Weights::kBlockBytes, StoredScales{some}, bytes), b, to);
+  }
+  DSV4_MEMBER void put_block(const Block& w, int64_t b, bf16* to) const {
+    for (int64_t j = 0; j < kBlockSteps; ++j) _mm512_store_si512(to + (b * kBlockSteps + j) * kTileElements, w.w[j]);
   }
 
   void configure() const {
@@ -289,50 +308,42 @@ class Kernel {
     return reinterpret_cast<const bf16*>(units + m / kUnit * round_up(unit_bytes(p_), 64));
   }
 
-  // multiply(job, steps between which 128 inputs of a row have to be expanded) for every job, in order.
-  template <class JobOf, class Multiply>
-  void pipeline(const JobOf& job_of, const Multiply& multiply) {
+  // multiply(job, its weights) for every job in order, one side after another.
+  template <class Multiply>
+  void pipeline(const Multiply& multiply) {
     const int64_t jobs = sides_ * ranges_;
-    begin(job_of(0), job_of(jobs > 1 ? 1 : 0), weights_);
-    expand(kSide * kInputBlocks);
+    const auto job = [&](int64_t j) { return Job{side_ + j / ranges_, j % ranges_}; };
+    begin(job(0), job(jobs > 1 ? 1 : 0), weights_);
+    expand(kSide);
     for (int64_t j = 0; j < jobs; ++j) {
-      if (j + 1 < jobs) begin(job_of(j + 1), job_of(j + 2 < jobs ? j + 2 : j + 1), buffer(j + 1));
-      multiply(job_of(j), buffer(j));
-      expand(kSide * kInputBlocks);
+      if (j + 1 < jobs) begin(job(j + 1), job(j + 2 < jobs ? j + 2 : j + 1), buffer(j + 1));
+      multiply(job(j), buffer(j));
+      expand(kSide);  // what is left
     }
   }
   bf16* buffer(int64_t job) const { return weights_ + job % 2 * kSide * kInputs; }
 
-  // Up to 32 rows of activations: sums stay in tile registers over all inputs.
-  void few(const uint8_t* units, int64_t first) {
-    pipeline([&](int64_t j) { return Job{side_ + j / ranges_, j / ranges_, j % ranges_}; },
-             [&](const Job& job, const bf16* weights) {
-               const bool last = job.range + 1 == ranges_;
-               multiply(units, first, job, weights, kSide * kInputBlocks, job.range == 0 ? Start::kZero : Start::kGoOn,
-                        last, sums_[0]);
-               if (last) write(first, *job.out, sums_[0]);
-             });
-  }
-  // More: sums wait in memory while one range of inputs of all outputs is multiplied.
-  void many(const uint8_t* units, int64_t first, int64_t last) {
+  // Rows [first, last): sums of up to 32 stay in tile registers over all inputs, of more they wait in memory for the
+  // next range of them.
+  void multiply_rows(const uint8_t* units, int64_t first, int64_t last) {
     const int64_t pairs = (last - first + kSide - 1) / kSide;
-    pipeline([&](int64_t j) { return Job{side_ + j % sides_, j % sides_, j / sides_}; },
-             [&](const Job& job, const bf16* weights) {
-               for (int64_t m = first; m < last; m += kSide) {
-                 Sums& sums = sums_[job.side * pairs + (m - first) / kSide];
-                 multiply(units, m, job, weights, (kSide * kInputBlocks + pairs - 1) / pairs,
-                          job.range == 0 ? Start::kZero : Start::kLoad, true, sums);
-                 if (job.range + 1 == ranges_) write(m, *job.out, sums);
-               }
-             });
+    pipeline([&](const Job& job, const bf16* weights) {
+      const bool ends = job.range + 1 == ranges_;
+      const Start start = job.range == 0 ? Start::kZero : pairs == 1 ? Start::kGoOn : Start::kLoad;
+      for (int64_t m = first; m < last; m += kSide) {
+        Sums& sums = sums_[(m - first) / kSide];
+        multiply(units, m, job, weights, (kSide + pairs - 1) / pairs, start, ends || pairs > 1, sums);
+        if (ends) write(m, *job.out, sums);
+      }
+    });
   }
 
   enum class Start { kZero, kGoOn, kLoad };
 
-  // A job with up to 32 rows of activations from m on, while `items` of the next one's are expanded.
-  DSV4_MEMBER void multiply(const uint8_t* units, int64_t m, const Job& job, const bf16* weights, int64_t items,
+  // A job with up to 32 rows of activations from m on, while `rows` of the next one's weights expand.
+  DSV4_MEMBER void multiply(const uint8_t* units, int64_t m, const Job& job, const bf16* weights, int64_t rows,
                             Start start, bool store, Sums& sums) {
-    const int64_t count = steps(job), some = count == 0 ? 0 : (items + count - 1) / count, tile = columns_ * kStep;
+    const int64_t count = steps(job), some = count == 0 ? 0 : (rows + count - 1) / count, tile = columns_ * kStep;
     const TileSteps w[2] = {{weights}, {weights + kTileRows * kInputs}};
     TileSteps x[2] = {};
     const bool two = rows_ - m > kUnit;
@@ -343,7 +354,7 @@ class Kernel {
       if (start == Start::kZero) zero_sums<shape.kRows, shape.kColumns>();
       if (start == Start::kLoad) load_sums<shape.kRows, shape.kColumns>(sums);
       const auto between = [&](int64_t s) __attribute__((always_inline)) {
-        if (s * some < items) expand(some);
+        if (s * some < rows) expand(some);
       };
       if (columns_ == kUnit) {
         add_products<shape.kRows, shape.kColumns, true>(w, x, count, between);
