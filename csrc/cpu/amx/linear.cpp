@@ -369,22 +369,33 @@ class Kernel {
     p_.out.dtype == DType::kBFloat16 ? put<bf16>(m, out, sums) : put<float>(m, out, sums);
   }
 
+  // Sums lie by output, results by row: bfloat16 is turned over as pairs of neighbouring outputs.
   template <class Y>
   void put(int64_t m, const Outputs& out, const Sums& sums) const {
     const View<Y, 3> to = p_.out.as<Y>();
     for (int64_t i = 0; i < 2 && rows_ - m > i * kUnit; ++i) {
       const int64_t rows = rows_ - m - i * kUnit < kUnit ? rows_ - m - i * kUnit : kUnit;
-      __m512i halves[2][kTileRows] = {};
-      for (int64_t half = 0; half * kTileRows < out.count; ++half) {
-        for (int64_t n = 0; n < kTileRows; ++n) {
-          halves[half][n] = _mm512_maskz_loadu_epi32(avx512::low16(rows), sums[half * kTileRows + n] + i * kTileRows);
+      const auto outputs = [&](int64_t n) __attribute__((always_inline)) {
+        return _mm512_maskz_loadu_ps(avx512::low16(rows), sums[n] + i * kTileRows);
+      };
+      __m512i words[2][kTileRows];
+      for (int64_t n = 0; n < kTileRows; ++n) {
+        if constexpr (sizeof(Y) == sizeof(bf16)) {
+          words[0][n] = avx512::pack({outputs(2 * n), outputs(2 * n + 1)});
+        } else {
+          words[0][n] = _mm512_castps_si512(outputs(n));
+          words[1][n] = _mm512_castps_si512(outputs(kTileRows + n));
         }
-        avx512::transpose(halves[half]);
       }
+      avx512::transpose(words[0]);
+      if constexpr (sizeof(Y) != sizeof(bf16)) avx512::transpose(words[1]);
       for (int64_t row = 0; row < rows; ++row) {
         Y* place = to.at(m + i * kUnit + row, out.group, out.first);
-        const avx512::Pair values = {_mm512_castsi512_ps(halves[0][row]), _mm512_castsi512_ps(halves[1][row])};
-        avx512::store(place, avx512::arrange(values, place), out.count);
+        if constexpr (sizeof(Y) == sizeof(bf16)) {
+          _mm512_mask_storeu_epi16(place, avx512::mask32(out.count), words[0][row]);
+        } else {
+          avx512::store(place, {_mm512_castsi512_ps(words[0][row]), _mm512_castsi512_ps(words[1][row])}, out.count);
+        }
       }
     }
   }
