@@ -2,17 +2,22 @@
 // stand alone cannot go another way and keep their bits. That costs few rows nothing, because weights are the left
 // operand here: 16 of their rows and 32 inputs make a tile as they expand, in registers, and only the activations,
 // which are prepared once, have to be transposed into pairs. Up to 16 rows of those are the columns of a tile, which is
-// as wide as there are rows. 512 weights take some 55 cycles to expand from e4m3, 28 from e2m1 (plain ones are copied:
-// 16), and 16 for their products with 16 rows.
+// as wide as there are rows.
 //
-// A piece of work expands 512 inputs of 32 outputs at a time, 32 KiB in the first-level cache, and multiplies them with
-// up to 512 rows, 32 at a time: 2 x 2 tiles of sums, which wait in memory for the next 512 inputs without losing their
-// place in the order (sum = sum + 32 products, over all inputs). Of many rows a piece has 128 outputs, so that the
-// activations of 512 inputs come into the second-level cache once for all four.
-// Expected: the bandwidth of memory at few rows (a core takes 7 bytes of e4m3 codes a cycle, 5.8 of e2m1, 32 of plain
-// weights), half of the tile peak at 64 rows, 80 % at 512: the other cycles expand weights and carry sums.
+// A piece of work, some outputs, goes in jobs: a range of inputs of 32 outputs. While a job is multiplied with 32 rows
+// after another, 2 x 2 tiles of sums, the weights of the next one expand into a second buffer and those of the one
+// after it come from memory. 512 weights take some 50 cycles to expand and 16 for their products with 16 rows; the two
+// overlap, up to what the reorder buffer and the caches allow. Ranges have 256 inputs, so that both buffers stay in the
+// first-level cache (written to the second level they would cost four times as much), and follow each other along a
+// side of outputs: sums of up to 32 rows never leave the tile registers, of more they wait nearby without losing their
+// place in the order (sum = sum + 32 products, over all inputs). Where the activations do not fit the second-level
+// cache, 512 inputs of all outputs of a piece come first and then the next 512: each range of activations is then read
+// once a piece, and sums wait in the second-level cache.
 //
-// Scales are e8m0 and go into the weights, exactly: 2^-60 to 1 with e4m3, 2^-63 to 2^63 with e2m1. 32 outputs with a
+// The limit: of few rows memory, with e2m1 the expansion; of many rows the second-level cache, which brings a tile of
+// activations for every two products (past the first level, where it would drive out weights), and the sums.
+//
+// Scales are e8m0 and go into the weights, exactly: 2^-63 to 1 with e4m3, 2^-63 to 2^63 with e2m1. 32 outputs with a
 // scale beyond are multiplied row by row as the experts' are (avx512/weight_rows.h), slowly; quantisers do not produce
 // them.
 #include "cpu/linear.h"
@@ -26,12 +31,11 @@ namespace {
 
 using avx512::Block, avx512::blocks_of, avx512::kBlock, avx512::kBlockSteps, avx512::kStep, avx512::StoredScales;
 
-constexpr int64_t kInputs = 256;  // of a job
-constexpr int64_t kInputBlocks = kInputs / kBlock, kInputSteps = kInputs / kStep;
-constexpr int64_t kMostRows = 512;        // of activations in the second-level cache
-constexpr int64_t kChunkBytes = 5 << 18;  // of them, about
-constexpr int64_t kWide = 256;            // outputs of a piece, at most
-constexpr int64_t kPieces = 4;            // for each thread, at least
+constexpr int64_t kFewInputs = 256, kManyInputs = 512;    // of a job
+constexpr int64_t kMostRows = 512;                        // whose sums wait in memory
+constexpr int64_t kMostBytes = 5 << 18;                   // of activations that stay in the second-level cache, about
+constexpr int64_t kFewOutputs = 256, kManyOutputs = 512;  // of a piece, at most
+constexpr int64_t kPieces = 4;                            // for each thread, at least
 constexpr int64_t kGapBytes = 16 << 10;
 
 // Weights of a format: how 128 inputs of a row expand. kLeast to kMost are the scales that go into them.
@@ -76,12 +80,13 @@ class Kernel {
   }
   // Large pieces have long runs of weights and use activations often; every thread shall have some of them.
   static int64_t panel(const LinearParams& p, int64_t threads) {
-    const int64_t share = p.weight.size(0) / (kPieces * threads) / kSide * kSide,
-                  outputs = share < kWide ? share : kWide;
-    return outputs < kSide ? kSide : outputs;
+    const int64_t share = p.weight.size(0) / (kPieces * threads) / kSide * kSide, most = most_outputs(p);
+    return share < kSide ? kSide : share < most ? share : most;
   }
   static int64_t memory(const LinearParams& p) {
-    return 2 * kWeightsBytes + pairs(p) * kSumsBytes + (Weights::kScales == 0 ? 0 : row_bytes(p) + scales_bytes(p));
+    const int64_t sides = many(p) ? most_outputs(p) / kSide : 1;
+    return 2 * kSide * inputs_of_job(p) * static_cast<int64_t>(sizeof(bf16)) + sides * pairs(p) * kSumsBytes +
+           (Weights::kScales == 0 ? 0 : row_bytes(p) + scales_bytes(p));
   }
 
   // Up to 16 rows: [step][pair of inputs][row][2], in the order of the weights' inputs, zero beyond the last.
@@ -99,10 +104,13 @@ class Kernel {
         rows_(p.x.size(0)),
         columns_(columns(p)),
         whole_(inputs_ / kBlock),
-        ranges_(inputs_ <= kInputs ? 1 : (inputs_ + kInputs - 1) / kInputs),
+        many_(many(p)),
+        range_(inputs_of_job(p)),
+        ranges_(inputs_ <= range_ ? 1 : (inputs_ + range_ - 1) / range_),
+        unit_stride_(round_up(unit_bytes(p), 64)),
         weights_(reinterpret_cast<bf16*>(memory)),
-        sums_(reinterpret_cast<Sums*>(memory + 2 * kWeightsBytes)),
-        row_(reinterpret_cast<bf16*>(sums_ + pairs(p))),
+        sums_(reinterpret_cast<Sums*>(weights_ + 2 * kSide * range_)),
+        row_(reinterpret_cast<bf16*>(sums_ + (many_ ? most_outputs(p) / kSide : 1) * pairs(p))),
         scales_(reinterpret_cast<float*>(reinterpret_cast<uint8_t*>(row_) + row_bytes(p))) {}
 
   void run(const uint8_t* units, int64_t group, int64_t begin, int64_t end) {
@@ -118,9 +126,8 @@ class Kernel {
     }
     if (sides_ == 0) return;
     configure();
-    const int64_t chunk = chunk_rows(p_);
-    for (int64_t first = 0; first < rows_; first += chunk) {
-      multiply_rows(units, first, rows_ - first < chunk ? rows_ : first + chunk);
+    for (int64_t first = 0; first < rows_; first += kMostRows) {
+      multiply_rows(units, first, rows_ - first < kMostRows ? rows_ : first + kMostRows);
     }
     tile_release();
   }
@@ -128,7 +135,6 @@ class Kernel {
  private:
   using Sums = float[kSide][kSide];  // [output][row of activations]
   static constexpr int64_t kSumsBytes = sizeof(Sums);
-  static constexpr int64_t kWeightsBytes = kSide * kInputs * static_cast<int64_t>(sizeof(bf16));
 
   // Outputs [first, first + count) of a group, whose weights begin at `row`; at most kSide.
   struct Outputs {
@@ -146,14 +152,12 @@ class Kernel {
     return round_up(blocks_of(p.x.size(2)) * Weights::kScales * static_cast<int64_t>(sizeof(float)), 64);
   }
   static int64_t columns(const LinearParams& p) { return p.x.size(0) < kUnit ? p.x.size(0) : kUnit; }  // of a unit
-  // Rows that are multiplied with all outputs of a piece before the next ones.
-  static int64_t chunk_rows(const LinearParams& p) {
-    const int64_t rows = kChunkBytes / (row_bytes(p) + 1) / kSide * kSide;
-    return rows < kSide ? kSide : rows > kMostRows ? kMostRows : rows;
-  }
-  static int64_t pairs(const LinearParams& p) {  // of units of a chunk
-    const int64_t rows = p.x.size(0) < chunk_rows(p) ? p.x.size(0) : chunk_rows(p);
-    return (rows + kSide - 1) / kSide;
+  // Whether the activations are too many to stay in the second-level cache.
+  static bool many(const LinearParams& p) { return p.x.size(0) > kMostRows || p.x.size(0) * row_bytes(p) > kMostBytes; }
+  static int64_t inputs_of_job(const LinearParams& p) { return many(p) ? kManyInputs : kFewInputs; }
+  static int64_t most_outputs(const LinearParams& p) { return many(p) ? kManyOutputs : kFewOutputs; }
+  static int64_t pairs(const LinearParams& p) {  // of units
+    return ((p.x.size(0) < kMostRows ? p.x.size(0) : kMostRows) + kSide - 1) / kSide;
   }
 
   template <class X>
@@ -240,14 +244,14 @@ class Kernel {
   // A range of inputs of up to 32 outputs.
   struct Job {
     const Outputs* out;
-    int64_t range;
-    int64_t block() const { return range * kInputBlocks; }
+    bool first, last;  // of the ranges
+    int64_t side, block;
   };
   int64_t steps(const Job& job) const {
-    const int64_t left = blocks_of(inputs_) - job.block();
-    return (left < kInputBlocks ? left : kInputBlocks) * kBlockSteps;
+    const int64_t left = blocks_of(inputs_) - job.block, most = range_ / kBlock;
+    return (left < most ? left : most) * kBlockSteps;
   }
-  const uint8_t* first_codes(const Job& job) const { return codes(job.out->row) + job.block() * Weights::kBlockBytes; }
+  const uint8_t* first_codes(const Job& job) const { return codes(job.out->row) + job.block * Weights::kBlockBytes; }
 
   // The weights of a job on their way to [output / 16][step][output % 16][32], a row at a time. Beyond the last output
   // it is there once more: nothing that memory might hold gets into a tile.
@@ -260,24 +264,37 @@ class Kernel {
   };
   void begin(const Job& job, const Job& after, bf16* to) {
     const int64_t blocks = steps(job) / kBlockSteps, rows = blocks == 0 ? 0 : round_up(job.out->count, kTileRows);
-    expansion_ = {*job.out, job.block(), blocks, first_codes(after) - first_codes(job), 0, rows, to};
+    expansion_ = {*job.out, job.block, blocks, first_codes(after) - first_codes(job), 0, rows, to};
   }
   __attribute__((noinline)) void expand(int64_t rows) {
     const Expansion e = expansion_;
     const int64_t end = e.rows - e.row < rows ? e.rows : e.row + rows;
+    if (e.block + e.blocks > whole_) {
+      expand_rows<0>(e, end);
+    } else if (e.blocks == kFewInputs / kBlock) {
+      expand_rows<kFewInputs / kBlock>(e, end);
+    } else if (e.blocks == kManyInputs / kBlock) {
+      expand_rows<kManyInputs / kBlock>(e, end);
+    } else {
+      expand_rows<0>(e, end);
+    }
+    expansion_.row = end;
+  }
+  // kBlocks: how many there are, all of them whole; or 0.
+  template <int64_t kBlocks>
+  DSV4_MEMBER void expand_rows(const Expansion& e, int64_t end) const {
     for (int64_t i = e.row; i < end; ++i) {
       const int64_t row = e.out.row + (i < e.out.count ? i : e.out.count - 1);
       const uint8_t *from = codes(row) + e.block * Weights::kBlockBytes, *scales = nullptr;
       if constexpr (Weights::kScales > 0) scales = scale_row(row) + e.block * Weights::kScales;
-      bf16* to = e.to + i / kTileRows * kTileRows * kInputs + i % kTileRows * kStep;
-      if (e.block + kInputBlocks <= whole_) {
-#pragma GCC unroll 2
-        for (int64_t b = 0; b < kInputBlocks; ++b) expand_block(from, b, scales, e.ahead, to);
+      bf16* to = e.to + i / kTileRows * kTileRows * range_ + i % kTileRows * kStep;
+      if constexpr (kBlocks > 0) {
+#pragma GCC unroll 4
+        for (int64_t b = 0; b < kBlocks; ++b) expand_block(from, b, scales, e.ahead, to);
       } else {
         for (int64_t b = 0; b < e.blocks; ++b) expand_last(e, from, b, scales, to);
       }
     }
-    expansion_.row = end;
   }
   DSV4_MEMBER void expand_block(const uint8_t* from, int64_t b, const uint8_t* scales, int64_t ahead, bf16* to) const {
     avx512::ask(from + b * Weights::kBlockBytes + ahead, Weights::kBlockBytes);
@@ -305,14 +322,18 @@ class Kernel {
   }
 
   const bf16* unit(const uint8_t* units, int64_t m) const {
-    return reinterpret_cast<const bf16*>(units + m / kUnit * round_up(unit_bytes(p_), 64));
+    return reinterpret_cast<const bf16*>(units + m / kUnit * unit_stride_);
   }
 
-  // multiply(job, its weights) for every job in order, one side after another.
+  // One side after another, or of many rows one range of inputs after another.
+  Job job(int64_t index) const {
+    const int64_t side = many_ ? index % sides_ : index / ranges_, range = many_ ? index / sides_ : index % ranges_;
+    return {side_ + side, range == 0, range + 1 == ranges_, side, range * range_ / kBlock};
+  }
+  // multiply(job, its weights) for every job in order.
   template <class Multiply>
   void pipeline(const Multiply& multiply) {
     const int64_t jobs = sides_ * ranges_;
-    const auto job = [&](int64_t j) { return Job{side_ + j / ranges_, j % ranges_}; };
     begin(job(0), job(jobs > 1 ? 1 : 0), weights_);
     expand(kSide);
     for (int64_t j = 0; j < jobs; ++j) {
@@ -321,19 +342,19 @@ class Kernel {
       expand(kSide);  // what is left
     }
   }
-  bf16* buffer(int64_t job) const { return weights_ + job % 2 * kSide * kInputs; }
+  bf16* buffer(int64_t job) const { return weights_ + job % 2 * kSide * range_; }
 
   // Rows [first, last): sums of up to 32 stay in tile registers over all inputs, of more they wait in memory for the
   // next range of them.
   void multiply_rows(const uint8_t* units, int64_t first, int64_t last) {
     const int64_t pairs = (last - first + kSide - 1) / kSide;
+    const bool stay = pairs == 1 && !many_;
     pipeline([&](const Job& job, const bf16* weights) {
-      const bool ends = job.range + 1 == ranges_;
-      const Start start = job.range == 0 ? Start::kZero : pairs == 1 ? Start::kGoOn : Start::kLoad;
+      const Start start = job.first ? Start::kZero : stay ? Start::kGoOn : Start::kLoad;
       for (int64_t m = first; m < last; m += kSide) {
-        Sums& sums = sums_[(m - first) / kSide];
-        multiply(units, m, job, weights, (kSide + pairs - 1) / pairs, start, ends || pairs > 1, sums);
-        if (ends) write(m, *job.out, sums);
+        Sums& sums = sums_[(many_ ? job.side * pairs : 0) + (m - first) / kSide];
+        multiply(units, m, job, weights, (kSide + pairs - 1) / pairs, start, job.last || !stay, sums);
+        if (job.last) write(m, *job.out, sums);
       }
     });
   }
@@ -344,11 +365,11 @@ class Kernel {
   DSV4_MEMBER void multiply(const uint8_t* units, int64_t m, const Job& job, const bf16* weights, int64_t rows,
                             Start start, bool store, Sums& sums) {
     const int64_t count = steps(job), some = count == 0 ? 0 : (rows + count - 1) / count, tile = columns_ * kStep;
-    const TileSteps w[2] = {{weights}, {weights + kTileRows * kInputs}};
+    const TileSteps w[2] = {{weights}, {weights + kTileRows * range_}};
     TileSteps x[2] = {};
     const bool two = rows_ - m > kUnit;
     for (int64_t i = 0; i < 1 + two; ++i) {
-      x[i] = {unit(units, m + i * kUnit) + job.block() * kBlockSteps * tile, tile, columns_ * 4};
+      x[i] = {unit(units, m + i * kUnit) + job.block * kBlockSteps * tile, tile, columns_ * 4};
     }
     with_shape(job.out->count > kTileRows, two, [&](auto shape) __attribute__((always_inline)) {
       if (start == Start::kZero) zero_sums<shape.kRows, shape.kColumns>();
@@ -423,12 +444,14 @@ class Kernel {
 
   const LinearParams& p_;
   const Weights expand_{};
-  int64_t inputs_, rows_, columns_, whole_, ranges_;  // whole_: blocks of 128 inputs
-  bf16* weights_;                                     // of two jobs
+  int64_t inputs_, rows_, columns_, whole_;  // whole_: blocks of 128 inputs
+  bool many_;
+  int64_t range_, ranges_, unit_stride_;  // inputs of a job, and such ranges
+  bf16* weights_;                         // of two jobs
   Sums* sums_;
   bf16* row_;
   float* scales_;
-  Outputs side_[kWide / kSide];  // those whose scales fold
+  Outputs side_[kManyOutputs / kSide];  // those whose scales fold
   int64_t sides_ = 0;
   Expansion expansion_{};
 };
