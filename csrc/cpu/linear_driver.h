@@ -50,7 +50,7 @@ class LinearCall {
         units_((p.x.size(0) + Kernel::kUnit - 1) / Kernel::kUnit),
         groups_(p.x.size(1)),
         outputs_(p.weight.size(0) / p.x.size(1)),
-        panel_(Kernel::panel(p, context.threads)),
+        panel_(Kernel::panel(p, context.threads > 1 ? context.threads : 1)),
         panels_((outputs_ + panel_ - 1) / panel_),
         unit_bytes_(round_up(Kernel::unit_bytes(p), 64)),
         slot_bytes_(round_up(Kernel::memory(p), 64)),
