@@ -3,8 +3,8 @@
 // A kernel is a class with
 //   static constexpr int64_t kUnit                   rows of activations that are prepared together
 //   static int64_t unit_bytes(const LinearParams&)   of such rows, prepared
-//   static int64_t panel(const LinearParams&)        weight rows of a piece of work
-//   static int64_t memory(const LinearParams&)       scratch memory of one, bytes
+//   static int64_t panel(const LinearParams&, int64_t threads)    weight rows of a piece of work
+//   static int64_t memory(const LinearParams&)                    scratch memory of one, bytes
 //   static void prepare(const LinearParams&, int64_t token, int64_t group, uint8_t* to)   a unit from `token` on
 //   Kernel(const LinearParams&, uint8_t* memory)
 //   void run(const uint8_t* units, int64_t group, int64_t begin, int64_t end)   outputs [begin, end) of the group, for
@@ -50,7 +50,7 @@ class LinearCall {
         units_((p.x.size(0) + Kernel::kUnit - 1) / Kernel::kUnit),
         groups_(p.x.size(1)),
         outputs_(p.weight.size(0) / p.x.size(1)),
-        panel_(Kernel::panel(p)),
+        panel_(Kernel::panel(p, context.threads > 1 ? context.threads : 1)),
         panels_((outputs_ + panel_ - 1) / panel_),
         unit_bytes_(round_up(Kernel::unit_bytes(p), 64)),
         slot_bytes_(round_up(Kernel::memory(p), 64)),

@@ -284,8 +284,8 @@ TEST(bfloat16_results_are_rounded_once) {
   }
 }
 
-// One off every edge of a tile of 16 rows, 16 outputs and 32 inputs, of two tiles, of the 512 inputs that are expanded
-// and the 64 and 512 rows that are taken at a time.
+// One off every edge of a tile of 16 rows, 16 outputs and 32 inputs, of two tiles, of the 256 or 512 inputs that are
+// expanded and the 512 rows that are taken at a time.
 TEST(tiles_cut_on_every_side) {
   for (const Implementation& implementation : kImplementations) {
     if (!implementation.tiles || !usable(implementation)) continue;
@@ -299,12 +299,33 @@ TEST(tiles_cut_on_every_side) {
     for (int64_t rows = 1; rows <= 33; ++rows) {
       for (const int64_t outputs : {15, 16, 17, 33}) check(rows, 66, outputs);
     }
-    for (const int64_t inputs : {2, 30, 32, 34, 62, 64, 126, 128, 130, 510, 512, 514, 1022, 1024, 1026}) {
+    for (const int64_t inputs :
+         {2, 30, 32, 34, 62, 64, 126, 128, 130, 254, 256, 258, 510, 512, 514, 1022, 1024, 1026}) {
       for (const int64_t outputs : {1, 31, 32, 49}) check(17, inputs, outputs);
     }
     for (const int64_t rows : {63, 64, 65, 511, 513, 545}) {
       for (const int64_t outputs : {32, 127, 129}) check(rows, 34, outputs);
       check(rows, 514, 40);
+    }
+  }
+}
+
+// More rows than a kernel takes at a time, or keeps in a cache, in the company of few.
+TEST(rows_among_hundreds_have_the_same_bits) {
+  for (const Implementation& implementation : kImplementations) {
+    if (!implementation.tiles || !usable(implementation)) continue;
+    for (const Shape& shape : {Shape{Form::kFp8, 547, 1, 650, 70}, Shape{Form::kFp4, 547, 1, 1026, 37},
+                               Shape{Form::kGrouped, 547, 2, 514, 33}, Shape{Form::kFp8, 130, 1, 5250, 33}}) {
+      Problem<bf16, uint8_t> problem(shape, 37);
+      const std::vector<float> whole = problem.run(implementation, 2);
+      for (const int64_t count : {int64_t{1}, int64_t{16}, int64_t{33}, int64_t{100}}) {
+        for (const int64_t first : {int64_t{0}, shape.tokens - count}) {
+          const std::vector<float> some = problem.run(implementation, 1, first, count);
+          const size_t row = some.size() / static_cast<size_t>(count);
+          CHECK(std::memcmp(some.data(), whole.data() + static_cast<size_t>(first) * row,
+                            some.size() * sizeof(float)) == 0);
+        }
+      }
     }
   }
 }

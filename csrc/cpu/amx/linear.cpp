@@ -2,17 +2,22 @@
 // stand alone cannot go another way and keep their bits. That costs few rows nothing, because weights are the left
 // operand here: 16 of their rows and 32 inputs make a tile as they expand, in registers, and only the activations,
 // which are prepared once, have to be transposed into pairs. Up to 16 rows of those are the columns of a tile, which is
-// as wide as there are rows. 512 weights take some 55 cycles to expand from e4m3, 28 from e2m1 (plain ones are copied:
-// 16), and 16 for their products with 16 rows.
+// as wide as there are rows.
 //
-// A piece of work expands 512 inputs of 32 outputs at a time, 32 KiB in the first-level cache, and multiplies them with
-// up to 512 rows, 32 at a time: 2 x 2 tiles of sums, which wait in memory for the next 512 inputs without losing their
-// place in the order (sum = sum + 32 products, over all inputs). Of many rows a piece has 128 outputs, so that the
-// activations of 512 inputs come into the second-level cache once for all four.
-// Expected: the bandwidth of memory at few rows (a core takes 7 bytes of e4m3 codes a cycle, 5.8 of e2m1, 32 of plain
-// weights), half of the tile peak at 64 rows, 80 % at 512: the other cycles expand weights and carry sums.
+// A piece of work, some outputs, goes in jobs: a range of inputs of 32 outputs. While a job is multiplied with 32 rows
+// after another, 2 x 2 tiles of sums, the weights of the next one expand into a second buffer and those of the one
+// after it come from memory. 512 weights take some 50 cycles to expand and 16 for their products with 16 rows; the two
+// overlap, up to what the reorder buffer and the caches allow. Ranges have 256 inputs, so that both buffers stay in the
+// first-level cache (written to the second level they would cost four times as much), and follow each other along a
+// side of outputs: sums of up to 32 rows never leave the tile registers, of more they wait nearby without losing their
+// place in the order (sum = sum + 32 products, over all inputs). Where the activations do not fit the second-level
+// cache, 512 inputs of all outputs of a piece come first and then the next 512: each range of activations is then read
+// once a piece, and sums wait in the second-level cache.
 //
-// Scales are e8m0 and go into the weights, exactly: 2^-60 to 1 with e4m3, 2^-63 to 2^63 with e2m1. 32 outputs with a
+// The limit: of few rows memory, with e2m1 the expansion; of many rows the second-level cache, which brings a tile of
+// activations for every two products (past the first level, where it would drive out weights), and the sums.
+//
+// Scales are e8m0 and go into the weights, exactly: 2^-63 to 1 with e4m3, 2^-63 to 2^63 with e2m1. 32 outputs with a
 // scale beyond are multiplied row by row as the experts' are (avx512/weight_rows.h), slowly; quantisers do not produce
 // them.
 #include "cpu/linear.h"
@@ -24,40 +29,36 @@
 namespace dsv4::DSV4_AMX_NAMESPACE {
 namespace {
 
-using avx512::Block, avx512::blocks_of, avx512::kBlock, avx512::kBlockSteps, avx512::kStep;
+using avx512::Block, avx512::blocks_of, avx512::kBlock, avx512::kBlockSteps, avx512::kStep, avx512::StoredScales;
 
-constexpr int64_t kInputs = 512;  // expanded at a time
-constexpr int64_t kInputBlocks = kInputs / kBlock, kInputSteps = kInputs / kStep;
-constexpr int64_t kMostRows = 512;  // whose sums wait in memory
-constexpr int64_t kFewRows = 64;    // up to which pieces are small, for the threads' sake
-constexpr int64_t kWide = 128;      // outputs of a piece of more
+constexpr int64_t kFewInputs = 256, kManyInputs = 512;    // of a job
+constexpr int64_t kMostRows = 512;                        // whose sums wait in memory
+constexpr int64_t kMostBytes = 5 << 18;                   // of activations that stay in the second-level cache, about
+constexpr int64_t kFewOutputs = 256, kManyOutputs = 512;  // of a piece, at most
+constexpr int64_t kPieces = 4;                            // for each thread, at least
+constexpr int64_t kGapBytes = 16 << 10;
 
 // Weights of a format: how 128 inputs of a row expand. kLeast to kMost are the scales that go into them.
 template <class Rows>
 struct Quantised : Rows {
   using Element = uint8_t;
   static constexpr int kLeast = avx512::kLeastScale, kMost = Rows::kMostScale;
-
-  static void read_scales(const uint8_t* from, int64_t count, typename Rows::Scale* to) {
-    Rows::fold(from, count, kInputBlocks * Rows::kScales, to);
-  }
 };
 using Fp8Weights = Quantised<avx512::Fp8Rows>;
 using Fp4Weights = Quantised<avx512::Fp4Rows>;
 
 struct PlainWeights {
   using Element = bf16;
-  using Scale = uint8_t;
   static constexpr int64_t kBlockBytes = kBlock * static_cast<int64_t>(sizeof(bf16)), kScales = 0;
+  static constexpr int kLeast = 0;
   static constexpr int64_t bytes(int64_t inputs) { return inputs * static_cast<int64_t>(sizeof(bf16)); }
 
-  static void read_scales(const uint8_t*, int64_t, Scale*) {}
-  DSV4_MEMBER Block expand(const uint8_t* words, const Scale*) const {
+  DSV4_MEMBER Block expand(const uint8_t* words, StoredScales) const {
     Block block;
     for (int64_t j = 0; j < kBlockSteps; ++j) block.w[j] = _mm512_loadu_si512(words + j * kTileBytes);
     return block;
   }
-  DSV4_MEMBER Block expand(const uint8_t* words, const Scale*, int64_t count) const {
+  DSV4_MEMBER Block expand(const uint8_t* words, StoredScales, int64_t count) const {
     Block block;
     for (int64_t j = 0; j < kBlockSteps; ++j) {
       block.w[j] = _mm512_maskz_loadu_epi8(avx512::mask64(count - j * kTileBytes), words + j * kTileBytes);
@@ -65,47 +66,35 @@ struct PlainWeights {
     return block;
   }
   static void arrange(const bf16* x, bf16* to) { __builtin_memcpy(to, x, kBlock * sizeof(bf16)); }
+  static int64_t place(int64_t j, int64_t i) { return 16 * j + i; }
 };
 
 template <class Weights, bool kQuantise>
 class Kernel {
  public:
   static constexpr int64_t kUnit = kTileRows;
-  static int64_t unit_bytes(const LinearParams& p) { return kUnit * row_bytes(p); }
-  static int64_t panel(const LinearParams& p) { return p.x.size(0) <= kFewRows ? kSide : kWide; }
+  // An odd number of 16 KiB, so that the same inputs of many units spread over the sets of the second-level cache.
+  static int64_t unit_bytes(const LinearParams& p) {
+    const int64_t bytes = columns(p) * row_bytes(p);
+    return p.x.size(0) <= kUnit ? bytes : (round_up(bytes, kGapBytes) / kGapBytes | 1) * kGapBytes;
+  }
+  // Large pieces have long runs of weights and use activations often; every thread shall have some of them.
+  static int64_t panel(const LinearParams& p, int64_t threads) {
+    const int64_t share = p.weight.size(0) / (kPieces * threads) / kSide * kSide, most = most_outputs(p);
+    return share < kSide ? kSide : share < most ? share : most;
+  }
   static int64_t memory(const LinearParams& p) {
-    return kSide * kInputs * static_cast<int64_t>(sizeof(bf16)) + panel(p) / kSide * pairs(p) * kSumsBytes +
+    const int64_t sides = many(p) ? most_outputs(p) / kSide : 1;
+    return 2 * kSide * inputs_of_job(p) * static_cast<int64_t>(sizeof(bf16)) + sides * pairs(p) * kSumsBytes +
            (Weights::kScales == 0 ? 0 : row_bytes(p) + scales_bytes(p));
   }
 
   // Up to 16 rows: [step][pair of inputs][row][2], in the order of the weights' inputs, zero beyond the last.
   static void prepare(const LinearParams& p, int64_t token, int64_t group, uint8_t* to) {
-    const int64_t inputs = p.x.size(2), left = p.x.size(0) - token, rows = left < kUnit ? left : kUnit;
-    uint32_t* pairs = reinterpret_cast<uint32_t*>(to);
-    for (int64_t at = 0; at < inputs; at += kBlock) {
-      const int64_t count = inputs - at < kBlock ? inputs - at : kBlock;
-      alignas(64) bf16 blocks[kUnit][kBlock];
-      for (int64_t i = 0; i < rows; ++i) {
-        if (p.x.dtype == DType::kBFloat16) {
-          arranged(p.x.as<const bf16>().at(token + i, group, at), count, blocks[i]);
-        } else if constexpr (kQuantise) {
-          arranged(p.x.as<const float>().at(token + i, group, at), count, blocks[i]);
-        }
-      }
-      for (int64_t j = 0; j < kBlockSteps; ++j, pairs += kTileRows * rows) {
-        __m512i words[kTileRows];
-        for (int64_t i = 0; i < kTileRows; ++i) {
-          words[i] = i < rows ? _mm512_load_si512(blocks[i] + j * kStep) : _mm512_setzero_si512();
-        }
-        if (rows == 1) {
-          _mm512_storeu_si512(pairs, words[0]);
-          continue;
-        }
-        avx512::transpose(words);
-        for (int64_t k = 0; k < kTileRows; ++k) {
-          _mm512_mask_storeu_epi32(pairs + k * rows, avx512::low16(rows), words[k]);
-        }
-      }
+    if (p.x.dtype == DType::kBFloat16) {
+      prepare_rows<bf16>(p, token, group, to);
+    } else if constexpr (kQuantise) {
+      prepare_rows<float>(p, token, group, to);
     }
   }
 
@@ -113,34 +102,32 @@ class Kernel {
       : p_(p),
         inputs_(p.x.size(2)),
         rows_(p.x.size(0)),
+        columns_(columns(p)),
+        whole_(inputs_ / kBlock),
+        many_(many(p)),
+        range_(inputs_of_job(p)),
+        ranges_(inputs_ <= range_ ? 1 : (inputs_ + range_ - 1) / range_),
+        unit_stride_(round_up(unit_bytes(p), 64)),
         weights_(reinterpret_cast<bf16*>(memory)),
-        sums_(reinterpret_cast<Sums*>(weights_ + kSide * kInputs)),
-        row_(reinterpret_cast<bf16*>(sums_ + panel(p) / kSide * pairs(p))),
+        sums_(reinterpret_cast<Sums*>(weights_ + 2 * kSide * range_)),
+        row_(reinterpret_cast<bf16*>(sums_ + (many_ ? most_outputs(p) / kSide : 1) * pairs(p))),
         scales_(reinterpret_cast<float*>(reinterpret_cast<uint8_t*>(row_) + row_bytes(p))) {}
 
   void run(const uint8_t* units, int64_t group, int64_t begin, int64_t end) {
     const int64_t row = group * p_.weight.size(0) / p_.x.size(1) + begin;
-    bool folded[kWide / kSide];
+    sides_ = 0;
     for (int64_t side = 0; side * kSide < end - begin; ++side) {
       const Outputs out = outputs(group, begin, end, row, side);
-      folded[side] = folds(out);
-      if constexpr (Weights::kScales > 0) {
-        if (!folded[side]) multiply_and_scale(units, out);
+      if (folds(out)) {
+        side_[sides_++] = out;
+      } else if constexpr (Weights::kScales > 0) {
+        multiply_and_scale(units, out);
       }
     }
-    columns_[0] = columns_[1] = 0;
+    if (sides_ == 0) return;
+    configure();
     for (int64_t first = 0; first < rows_; first += kMostRows) {
-      const int64_t last = rows_ - first < kMostRows ? rows_ : first + kMostRows;
-      for (int64_t block = 0; block == 0 || block < blocks_of(inputs_); block += kInputBlocks) {
-        for (int64_t side = 0; side * kSide < end - begin; ++side) {
-          if (!folded[side]) continue;
-          const Outputs out = outputs(group, begin, end, row, side);
-          expand(out, block, end - begin);
-          for (int64_t m = first; m < last; m += kSide) {
-            multiply(units, m, out, block, sums_[side * pairs(p_) + (m - first) / kSide]);
-          }
-        }
-      }
+      multiply_rows(units, first, rows_ - first < kMostRows ? rows_ : first + kMostRows);
     }
     tile_release();
   }
@@ -164,24 +151,70 @@ class Kernel {
   static int64_t scales_bytes(const LinearParams& p) {
     return round_up(blocks_of(p.x.size(2)) * Weights::kScales * static_cast<int64_t>(sizeof(float)), 64);
   }
-  static int64_t pairs(const LinearParams& p) {  // of tiles of rows
-    const int64_t rows = p.x.size(0) < kMostRows ? p.x.size(0) : kMostRows;
-    return (rows + kSide - 1) / kSide;
+  static int64_t columns(const LinearParams& p) { return p.x.size(0) < kUnit ? p.x.size(0) : kUnit; }  // of a unit
+  // Whether the activations are too many to stay in the second-level cache.
+  static bool many(const LinearParams& p) { return p.x.size(0) > kMostRows || p.x.size(0) * row_bytes(p) > kMostBytes; }
+  static int64_t inputs_of_job(const LinearParams& p) { return many(p) ? kManyInputs : kFewInputs; }
+  static int64_t most_outputs(const LinearParams& p) { return many(p) ? kManyOutputs : kFewOutputs; }
+  static int64_t pairs(const LinearParams& p) {  // of units
+    return ((p.x.size(0) < kMostRows ? p.x.size(0) : kMostRows) + kSide - 1) / kSide;
   }
 
-  // Up to 128 activations in the order of the weights' inputs.
   template <class X>
-  static void arranged(const X* x, int64_t count, bf16* to) {
-    alignas(64) bf16 block[kBlock];
-    if constexpr (kQuantise) {
-      avx512::quantise_block(x, count, block);
-    } else {
-      for (int64_t at = 0; at < kBlock; at += kStep) {
-        const int64_t left = count - at < 0 ? 0 : count - at > kStep ? kStep : count - at;
-        _mm512_store_si512(block + at, _mm512_maskz_loadu_epi16(avx512::mask32(left), x + at));
+  static void prepare_rows(const LinearParams& p, int64_t token, int64_t group, uint8_t* to) {
+    const int64_t inputs = p.x.size(2), left = p.x.size(0) - token, rows = left < kUnit ? left : kUnit;
+    const int64_t width = columns(p);
+    for (int64_t at = 0; at < inputs; at += kBlock, to += width * kBlock * static_cast<int64_t>(sizeof(bf16))) {
+      const int64_t count = inputs - at < kBlock ? inputs - at : kBlock;
+      if (width == 1) {
+        alignas(64) bf16 block[kBlock];
+        read_block(p.x.as<const X>().at(token, group, at), count, block);
+        Weights::arrange(block, reinterpret_cast<bf16*>(to));
+        continue;
+      }
+      alignas(64) uint32_t pairs[kBlockSteps][kUnit][kTileRows];
+      for (int64_t i = 0; i < kUnit; ++i) {
+        read_pairs(p.x.as<const X>().at(token + (i < rows ? i : 0), group, at), i < rows ? count : 0, pairs, i);
+      }
+      for (int64_t j = 0; j < kBlockSteps; ++j) {
+        __m512i words[kTileRows];
+        for (int64_t i = 0; i < kTileRows; ++i) words[i] = _mm512_load_si512(pairs[j][i]);
+        avx512::transpose(words);
+#pragma GCC unroll 16
+        for (int64_t i = 0; i < kTileRows; ++i) {
+          _mm512_mask_storeu_epi32(to + 4 * width * Weights::place(j, i), avx512::low16(width), words[i]);
+        }
       }
     }
-    Weights::arrange(block, to);
+  }
+
+  // Up to 128 activations, quantised or not, in the order of memory.
+  template <class X>
+  static void read_block(const X* x, int64_t count, bf16* to) {
+    if constexpr (kQuantise) {
+      avx512::quantise_block(x, count, to);
+    } else {
+      for (int64_t at = 0; at < kBlock; at += kStep) _mm512_store_si512(to + at, read_step(x, count, at));
+    }
+  }
+  static __m512i read_step(const bf16* x, int64_t count, int64_t at) {
+    const int64_t left = count - at < 0 ? 0 : count - at > kStep ? kStep : count - at;
+    return _mm512_maskz_loadu_epi16(avx512::mask32(left), x + at);
+  }
+  // The same as pairs of row i.
+  template <class X>
+  DSV4_MEMBER static void read_pairs(const X* x, int64_t count, uint32_t (*to)[kUnit][kTileRows], int64_t i) {
+    if constexpr (kQuantise) {
+      avx512::Pair values[kBlockSteps];
+      avx512::quantise_values(x, count, values);
+      for (int64_t j = 0; j < kBlockSteps; ++j) {
+        const bool apart = sizeof(X) == sizeof(bf16);
+        const avx512::Pair value = apart ? values[j] : avx512::arrange(values[j], static_cast<const bf16*>(nullptr));
+        _mm512_store_si512(to[j][i], Weights::pairs(value));
+      }
+    } else {
+      for (int64_t j = 0; j < kBlockSteps; ++j) _mm512_store_si512(to[j][i], read_step(x, count, j * kStep));
+    }
   }
 
   const uint8_t* codes(int64_t row) const {
@@ -208,92 +241,182 @@ class Kernel {
     return beyond == 0;
   }
 
-  // Blocks [block, block + kInputBlocks) of the weights: [output / 16][step][output % 16][32]. Beyond the last output
-  // it is there once more: nothing that memory might hold gets into a tile. `rows` of weights are the piece's.
-  void expand(const Outputs& out, int64_t block, int64_t rows) const {
-    const int64_t all = blocks_of(inputs_), left = all - block, blocks = left < kInputBlocks ? left : kInputBlocks;
-    const int64_t bytes = Weights::bytes(inputs_) - block * Weights::kBlockBytes;
-    const int64_t next = left > kInputBlocks ? kInputBlocks * Weights::kBlockBytes : -block * Weights::kBlockBytes;
-    for (int64_t i = 0; i < round_up(out.count, kTileRows); ++i) {
-      const int64_t row = out.row + (i < out.count ? i : out.count - 1);
-      const uint8_t* from = codes(row) + block * Weights::kBlockBytes;
-      const uint8_t* later = from + next + (next > 0 ? 0 : rows * p_.weight.stride[0] * kElementBytes);
-      alignas(64) typename Weights::Scale scales[kInputBlocks * 4];
-      if constexpr (Weights::kScales > 0) {
-        const int64_t here = p_.scale.size(1) - block * Weights::kScales, most = kInputBlocks * Weights::kScales;
-        Weights::read_scales(scale_row(row) + block * Weights::kScales, here < most ? here : most, scales);
-      }
-      bf16* to = weights_ + i / kTileRows * kTileRows * kInputs + i % kTileRows * kStep;
-      for (int64_t b = 0; b < blocks; ++b, from += Weights::kBlockBytes, later += Weights::kBlockBytes) {
-        avx512::ask(later, Weights::kBlockBytes);  // past the end it does nothing
-        const typename Weights::Scale* scale = scales + b * Weights::kScales;
-        const int64_t here = bytes - b * Weights::kBlockBytes;
-        const Block w = here >= Weights::kBlockBytes ? expand_.expand(from, scale) : expand_.expand(from, scale, here);
-        for (int64_t j = 0; j < kBlockSteps; ++j, to += kTileElements) _mm512_store_si512(to, w.w[j]);
+  // A range of inputs of up to 32 outputs.
+  struct Job {
+    const Outputs* out;
+    bool first, last;  // of the ranges
+    int64_t side, block;
+  };
+  int64_t steps(const Job& job) const {
+    const int64_t left = blocks_of(inputs_) - job.block, most = range_ / kBlock;
+    return (left < most ? left : most) * kBlockSteps;
+  }
+  const uint8_t* first_codes(const Job& job) const { return codes(job.out->row) + job.block * Weights::kBlockBytes; }
+
+  // The weights of a job on their way to [output / 16][step][output % 16][32], a row at a time. Beyond the last output
+  // it is there once more: nothing that memory might hold gets into a tile.
+  struct Expansion {
+    Outputs out;
+    int64_t block, blocks;  // the job's inputs
+    int64_t ahead;          // bytes from its codes to those of the job after it
+    int64_t row, rows;
+    bf16* to;
+  };
+  void begin(const Job& job, const Job& after, bf16* to) {
+    const int64_t blocks = steps(job) / kBlockSteps, rows = blocks == 0 ? 0 : round_up(job.out->count, kTileRows);
+    expansion_ = {*job.out, job.block, blocks, first_codes(after) - first_codes(job), 0, rows, to};
+  }
+  __attribute__((noinline)) void expand(int64_t rows) {
+    const Expansion e = expansion_;
+    const int64_t end = e.rows - e.row < rows ? e.rows : e.row + rows;
+    if (e.block + e.blocks > whole_) {
+      expand_rows<0>(e, end);
+    } else if (e.blocks == kFewInputs / kBlock) {
+      expand_rows<kFewInputs / kBlock>(e, end);
+    } else if (e.blocks == kManyInputs / kBlock) {
+      expand_rows<kManyInputs / kBlock>(e, end);
+    } else {
+      expand_rows<0>(e, end);
+    }
+    expansion_.row = end;
+  }
+  // kBlocks: how many there are, all of them whole; or 0.
+  template <int64_t kBlocks>
+  DSV4_MEMBER void expand_rows(const Expansion& e, int64_t end) const {
+    for (int64_t i = e.row; i < end; ++i) {
+      const int64_t row = e.out.row + (i < e.out.count ? i : e.out.count - 1);
+      const uint8_t *from = codes(row) + e.block * Weights::kBlockBytes, *scales = nullptr;
+      if constexpr (Weights::kScales > 0) scales = scale_row(row) + e.block * Weights::kScales;
+      bf16* to = e.to + i / kTileRows * kTileRows * range_ + i % kTileRows * kStep;
+      if constexpr (kBlocks > 0) {
+#pragma GCC unroll 4
+        for (int64_t b = 0; b < kBlocks; ++b) expand_block(from, b, scales, e.ahead, to);
+      } else {
+        for (int64_t b = 0; b < e.blocks; ++b) expand_last(e, from, b, scales, to);
       }
     }
   }
+  DSV4_MEMBER void expand_block(const uint8_t* from, int64_t b, const uint8_t* scales, int64_t ahead, bf16* to) const {
+    avx512::ask(from + b * Weights::kBlockBytes + ahead, Weights::kBlockBytes);
+    put_block(expand_.expand(from + b * Weights::kBlockBytes, StoredScales{scales + b * Weights::kScales}), b, to);
+  }
+  // Where the last block of a row is among them and may not be whole.
+  void expand_last(const Expansion& e, const uint8_t* from, int64_t b, const uint8_t* scales, bf16* to) const {
+    if (e.block + b < whole_) return expand_block(from, b, scales, e.ahead, to);
+    uint8_t some[4] = {Weights::kLeast, Weights::kLeast, Weights::kLeast, Weights::kLeast};
+    for (int64_t i = 0; whole_ * Weights::kScales + i < p_.scale.size(1); ++i)
+      some[i] = scales[b * Weights::kScales + i];
+    const int64_t bytes = Weights::bytes(inputs_) - whole_ * Weights::kBlockBytes;
+    put_block(expand_.expand(from + b * Weights::kBlockBytes, StoredScales{some}, bytes), b, to);
+  }
+  DSV4_MEMBER void put_block(const Block& w, int64_t b, bf16* to) const {
+    for (int64_t j = 0; j < kBlockSteps; ++j) _mm512_store_si512(to + (b * kBlockSteps + j) * kTileElements, w.w[j]);
+  }
 
-  // Tiles for rows of activations m and on: columns that are not there are not multiplied.
-  void configure(int64_t first, int64_t second) {
-    if (columns_[0] == first && columns_[1] == second) return;
-    columns_[0] = first, columns_[1] = second;
+  void configure() const {
     TileConfig config;
-    for (int tile = 0; tile < 4; ++tile) {
-      if (columns_[tile % 2] > 0) config.set(tile, kTileRows, static_cast<int>(columns_[tile % 2]) * 4);
-    }
-    config.set(4, kTileRows, kTileBytes);
-    config.set(5, kTileRows, kTileBytes);
-    for (int tile = 0; tile < 2; ++tile) {
-      if (columns_[tile] > 0) config.set(6 + tile, kTileRows, static_cast<int>(columns_[tile]) * 4);
+    for (int tile = 0; tile < kTiles; ++tile) {
+      config.set(tile, kTileRows, tile == 4 || tile == 5 ? kTileBytes : static_cast<int>(columns_) * 4);
     }
     tile_configure(config);
   }
 
-  int64_t columns_of(int64_t m) const { return rows_ - m < 0 ? 0 : rows_ - m < kUnit ? rows_ - m : kUnit; }
   const bf16* unit(const uint8_t* units, int64_t m) const {
-    return reinterpret_cast<const bf16*>(units + m / kUnit * unit_bytes(p_));
+    return reinterpret_cast<const bf16*>(units + m / kUnit * unit_stride_);
   }
 
-  // A range of inputs of up to 32 outputs with up to 32 rows of activations from m on.
-  void multiply(const uint8_t* units, int64_t m, const Outputs& out, int64_t block, Sums& sums) {
-    const int64_t left = blocks_of(inputs_) - block, steps = (left < kInputBlocks ? left : kInputBlocks) * kBlockSteps;
-    configure(columns_of(m), columns_of(m + kUnit));
-    const TileSteps w[2] = {{weights_}, {weights_ + kTileRows * kInputs}};
-    TileSteps x[2] = {};
-    for (int64_t i = 0; i < 2 && columns_[i] > 0; ++i) {
-      const int64_t tile = columns_[i] * kStep;
-      x[i] = {unit(units, m + i * kUnit) + block * kBlockSteps * tile, tile, columns_[i] * 4};
+  // One side after another, or of many rows one range of inputs after another.
+  Job job(int64_t index) const {
+    const int64_t side = many_ ? index % sides_ : index / ranges_, range = many_ ? index / sides_ : index % ranges_;
+    return {side_ + side, range == 0, range + 1 == ranges_, side, range * range_ / kBlock};
+  }
+  // multiply(job, its weights) for every job in order.
+  template <class Multiply>
+  void pipeline(const Multiply& multiply) {
+    const int64_t jobs = sides_ * ranges_;
+    begin(job(0), job(jobs > 1 ? 1 : 0), weights_);
+    expand(kSide);
+    for (int64_t j = 0; j < jobs; ++j) {
+      if (j + 1 < jobs) begin(job(j + 1), job(j + 2 < jobs ? j + 2 : j + 1), buffer(j + 1));
+      multiply(job(j), buffer(j));
+      expand(kSide);  // what is left
     }
-    with_shape(out.count > kTileRows, columns_[1] > 0, [&](auto shape) __attribute__((always_inline)) {
-      if (block == 0) {
-        zero_sums<shape.kRows, shape.kColumns>();
-      } else {
-        load_sums<shape.kRows, shape.kColumns>(sums);
+  }
+  bf16* buffer(int64_t job) const { return weights_ + job % 2 * kSide * range_; }
+
+  // Rows [first, last): sums of up to 32 stay in tile registers over all inputs, of more they wait in memory for the
+  // next range of them.
+  void multiply_rows(const uint8_t* units, int64_t first, int64_t last) {
+    const int64_t pairs = (last - first + kSide - 1) / kSide;
+    const bool stay = pairs == 1 && !many_;
+    pipeline([&](const Job& job, const bf16* weights) {
+      const Start start = job.first ? Start::kZero : stay ? Start::kGoOn : Start::kLoad;
+      for (int64_t m = first; m < last; m += kSide) {
+        Sums& sums = sums_[(many_ ? job.side * pairs : 0) + (m - first) / kSide];
+        multiply(units, m, job, weights, (kSide + pairs - 1) / pairs, start, job.last || !stay, sums);
+        if (job.last) write(m, *job.out, sums);
       }
-      add_products<shape.kRows, shape.kColumns>(w, x, steps);
-      store_sums<shape.kRows, shape.kColumns>(sums);
     });
-    if (left > kInputBlocks) return;
+  }
+
+  enum class Start { kZero, kGoOn, kLoad };
+
+  // A job with up to 32 rows of activations from m on, while `rows` of the next one's weights expand.
+  DSV4_MEMBER void multiply(const uint8_t* units, int64_t m, const Job& job, const bf16* weights, int64_t rows,
+                            Start start, bool store, Sums& sums) {
+    const int64_t count = steps(job), some = count == 0 ? 0 : (rows + count - 1) / count, tile = columns_ * kStep;
+    const TileSteps w[2] = {{weights}, {weights + kTileRows * range_}};
+    TileSteps x[2] = {};
+    const bool two = rows_ - m > kUnit;
+    for (int64_t i = 0; i < 1 + two; ++i) {
+      x[i] = {unit(units, m + i * kUnit) + job.block * kBlockSteps * tile, tile, columns_ * 4};
+    }
+    with_shape(job.out->count > kTileRows, two, [&](auto shape) __attribute__((always_inline)) {
+      if (start == Start::kZero) zero_sums<shape.kRows, shape.kColumns>();
+      if (start == Start::kLoad) load_sums<shape.kRows, shape.kColumns>(sums);
+      const auto between = [&](int64_t s) __attribute__((always_inline)) {
+        if (s * some < rows) expand(some);
+      };
+      if (columns_ == kUnit) {
+        add_products<shape.kRows, shape.kColumns, true>(w, x, count, between);
+      } else {
+        add_products<shape.kRows, shape.kColumns>(w, x, count, between);
+      }
+      if (store) store_sums<shape.kRows, shape.kColumns>(sums);
+    });
+  }
+
+  void write(int64_t m, const Outputs& out, const Sums& sums) const {
     p_.out.dtype == DType::kBFloat16 ? put<bf16>(m, out, sums) : put<float>(m, out, sums);
   }
 
+  // Sums lie by output, results by row: bfloat16 is turned over as pairs of neighbouring outputs.
   template <class Y>
   void put(int64_t m, const Outputs& out, const Sums& sums) const {
     const View<Y, 3> to = p_.out.as<Y>();
-    for (int64_t i = 0; i < 2 && columns_[i] > 0; ++i) {
-      __m512i halves[2][kTileRows] = {};
-      for (int64_t half = 0; half * kTileRows < out.count; ++half) {
-        for (int64_t n = 0; n < kTileRows; ++n) {
-          halves[half][n] =
-              _mm512_maskz_loadu_epi32(avx512::low16(columns_[i]), sums[half * kTileRows + n] + i * kTileRows);
+    for (int64_t i = 0; i < 2 && rows_ - m > i * kUnit; ++i) {
+      const int64_t rows = rows_ - m - i * kUnit < kUnit ? rows_ - m - i * kUnit : kUnit;
+      const auto outputs = [&](int64_t n) __attribute__((always_inline)) {
+        return _mm512_maskz_loadu_ps(avx512::low16(rows), sums[n] + i * kTileRows);
+      };
+      __m512i words[2][kTileRows];
+      for (int64_t n = 0; n < kTileRows; ++n) {
+        if constexpr (sizeof(Y) == sizeof(bf16)) {
+          words[0][n] = avx512::pack({outputs(2 * n), outputs(2 * n + 1)});
+        } else {
+          words[0][n] = _mm512_castps_si512(outputs(n));
+          words[1][n] = _mm512_castps_si512(outputs(kTileRows + n));
         }
-        avx512::transpose(halves[half]);
       }
-      for (int64_t row = 0; row < columns_[i]; ++row) {
+      avx512::transpose(words[0]);
+      if constexpr (sizeof(Y) != sizeof(bf16)) avx512::transpose(words[1]);
+      for (int64_t row = 0; row < rows; ++row) {
         Y* place = to.at(m + i * kUnit + row, out.group, out.first);
-        const avx512::Pair values = {_mm512_castsi512_ps(halves[0][row]), _mm512_castsi512_ps(halves[1][row])};
-        avx512::store(place, avx512::arrange(values, place), out.count);
+        if constexpr (sizeof(Y) == sizeof(bf16)) {
+          _mm512_mask_storeu_epi16(place, avx512::mask32(out.count), words[0][row]);
+        } else {
+          avx512::store(place, {_mm512_castsi512_ps(words[0][row]), _mm512_castsi512_ps(words[1][row])}, out.count);
+        }
       }
     }
   }
@@ -302,8 +425,8 @@ class Kernel {
   void multiply_and_scale(const uint8_t* units, const Outputs& out) const {
     const int64_t words = blocks_of(inputs_) * kBlock / 2, padded = blocks_of(inputs_) * Weights::kScales;
     for (int64_t m = 0; m < rows_; ++m) {
-      const int64_t i = m % kUnit, columns = columns_of(m - i);
-      for (int64_t k = 0; k < words; ++k) __builtin_memcpy(row_ + 2 * k, unit(units, m) + 2 * (k * columns + i), 4);
+      const int64_t i = m % kUnit;
+      for (int64_t k = 0; k < words; ++k) __builtin_memcpy(row_ + 2 * k, unit(units, m) + 2 * (k * columns_ + i), 4);
       for (int64_t n = 0; n < out.count; ++n) {
         avx512::widen_scales(scale_row(out.row + n), p_.scale.size(1), padded, scales_);
         float sum;
@@ -321,11 +444,16 @@ class Kernel {
 
   const LinearParams& p_;
   const Weights expand_{};
-  int64_t inputs_, rows_, columns_[2] = {};  // columns of the tiles now set up
-  bf16* weights_;
+  int64_t inputs_, rows_, columns_, whole_;  // whole_: blocks of 128 inputs
+  bool many_;
+  int64_t range_, ranges_, unit_stride_;  // inputs of a job, and such ranges
+  bf16* weights_;                         // of two jobs
   Sums* sums_;
   bf16* row_;
   float* scales_;
+  Outputs side_[kManyOutputs / kSide];  // those whose scales fold
+  int64_t sides_ = 0;
+  Expansion expansion_{};
 };
 
 using Fp8 = Kernel<Fp8Weights, true>;

@@ -62,6 +62,10 @@ DSV4_INLINE void tile_load(const void* from, int64_t stride) {
   }
 }
 template <int kTile>
+DSV4_INLINE void tile_load_once(const void* from, int64_t stride) {
+  tile_load<kTile>(from, stride);
+}
+template <int kTile>
 DSV4_INLINE void tile_store(void* to, int64_t stride) {
   const TileConfig& c = tile_state.config;
   for (int r = 0; r < c.rows[kTile]; ++r) {
@@ -95,8 +99,8 @@ DSV4_INLINE void tile_dot() {
 
 #else
 
-// Assembly, since the compiler's intrinsics take literal tile numbers only, and GCC's _tile_loadconfig says that it reads
-// 8 bytes: stores to the other 56 may be dropped.
+// Assembly, since the compiler's intrinsics take literal tile numbers only, and GCC's _tile_loadconfig says that it
+// reads 8 bytes: stores to the other 56 may be dropped.
 DSV4_INLINE void tile_configure(const TileConfig& config) { __asm__ volatile("ldtilecfg %0" : : "m"(config)); }
 DSV4_INLINE void tile_release() { _tile_release(); }
 template <int kTile>
@@ -106,6 +110,11 @@ DSV4_INLINE void tile_zero() {
 template <int kTile>
 DSV4_INLINE void tile_load(const void* from, int64_t stride) {
   __asm__ volatile("tileloadd (%1,%2,1), %%tmm%c0" : : "i"(kTile), "r"(from), "r"(stride) : "memory");
+}
+// What is not wanted again soon: it does not drive other data out of the first-level cache.
+template <int kTile>
+DSV4_INLINE void tile_load_once(const void* from, int64_t stride) {
+  __asm__ volatile("tileloaddt1 (%1,%2,1), %%tmm%c0" : : "i"(kTile), "r"(from), "r"(stride) : "memory");
 }
 template <int kTile>
 DSV4_INLINE void tile_store(void* to, int64_t stride) {

@@ -46,19 +46,21 @@ DSV4_INLINE void store_sums(float (*to)[kSide]) {
 }
 
 // Adds the products of `steps` steps, in order. Both tiles of rows lie alike; columns need not. Tiles that a shape does
-// not have are not looked at.
-template <int kRows, int kColumns>
-DSV4_INLINE void add_products(const TileSteps (&rows)[2], const TileSteps (&columns)[2], int64_t steps) {
+// not have are not looked at. `between` runs after each step: what it does goes on beside the products. kOnce: columns
+// are not wanted again soon.
+template <int kRows, int kColumns, bool kOnce = false, class Between>
+DSV4_INLINE void add_products(const TileSteps (&rows)[2], const TileSteps (&columns)[2], int64_t steps,
+                              const Between& between) {
   const bf16 *row = rows[0].data, *row2 = rows[1].data, *column = columns[0].data, *column2 = columns[1].data;
   const int64_t row_step = rows[0].step, row_stride = rows[0].stride;
   const int64_t column_step = columns[0].step, column2_step = columns[1].step;
   const int64_t column_stride = columns[0].stride, column2_stride = columns[1].stride;
   for (int64_t s = 0; s < steps; ++s, row += row_step, column += column_step) {
     tile_load<4>(row, row_stride);
-    tile_load<6>(column, column_stride);
+    kOnce ? tile_load_once<6>(column, column_stride) : tile_load<6>(column, column_stride);
     tile_dot<0, 4, 6>();
     if constexpr (kColumns == 2) {
-      tile_load<7>(column2, column2_stride);
+      kOnce ? tile_load_once<7>(column2, column2_stride) : tile_load<7>(column2, column2_stride);
       tile_dot<1, 4, 7>();
       column2 += column2_step;
     }
@@ -68,7 +70,12 @@ DSV4_INLINE void add_products(const TileSteps (&rows)[2], const TileSteps (&colu
       if constexpr (kColumns == 2) tile_dot<3, 5, 7>();
       row2 += row_step;
     }
+    between(s);
   }
+}
+template <int kRows, int kColumns>
+DSV4_INLINE void add_products(const TileSteps (&rows)[2], const TileSteps (&columns)[2], int64_t steps) {
+  add_products<kRows, kColumns>(rows, columns, steps, [](int64_t) {});
 }
 
 template <int kRows_, int kColumns_>

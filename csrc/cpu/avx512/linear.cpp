@@ -44,7 +44,7 @@ template <class Rows, bool kQuantise>
 class Kernel {
  public:
   static constexpr int64_t kUnit = 1;
-  static int64_t panel(const LinearParams&) { return kLinearPanel; }
+  static int64_t panel(const LinearParams&, int64_t) { return kLinearPanel; }
   static int64_t unit_bytes(const LinearParams& p) {
     return parts(p) * row_stride(p) * static_cast<int64_t>(sizeof(bf16));
   }

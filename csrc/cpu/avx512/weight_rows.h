@@ -45,6 +45,13 @@ DSV4_INLINE __m512 dot_bf16(__m512 sum, __m512i x, __m512i w) {
   return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(x), reinterpret_cast<__m512bh>(w));
 }
 
+// Values that are exact in bfloat16, as bfloat16 in the order of memory.
+DSV4_INLINE __m512i exact_words(Pair value) {
+  const __m512i high = _mm512_set1_epi32(static_cast<int>(0xFFFF0000u));
+  return _mm512_ternarylogic_epi32(_mm512_srli_epi32(_mm512_castps_si512(value.a), 16), _mm512_castps_si512(value.b),
+                                   high, 0xF8);  // a | (b & c)
+}
+
 // e8m0 scales that go into weights lie between these, far from overflow and from denormal numbers: 2^-63 to 1 for e4m3,
 // to 2^63 for e2m1.
 inline constexpr int kLeastScale = 64, kMostScaleFp8 = 127, kMostScaleFp4 = 190;
@@ -73,12 +80,18 @@ struct E4m3Bytes {
 };
 alignas(64) static constexpr E4m3Bytes kE4m3;
 
+// The e8m0 scales of a block, as stored, all of which fold. Four are there with e2m1, of whatever value beyond the
+// last.
+struct StoredScales {
+  const uint8_t* first;
+};
+
 // What the formats have in common, on their own `load` and `half`.
 template <class Rows>
 struct BlockOf {
   // A block of weights times its scales; `count` bytes of it, if not all: the rest counts as zero and is not read.
-  template <class Scale, class... Count>
-  DSV4_MEMBER Block expand(const uint8_t* codes, const Scale* scales, Count... count) const {
+  template <class Scales, class... Count>
+  DSV4_MEMBER Block expand(const uint8_t* codes, Scales scales, Count... count) const {
     const Rows& rows = static_cast<const Rows&>(*this);
     const auto packed = rows.load(codes, scales, count...);
     Block block;
@@ -122,6 +135,11 @@ class Fp8Rows : public BlockOf<Fp8Rows> {
     return {{_mm512_maskz_loadu_epi8(mask64(count), codes), _mm512_maskz_loadu_epi8(mask64(count - 64), codes + 64)},
             kE4m3.of + *shift};
   }
+  template <class... Count>
+  DSV4_MEMBER Packed load(const uint8_t* codes, StoredScales stored, Count... count) const {
+    const Scale shift = static_cast<Scale>(kMostScale - *stored.first);
+    return load(codes, &shift, count...);
+  }
   // The table of a scale, in registers where rows of weights have it in common.
   struct Shared {
     __m512i high[2], low[2];
@@ -153,6 +171,13 @@ class Fp8Rows : public BlockOf<Fp8Rows> {
       _mm512_storeu_si512(to + 64 * half, _mm512_permutex2var_epi64(a, even, b));
       _mm512_storeu_si512(to + 64 * half + 32, _mm512_permutex2var_epi64(a, odd, b));
     }
+  }
+
+  // 32 activations, even and odd ones apart and exact in bfloat16, as 16 pairs of neighbours in the order of `expand`;
+  // pair i of those from activation 32 j on is pair place(j, i) of its block.
+  DSV4_INLINE __m512i pairs(Pair values) { return exact_words(values); }
+  DSV4_INLINE int64_t place(int64_t j, int64_t i) {
+    return 16 * (2 * (j / 2) + i / 4 % 2) + 4 * (2 * (j % 2) + i / 8) + i % 4;
   }
 
   // The scale of a block for every lane.
@@ -188,6 +213,8 @@ class Fp4Rows : public BlockOf<Fp4Rows> {
     alignas(64) uint8_t index[64];
     for (int i = 0; i < 64; ++i) index[i] = static_cast<uint8_t>(2 * (i / 16) + i % 2);
     spread_ = _mm512_load_si512(index);
+    for (int i = 0; i < 64; ++i) index[i] = static_cast<uint8_t>(i % 2 == 0 ? i / 16 : 0x80);
+    spread_bytes_ = _mm512_load_si512(index);
   }
 
   static bool fold(const uint8_t* scales, int64_t count, int64_t padded, Scale* to) {
@@ -213,6 +240,12 @@ class Fp4Rows : public BlockOf<Fp4Rows> {
   DSV4_MEMBER Packed load(const uint8_t* codes, const Scale* scales, int64_t count) const {
     return {_mm512_maskz_loadu_epi8(mask64(count), codes), lanes(scales)};
   }
+  DSV4_MEMBER Packed load(const uint8_t* codes, StoredScales stored) const {
+    return {_mm512_loadu_si512(codes), lanes(stored)};
+  }
+  DSV4_MEMBER Packed load(const uint8_t* codes, StoredScales stored, int64_t count) const {
+    return {_mm512_maskz_loadu_epi8(mask64(count), codes), lanes(stored)};
+  }
   struct Shared {};  // every row of weights has scales of its own
   DSV4_MEMBER Shared share(const Scale*) const { return {}; }
   template <int kHalf, bool kSaturate>
@@ -237,6 +270,15 @@ class Fp4Rows : public BlockOf<Fp4Rows> {
     }
   }
 
+  DSV4_INLINE __m512i pairs(Pair values) {  // in each lane those of registers 0, 2, 1 and 3
+    const auto joined = [](__m512 x) __attribute__((always_inline)) {
+      const __m512 second = _mm512_permute_ps(x, 0xEE);
+      return exact_words({x, second});
+    };
+    return _mm512_unpacklo_epi64(joined(values.a), joined(values.b));
+  }
+  DSV4_INLINE int64_t place(int64_t j, int64_t i) { return 16 * (i % 2 * 2 + i % 4 / 2) + 4 * j + i / 4; }
+
   DSV4_INLINE __m512 scale(const float* scales, int64_t block) {
     const __m512i lane = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
     return _mm512_permutexvar_ps(lane, _mm512_castps128_ps512(_mm_loadu_ps(scales + 4 * block)));
@@ -248,8 +290,14 @@ class Fp4Rows : public BlockOf<Fp4Rows> {
     __builtin_memcpy(&four, scales, sizeof(four));
     return _mm512_shuffle_epi8(_mm512_set1_epi64(four), spread_);
   }
+  DSV4_MEMBER __m512i lanes(StoredScales stored) const {
+    int32_t four;
+    __builtin_memcpy(&four, stored.first, sizeof(four));
+    const __m512i words = _mm512_shuffle_epi8(_mm512_set1_epi32(four), spread_bytes_);
+    return _mm512_slli_epi16(_mm512_sub_epi16(_mm512_set1_epi16(kMostScale), words), 7);
+  }
 
-  __m512i table_, spread_;
+  __m512i table_, spread_, spread_bytes_;
 };
 
 // float32 scales, of which powers of two may fold.
@@ -351,11 +399,10 @@ DSV4_INLINE __m512 totals(const __m512* x) {
   return lane_pairs(low, high);
 }
 
-// Up to 128 activations after the FP8 quantiser (python/dsv4/ops/quantize.py), as values, zero to the end of the block:
-// e4m3 codes times their power of two are exact in bfloat16. A block with an infinity or a NaN becomes NaN.
+// Up to 128 activations after the FP8 quantiser (python/dsv4/ops/quantize.py), as they load, zero to the end of the
+// block: e4m3 codes times their power of two. A block with an infinity or a NaN becomes NaN.
 template <class X>
-DSV4_INLINE void quantise_block(const X* x, int64_t count, bf16* to) {
-  Pair values[kBlockSteps];
+DSV4_INLINE void quantise_values(const X* x, int64_t count, Pair* values) {
   __m512i most = _mm512_setzero_si512();
   const __m512i magnitude = _mm512_set1_epi32(0x7FFFFFFF);
 #pragma GCC unroll 4
@@ -367,7 +414,8 @@ DSV4_INLINE void quantise_block(const X* x, int64_t count, bf16* to) {
   }
   const uint32_t amax = _mm512_reduce_max_epu32(most);  // magnitudes order as their bits do, NaN above all
   if (amax >= 0x7F800000u) {
-    for (int64_t j = 0; j < kBlockSteps; ++j) _mm512_storeu_si512(to + kStep * j, _mm512_set1_epi16(0x7FFF));
+    const __m512 nan = _mm512_castsi512_ps(_mm512_set1_epi32(0x7FFF0000));
+    for (int64_t j = 0; j < kBlockSteps; ++j) values[j] = {nan, nan};
     return;
   }
   const float largest = float_from_bits(amax), least = 1e-4f;
@@ -375,27 +423,29 @@ DSV4_INLINE void quantise_block(const X* x, int64_t count, bf16* to) {
   const uint32_t exponent = (ratio >> 23) + ((ratio & 0x7FFFFFu) != 0);
   const __m512 scale = _mm512_set1_ps(float_from_bits(exponent << 23));
   const __m512 inverse = _mm512_set1_ps(float_from_bits((254 - exponent) << 23));
+  // To three bits behind the leading one, or to steps of 2^-9 below 2^-6: a number 1.5 * 2^20 times the power of two at
+  // hand ends where those do. Nothing comes near 464, from where on it would not be 448.
+  const __m512i powers = _mm512_set1_epi32(0x7F800000), least_power = _mm512_set1_epi32((127 - 6) << 23),
+                far = _mm512_set1_epi32((20 << 23) + (1 << 22));
   const auto code = [&](__m512 value) __attribute__((always_inline)) {
-    const __m512 limit = _mm512_set1_ps(448.0f);
-    value =
-        _mm512_max_ps(_mm512_sub_ps(_mm512_setzero_ps(), limit), _mm512_min_ps(limit, _mm512_mul_ps(value, inverse)));
-    const __m512i bits = _mm512_castps_si512(value);
-    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 20), _mm512_set1_epi32(1));
-    const __m512i up = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFFF)));
-    const __m512i normal = _mm512_and_si512(up, _mm512_set1_epi32(static_cast<int>(0xFFF00000u)));
-    const __mmask16 small = _mm512_cmplt_epu32_mask(_mm512_and_si512(bits, magnitude),
-                                                    _mm512_set1_epi32((127 - 6) << 23));  // steps of 2^-9 below 2^-6
-    const __m512 rounded = _mm512_mask_roundscale_ps(_mm512_castsi512_ps(normal), small, value, 9 << 4);
-    return _mm512_mul_ps(rounded, scale);
+    value = _mm512_mul_ps(value, inverse);
+    const __m512i power = _mm512_max_epu32(_mm512_and_si512(_mm512_castps_si512(value), powers), least_power);
+    const __m512 ruler = _mm512_castsi512_ps(_mm512_add_epi32(power, far));
+    return _mm512_mul_ps(_mm512_sub_ps(_mm512_add_ps(value, ruler), ruler), scale);
   };
 #pragma GCC unroll 4
+  for (int64_t j = 0; j < kBlockSteps; ++j) values[j] = {code(values[j].a), code(values[j].b)};
+}
+
+// The same as bfloat16, in the order of memory.
+template <class X>
+DSV4_INLINE void quantise_block(const X* x, int64_t count, bf16* to) {
+  Pair values[kBlockSteps];
+  quantise_values(x, count, values);
+#pragma GCC unroll 4
   for (int64_t j = 0; j < kBlockSteps; ++j) {
-    const Pair codes = {code(values[j].a), code(values[j].b)};
-    if constexpr (sizeof(X) == sizeof(bf16)) {
-      store(to + kStep * j, codes);
-    } else {
-      store(to + kStep * j, arrange(codes, to));
-    }
+    const Pair even_odd = sizeof(X) == sizeof(bf16) ? values[j] : arrange(values[j], to);
+    _mm512_storeu_si512(to + kStep * j, exact_words(even_odd));
   }
 }
 

@@ -71,7 +71,7 @@ template <bool kFp4, bool kQuantise>
 class Kernel {
  public:
   static constexpr int64_t kUnit = 1;
-  static int64_t panel(const LinearParams&) { return kLinearPanel; }
+  static int64_t panel(const LinearParams&, int64_t) { return kLinearPanel; }
   static int64_t unit_bytes(const LinearParams& p) { return p.x.size(2) * static_cast<int64_t>(sizeof(float)); }
   static int64_t memory(const LinearParams& p) {
     return (p.x.size(2) + p.scale.size(1)) * static_cast<int64_t>(sizeof(float));
