@@ -1,0 +1,359 @@
+// 128 outputs of one matrix of an expert for that expert's rows of activations, in tiles. Weights are the left operand:
+// 16 of their rows and 32 inputs make a tile as they expand. A row's sums go sum = sum + 32 products over all inputs in
+// order, so a result depends on its two rows alone. Two ways, the same bits:
+// * up to 32 rows of activations: 32 outputs go through all their inputs with the sums in tile registers, 128 inputs
+//   being expanded while those before are multiplied; memory is the limit.
+// * more: a panel of 512 inputs of 32 outputs, 32 KiB, meets all rows, 32 at a time, whose sums wait in memory. As the
+//   last of them leave it, the next panel is expanded in its place, in lines that the first-level cache has.
+#pragma once
+
+#include "cpu/amx/tile_product.h"
+#include "cpu/avx512/code_tiles.h"
+#include "cpu/moe_driver.h"
+
+namespace dsv4::DSV4_AMX_NAMESPACE {
+namespace {
+
+using avx512::Block, avx512::blocks_of, avx512::kBlock, avx512::kBlockSteps, avx512::kStep;
+
+constexpr int64_t kUnit = kTileRows;  // rows of activations of a tile
+constexpr int64_t kPanelBlocks = 4, kPanelSteps = kPanelBlocks * kBlockSteps;
+constexpr int64_t kPanelElements = kSide * kPanelSteps * kStep;
+constexpr int64_t kScaledRows = 4;  // rows of activations that are multiplied at a time where scales do not fold
+
+constexpr int64_t moe_row_bytes(int64_t in) {
+  return (in + kBlock - 1) / kBlock * kBlock * static_cast<int64_t>(sizeof(bf16));
+}
+
+// Rows of activations of one expert, 16 of them a unit: [unit][step][pair of inputs][row][2]; a unit has as many rows
+// as are left. What follows the last is read, 64 bytes of it, and does not count.
+struct ExpertRows {
+  const uint8_t* data;
+  int64_t row_bytes, count;
+
+  int64_t columns(int64_t unit) const { return count - unit * kUnit < kUnit ? count - unit * kUnit : kUnit; }
+  const bf16* unit(int64_t index) const { return reinterpret_cast<const bf16*>(data + index * kUnit * row_bytes); }
+};
+
+// Sums of a product: [row / 32][output][row % 32].
+inline constexpr int64_t kSumsOfSide = kMoeOutputs * kSide;
+
+// Weights of a format: how 128 inputs of a row expand.
+struct Fp8Tiles : avx512::Fp8Rows {
+  using Rows = avx512::Fp8Rows;
+  template <class... Count>
+  DSV4_MEMBER Block expand(const uint8_t* codes, const Scale* scale, const Shared& shared, Count... count) const {
+    const Packed packed = load(codes, scale, count...);
+    Block block;
+    half<0, true>(packed, shared, block.w);
+    half<1, true>(packed, shared, block.w + 2);
+    return block;
+  }
+};
+
+struct Fp4Tiles : avx512::Fp4Rows {
+  using Rows = avx512::Fp4Rows;
+  template <class... Count>
+  DSV4_MEMBER Block expand(const uint8_t* codes, const Scale* scale, const Shared&, Count... count) const {
+    return Rows::expand(codes, scale, count...);
+  }
+};
+
+struct PlainTiles {
+  using Scale = uint8_t;
+  struct Shared {};
+  static constexpr int64_t kBlockBytes = kBlock * static_cast<int64_t>(sizeof(bf16)), kScales = 0;
+  static constexpr int64_t bytes(int64_t inputs) { return inputs * static_cast<int64_t>(sizeof(bf16)); }
+
+  DSV4_MEMBER Shared share(const Scale*) const { return {}; }
+  DSV4_MEMBER Block expand(const uint8_t* words, const Scale*, const Shared&) const {
+    Block block;
+    for (int64_t j = 0; j < kBlockSteps; ++j) block.w[j] = _mm512_loadu_si512(words + j * kTileBytes);
+    return block;
+  }
+  DSV4_MEMBER Block expand(const uint8_t* words, const Scale*, const Shared&, int64_t count) const {
+    Block block;
+    for (int64_t j = 0; j < kBlockSteps; ++j) {
+      block.w[j] = _mm512_maskz_loadu_epi8(avx512::mask64(count - j * kTileBytes), words + j * kTileBytes);
+    }
+    return block;
+  }
+};
+
+// A tile of what comes by once while other tiles are to stay in the first-level cache: it does not drive them out.
+template <int kTile>
+DSV4_INLINE void tile_stream(const void* from, int64_t stride) {
+#if defined(DSV4_AMX_MODEL)
+  tile_load<kTile>(from, stride);
+#else
+  __asm__ volatile("tileloaddt1 (%1,%2,1), %%tmm%c0" : : "i"(kTile), "r"(from), "r"(stride) : "memory");
+#endif
+}
+// load_sums of what will not be needed again soon.
+template <int kRows, int kColumns>
+DSV4_INLINE void stream_sums(const float (*from)[kSide]) {
+  constexpr int64_t kStride = sizeof(from[0]);
+  tile_stream<0>(from[0], kStride);
+  if constexpr (kColumns == 2) tile_stream<1>(from[0] + kTileRows, kStride);
+  if constexpr (kRows == 2) tile_stream<2>(from[kTileRows], kStride);
+  if constexpr (kRows == 2 && kColumns == 2) tile_stream<3>(from[kTileRows] + kTileRows, kStride);
+}
+
+// Where an expert's row of a matrix begins.
+inline const uint8_t* row_codes(const ExpertMatrix& w, int64_t expert, int64_t row) {
+  const int64_t size = w.format == WeightFormat::kPlain ? static_cast<int64_t>(sizeof(bf16)) : 1;
+  return static_cast<const uint8_t*>(w.data.data) + (expert * w.data.stride[0] + row * w.data.stride[1]) * size;
+}
+
+// The tiles of a product with `count` rows: no more columns than there are.
+DSV4_INLINE void configure_tiles(int64_t count) {
+  const int columns = static_cast<int>(count < kUnit ? count : kUnit) * 4;
+  TileConfig config;
+  for (int tile = 0; tile < kTiles; ++tile) {
+    config.set(tile, kTileRows, tile == 4 || tile == 5 ? kTileBytes : columns);
+  }
+  tile_configure(config);
+}
+
+template <class Weights>
+class TileProduct {
+  using Scale = typename Weights::Scale;
+
+ public:
+  static int64_t memory(int64_t in) {
+    return kPanelElements * static_cast<int64_t>(sizeof(bf16)) + kScaledRows * moe_row_bytes(in) +
+           kMoeOutputs * scale_stride(in) * static_cast<int64_t>(sizeof(uint16_t));
+  }
+
+  TileProduct(const ExpertMatrix& w, int64_t expert, int64_t in, const ExpertRows& x, float* sums, uint8_t* memory)
+      : w_(w),
+        expert_(expert),
+        in_(in),
+        blocks_(blocks_of(in)),
+        x_(x),
+        sums_(sums),
+        panels_(reinterpret_cast<bf16*>(memory)),
+        near_(panels_ + kPanelElements),
+        scales_(reinterpret_cast<Scale*>(memory + kPanelElements * static_cast<int64_t>(sizeof(bf16)) +
+                                         kScaledRows * moe_row_bytes(in))) {}
+
+  // Outputs [row, row + rows), at most 128, from a multiple of 128 on; what lies at `next` is wanted after them.
+  void run(int64_t row, int64_t rows, const uint8_t* next) {
+    row_ = row, rows_ = rows, next_ = next;
+    if constexpr (Weights::kScales > 0) {
+      if (!fold()) return multiply_and_scale();
+    }
+    if (x_.count > kSide) return many();
+    for (int64_t r = 0; r < rows_; r += kSide) {
+      with_shape(rows_ - r > kTileRows, x_.count > kUnit,
+                 [&](auto shape) __attribute__((always_inline)) { few<shape.kRows, shape.kColumns>(r); });
+    }
+  }
+
+ private:
+  static int64_t scale_stride(int64_t in) { return round_up(blocks_of(in) * 4, 32); }
+
+  int64_t stride() const { return row_codes(w_, 0, 1) - row_codes(w_, 0, 0); }
+  const uint8_t* codes(int64_t r) const { return row_codes(w_, expert_, row_ + r); }
+  int64_t scale_index(int64_t r) const { return Weights::kScales == 1 ? (row_ + r) / 128 : row_ + r; }
+
+  // Brings the scales to the form in which weights take them; false where they are not powers of two of its range,
+  // which is a matter of these weights alone.
+  bool fold() const {
+    if (w_.scale.dtype != DType::kUInt8) return false;
+    bool all = true;
+    for (int64_t r = 0; r < rows_; r += Weights::kScales == 1 ? kMoeOutputs : 1) {
+      all &= Weights::Rows::fold(w_.scale.as<const uint8_t>().at(expert_, scale_index(r)), w_.scale.size(2),
+                                 blocks_ * Weights::kScales, scales_ + r * scale_stride(in_));
+    }
+    return all;
+  }
+  const Scale* scale(int64_t r, int64_t block) const {
+    return scales_ + (Weights::kScales == 1 ? 0 : r * scale_stride(in_)) + block * Weights::kScales;
+  }
+
+  // A block of inputs of output r, to the same row of four tiles. Beyond the last output it is there once more: nothing
+  // that memory might hold gets into a tile.
+  DSV4_MEMBER void expand(const Weights& weights, const typename Weights::Shared& shared, int64_t r, int64_t block,
+                          bf16* to) const {
+    const int64_t mine = r < rows_ ? r : rows_ - 1, left = Weights::bytes(in_) - block * Weights::kBlockBytes;
+    const uint8_t* from = codes(mine) + block * Weights::kBlockBytes;
+    const Block w = left >= Weights::kBlockBytes ? weights.expand(from, scale(mine, block), shared)
+                                                 : weights.expand(from, scale(mine, block), shared, left);
+#pragma GCC unroll 4
+    for (int64_t j = 0; j < kBlockSteps; ++j) _mm512_store_si512(to + j * kTileElements, w.w[j]);
+  }
+
+  // One step: tiles of weights at `w` and `w2` with those of two units.
+  template <int kRows, int kColumns>
+  DSV4_MEMBER void step(const bf16* w, const bf16* w2, const TileSteps (&x)[2], int64_t s) const {
+    tile_load<4>(w, kTileBytes);
+    tile_stream<6>(x[0].data + s * x[0].step, x[0].stride);
+    tile_dot<0, 4, 6>();
+    if constexpr (kColumns == 2) {
+      tile_stream<7>(x[1].data + s * x[1].step, x[1].stride);
+      tile_dot<1, 4, 7>();
+    }
+    if constexpr (kRows == 2) {
+      tile_load<5>(w2, kTileBytes);
+      tile_dot<2, 5, 6>();
+      if constexpr (kColumns == 2) tile_dot<3, 5, 7>();
+    }
+  }
+
+  TileSteps operand(int64_t unit) const {
+    const int64_t columns = x_.columns(unit);
+    return columns <= 0 ? TileSteps{} : TileSteps{x_.unit(unit), columns * kStep, columns * 4};
+  }
+
+  float (*sums_of(int64_t side, int64_t r) const)[kSide] {
+    return reinterpret_cast<float (*)[kSide]>(sums_ + side * kSumsOfSide + r * kSide);
+  }
+
+  template <int kRows, int kColumns>
+  void few(int64_t r) const {
+    constexpr int64_t kHeight = kRows * kTileRows, kQuarter = kHeight / kBlockSteps;
+    const Weights weights;
+    const TileSteps x[2] = {operand(0), operand(1)};
+    // The next 32 outputs are asked for in the order of memory.
+    const uint8_t* ahead = r + kSide < rows_ ? codes(r + kSide) : next_;
+    const auto expand_some = [&](int64_t block, int64_t first, int64_t last) __attribute__((always_inline)) {
+      const typename Weights::Shared shared = weights.share(scale(0, block));
+      bf16* to = panels_ + block % 2 * kSide * kBlock;
+      for (int64_t i = first; i < last; ++i, ahead += Weights::kBlockBytes) {
+        avx512::ask(ahead, Weights::kBlockBytes);  // past the end it does nothing
+        expand(weights, shared, r + i, block, to + i / kTileRows * kTileRows * kBlock + i % kTileRows * kStep);
+      }
+    };
+    zero_sums<kRows, kColumns>();
+    expand_some(0, 0, kHeight);
+    for (int64_t block = 0; block < blocks_; ++block) {
+      const bf16* w = panels_ + block % 2 * kSide * kBlock;
+      for (int64_t j = 0; j < kBlockSteps; ++j) {
+        step<kRows, kColumns>(w + j * kTileElements, w + kTileRows * kBlock + j * kTileElements, x,
+                              block * kBlockSteps + j);
+        if (block + 1 < blocks_) expand_some(block + 1, j * kQuarter, (j + 1) * kQuarter);
+      }
+    }
+    store_sums<kRows, kColumns>(sums_of(0, r));
+  }
+
+  // A panel: 32 outputs and 512 inputs.
+  struct Panel {
+    int64_t first = 0, blocks = 0, r = 0;  // blocks of inputs, output
+    int64_t ahead = 0;                     // from its codes to those of the panel after it, bytes
+  };
+  Panel panel_at(int64_t index) const {
+    const int64_t sides = (rows_ + kSide - 1) / kSide;
+    Panel p;
+    p.first = index / sides * kPanelBlocks, p.r = index % sides * kSide;
+    if (p.first >= blocks_) return p;
+    p.blocks = blocks_ - p.first < kPanelBlocks ? blocks_ - p.first : kPanelBlocks;
+    const bool last = p.r + kSide >= rows_, end = p.first + p.blocks >= blocks_;
+    p.ahead = !last ? kSide * stride()
+              : end ? next_ - (codes(p.r) + p.first * Weights::kBlockBytes)
+                    : p.blocks * Weights::kBlockBytes - p.r * stride();
+    return p;
+  }
+
+  // Outputs [first, last) of one of its blocks.
+  DSV4_MEMBER void expand_rows(const Weights& weights, const Panel& p, int64_t block, int64_t first,
+                               int64_t last) const {
+    const typename Weights::Shared shared = weights.share(scale(0, p.first + block));
+    for (int64_t i = first; i < last; ++i) {
+      avx512::ask(codes(p.r + i) + (p.first + block) * Weights::kBlockBytes + p.ahead, Weights::kBlockBytes);
+      expand(weights, shared, p.r + i, p.first + block,
+             panels_ + i / kTileRows * kTileRows * kPanelSteps * kStep + block * kBlockSteps * kTileElements +
+                 i % kTileRows * kStep);
+    }
+  }
+
+  void many() const {
+    const Weights weights;
+    const int64_t panels = (rows_ + kSide - 1) / kSide * ((blocks_ + kPanelBlocks - 1) / kPanelBlocks);
+    const int64_t sides = (x_.count + kSide - 1) / kSide;
+    Panel p = panel_at(0);
+    for (int64_t block = 0; block < p.blocks; ++block) expand_rows(weights, p, block, 0, kSide);
+    for (int64_t index = 0; index < panels; ++index) {
+      const Panel next = panel_at(index + 1);
+      for (int64_t side = 0; side < sides; ++side) {
+        with_shape(rows_ - p.r > kTileRows, x_.count - side * kSide > kUnit,
+                   [&](auto shape) __attribute__((always_inline)) {
+                     if (side + 1 < sides) {
+                       multiply<shape.kRows, shape.kColumns, false>(weights, p, side, next);
+                     } else {
+                       multiply<shape.kRows, shape.kColumns, true>(weights, p, side, next);
+                     }
+                   });
+      }
+      p = next;
+    }
+  }
+
+  // A panel with one side of activations. The last one leaves the next panel in its place, a block behind: those are
+  // lines that the first-level cache has, and units multiply meanwhile.
+  template <int kRows, int kColumns, bool kLast>
+  void multiply(const Weights& weights, const Panel& p, int64_t side, const Panel& next) const {
+    const TileSteps x[2] = {operand(2 * side), operand(2 * side + 1)};
+    float (*sums)[kSide] = sums_of(side, p.r);
+    if (p.first == 0) {
+      zero_sums<kRows, kColumns>();
+    } else {
+      stream_sums<kRows, kColumns>(sums);
+    }
+    constexpr int64_t kQuarter = kSide / kBlockSteps;
+    const bf16* w = panels_;
+    for (int64_t block = 0; block < p.blocks; ++block) {
+      for (int64_t j = 0; j < kBlockSteps; ++j, w += kTileElements) {
+        step<kRows, kColumns>(w, w + kTileRows * kPanelSteps * kStep, x, (p.first + block) * kBlockSteps + j);
+        if (kLast && block > 0 && block <= next.blocks) {
+          expand_rows(weights, next, block - 1, j * kQuarter, (j + 1) * kQuarter);
+        }
+      }
+    }
+    if (kLast && p.blocks <= next.blocks) expand_rows(weights, next, p.blocks - 1, 0, kSide);
+    store_sums<kRows, kColumns>(sums);
+  }
+
+  // Sums of blocks, each multiplied by its scale.
+  void multiply_and_scale() const {
+    const int64_t width = moe_row_bytes(in_) / static_cast<int64_t>(sizeof(bf16)), padded = blocks_ * Weights::kScales;
+    float* scales = reinterpret_cast<float*>(scales_);
+    for (int64_t m = 0; m < x_.count; m += kScaledRows) {
+      const int64_t some = x_.count - m < kScaledRows ? x_.count - m : kScaledRows;
+      for (int64_t i = 0; i < some; ++i) {
+        const int64_t columns = x_.columns((m + i) / kUnit);
+        const bf16* from = x_.unit((m + i) / kUnit) + 2 * ((m + i) % kUnit);
+        for (int64_t k = 0; k < width / 2; ++k) {
+          __builtin_memcpy(near_ + i * width + 2 * k, from + 2 * k * columns, 2 * sizeof(bf16));
+        }
+      }
+      for (int64_t r = 0; r < rows_; ++r) {
+        if (w_.scale.dtype == DType::kUInt8) {
+          avx512::widen_scales(w_.scale.as<const uint8_t>().at(expert_, scale_index(r)), w_.scale.size(2), padded,
+                               scales);
+        } else {
+          avx512::widen_scales(w_.scale.as<const float>().at(expert_, scale_index(r)), w_.scale.size(2), padded,
+                               scales);
+        }
+        float sums[kScaledRows];
+        const typename Weights::Rows rows;
+        avx512::with_constant<kScaledRows>(some, [&](auto height) {
+          avx512::dot_row<decltype(height)::value>(rows, codes(r), Weights::bytes(in_), scales, near_, width, sums);
+        });
+        for (int64_t i = 0; i < some; ++i) sums_of((m + i) / kSide, r)[0][(m + i) % kSide] = sums[i];
+      }
+    }
+  }
+
+  const ExpertMatrix& w_;
+  int64_t expert_, in_, blocks_, row_ = 0, rows_ = 0;
+  const ExpertRows x_;
+  float* sums_;
+  const uint8_t* next_ = nullptr;
+  bf16 *panels_, *near_;
+  Scale* scales_;
+};
+
+}  // namespace
+}  // namespace dsv4::DSV4_AMX_NAMESPACE
