@@ -9,7 +9,8 @@ namespace dsv4::DSV4_AMX_NAMESPACE {
 namespace {
 
 constexpr int kFormats = 4;
-constexpr int64_t kGroup = 512;  // rows of an expert whose sums wait in memory
+constexpr int64_t kGroup = 512;                   // rows of an expert whose sums wait in memory
+constexpr int64_t kDown = kStrips * kMoeOutputs;  // outputs of a piece of w2
 
 template <class X>
 class TileCall : public MoeRouting<X> {
@@ -85,7 +86,7 @@ class TileCall : public MoeRouting<X> {
     for (int64_t i = 0; i < groups_; ++i) units += (expert(active_[i]).count + kUnit - 1) / kUnit;
     moe_spread(context_, row_slots(), units, [&](int64_t, int64_t unit) { gather(unit); });
     // Neighbouring pieces belong to different experts, so that every thread meets both long and short ones.
-    const int64_t up = (widest_ + kMoeOutputs - 1) / kMoeOutputs, down = (hidden_ + kMoeOutputs - 1) / kMoeOutputs;
+    const int64_t up = (widest_ + kMoeOutputs - 1) / kMoeOutputs, down = (hidden_ + kDown - 1) / kDown;
     const int64_t slots = this->product_slots();
     if (groups_ > 0) {
       moe_spread(context_, slots, up * groups_, [&](int64_t slot, int64_t piece) { gate_up(slot, piece, slots); });
@@ -122,15 +123,15 @@ class TileCall : public MoeRouting<X> {
     return {reinterpret_cast<float*>(at), reinterpret_cast<float*>(at + sums_bytes()), at + 2 * sums_bytes()};
   }
 
-  static void project(const ExpertMatrix& w, const Expert& e, int64_t row, int64_t rows, int64_t in,
-                      const ExpertRows& x, float* sums, uint8_t* memory, const uint8_t* next) {
-    switch (w.format) {
+  static void project(const Expert& e, int64_t in, const ExpertRows& x, const Strip* strips, int count, uint8_t* memory,
+                      const uint8_t* next) {
+    switch (strips[0].w->format) {
       case WeightFormat::kFp8:
-        return TileProduct<Fp8Tiles>(w, e.index, in, x, sums, memory).run(row, rows, next);
+        return TileProduct<Fp8Tiles>(e.index, in, x, memory).run(strips, count, next);
       case WeightFormat::kFp4:
-        return TileProduct<Fp4Tiles>(w, e.index, in, x, sums, memory).run(row, rows, next);
+        return TileProduct<Fp4Tiles>(e.index, in, x, memory).run(strips, count, next);
       default:
-        return TileProduct<PlainTiles>(w, e.index, in, x, sums, memory).run(row, rows, next);
+        return TileProduct<PlainTiles>(e.index, in, x, memory).run(strips, count, next);
     }
   }
 
@@ -153,10 +154,15 @@ class TileCall : public MoeRouting<X> {
     for (int64_t from = 0; from < e.count; from += part) {
       const int64_t count = e.count - from < part ? e.count - from : part;
       configure_tiles(count);
-      project(*e.w1, e, row, rows, hidden_, {gathered(e, e.w1->format) + from * width, width, count}, s.gate, s.memory,
-              row_codes(*e.w3, e.index, row));
-      project(*e.w3, e, row, rows, hidden_, {gathered(e, e.w3->format) + from * width, width, count}, s.up, s.memory,
-              next);
+      const Strip strips[] = {{e.w1, row, rows, s.gate}, {e.w3, row, rows, s.up}};
+      const ExpertRows x1{gathered(e, e.w1->format) + from * width, width, count};
+      if (e.w1->format == e.w3->format) {
+        project(e, hidden_, x1, strips, 2, s.memory, next);
+      } else {
+        const ExpertRows x3{gathered(e, e.w3->format) + from * width, width, count};
+        project(e, hidden_, x1, strips, 1, s.memory, row_codes(*e.w3, e.index, row));
+        project(e, hidden_, x3, strips + 1, 1, s.memory, next);
+      }
       tile_release();
       for (int64_t m = 0; m < count; m += kUnit) {
         const int64_t some = count - m < kUnit ? count - m : kUnit;
@@ -169,22 +175,25 @@ class TileCall : public MoeRouting<X> {
     }
   }
 
-  // One piece of w2.
+  // One piece of w2: two strips.
   void project_down(int64_t slot_index, int64_t piece, int64_t slots) const {
     const Expert e = expert(active_[piece % groups_]), later = expert(active_[(piece + slots) % groups_]);
-    const int64_t row = piece / groups_ * kMoeOutputs, left = hidden_ - row;
-    const int64_t rows = left < kMoeOutputs ? left : kMoeOutputs;
+    const int64_t row = piece / groups_ * kDown, left = hidden_ - row;
     const Slot s = slot(slot_index);
-    const uint8_t* next = row_codes(*later.w2, later.index, (piece + slots) / groups_ * kMoeOutputs);
+    const uint8_t* next = row_codes(*later.w2, later.index, (piece + slots) / groups_ * kDown);
     const int64_t width = moe_row_bytes(widest_), part = part_of(e);
+    const Strip strips[] = {{e.w2, row, left < kMoeOutputs ? left : kMoeOutputs, s.gate},
+                            {e.w2, row + kMoeOutputs, left < kDown ? left - kMoeOutputs : kMoeOutputs, s.up}};
     for (int64_t from = 0; from < e.count; from += part) {
       const int64_t count = e.count - from < part ? e.count - from : part;
       configure_tiles(count);
-      project(*e.w2, e, row, rows, e.inter, {inner(e, from), width, count}, s.gate, s.memory, next);
+      project(e, e.inter, {inner(e, from), width, count}, strips, 2, s.memory, next);
       tile_release();
-      for (int64_t m = 0; m < count; m += kUnit) {
-        put_unit(sums_of(s.gate, m / kUnit), count - m < kUnit ? count - m : kUnit, rows,
-                 output_ + (e.first + from + m) * hidden_ + row, hidden_);
+      for (const Strip& strip : strips) {
+        for (int64_t m = 0; m < count && strip.rows > 0; m += kUnit) {
+          put_unit(sums_of(strip.sums, m / kUnit), count - m < kUnit ? count - m : kUnit, strip.rows,
+                   output_ + (e.first + from + m) * hidden_ + strip.row, hidden_);
+        }
       }
     }
   }

@@ -1,4 +1,4 @@
-// 128 outputs of one matrix of an expert for that expert's rows of activations, in tiles. Weights are the left operand:
+// Outputs of an expert's matrices for that expert's rows of activations, in tiles. Weights are the left operand:
 // 16 of their rows and 32 inputs make a tile as they expand. A row's sums go sum = sum + 32 products over all inputs in
 // order, so a result depends on its two rows alone. Two ways, the same bits:
 // * up to 32 rows of activations: 32 outputs go through all their inputs with the sums in tile registers, 128 inputs
@@ -115,6 +115,15 @@ DSV4_INLINE void configure_tiles(int64_t count) {
   tile_configure(config);
 }
 
+// Outputs [row, row + rows), at most 128, from a multiple of 128 on, and where their sums go.
+struct Strip {
+  const ExpertMatrix* w;
+  int64_t row, rows;
+  float* sums;
+};
+inline constexpr int kStrips = 2;
+
+// Strips of matrices of one format that read the same activations.
 template <class Weights>
 class TileProduct {
   using Scale = typename Weights::Scale;
@@ -122,64 +131,71 @@ class TileProduct {
  public:
   static int64_t memory(int64_t in) {
     return kPanelElements * static_cast<int64_t>(sizeof(bf16)) + kScaledRows * moe_row_bytes(in) +
-           kMoeOutputs * scale_stride(in) * static_cast<int64_t>(sizeof(uint16_t));
+           kStrips * kMoeOutputs * scale_stride(in) * static_cast<int64_t>(sizeof(uint16_t));
   }
 
-  TileProduct(const ExpertMatrix& w, int64_t expert, int64_t in, const ExpertRows& x, float* sums, uint8_t* memory)
-      : w_(w),
-        expert_(expert),
+  TileProduct(int64_t expert, int64_t in, const ExpertRows& x, uint8_t* memory)
+      : expert_(expert),
         in_(in),
         blocks_(blocks_of(in)),
         x_(x),
-        sums_(sums),
-        panels_(reinterpret_cast<bf16*>(memory)),
-        near_(panels_ + kPanelElements),
+        panel_(reinterpret_cast<bf16*>(memory)),
+        near_(panel_ + kPanelElements),
         scales_(reinterpret_cast<Scale*>(memory + kPanelElements * static_cast<int64_t>(sizeof(bf16)) +
                                          kScaledRows * moe_row_bytes(in))) {}
 
-  // Outputs [row, row + rows), at most 128, from a multiple of 128 on; what lies at `next` is wanted after them.
-  void run(int64_t row, int64_t rows, const uint8_t* next) {
-    row_ = row, rows_ = rows, next_ = next;
-    if constexpr (Weights::kScales > 0) {
-      if (!fold()) return multiply_and_scale();
+  // What lies at `next` is wanted after them.
+  void run(const Strip* strips, int count, const uint8_t* next) {
+    next_ = next;
+    for (int i = 0; i < count; ++i) {
+      Part part{strips[i], scales_ + count_ * kMoeOutputs * scale_stride(in_)};
+      if (part.rows <= 0) continue;
+      if constexpr (Weights::kScales > 0) {
+        if (!fold(part)) {
+          multiply_and_scale(part);
+          continue;
+        }
+      }
+      parts_[count_++] = part;
     }
-    if (x_.count > kSide) return many();
-    for (int64_t r = 0; r < rows_; r += kSide) {
-      with_shape(rows_ - r > kTileRows, x_.count > kUnit,
-                 [&](auto shape) __attribute__((always_inline)) { few<shape.kRows, shape.kColumns>(r); });
-    }
+    if (count_ > 0) x_.count > kSide ? many() : few();
   }
 
  private:
+  struct Part : Strip {
+    Scale* scales;  // as weights take them
+  };
+
   static int64_t scale_stride(int64_t in) { return round_up(blocks_of(in) * 4, 32); }
 
-  int64_t stride() const { return row_codes(w_, 0, 1) - row_codes(w_, 0, 0); }
-  const uint8_t* codes(int64_t r) const { return row_codes(w_, expert_, row_ + r); }
-  int64_t scale_index(int64_t r) const { return Weights::kScales == 1 ? (row_ + r) / 128 : row_ + r; }
+  static int64_t stride(const Part& p) { return row_codes(*p.w, 0, 1) - row_codes(*p.w, 0, 0); }
+  const uint8_t* codes(const Part& p, int64_t r) const { return row_codes(*p.w, expert_, p.row + r); }
+  static int64_t scale_index(const Part& p, int64_t r) { return Weights::kScales == 1 ? (p.row + r) / 128 : p.row + r; }
 
   // Brings the scales to the form in which weights take them; false where they are not powers of two of its range,
   // which is a matter of these weights alone.
-  bool fold() const {
-    if (w_.scale.dtype != DType::kUInt8) return false;
+  bool fold(const Part& p) const {
+    const AnyView<3>& scale = p.w->scale;
+    if (scale.dtype != DType::kUInt8) return false;
     bool all = true;
-    for (int64_t r = 0; r < rows_; r += Weights::kScales == 1 ? kMoeOutputs : 1) {
-      all &= Weights::Rows::fold(w_.scale.as<const uint8_t>().at(expert_, scale_index(r)), w_.scale.size(2),
-                                 blocks_ * Weights::kScales, scales_ + r * scale_stride(in_));
+    for (int64_t r = 0; r < p.rows; r += Weights::kScales == 1 ? kMoeOutputs : 1) {
+      all &= Weights::Rows::fold(scale.as<const uint8_t>().at(expert_, scale_index(p, r)), scale.size(2),
+                                 blocks_ * Weights::kScales, p.scales + r * scale_stride(in_));
     }
     return all;
   }
-  const Scale* scale(int64_t r, int64_t block) const {
-    return scales_ + (Weights::kScales == 1 ? 0 : r * scale_stride(in_)) + block * Weights::kScales;
+  const Scale* scale(const Part& p, int64_t r, int64_t block) const {
+    return p.scales + (Weights::kScales == 1 ? 0 : r * scale_stride(in_)) + block * Weights::kScales;
   }
 
-  // A block of inputs of output r, to the same row of four tiles. Beyond the last output it is there once more: nothing
-  // that memory might hold gets into a tile.
-  DSV4_MEMBER void expand(const Weights& weights, const typename Weights::Shared& shared, int64_t r, int64_t block,
-                          bf16* to) const {
-    const int64_t mine = r < rows_ ? r : rows_ - 1, left = Weights::bytes(in_) - block * Weights::kBlockBytes;
-    const uint8_t* from = codes(mine) + block * Weights::kBlockBytes;
-    const Block w = left >= Weights::kBlockBytes ? weights.expand(from, scale(mine, block), shared)
-                                                 : weights.expand(from, scale(mine, block), shared, left);
+  // Block `block` of inputs of output r, to the same row of four tiles. Beyond the last output it is there once more:
+  // nothing that memory might hold gets into a tile.
+  DSV4_MEMBER void expand(const Weights& weights, const typename Weights::Shared& shared, const Part& p, int64_t r,
+                          int64_t block, bf16* to) const {
+    const int64_t mine = r < p.rows ? r : p.rows - 1, left = Weights::bytes(in_) - block * Weights::kBlockBytes;
+    const uint8_t* from = codes(p, mine) + block * Weights::kBlockBytes;
+    const Block w = left >= Weights::kBlockBytes ? weights.expand(from, scale(p, mine, block), shared)
+                                                 : weights.expand(from, scale(p, mine, block), shared, left);
 #pragma GCC unroll 4
     for (int64_t j = 0; j < kBlockSteps; ++j) _mm512_store_si512(to + j * kTileElements, w.w[j]);
   }
@@ -206,119 +222,153 @@ class TileProduct {
     return columns <= 0 ? TileSteps{} : TileSteps{x_.unit(unit), columns * kStep, columns * 4};
   }
 
-  float (*sums_of(int64_t side, int64_t r) const)[kSide] {
-    return reinterpret_cast<float (*)[kSide]>(sums_ + side * kSumsOfSide + r * kSide);
+  static float (*sums_of(const Part& p, int64_t side, int64_t r))
+      [kSide] { return reinterpret_cast<float (*)[kSide]>(p.sums + side * kSumsOfSide + r * kSide); }
+
+  void few() const {
+    for (int i = 0; i < count_; ++i) {
+      const Part& p = parts_[i];
+      for (int64_t r = 0; r < p.rows; r += kSide) {
+        // The next 32 outputs are asked for in the order of memory.
+        const uint8_t* ahead = r + kSide < p.rows ? codes(p, r + kSide)
+                               : i + 1 < count_   ? codes(parts_[i + 1], 0)
+                                                  : next_;
+        with_shape(p.rows - r > kTileRows, x_.count > kUnit, [&](auto shape) __attribute__((always_inline)) {
+          multiply_through<shape.kRows, shape.kColumns>(p, r, ahead);
+        });
+      }
+    }
   }
 
   template <int kRows, int kColumns>
-  void few(int64_t r) const {
+  void multiply_through(const Part& p, int64_t r, const uint8_t* ahead) const {
     constexpr int64_t kHeight = kRows * kTileRows, kQuarter = kHeight / kBlockSteps;
     const Weights weights;
     const TileSteps x[2] = {operand(0), operand(1)};
-    // The next 32 outputs are asked for in the order of memory.
-    const uint8_t* ahead = r + kSide < rows_ ? codes(r + kSide) : next_;
     const auto expand_some = [&](int64_t block, int64_t first, int64_t last) __attribute__((always_inline)) {
-      const typename Weights::Shared shared = weights.share(scale(0, block));
-      bf16* to = panels_ + block % 2 * kSide * kBlock;
+      const typename Weights::Shared shared = weights.share(scale(p, 0, block));
+      bf16* to = panel_ + block % 2 * kSide * kBlock;
       for (int64_t i = first; i < last; ++i, ahead += Weights::kBlockBytes) {
         avx512::ask(ahead, Weights::kBlockBytes);  // past the end it does nothing
-        expand(weights, shared, r + i, block, to + i / kTileRows * kTileRows * kBlock + i % kTileRows * kStep);
+        expand(weights, shared, p, r + i, block, to + i / kTileRows * kTileRows * kBlock + i % kTileRows * kStep);
       }
     };
     zero_sums<kRows, kColumns>();
     expand_some(0, 0, kHeight);
     for (int64_t block = 0; block < blocks_; ++block) {
-      const bf16* w = panels_ + block % 2 * kSide * kBlock;
+      const bf16* w = panel_ + block % 2 * kSide * kBlock;
       for (int64_t j = 0; j < kBlockSteps; ++j) {
         step<kRows, kColumns>(w + j * kTileElements, w + kTileRows * kBlock + j * kTileElements, x,
                               block * kBlockSteps + j);
         if (block + 1 < blocks_) expand_some(block + 1, j * kQuarter, (j + 1) * kQuarter);
       }
     }
-    store_sums<kRows, kColumns>(sums_of(0, r));
+    store_sums<kRows, kColumns>(sums_of(p, 0, r));
   }
 
   // A panel: 32 outputs and 512 inputs.
   struct Panel {
+    const Part* part = nullptr;
     int64_t first = 0, blocks = 0, r = 0;  // blocks of inputs, output
-    int64_t ahead = 0;                     // from its codes to those of the panel after it, bytes
+    int64_t index = 0;                     // of the panels of these inputs
+    const uint8_t* codes = nullptr;
   };
-  Panel panel_at(int64_t index) const {
-    const int64_t sides = (rows_ + kSide - 1) / kSide;
-    Panel p;
-    p.first = index / sides * kPanelBlocks, p.r = index % sides * kSide;
-    if (p.first >= blocks_) return p;
-    p.blocks = blocks_ - p.first < kPanelBlocks ? blocks_ - p.first : kPanelBlocks;
-    const bool last = p.r + kSide >= rows_, end = p.first + p.blocks >= blocks_;
-    p.ahead = !last ? kSide * stride()
-              : end ? next_ - (codes(p.r) + p.first * Weights::kBlockBytes)
-                    : p.blocks * Weights::kBlockBytes - p.r * stride();
-    return p;
+  int64_t panels() const {  // of the same inputs
+    int64_t all = 0;
+    for (int i = 0; i < count_; ++i) all += (parts_[i].rows + kSide - 1) / kSide;
+    return all;
+  }
+  Panel panel_after(const Panel& p) const {
+    Panel next = p;
+    next.r += kSide, ++next.index;
+    if (next.r >= p.part->rows) {
+      next.r = 0;
+      if (++next.part == parts_ + count_) {
+        next.part = parts_, next.index = 0, next.first += kPanelBlocks;
+      }
+    }
+    const int64_t left = blocks_ - next.first;
+    next.blocks = left < 0 ? 0 : left < kPanelBlocks ? left : kPanelBlocks;
+    next.codes = left > 0 ? codes(*next.part, next.r) + next.first * Weights::kBlockBytes : next_;
+    return next;
   }
 
-  // Outputs [first, last) of one of its blocks.
-  DSV4_MEMBER void expand_rows(const Weights& weights, const Panel& p, int64_t block, int64_t first,
+  // Outputs [first, last) of one of its blocks; those of the panel after it are asked for.
+  DSV4_MEMBER void expand_rows(const Weights& weights, const Panel& p, const Panel& later, int64_t block, int64_t first,
                                int64_t last) const {
-    const typename Weights::Shared shared = weights.share(scale(0, p.first + block));
+    const typename Weights::Shared shared = weights.share(scale(*p.part, 0, p.first + block));
+    const int64_t apart = stride(*later.part);
     for (int64_t i = first; i < last; ++i) {
-      avx512::ask(codes(p.r + i) + (p.first + block) * Weights::kBlockBytes + p.ahead, Weights::kBlockBytes);
-      expand(weights, shared, p.r + i, p.first + block,
-             panels_ + i / kTileRows * kTileRows * kPanelSteps * kStep + block * kBlockSteps * kTileElements +
+      avx512::ask(later.codes + i * apart + block * Weights::kBlockBytes, Weights::kBlockBytes);
+      expand(weights, shared, *p.part, p.r + i, p.first + block,
+             panel_ + i / kTileRows * kTileRows * kPanelSteps * kStep + block * kBlockSteps * kTileElements +
                  i % kTileRows * kStep);
     }
   }
 
   void many() const {
     const Weights weights;
-    const int64_t panels = (rows_ + kSide - 1) / kSide * ((blocks_ + kPanelBlocks - 1) / kPanelBlocks);
+    const int64_t all = panels() * ((blocks_ + kPanelBlocks - 1) / kPanelBlocks);
     const int64_t sides = (x_.count + kSide - 1) / kSide;
-    Panel p = panel_at(0);
-    for (int64_t block = 0; block < p.blocks; ++block) expand_rows(weights, p, block, 0, kSide);
-    for (int64_t index = 0; index < panels; ++index) {
-      const Panel next = panel_at(index + 1);
+    Panel p;
+    p.part = parts_, p.blocks = blocks_ < kPanelBlocks ? blocks_ : kPanelBlocks, p.codes = codes(parts_[0], 0);
+    Panel next = panel_after(p);
+    for (int64_t block = 0; block < p.blocks; ++block) expand_rows(weights, p, next, block, 0, kSide);
+    for (int64_t index = 0; index < all; ++index) {
+      const Panel later = next.blocks > 0 ? panel_after(next) : next;
       for (int64_t side = 0; side < sides; ++side) {
-        with_shape(rows_ - p.r > kTileRows, x_.count - side * kSide > kUnit,
+        with_shape(p.part->rows - p.r > kTileRows, x_.count - side * kSide > kUnit,
                    [&](auto shape) __attribute__((always_inline)) {
                      if (side + 1 < sides) {
-                       multiply<shape.kRows, shape.kColumns, false>(weights, p, side, next);
+                       multiply<shape.kRows, shape.kColumns, false>(weights, p, side, next, later);
                      } else {
-                       multiply<shape.kRows, shape.kColumns, true>(weights, p, side, next);
+                       multiply<shape.kRows, shape.kColumns, true>(weights, p, side, next, later);
                      }
                    });
       }
-      p = next;
+      p = next, next = later;
     }
   }
 
   // A panel with one side of activations. The last one leaves the next panel in its place, a block behind: those are
-  // lines that the first-level cache has, and units multiply meanwhile.
+  // lines that the first-level cache has, and units multiply meanwhile. Every panel asks for its share of the next
+  // inputs of these activations.
   template <int kRows, int kColumns, bool kLast>
-  void multiply(const Weights& weights, const Panel& p, int64_t side, const Panel& next) const {
+  void multiply(const Weights& weights, const Panel& p, int64_t side, const Panel& next, const Panel& later) const {
     const TileSteps x[2] = {operand(2 * side), operand(2 * side + 1)};
-    float (*sums)[kSide] = sums_of(side, p.r);
+    float (*sums)[kSide] = sums_of(*p.part, side, p.r);
     if (p.first == 0) {
       zero_sums<kRows, kColumns>();
     } else {
       stream_sums<kRows, kColumns>(sums);
     }
-    constexpr int64_t kQuarter = kSide / kBlockSteps;
-    const bf16* w = panels_;
+    constexpr int64_t kQuarter = kSide / kBlockSteps, kLines = 2;
+    const int64_t ahead = kPanelSteps * kTileElements + kLines * kStep * p.index;
+    const bool asks = p.first + kPanelBlocks < blocks_ && kLines * p.index < kTileRows;
+    const bf16* w = panel_;
     for (int64_t block = 0; block < p.blocks; ++block) {
       for (int64_t j = 0; j < kBlockSteps; ++j, w += kTileElements) {
-        step<kRows, kColumns>(w, w + kTileRows * kPanelSteps * kStep, x, (p.first + block) * kBlockSteps + j);
+        const int64_t s = (p.first + block) * kBlockSteps + j;
+        step<kRows, kColumns>(w, w + kTileRows * kPanelSteps * kStep, x, s);
+        if (asks) {
+          for (int i = 0; i < kColumns; ++i) {
+            avx512::ask(reinterpret_cast<const uint8_t*>(x[i].data + s * x[i].step + ahead), kLines * kTileBytes);
+          }
+        }
         if (kLast && block > 0 && block <= next.blocks) {
-          expand_rows(weights, next, block - 1, j * kQuarter, (j + 1) * kQuarter);
+          expand_rows(weights, next, later, block - 1, j * kQuarter, (j + 1) * kQuarter);
         }
       }
     }
-    if (kLast && p.blocks <= next.blocks) expand_rows(weights, next, p.blocks - 1, 0, kSide);
+    if (kLast && p.blocks <= next.blocks) expand_rows(weights, next, later, p.blocks - 1, 0, kSide);
     store_sums<kRows, kColumns>(sums);
   }
 
   // Sums of blocks, each multiplied by its scale.
-  void multiply_and_scale() const {
+  void multiply_and_scale(const Part& p) const {
     const int64_t width = moe_row_bytes(in_) / static_cast<int64_t>(sizeof(bf16)), padded = blocks_ * Weights::kScales;
-    float* scales = reinterpret_cast<float*>(scales_);
+    const AnyView<3>& scale = p.w->scale;
+    float* scales = reinterpret_cast<float*>(p.scales);
     for (int64_t m = 0; m < x_.count; m += kScaledRows) {
       const int64_t some = x_.count - m < kScaledRows ? x_.count - m : kScaledRows;
       for (int64_t i = 0; i < some; ++i) {
@@ -328,30 +378,28 @@ class TileProduct {
           __builtin_memcpy(near_ + i * width + 2 * k, from + 2 * k * columns, 2 * sizeof(bf16));
         }
       }
-      for (int64_t r = 0; r < rows_; ++r) {
-        if (w_.scale.dtype == DType::kUInt8) {
-          avx512::widen_scales(w_.scale.as<const uint8_t>().at(expert_, scale_index(r)), w_.scale.size(2), padded,
-                               scales);
+      for (int64_t r = 0; r < p.rows; ++r) {
+        if (scale.dtype == DType::kUInt8) {
+          avx512::widen_scales(scale.as<const uint8_t>().at(expert_, scale_index(p, r)), scale.size(2), padded, scales);
         } else {
-          avx512::widen_scales(w_.scale.as<const float>().at(expert_, scale_index(r)), w_.scale.size(2), padded,
-                               scales);
+          avx512::widen_scales(scale.as<const float>().at(expert_, scale_index(p, r)), scale.size(2), padded, scales);
         }
         float sums[kScaledRows];
         const typename Weights::Rows rows;
         avx512::with_constant<kScaledRows>(some, [&](auto height) {
-          avx512::dot_row<decltype(height)::value>(rows, codes(r), Weights::bytes(in_), scales, near_, width, sums);
+          avx512::dot_row<decltype(height)::value>(rows, codes(p, r), Weights::bytes(in_), scales, near_, width, sums);
         });
-        for (int64_t i = 0; i < some; ++i) sums_of((m + i) / kSide, r)[0][(m + i) % kSide] = sums[i];
+        for (int64_t i = 0; i < some; ++i) sums_of(p, (m + i) / kSide, r)[0][(m + i) % kSide] = sums[i];
       }
     }
   }
 
-  const ExpertMatrix& w_;
-  int64_t expert_, in_, blocks_, row_ = 0, rows_ = 0;
+  int64_t expert_, in_, blocks_;
   const ExpertRows x_;
-  float* sums_;
+  Part parts_[kStrips];
+  int count_ = 0;
   const uint8_t* next_ = nullptr;
-  bf16 *panels_, *near_;
+  bf16 *panel_, *near_;
   Scale* scales_;
 };
 
