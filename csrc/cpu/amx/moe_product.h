@@ -184,30 +184,56 @@ class TileProduct {
     }
     return all;
   }
-  const Scale* scale(const Part& p, int64_t r, int64_t block) const {
-    return p.scales + (Weights::kScales == 1 ? 0 : r * scale_stride(in_)) + block * Weights::kScales;
+
+  // 32 outputs. Beyond the last it is there once more: nothing that memory might hold gets into a tile.
+  struct Outputs {
+    const uint8_t* codes[kSide];
+    const Scale* scales[kSide];
+  };
+  void outputs_of(const Part& p, int64_t r, Outputs& o) const {
+    for (int64_t i = 0; i < kSide; ++i) {
+      const int64_t mine = r + i < p.rows ? r + i : p.rows - 1;
+      o.codes[i] = codes(p, mine);
+      o.scales[i] = p.scales + (Weights::kScales == 1 ? 0 : mine * scale_stride(in_));
+    }
   }
 
-  // Block `block` of inputs of output r, to the same row of four tiles. Beyond the last output it is there once more:
-  // nothing that memory might hold gets into a tile.
-  DSV4_MEMBER void expand(const Weights& weights, const typename Weights::Shared& shared, const Part& p, int64_t r,
-                          int64_t block, bf16* to) const {
-    const int64_t mine = r < p.rows ? r : p.rows - 1, left = Weights::bytes(in_) - block * Weights::kBlockBytes;
-    const uint8_t* from = codes(p, mine) + block * Weights::kBlockBytes;
-    const Block w = left >= Weights::kBlockBytes ? weights.expand(from, scale(p, mine, block), shared)
-                                                 : weights.expand(from, scale(p, mine, block), shared, left);
+  // Block `block` of outputs [first, first + count), to the same rows of four tiles. What lies at `ahead`, and again
+  // `apart` bytes further, is asked for.
+  DSV4_MEMBER void expand(const Weights& weights, const Outputs& o, int64_t block, int64_t first, int64_t count,
+                          bf16* to, const uint8_t* ahead, int64_t apart) const {
+    const auto each = [&](auto... left) __attribute__((always_inline)) {
+      const int64_t at = block * Weights::kBlockBytes, scale = block * Weights::kScales;
+      const typename Weights::Shared shared = weights.share(o.scales[0] + scale);
+      for (int64_t i = 0; i < count; ++i, to += kStep, ahead += apart) {
+        avx512::ask(ahead, Weights::kBlockBytes);  // past the end it does nothing
+        const Block w = weights.expand(o.codes[first + i] + at, o.scales[first + i] + scale, shared, left...);
 #pragma GCC unroll 4
-    for (int64_t j = 0; j < kBlockSteps; ++j) _mm512_store_si512(to + j * kTileElements, w.w[j]);
+        for (int64_t j = 0; j < kBlockSteps; ++j) _mm512_store_si512(to + j * kTileElements, w.w[j]);
+      }
+    };
+    const int64_t left = Weights::bytes(in_) - block * Weights::kBlockBytes;
+    left >= Weights::kBlockBytes ? each() : each(left);
+  }
+
+  template <int kTile, bool kStream>
+  DSV4_MEMBER static void load_x(TileSteps& x) {
+    if constexpr (kStream) {
+      tile_stream<kTile>(x.data, x.stride);
+    } else {
+      tile_load<kTile>(x.data, x.stride);
+    }
+    x.data += x.step;
   }
 
   // One step: tiles of weights at `w` and `w2` with those of two units.
-  template <int kRows, int kColumns>
-  DSV4_MEMBER void step(const bf16* w, const bf16* w2, const TileSteps (&x)[2], int64_t s) const {
+  template <int kRows, int kColumns, bool kStream>
+  DSV4_MEMBER static void step(const bf16* w, const bf16* w2, TileSteps& x, TileSteps& x2) {
     tile_load<4>(w, kTileBytes);
-    tile_stream<6>(x[0].data + s * x[0].step, x[0].stride);
+    load_x<6, kStream>(x);
     tile_dot<0, 4, 6>();
     if constexpr (kColumns == 2) {
-      tile_stream<7>(x[1].data + s * x[1].step, x[1].stride);
+      load_x<7, kStream>(x2);
       tile_dot<1, 4, 7>();
     }
     if constexpr (kRows == 2) {
@@ -217,9 +243,11 @@ class TileProduct {
     }
   }
 
-  TileSteps operand(int64_t unit) const {
+  // A unit's tiles from a block on.
+  TileSteps operand(int64_t unit, int64_t block) const {
     const int64_t columns = x_.columns(unit);
-    return columns <= 0 ? TileSteps{} : TileSteps{x_.unit(unit), columns * kStep, columns * 4};
+    if (columns <= 0) return {};
+    return {x_.unit(unit) + block * kBlockSteps * columns * kStep, columns * kStep, columns * 4};
   }
 
   static float (*sums_of(const Part& p, int64_t side, int64_t r))
@@ -244,23 +272,22 @@ class TileProduct {
   void multiply_through(const Part& p, int64_t r, const uint8_t* ahead) const {
     constexpr int64_t kHeight = kRows * kTileRows, kQuarter = kHeight / kBlockSteps;
     const Weights weights;
-    const TileSteps x[2] = {operand(0), operand(1)};
-    const auto expand_some = [&](int64_t block, int64_t first, int64_t last) __attribute__((always_inline)) {
-      const typename Weights::Shared shared = weights.share(scale(p, 0, block));
-      bf16* to = panel_ + block % 2 * kSide * kBlock;
-      for (int64_t i = first; i < last; ++i, ahead += Weights::kBlockBytes) {
-        avx512::ask(ahead, Weights::kBlockBytes);  // past the end it does nothing
-        expand(weights, shared, p, r + i, block, to + i / kTileRows * kTileRows * kBlock + i % kTileRows * kStep);
-      }
+    TileSteps x = operand(0, 0), x2 = operand(1, 0);
+    Outputs outputs;
+    outputs_of(p, r, outputs);
+    const auto expand_some = [&](int64_t block, int64_t first, int64_t count) __attribute__((always_inline)) {
+      expand(weights, outputs, block, first, count,
+             panel_ + block % 2 * kSide * kBlock + first / kTileRows * kTileRows * kBlock + first % kTileRows * kStep,
+             ahead, Weights::kBlockBytes);
+      ahead += count * Weights::kBlockBytes;
     };
     zero_sums<kRows, kColumns>();
-    expand_some(0, 0, kHeight);
+    for (int64_t first = 0; first < kHeight; first += kQuarter) expand_some(0, first, kQuarter);
     for (int64_t block = 0; block < blocks_; ++block) {
       const bf16* w = panel_ + block % 2 * kSide * kBlock;
-      for (int64_t j = 0; j < kBlockSteps; ++j) {
-        step<kRows, kColumns>(w + j * kTileElements, w + kTileRows * kBlock + j * kTileElements, x,
-                              block * kBlockSteps + j);
-        if (block + 1 < blocks_) expand_some(block + 1, j * kQuarter, (j + 1) * kQuarter);
+      for (int64_t j = 0; j < kBlockSteps; ++j, w += kTileElements) {
+        step<kRows, kColumns, false>(w, w + kTileRows * kBlock, x, x2);
+        if (block + 1 < blocks_) expand_some(block + 1, j * kQuarter, kQuarter);
       }
     }
     store_sums<kRows, kColumns>(sums_of(p, 0, r));
@@ -293,17 +320,14 @@ class TileProduct {
     return next;
   }
 
-  // Outputs [first, last) of one of its blocks; those of the panel after it are asked for.
-  DSV4_MEMBER void expand_rows(const Weights& weights, const Panel& p, const Panel& later, int64_t block, int64_t first,
-                               int64_t last) const {
-    const typename Weights::Shared shared = weights.share(scale(*p.part, 0, p.first + block));
+  // Outputs [first, first + count) of one of its blocks; those of the panel after it are asked for.
+  DSV4_MEMBER void expand_rows(const Weights& weights, const Panel& p, const Outputs& outputs, const Panel& later,
+                               int64_t block, int64_t first, int64_t count) const {
     const int64_t apart = stride(*later.part);
-    for (int64_t i = first; i < last; ++i) {
-      avx512::ask(later.codes + i * apart + block * Weights::kBlockBytes, Weights::kBlockBytes);
-      expand(weights, shared, *p.part, p.r + i, p.first + block,
-             panel_ + i / kTileRows * kTileRows * kPanelSteps * kStep + block * kBlockSteps * kTileElements +
-                 i % kTileRows * kStep);
-    }
+    expand(weights, outputs, p.first + block, first, count,
+           panel_ + first / kTileRows * kTileRows * kPanelSteps * kStep + block * kBlockSteps * kTileElements +
+               first % kTileRows * kStep,
+           later.codes + first * apart + block * Weights::kBlockBytes, apart);
   }
 
   void many() const {
@@ -313,16 +337,23 @@ class TileProduct {
     Panel p;
     p.part = parts_, p.blocks = blocks_ < kPanelBlocks ? blocks_ : kPanelBlocks, p.codes = codes(parts_[0], 0);
     Panel next = panel_after(p);
-    for (int64_t block = 0; block < p.blocks; ++block) expand_rows(weights, p, next, block, 0, kSide);
+    Outputs outputs;  // of the panel that is expanded
+    outputs_of(*p.part, p.r, outputs);
+    for (int64_t block = 0; block < p.blocks; ++block) {
+      for (int64_t first = 0; first < kSide; first += kTileRows) {
+        expand_rows(weights, p, outputs, next, block, first, kTileRows);
+      }
+    }
     for (int64_t index = 0; index < all; ++index) {
       const Panel later = next.blocks > 0 ? panel_after(next) : next;
+      if (next.blocks > 0) outputs_of(*next.part, next.r, outputs);
       for (int64_t side = 0; side < sides; ++side) {
         with_shape(p.part->rows - p.r > kTileRows, x_.count - side * kSide > kUnit,
                    [&](auto shape) __attribute__((always_inline)) {
                      if (side + 1 < sides) {
-                       multiply<shape.kRows, shape.kColumns, false>(weights, p, side, next, later);
+                       multiply<shape.kRows, shape.kColumns, false>(weights, p, side, next, outputs, later);
                      } else {
-                       multiply<shape.kRows, shape.kColumns, true>(weights, p, side, next, later);
+                       multiply<shape.kRows, shape.kColumns, true>(weights, p, side, next, outputs, later);
                      }
                    });
       }
@@ -334,8 +365,9 @@ class TileProduct {
   // lines that the first-level cache has, and units multiply meanwhile. Every panel asks for its share of the next
   // inputs of these activations.
   template <int kRows, int kColumns, bool kLast>
-  void multiply(const Weights& weights, const Panel& p, int64_t side, const Panel& next, const Panel& later) const {
-    const TileSteps x[2] = {operand(2 * side), operand(2 * side + 1)};
+  void multiply(const Weights& weights, const Panel& p, int64_t side, const Panel& next, const Outputs& outputs,
+                const Panel& later) const {
+    TileSteps x = operand(2 * side, p.first), x2 = operand(2 * side + 1, p.first);
     float (*sums)[kSide] = sums_of(*p.part, side, p.r);
     if (p.first == 0) {
       zero_sums<kRows, kColumns>();
@@ -348,19 +380,19 @@ class TileProduct {
     const bf16* w = panel_;
     for (int64_t block = 0; block < p.blocks; ++block) {
       for (int64_t j = 0; j < kBlockSteps; ++j, w += kTileElements) {
-        const int64_t s = (p.first + block) * kBlockSteps + j;
-        step<kRows, kColumns>(w, w + kTileRows * kPanelSteps * kStep, x, s);
         if (asks) {
-          for (int i = 0; i < kColumns; ++i) {
-            avx512::ask(reinterpret_cast<const uint8_t*>(x[i].data + s * x[i].step + ahead), kLines * kTileBytes);
-          }
+          avx512::ask(reinterpret_cast<const uint8_t*>(x.data + ahead), kLines * kTileBytes);
+          if (kColumns == 2) avx512::ask(reinterpret_cast<const uint8_t*>(x2.data + ahead), kLines * kTileBytes);
         }
+        step<kRows, kColumns, true>(w, w + kTileRows * kPanelSteps * kStep, x, x2);
         if (kLast && block > 0 && block <= next.blocks) {
-          expand_rows(weights, next, later, block - 1, j * kQuarter, (j + 1) * kQuarter);
+          expand_rows(weights, next, outputs, later, block - 1, j * kQuarter, kQuarter);
         }
       }
     }
-    if (kLast && p.blocks <= next.blocks) expand_rows(weights, next, later, p.blocks - 1, 0, kSide);
+    for (int64_t first = 0; kLast && p.blocks <= next.blocks && first < kSide; first += kTileRows) {
+      expand_rows(weights, next, outputs, later, p.blocks - 1, first, kTileRows);
+    }
     store_sums<kRows, kColumns>(sums);
   }
 
