@@ -85,13 +85,14 @@ class TileCall : public MoeRouting<X> {
     int64_t units = 0;
     for (int64_t i = 0; i < groups_; ++i) units += (expert(active_[i]).count + kUnit - 1) / kUnit;
     moe_spread(context_, row_slots(), units, [&](int64_t, int64_t unit) { gather(unit); });
-    // Neighbouring pieces belong to different experts, so that every thread meets both long and short ones.
+    // Neighbouring pieces belong to one expert, so that its activations stay in the caches; the shared one, which has
+    // the longest, comes first.
     const int64_t up = (widest_ + kMoeOutputs - 1) / kMoeOutputs, down = (hidden_ + kDown - 1) / kDown;
     const int64_t slots = this->product_slots();
     if (groups_ > 0) {
-      moe_spread(context_, slots, up * groups_, [&](int64_t slot, int64_t piece) { gate_up(slot, piece, slots); });
+      moe_spread(context_, slots, up * groups_, [&](int64_t slot, int64_t piece) { gate_up(slot, piece, up, slots); });
       moe_spread(context_, slots, down * groups_,
-                 [&](int64_t slot, int64_t piece) { project_down(slot, piece, slots); });
+                 [&](int64_t slot, int64_t piece) { project_down(slot, piece, down, slots); });
     }
     moe_spread(context_, row_slots(), count, [&](int64_t, int64_t token) { this->combine(token); });
   }
@@ -140,16 +141,21 @@ class TileCall : public MoeRouting<X> {
     const int64_t parts = (e.count + group_ - 1) / group_;
     return round_up((e.count + parts - 1) / parts, kSide);
   }
+  // What a piece belongs to, the shared expert first; beyond the last one, the last.
+  Expert piece_expert(int64_t piece, int64_t pieces) const {
+    const int64_t group = groups_ - 1 - piece / pieces;
+    return expert(active_[group < 0 ? 0 : group]);
+  }
   static float* sums_of(float* sums, int64_t unit) { return sums + unit / 2 * kSumsOfSide + unit % 2 * kTileRows; }
 
   // One piece of w1 and w3: the inner activations of all rows of the expert, in the form that w2 reads.
-  void gate_up(int64_t slot_index, int64_t piece, int64_t slots) const {
-    const Expert e = expert(active_[piece % groups_]), later = expert(active_[(piece + slots) % groups_]);
-    const int64_t row = piece / groups_ * kMoeOutputs, left = e.inter - row;
+  void gate_up(int64_t slot_index, int64_t piece, int64_t pieces, int64_t slots) const {
+    const Expert e = piece_expert(piece, pieces), later = piece_expert(piece + slots, pieces);
+    const int64_t row = piece % pieces * kMoeOutputs, left = e.inter - row;
     const int64_t rows = left < kMoeOutputs ? left : kMoeOutputs;
     if (rows <= 0) return;
     const Slot s = slot(slot_index);
-    const uint8_t* next = row_codes(*later.w1, later.index, (piece + slots) / groups_ * kMoeOutputs);
+    const uint8_t* next = row_codes(*later.w1, later.index, (piece + slots) % pieces * kMoeOutputs);
     const int64_t width = moe_row_bytes(hidden_), part = part_of(e);
     for (int64_t from = 0; from < e.count; from += part) {
       const int64_t count = e.count - from < part ? e.count - from : part;
@@ -176,11 +182,11 @@ class TileCall : public MoeRouting<X> {
   }
 
   // One piece of w2: two strips.
-  void project_down(int64_t slot_index, int64_t piece, int64_t slots) const {
-    const Expert e = expert(active_[piece % groups_]), later = expert(active_[(piece + slots) % groups_]);
-    const int64_t row = piece / groups_ * kDown, left = hidden_ - row;
+  void project_down(int64_t slot_index, int64_t piece, int64_t pieces, int64_t slots) const {
+    const Expert e = piece_expert(piece, pieces), later = piece_expert(piece + slots, pieces);
+    const int64_t row = piece % pieces * kDown, left = hidden_ - row;
     const Slot s = slot(slot_index);
-    const uint8_t* next = row_codes(*later.w2, later.index, (piece + slots) / groups_ * kDown);
+    const uint8_t* next = row_codes(*later.w2, later.index, (piece + slots) % pieces * kDown);
     const int64_t width = moe_row_bytes(widest_), part = part_of(e);
     const Strip strips[] = {{e.w2, row, left < kMoeOutputs ? left : kMoeOutputs, s.gate},
                             {e.w2, row + kMoeOutputs, left < kDown ? left - kMoeOutputs : kMoeOutputs, s.up}};
