@@ -4,6 +4,8 @@
 #include "cpu/moe.h"
 
 #include "cpu/amx/moe_rows.h"
+#include "cpu/avx512/gate_scores.h"
+#include "cpu/moe_gate.h"
 
 namespace dsv4::DSV4_AMX_NAMESPACE {
 namespace {
@@ -146,7 +148,6 @@ class TileCall : public MoeRouting<X> {
     const int64_t group = groups_ - 1 - piece / pieces;
     return expert(active_[group < 0 ? 0 : group]);
   }
-  static float* sums_of(float* sums, int64_t unit) { return sums + unit / 2 * kSumsOfSide + unit % 2 * kTileRows; }
 
   // One piece of w1 and w3: the inner activations of all rows of the expert, in the form that w2 reads.
   void gate_up(int64_t slot_index, int64_t piece, int64_t pieces, int64_t slots) const {
@@ -175,8 +176,8 @@ class TileCall : public MoeRouting<X> {
         float weights[kUnit];
         for (int64_t i = 0; i < some; ++i) weights[i] = this->weight_of(e, from + m + i);
         bf16* to = reinterpret_cast<bf16*>(inner(e, from + m)) + row * some;
-        activate_unit<X>(sums_of(s.gate, m / kUnit), sums_of(s.up, m / kUnit), weights, some, rows, p_.swiglu_limit,
-                         e.w2->format, order_[static_cast<int>(e.w2->format)], to);
+        activate_unit<X>(sums_of_unit(s.gate, m / kUnit), sums_of_unit(s.up, m / kUnit), weights, some, rows,
+                         p_.swiglu_limit, e.w2->format, order_[static_cast<int>(e.w2->format)], to);
       }
     }
   }
@@ -197,7 +198,7 @@ class TileCall : public MoeRouting<X> {
       tile_release();
       for (const Strip& strip : strips) {
         for (int64_t m = 0; m < count && strip.rows > 0; m += kUnit) {
-          put_unit(sums_of(strip.sums, m / kUnit), count - m < kUnit ? count - m : kUnit, strip.rows,
+          put_unit(sums_of_unit(strip.sums, m / kUnit), count - m < kUnit ? count - m : kUnit, strip.rows,
                    output_ + (e.first + from + m) * hidden_ + strip.row, hidden_);
         }
       }
@@ -209,7 +210,60 @@ class TileCall : public MoeRouting<X> {
   int64_t group_ = 0, slot_bytes_ = 0;
 };
 
+// The gate of bfloat16: its weights are a plain matrix.
+struct Gate {
+  static constexpr int64_t kTokens = 64;
+  static constexpr int64_t kSumsBytes = kTokens * kMoeOutputs * static_cast<int64_t>(sizeof(float));
+
+  static int64_t memory(const MoeGateParams& p) {
+    const int64_t hidden = p.x.size(1);
+    return (kTokens + kUnit) * moe_row_bytes(hidden) + kTileBytes + kStrips * kSumsBytes +
+           TileProduct<PlainTiles>::memory(hidden);
+  }
+  static void scores(float* z, int64_t count) { avx512::gate_scores(z, count); }
+
+  static void logits(const MoeGateParams& p, int64_t first, int64_t count, float* z, uint8_t* memory) {
+    const int64_t hidden = p.x.size(1), width = moe_row_bytes(hidden), experts = p.weight.size(0);
+    uint8_t* prepared = memory + kTokens * width + kTileBytes;
+    float* sums = reinterpret_cast<float*>(prepared + kUnit * width);
+    uint8_t* product = reinterpret_cast<uint8_t*>(sums) + kStrips * kSumsBytes;
+    for (int64_t m = 0; m < count; m += kUnit) {
+      const int64_t some = count - m < kUnit ? count - m : kUnit;
+      const bf16* rows[kUnit];
+      for (int64_t i = 0; i < some; ++i) {
+        bf16* row = reinterpret_cast<bf16*>(prepared + i * width);
+        prepare_row(WeightFormat::kPlain, p.x.as<const bf16>().at(first + m + i), hidden, row);
+        rows[i] = row;
+      }
+      gather_unit(rows, some, hidden, reinterpret_cast<bf16*>(memory + m * width));
+    }
+    ExpertMatrix w;
+    w.format = WeightFormat::kPlain;
+    w.data = {p.weight.data, p.weight.dtype, {1, experts, hidden}, {0, p.weight.stride[0], 1}};
+    configure_tiles(count);
+    for (int64_t e = 0; e < experts; e += kStrips * kMoeOutputs) {
+      Strip strips[kStrips];
+      for (int64_t i = 0; i < kStrips; ++i) {
+        const int64_t row = e + i * kMoeOutputs, left = experts - row;
+        strips[i] = {&w, row, left < kMoeOutputs ? left : kMoeOutputs, sums + i * kTokens * kMoeOutputs};
+      }
+      TileProduct<PlainTiles>(0, hidden, {memory, width, count}, product)
+          .run(strips, kStrips, row_codes(w, 0, e + kStrips * kMoeOutputs));
+      for (const Strip& strip : strips) {
+        for (int64_t m = 0; m < count && strip.rows > 0; m += kUnit) {
+          put_unit(sums_of_unit(strip.sums, m / kUnit), count - m < kUnit ? count - m : kUnit, strip.rows,
+                   z + m * experts + strip.row, experts);
+        }
+      }
+    }
+    tile_release();
+  }
+};
+
 }  // namespace
+
+int64_t moe_gate_workspace_bytes(const MoeGateParams& p, const Context& c) { return GateCall<Gate>(p, c).bytes(); }
+Status moe_gate(const MoeGateParams& p, const Context& c) { return GateCall<Gate>(p, c).run(); }
 
 int64_t moe_experts_workspace_bytes(const MoeExpertsParams& p, const Context& c) {
   return p.x.dtype == DType::kBFloat16 ? TileCall<bf16>(p, c).bytes() : TileCall<float>(p, c).bytes();

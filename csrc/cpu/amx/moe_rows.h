@@ -117,6 +117,9 @@ void activate_unit(const float* gate, const float* up, const float* weights, int
   }
 }
 
+// Where those of a unit lie in a strip's sums.
+inline float* sums_of_unit(float* sums, int64_t unit) { return sums + unit / 2 * kSumsOfSide + unit % 2 * kTileRows; }
+
 // Outputs of a unit from its sums: row i to out + i * stride.
 template <class X>
 void put_unit(const float* sums, int64_t count, int64_t outputs, X* out, int64_t stride) {
