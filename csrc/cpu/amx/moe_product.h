@@ -51,12 +51,51 @@ struct Fp8Tiles : avx512::Fp8Rows {
   }
 };
 
-struct Fp4Tiles : avx512::Fp4Rows {
+// avx512::Fp4Rows with tables of bytes, in the same order. A permutation of 16-bit elements keeps two ports busy here
+// and one of bytes a single one, so both bytes of a value are looked up: a nibble is brought into both bytes of a word,
+// with a bit for the upper one. 8.5 cycles for 128 inputs instead of 12.
+class Fp4Tiles {
+ public:
   using Rows = avx512::Fp4Rows;
-  template <class... Count>
-  DSV4_MEMBER Block expand(const uint8_t* codes, const Scale* scale, const Shared&, Count... count) const {
-    return Rows::expand(codes, scale, count...);
+  using Scale = Rows::Scale;
+  struct Shared {};
+  static constexpr int64_t kBlockBytes = Rows::kBlockBytes, kScales = Rows::kScales;
+  static constexpr int64_t bytes(int64_t inputs) { return Rows::bytes(inputs); }
+
+  Fp4Tiles() {
+    alignas(64) uint8_t table[64] = {}, even[64], odd[64], spread[64];
+    for (int i = 0; i < 64; ++i) {
+      if (i < 32) table[i] = static_cast<uint8_t>(i < 16 ? avx512::kE2m1[i] : avx512::kE2m1[i - 16] >> 8);
+      even[i] = static_cast<uint8_t>(i % 16 / 2 * 2), odd[i] = static_cast<uint8_t>(even[i] + 1);
+      spread[i] = static_cast<uint8_t>(2 * (i / 16) + i % 2);
+    }
+    table_ = _mm512_load_si512(table), even_ = _mm512_load_si512(even), odd_ = _mm512_load_si512(odd);
+    spread_ = _mm512_load_si512(spread);
   }
+
+  DSV4_MEMBER Shared share(const Scale*) const { return {}; }
+  DSV4_MEMBER Block expand(const uint8_t* codes, const Scale* scale, const Shared&) const {
+    return expand(_mm512_loadu_si512(codes), scale);
+  }
+  DSV4_MEMBER Block expand(const uint8_t* codes, const Scale* scale, const Shared&, int64_t count) const {
+    return expand(_mm512_maskz_loadu_epi8(avx512::mask64(count), codes), scale);
+  }
+
+ private:
+  DSV4_MEMBER Block expand(__m512i codes, const Scale* scale) const {
+    int64_t four;
+    __builtin_memcpy(&four, scale, sizeof(four));
+    const __m512i less = _mm512_shuffle_epi8(_mm512_set1_epi64(four), spread_);  // group g lies in lane g
+    const auto value = [&](__m512i words) __attribute__((always_inline)) {
+      const __m512i index =
+          _mm512_ternarylogic_epi32(words, _mm512_set1_epi16(0x0F0F), _mm512_set1_epi16(0x1000), 0xEA);
+      return _mm512_subs_epu16(_mm512_permutexvar_epi8(index, table_), less);
+    };
+    const __m512i even = _mm512_shuffle_epi8(codes, even_), odd = _mm512_shuffle_epi8(codes, odd_);
+    return {{value(even), value(_mm512_srli_epi16(even, 4)), value(odd), value(_mm512_srli_epi16(odd, 4))}};
+  }
+
+  __m512i table_, even_, odd_, spread_;
 };
 
 struct PlainTiles {
