@@ -414,14 +414,17 @@ class TileProduct {
       stream_sums<kRows, kColumns>(sums);
     }
     constexpr int64_t kQuarter = kSide / kBlockSteps, kLines = 2;
-    const int64_t ahead = kPanelSteps * kTileElements + kLines * kStep * p.index;
-    const bool asks = p.first + kPanelBlocks < blocks_ && kLines * p.index < kTileRows;
+    // After the last inputs come the first ones again, for the next strips of this expert.
+    const int64_t later_steps = p.first + kPanelBlocks < blocks_ ? kPanelSteps : -p.first * kBlockSteps;
+    const int64_t ahead = later_steps * x.step + kLines * kStep * p.index;
+    const int64_t ahead2 = later_steps * x2.step + kLines * kStep * p.index;
+    const bool asks = kLines * p.index < kTileRows;
     const bf16* w = panel_;
     for (int64_t block = 0; block < p.blocks; ++block) {
       for (int64_t j = 0; j < kBlockSteps; ++j, w += kTileElements) {
         if (asks) {
           avx512::ask(reinterpret_cast<const uint8_t*>(x.data + ahead), kLines * kTileBytes);
-          if (kColumns == 2) avx512::ask(reinterpret_cast<const uint8_t*>(x2.data + ahead), kLines * kTileBytes);
+          if (kColumns == 2) avx512::ask(reinterpret_cast<const uint8_t*>(x2.data + ahead2), kLines * kTileBytes);
         }
         step<kRows, kColumns, true>(w, w + kTileRows * kPanelSteps * kStep, x, x2);
         if (kLast && block > 0 && block <= next.blocks) {
