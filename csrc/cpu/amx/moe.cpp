@@ -1,6 +1,13 @@
-// The experts in AMX tiles, weights as the left operand (amx/moe_product.h). Rows of activations lie as a tile's right
-// operand wants them, 16 rows of an expert side by side: a token's row is prepared once and gathered once for each of
-// its experts, and what w1 and w3 give is already in that form for w2 (amx/moe_rows.h).
+// The experts in AMX tiles, weights as the left operand (amx/moe_product.h), and the gate of bfloat16. Rows of
+// activations lie as a tile's right operand wants them, 16 rows of an expert side by side: a token's row is prepared
+// once and gathered once for each of its experts, and what w1 and w3 give is already in that form for w2
+// (amx/moe_rows.h). Plain matrices of float32 are the AVX-512 kernel's.
+//
+// Measured on one core of Emerald Rapids (2.65 TFLOP/s in tiles, reads at 16 GB/s), FP4 weights, 4096 inputs: 512
+// weights that come from a cache take 51 cycles with 1 row, 57 with 16, 72 with 32, so that memory is the limit for one
+// unit of rows, at 60 % of what a copy loop reads (weights that a loop expands do not ask as far ahead as plain reads
+// do). Products alone run at 43 % of the tile peak with 48 rows, 59 % with 192; the other cycles carry sums, which come
+// and go once for 512 inputs. Around them, 14 % of a call: the activation, outputs brought back to rows, the gathering.
 #include "cpu/moe.h"
 
 #include "cpu/amx/moe_rows.h"

@@ -267,8 +267,9 @@ class TileProduct {
 
   // One step: tiles of weights at `w` and `w2` with those of two units.
   template <int kRows, int kColumns, bool kStream>
-  DSV4_MEMBER static void step(const bf16* w, const bf16* w2, TileSteps& x, TileSteps& x2) {
-    tile_load<4>(w, kTileBytes);
+  DSV4_MEMBER static void step(const void* w, const void* w2, TileSteps& x, TileSteps& x2,
+                               int64_t stride = kTileBytes) {
+    tile_load<4>(w, stride);
     load_x<6, kStream>(x);
     tile_dot<0, 4, 6>();
     if constexpr (kColumns == 2) {
@@ -276,7 +277,7 @@ class TileProduct {
       tile_dot<1, 4, 7>();
     }
     if constexpr (kRows == 2) {
-      tile_load<5>(w2, kTileBytes);
+      tile_load<5>(w2, stride);
       tile_dot<2, 5, 6>();
       if constexpr (kColumns == 2) tile_dot<3, 5, 7>();
     }
@@ -321,8 +322,20 @@ class TileProduct {
       ahead += count * Weights::kBlockBytes;
     };
     zero_sums<kRows, kColumns>();
-    for (int64_t first = 0; first < kHeight; first += kQuarter) expand_some(0, first, kQuarter);
-    for (int64_t block = 0; block < blocks_; ++block) {
+    int64_t block = 0;
+    if constexpr (Weights::kScales == 0 && kColumns == 1) {  // plain weights are tiles where they lie
+      const uint8_t* w = codes(p, r);
+      const int64_t whole = p.rows - r < kHeight ? 0 : in_ / kBlock, apart = stride(p);
+      for (; block < whole; ++block) {
+        for (int64_t j = 0; j < kBlockSteps; ++j, w += kTileBytes) {
+          avx512::ask(ahead, kQuarter * Weights::kBlockBytes);
+          ahead += kQuarter * Weights::kBlockBytes;
+          step<kRows, kColumns, false>(w, w + kTileRows * apart, x, x2, apart);
+        }
+      }
+    }
+    for (int64_t first = 0; block < blocks_ && first < kHeight; first += kQuarter) expand_some(block, first, kQuarter);
+    for (; block < blocks_; ++block) {
       const bf16* w = panel_ + block % 2 * kSide * kBlock;
       for (int64_t j = 0; j < kBlockSteps; ++j, w += kTileElements) {
         step<kRows, kColumns, false>(w, w + kTileRows * kBlock, x, x2);
