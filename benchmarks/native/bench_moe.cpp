@@ -1,5 +1,5 @@
 // The experts and the gate without torch: FP4 experts and an FP8 shared expert, six experts a token, at the widths of
-// V4-Flash and V4-Pro with as many experts as a small machine holds; one and eight tokens (decoding) and a prompt. The
+// V4-Flash and V4-Pro with as many experts as a small machine holds; one and eight tokens (decoding) and prompts. The
 // check compares the last token with the scalar kernel, which takes it alone. The map is of all the model's experts,
 // and checked whole.
 #include <algorithm>
@@ -10,6 +10,7 @@
 
 #include "common/hardware.h"
 #include "native/bench.h"
+#include "ops/candidates.h"
 #include "ops/moe.h"
 
 namespace {
@@ -125,7 +126,15 @@ struct Tokens {
   }
 };
 
-void measure_experts(bench::Bench& bench, const Layer& layer, int64_t count, const char* impl) {
+// Runs a case once, for the name of the implementation that it gets.
+void name_implementation(bench::Measurement& m) {
+  m.run();
+  for (const OpInfo* op = OpInfo::first(); op != nullptr; op = op->next()) {
+    if (op->name() == m.op && op->last() != nullptr) m.impl = op->last();
+  }
+}
+
+void measure_experts(bench::Bench& bench, const Layer& layer, int64_t count) {
   const Shape& s = layer.shape;
   const Context context = bench.pool().context();
   Context scalar = context;
@@ -133,7 +142,6 @@ void measure_experts(bench::Bench& bench, const Layer& layer, int64_t count, con
   Tokens tokens(layer, count), last(layer, count);
   bench::Measurement m;
   m.op = "moe_experts";
-  m.impl = impl;
   m.shape = std::string(s.name) + " " + std::to_string(count) + " tokens, " + std::to_string(s.experts) +
             " experts fp4 " + std::to_string(s.hidden) + "x" + std::to_string(s.inter);
   m.flops = 6.0 * static_cast<double>(s.hidden * s.inter * count) * (kTopK + 1);
@@ -154,10 +162,11 @@ void measure_experts(bench::Bench& bench, const Layer& layer, int64_t count, con
     return bench::relative_error(actual, expected);
   };
   m.error_limit = 1.0 / 128;  // of the largest value; the results are bfloat16
+  name_implementation(m);
   bench.measure(m);
 }
 
-void measure_gate(bench::Bench& bench, const Layer& layer, int64_t count, const char* impl) {
+void measure_gate(bench::Bench& bench, const Layer& layer, int64_t count) {
   const Shape& s = layer.shape;
   const Context context = bench.pool().context();
   Context scalar = context;
@@ -165,7 +174,6 @@ void measure_gate(bench::Bench& bench, const Layer& layer, int64_t count, const 
   Tokens tokens(layer, count), last(layer, count);
   bench::Measurement m;
   m.op = "moe_gate";
-  m.impl = impl;
   m.shape = std::string(s.name) + " " + std::to_string(count) + " tokens, " + std::to_string(s.routed) + "x" +
             std::to_string(s.hidden);
   m.flops = 2.0 * static_cast<double>(s.hidden * s.routed * count);
@@ -185,6 +193,7 @@ void measure_gate(bench::Bench& bench, const Layer& layer, int64_t count, const 
     return bench::relative_error(actual, expected);
   };
   m.error_limit = 1e-5;
+  name_implementation(m);
   bench.measure(m);
 }
 
@@ -224,15 +233,14 @@ void measure_map(bench::Bench& bench, const Shape& s, int64_t count) {
 int main(int argc, char** argv) {
   bench::Bench bench(argc, argv);
   if (!bench.usable()) return bench.exit_code();
-  const Isa best = bench.pool().context().best;
-  const char* impl = best >= Isa::kAvx512 ? "avx512" : "scalar";
   for (const Shape& shape : {Shape{"v4-flash", 4096, 2048, 16, 256}, Shape{"v4-pro", 7168, 3072, 12, 384}}) {
     if (bench.quick() && shape.hidden > 4096) continue;
     const Layer layer(shape);
-    for (const int64_t tokens : {int64_t{1}, int64_t{8}, bench.quick() ? int64_t{64} : int64_t{512}}) {
-      measure_gate(bench, layer, tokens, impl);
+    for (const int64_t tokens : {1, 8, 64, 512, 2048}) {
+      if (bench.quick() && tokens > 64) continue;
+      measure_gate(bench, layer, tokens);
       measure_map(bench, shape, tokens);
-      measure_experts(bench, layer, tokens, impl);
+      measure_experts(bench, layer, tokens);
     }
   }
   return bench.exit_code();

@@ -24,6 +24,8 @@ Status moe_experts_backward(const MoeExpertsBackwardParams&, const Context&);
 }  // namespace dsv4::avx512
 
 namespace dsv4::amx {
+int64_t moe_gate_workspace_bytes(const MoeGateParams&, const Context&);
+Status moe_gate(const MoeGateParams&, const Context&);
 int64_t moe_experts_workspace_bytes(const MoeExpertsParams&, const Context&);
 Status moe_experts(const MoeExpertsParams&, const Context&);
 }  // namespace dsv4::amx

@@ -48,10 +48,14 @@ void moe_spread(const Context& context, int64_t slots, int64_t items, const Body
   });
 }
 
-template <class Kernel, class X>
-class MoeCall {
+// Which rows each expert gets, the outputs of those rows and their sums: what does not depend on how rows are stored.
+template <class X>
+class MoeRouting {
  public:
-  MoeCall(const MoeExpertsParams& p, const Context& context)
+  int64_t bytes() const { return used_; }
+
+ protected:
+  MoeRouting(const MoeExpertsParams& p, const Context& context)
       : p_(p),
         context_(context),
         tokens_(p.x.size(0) < kMoeTokens ? p.x.size(0) : kMoeTokens),
@@ -62,43 +66,14 @@ class MoeCall {
         slots_(context.threads < 1 ? 1 : context.threads) {
     const int64_t inter = p.w1.data.size(1), own = has_shared_ ? p.shared[0].data.size(1) : 0;
     widest_ = inter > own ? inter : own;
-    const int64_t pairs = tokens_ * top_k_, rows = pairs + (has_shared_ ? tokens_ : 0);
     start_ = take<int64_t>(experts_ + 1);
     active_ = take<int64_t>(experts_ + 1);
-    order_ = take<int64_t>(pairs);
-    place_ = take<int64_t>(pairs);
-    for (int format = 0; format < kFormats; ++format) {
-      const auto f = static_cast<WeightFormat>(format);
-      input_bytes_[format] = reads_input(f) ? round_up(Kernel::template row_bytes<X>(f, hidden_), 64) : 0;
-      input_[format] = take<uint8_t>(tokens_ * input_bytes_[format]);
-      const bool down = p.w2.format == f || (has_shared_ && p.shared[2].format == f);
-      const int64_t bytes = down ? round_up(Kernel::template row_bytes<X>(f, widest_), 64) : 0;
-      inner_bytes_ = bytes > inner_bytes_ ? bytes : inner_bytes_;
-    }
-    inner_ = take<uint8_t>(rows * inner_bytes_);
-    output_ = take<X>(rows * hidden_);
-    const int64_t in = hidden_ > widest_ ? hidden_ : widest_;
-    group_ = rows < kMoeRows ? rows : kMoeRows;
-    slot_bytes_ = 2 * tile_bytes() + kValuesBytes + round_up(group_ * static_cast<int64_t>(sizeof(void*)), 64) +
-                  round_up(Kernel::memory(in), 64);
-    slot_memory_ = take<uint8_t>(slots_ * slot_bytes_);
+    order_ = take<int64_t>(tokens_ * top_k_);
+    place_ = take<int64_t>(tokens_ * top_k_);
   }
 
-  int64_t bytes() const { return used_; }
-
-  Status run() {
-    for (int64_t first = 0; first < p_.x.size(0); first += tokens_) {
-      const int64_t left = p_.x.size(0) - first;
-      some(first, left < tokens_ ? left : tokens_);
-    }
-    return Status::ok();
-  }
-
- private:
-  static constexpr int kFormats = 4;
-  static constexpr int64_t kValuesBytes = kMoeOutputs * static_cast<int64_t>(sizeof(X));
-
-  int64_t tile_bytes() const { return group_ * kMoeOutputs * static_cast<int64_t>(sizeof(float)); }
+  // Of all experts, the shared one's last.
+  int64_t rows() const { return tokens_ * top_k_ + (has_shared_ ? tokens_ : 0); }
 
   template <class T>
   T* take(int64_t count) {
@@ -126,118 +101,34 @@ class MoeCall {
     return {&p_.w1, &p_.w3, &p_.w2, group, p_.w1.data.size(1), start_[group], start_[group + 1] - start_[group], false};
   }
 
-  uint8_t* input(WeightFormat format, int64_t token) const {
-    return input_[static_cast<int>(format)] + token * input_bytes_[static_cast<int>(format)];
+  int64_t token_of(const Expert& e, int64_t row) const { return e.shared ? row : order_[e.first + row] / top_k_; }
+  float weight_of(const Expert& e, int64_t row) const {
+    if (e.shared) return 1;
+    const int64_t pair = order_[e.first + row];
+    return *p_.weights.at(first_ + pair / top_k_, pair % top_k_);
   }
 
-  // Tokens first_ ... first_ + count_ - 1.
-  void some(int64_t first, int64_t count) {
-    first_ = first;
-    count_ = count;
-    map();
-    moe_spread(context_, row_slots(count), count, [&](int64_t, int64_t token) {
-      const X* x = p_.x.template as<const X>().at(first + token);
-      for (int format = 0; format < kFormats; ++format) {
-        const auto f = static_cast<WeightFormat>(format);
-        if (reads_input(f)) Kernel::template prepare<X>(f, x, hidden_, input(f, token));
-      }
-    });
-    // Neighbouring pieces belong to different experts, so that every thread meets both long and short ones.
-    const int64_t up = (widest_ + kMoeOutputs - 1) / kMoeOutputs, down = (hidden_ + kMoeOutputs - 1) / kMoeOutputs;
-    const int64_t products = (count * top_k_ + (has_shared_ ? count : 0)) * hidden_ * widest_,
+  // Threads for the products of the tokens at hand, and for work on each token's row alone.
+  int64_t product_slots() const {
+    const int64_t products = (count_ * top_k_ + (has_shared_ ? count_ : 0)) * hidden_ * widest_,
                   most = products / kMoeShare;
-    const int64_t slots = most < slots_ ? most : slots_;
-    if (groups_ > 0) {
-      moe_spread(context_, slots, up * groups_,
-                 [&](int64_t slot, int64_t piece) { gate_up(slot, active_[piece % groups_], piece / groups_); });
-      moe_spread(context_, slots, down * groups_,
-                 [&](int64_t slot, int64_t piece) { project_down(slot, active_[piece % groups_], piece / groups_); });
-    }
-    moe_spread(context_, row_slots(count), count, [&](int64_t, int64_t token) { combine(token); });
+    return most < slots_ ? most : slots_;
   }
-
-  // Threads for work on each token's row alone.
-  int64_t row_slots(int64_t count) const {
-    const int64_t most = count * hidden_ / (kMoeShare / 16);
+  int64_t row_slots() const {
+    const int64_t most = count_ * hidden_ / (kMoeShare / 16);
     return most < slots_ ? most : slots_;
   }
 
-  // order_[row] = pair, place_[pair] = row or -1; the groups that have rows.
-  void map() {
+  // Tokens first_ ... first_ + count_ - 1: order_[row] = pair, place_[pair] = row or -1; the groups that have rows.
+  void map(int64_t first, int64_t count) {
+    first_ = first;
+    count_ = count;
     moe_sort(p_.indices, first_, count_, experts_, start_, order_, place_);
     groups_ = 0;
     for (int64_t e = 0; e < experts_; ++e) {
       if (start_[e + 1] > start_[e]) active_[groups_++] = e;
     }
     if (has_shared_) active_[groups_++] = experts_;
-  }
-
-  struct Slot {
-    float *gate, *up;
-    X* values;
-    const uint8_t** rows;
-    uint8_t* memory;
-  };
-  Slot slot(int64_t index) const {
-    uint8_t* at = slot_memory_ + index * slot_bytes_;
-    Slot s;
-    s.gate = reinterpret_cast<float*>(at);
-    s.up = reinterpret_cast<float*>(at + tile_bytes());
-    s.values = reinterpret_cast<X*>(at + 2 * tile_bytes());
-    s.rows = reinterpret_cast<const uint8_t**>(at + 2 * tile_bytes() + kValuesBytes);
-    s.memory = at + slot_bytes_ - round_up(Kernel::memory(hidden_ > widest_ ? hidden_ : widest_), 64);
-    return s;
-  }
-
-  int64_t token_of(const Expert& e, int64_t row) const { return e.shared ? row : order_[e.first + row] / top_k_; }
-
-  // out = the matrix's outputs [row, row + rows) for `count` rows of the expert, from `from` on.
-  void project_input(const Slot& s, const Expert& e, const ExpertMatrix& w, int64_t row, int64_t rows, int64_t from,
-                     int64_t count, float* out) const {
-    for (int64_t i = 0; i < count; ++i) s.rows[i] = input(w.format, token_of(e, from + i));
-    Kernel::template project<X>(w, e.index, row, rows, hidden_, s.rows, count, out, s.memory);
-  }
-
-  // One piece of w1 and w3: the inner activations of all rows of the expert, in the form that w2 reads.
-  void gate_up(int64_t slot_index, int64_t group, int64_t block) const {
-    const Expert e = expert(group);
-    const int64_t row = block * kMoeOutputs, left = e.inter - row, rows = left < kMoeOutputs ? left : kMoeOutputs;
-    if (rows <= 0) return;
-    const Slot s = slot(slot_index);
-    const int64_t offset = Kernel::template row_bytes<X>(e.w2->format, row);
-    for (int64_t from = 0; from < e.count; from += group_) {
-      const int64_t count = e.count - from < group_ ? e.count - from : group_;
-      project_input(s, e, *e.w1, row, rows, from, count, s.gate);
-      project_input(s, e, *e.w3, row, rows, from, count, s.up);
-      for (int64_t i = 0; i < count; ++i) {
-        float weight = 1;
-        if (!e.shared) {
-          const int64_t pair = order_[e.first + from + i];
-          weight = *p_.weights.at(first_ + pair / top_k_, pair % top_k_);
-        }
-        Kernel::template activate<X>(s.gate + i * kMoeOutputs, s.up + i * kMoeOutputs, weight, p_.swiglu_limit, rows,
-                                     s.values);
-        Kernel::template prepare<X>(e.w2->format, s.values, rows,
-                                    inner_ + (e.first + from + i) * inner_bytes_ + offset);
-      }
-    }
-  }
-
-  // One piece of w2.
-  void project_down(int64_t slot_index, int64_t group, int64_t block) const {
-    const Expert e = expert(group);
-    const int64_t row = block * kMoeOutputs, left = hidden_ - row, rows = left < kMoeOutputs ? left : kMoeOutputs;
-    const Slot s = slot(slot_index);
-    for (int64_t from = 0; from < e.count; from += group_) {
-      const int64_t count = e.count - from < group_ ? e.count - from : group_;
-      for (int64_t i = 0; i < count; ++i) s.rows[i] = inner_ + (e.first + from + i) * inner_bytes_;
-      Kernel::template project<X>(*e.w2, e.index, row, rows, e.inter, s.rows, count, s.gate, s.memory);
-      for (int64_t i = 0; i < count; ++i) {
-        X* to = output_ + (e.first + from + i) * hidden_ + row;
-        const float* outputs = s.gate + i * kMoeOutputs;
-        for (int64_t r = 0; r < rows; ++r) to[r] = from_float<X>(outputs[r]);
-      }
-    }
   }
 
   // The sum over a token's experts by ascending index, an index that it has twice by slot: the order of its rows.
@@ -267,12 +158,142 @@ class MoeCall {
   const Context& context_;
   int64_t tokens_, top_k_, hidden_, experts_;
   bool has_shared_;
-  int64_t slots_, widest_, used_ = 0;
-  int64_t input_bytes_[kFormats] = {}, inner_bytes_ = 0, group_ = 0, slot_bytes_ = 0;
+  int64_t slots_, widest_ = 0, used_ = 0;
   int64_t *start_, *active_, *order_, *place_;
-  uint8_t *input_[kFormats], *inner_, *slot_memory_;
-  X* output_;
+  X* output_ = nullptr;  // [row][hidden]
   int64_t first_ = 0, count_ = 0, groups_ = 0;
+};
+
+template <class Kernel, class X>
+class MoeCall : public MoeRouting<X> {
+  using Base = MoeRouting<X>;
+  using Base::p_, Base::context_, Base::tokens_, Base::hidden_, Base::has_shared_, Base::slots_, Base::widest_;
+  using Base::reads_input, Base::expert, Base::token_of, Base::row_slots;
+  using Base::used_, Base::active_, Base::output_, Base::first_, Base::count_, Base::groups_;
+  using typename Base::Expert;
+
+ public:
+  MoeCall(const MoeExpertsParams& p, const Context& context) : Base(p, context) {
+    const int64_t rows = this->rows();
+    for (int format = 0; format < kFormats; ++format) {
+      const auto f = static_cast<WeightFormat>(format);
+      input_bytes_[format] = reads_input(f) ? round_up(Kernel::template row_bytes<X>(f, hidden_), 64) : 0;
+      input_[format] = this->template take<uint8_t>(tokens_ * input_bytes_[format]);
+      const bool down = p.w2.format == f || (has_shared_ && p.shared[2].format == f);
+      const int64_t bytes = down ? round_up(Kernel::template row_bytes<X>(f, widest_), 64) : 0;
+      inner_bytes_ = bytes > inner_bytes_ ? bytes : inner_bytes_;
+    }
+    inner_ = this->template take<uint8_t>(rows * inner_bytes_);
+    output_ = this->template take<X>(rows * hidden_);
+    const int64_t in = hidden_ > widest_ ? hidden_ : widest_;
+    group_ = rows < kMoeRows ? rows : kMoeRows;
+    slot_bytes_ = 2 * tile_bytes() + kValuesBytes + round_up(group_ * static_cast<int64_t>(sizeof(void*)), 64) +
+                  round_up(Kernel::memory(in), 64);
+    slot_memory_ = this->template take<uint8_t>(slots_ * slot_bytes_);
+  }
+
+  Status run() {
+    for (int64_t first = 0; first < p_.x.size(0); first += tokens_) {
+      const int64_t left = p_.x.size(0) - first;
+      some(first, left < tokens_ ? left : tokens_);
+    }
+    return Status::ok();
+  }
+
+ private:
+  static constexpr int kFormats = 4;
+  static constexpr int64_t kValuesBytes = kMoeOutputs * static_cast<int64_t>(sizeof(X));
+
+  int64_t tile_bytes() const { return group_ * kMoeOutputs * static_cast<int64_t>(sizeof(float)); }
+
+  uint8_t* input(WeightFormat format, int64_t token) const {
+    return input_[static_cast<int>(format)] + token * input_bytes_[static_cast<int>(format)];
+  }
+
+  void some(int64_t first, int64_t count) {
+    this->map(first, count);
+    moe_spread(context_, row_slots(), count, [&](int64_t, int64_t token) {
+      const X* x = p_.x.template as<const X>().at(first + token);
+      for (int format = 0; format < kFormats; ++format) {
+        const auto f = static_cast<WeightFormat>(format);
+        if (reads_input(f)) Kernel::template prepare<X>(f, x, hidden_, input(f, token));
+      }
+    });
+    // Neighbouring pieces belong to different experts, so that every thread meets both long and short ones.
+    const int64_t up = (widest_ + kMoeOutputs - 1) / kMoeOutputs, down = (hidden_ + kMoeOutputs - 1) / kMoeOutputs;
+    const int64_t slots = this->product_slots();
+    if (groups_ > 0) {
+      moe_spread(context_, slots, up * groups_,
+                 [&](int64_t slot, int64_t piece) { gate_up(slot, active_[piece % groups_], piece / groups_); });
+      moe_spread(context_, slots, down * groups_,
+                 [&](int64_t slot, int64_t piece) { project_down(slot, active_[piece % groups_], piece / groups_); });
+    }
+    moe_spread(context_, row_slots(), count, [&](int64_t, int64_t token) { this->combine(token); });
+  }
+
+  struct Slot {
+    float *gate, *up;
+    X* values;
+    const uint8_t** rows;
+    uint8_t* memory;
+  };
+  Slot slot(int64_t index) const {
+    uint8_t* at = slot_memory_ + index * slot_bytes_;
+    Slot s;
+    s.gate = reinterpret_cast<float*>(at);
+    s.up = reinterpret_cast<float*>(at + tile_bytes());
+    s.values = reinterpret_cast<X*>(at + 2 * tile_bytes());
+    s.rows = reinterpret_cast<const uint8_t**>(at + 2 * tile_bytes() + kValuesBytes);
+    s.memory = at + slot_bytes_ - round_up(Kernel::memory(hidden_ > widest_ ? hidden_ : widest_), 64);
+    return s;
+  }
+
+  // out = the matrix's outputs [row, row + rows) for `count` rows of the expert, from `from` on.
+  void project_input(const Slot& s, const Expert& e, const ExpertMatrix& w, int64_t row, int64_t rows, int64_t from,
+                     int64_t count, float* out) const {
+    for (int64_t i = 0; i < count; ++i) s.rows[i] = input(w.format, token_of(e, from + i));
+    Kernel::template project<X>(w, e.index, row, rows, hidden_, s.rows, count, out, s.memory);
+  }
+
+  // One piece of w1 and w3: the inner activations of all rows of the expert, in the form that w2 reads.
+  void gate_up(int64_t slot_index, int64_t group, int64_t block) const {
+    const Expert e = expert(group);
+    const int64_t row = block * kMoeOutputs, left = e.inter - row, rows = left < kMoeOutputs ? left : kMoeOutputs;
+    if (rows <= 0) return;
+    const Slot s = slot(slot_index);
+    const int64_t offset = Kernel::template row_bytes<X>(e.w2->format, row);
+    for (int64_t from = 0; from < e.count; from += group_) {
+      const int64_t count = e.count - from < group_ ? e.count - from : group_;
+      project_input(s, e, *e.w1, row, rows, from, count, s.gate);
+      project_input(s, e, *e.w3, row, rows, from, count, s.up);
+      for (int64_t i = 0; i < count; ++i) {
+        Kernel::template activate<X>(s.gate + i * kMoeOutputs, s.up + i * kMoeOutputs, this->weight_of(e, from + i),
+                                     p_.swiglu_limit, rows, s.values);
+        Kernel::template prepare<X>(e.w2->format, s.values, rows,
+                                    inner_ + (e.first + from + i) * inner_bytes_ + offset);
+      }
+    }
+  }
+
+  // One piece of w2.
+  void project_down(int64_t slot_index, int64_t group, int64_t block) const {
+    const Expert e = expert(group);
+    const int64_t row = block * kMoeOutputs, left = hidden_ - row, rows = left < kMoeOutputs ? left : kMoeOutputs;
+    const Slot s = slot(slot_index);
+    for (int64_t from = 0; from < e.count; from += group_) {
+      const int64_t count = e.count - from < group_ ? e.count - from : group_;
+      for (int64_t i = 0; i < count; ++i) s.rows[i] = inner_ + (e.first + from + i) * inner_bytes_;
+      Kernel::template project<X>(*e.w2, e.index, row, rows, e.inter, s.rows, count, s.gate, s.memory);
+      for (int64_t i = 0; i < count; ++i) {
+        X* to = output_ + (e.first + from + i) * hidden_ + row;
+        const float* outputs = s.gate + i * kMoeOutputs;
+        for (int64_t r = 0; r < rows; ++r) to[r] = from_float<X>(outputs[r]);
+      }
+    }
+  }
+
+  int64_t input_bytes_[kFormats] = {}, inner_bytes_ = 0, group_ = 0, slot_bytes_ = 0;
+  uint8_t *input_[kFormats], *inner_, *slot_memory_;
 };
 
 template <class Kernel>

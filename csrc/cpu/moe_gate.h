@@ -1,5 +1,7 @@
 // What the moe_gate kernels share: rows of tokens in blocks, and the choice from their logits. A kernel gives
+//   int64_t kTokens                        of a block
 //   void logits(const MoeGateParams&, int64_t first, int64_t count, float* z, uint8_t* memory)   z[count, E]
+//   void scores(float* z, int64_t count)   in place
 //   int64_t memory(const MoeGateParams&)   of one thread
 #pragma once
 
@@ -9,8 +11,6 @@
 
 namespace dsv4 {
 namespace {
-
-inline constexpr int64_t kGateTokens = 16;
 
 // sqrt(softplus(z)) in double precision, rounded to float32 as the definition does. Below -40 softplus is exp to the
 // last bit, and its root is better taken as exp(z / 2): no underflow. Above 20 softplus is z by convention.
@@ -34,23 +34,16 @@ void choose(const MoeGateParams& p, int64_t token, const float* score) {
       const float value = bias == nullptr ? score[e] : score[e] + bias[e];
       return value != value ? -HUGE_VALF : value;
     };
-    // Each round takes the best of those behind the last one taken.
-    float last = HUGE_VALF;
-    int64_t taken = -1;
-    for (int64_t k = 0; k < p.top_k; ++k) {
-      float best = 0;
-      int64_t index = -1;
-      for (int64_t e = 0; e < experts; ++e) {
-        const float value = ranked(e);
-        const bool behind = value < last || (value == last && e > taken);
-        if (behind && (index < 0 || value > best)) {
-          best = value;
-          index = e;
-        }
-      }
-      indices[k] = static_cast<int32_t>(index);
-      last = best;
-      taken = index;
+    // The best so far in order; an equal one that comes later goes behind.
+    int64_t held = 0;
+    float least = 0;
+    for (int64_t e = 0; e < experts; ++e) {
+      const float value = ranked(e);
+      if (held == p.top_k && !(value > least)) continue;
+      int64_t k = held < p.top_k ? held++ : held - 1;
+      for (; k > 0 && ranked(indices[k - 1]) < value; --k) indices[k] = indices[k - 1];
+      indices[k] = static_cast<int32_t>(e);
+      least = ranked(indices[held - 1]);
     }
   }
   double total = 0;
@@ -68,9 +61,9 @@ class GateCall {
   GateCall(const MoeGateParams& p, const Context& context)
       : p_(p),
         context_(context),
-        blocks_((p.x.size(0) + kGateTokens - 1) / kGateTokens),
+        blocks_((p.x.size(0) + kTokens - 1) / kTokens),
         slots_(blocks_ < context.threads ? blocks_ : context.threads),
-        score_bytes_(round_up(kGateTokens * p.weight.size(0) * static_cast<int64_t>(sizeof(float)), 64)),
+        score_bytes_(round_up(kTokens * p.weight.size(0) * static_cast<int64_t>(sizeof(float)), 64)),
         slot_bytes_(score_bytes_ + round_up(Kernel::memory(p), 64)) {}
 
   int64_t bytes() const { return slots_ * slot_bytes_; }
@@ -80,16 +73,18 @@ class GateCall {
     moe_spread(context_, slots_, blocks_, [&](int64_t slot, int64_t block) {
       uint8_t* memory = static_cast<uint8_t*>(p_.workspace.data) + slot * slot_bytes_;
       float* score = reinterpret_cast<float*>(memory);
-      const int64_t first = block * kGateTokens, left = p_.x.size(0) - first;
-      const int64_t count = left < kGateTokens ? left : kGateTokens;
+      const int64_t first = block * kTokens, left = p_.x.size(0) - first;
+      const int64_t count = left < kTokens ? left : kTokens;
       Kernel::logits(p_, first, count, score, memory + score_bytes_);
-      for (int64_t i = 0; i < count * experts; ++i) score[i] = sqrt_softplus(score[i]);
+      Kernel::scores(score, count * experts);
       for (int64_t i = 0; i < count; ++i) choose(p_, first + i, score + i * experts);
     });
     return Status::ok();
   }
 
  private:
+  static constexpr int64_t kTokens = Kernel::kTokens;
+
   const MoeGateParams& p_;
   const Context& context_;
   int64_t blocks_, slots_, score_bytes_, slot_bytes_;

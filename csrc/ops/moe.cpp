@@ -8,15 +8,20 @@
 namespace dsv4 {
 namespace {
 
+// Tiles multiply bfloat16.
+bool fits_tiles(const MoeGateParams& p) { return p.x.dtype == DType::kBFloat16 && p.weight.dtype == DType::kBFloat16; }
+
 constexpr Candidate<MoeGateParams> kMoeGate[] = {
     {"sm80", Isa::kSm80, DSV4_SM80(sm80::moe_gate)},
+    {"amx", Isa::kAmx, DSV4_AMX(amx::moe_gate), fits_tiles},
     {"avx512", Isa::kAvx512, DSV4_AVX512(avx512::moe_gate)},
     {"scalar", Isa::kScalar, DSV4_SCALAR(scalar::moe_gate)},
 };
 const Op moe_gate_op("moe_gate", kMoeGate);
 
-// Tiles multiply bfloat16 values of codes; plain matrices stay with the vectors.
-bool all_quantised(const MoeExpertsParams& p) {
+// Values of codes are bfloat16 too; plain matrices of float32 stay with the vectors.
+bool fits_tiles(const MoeExpertsParams& p) {
+  if (p.x.dtype == DType::kBFloat16) return true;
   for (const ExpertMatrix* w : {&p.w1, &p.w3, &p.w2, &p.shared[0], &p.shared[1], &p.shared[2]}) {
     if (w->format == WeightFormat::kPlain) return false;
   }
@@ -25,7 +30,7 @@ bool all_quantised(const MoeExpertsParams& p) {
 
 constexpr Candidate<MoeExpertsParams> kMoeExperts[] = {
     {"sm80", Isa::kSm80, DSV4_SM80(sm80::moe_experts)},
-    {"amx", Isa::kAmx, DSV4_AMX(amx::moe_experts), all_quantised},
+    {"amx", Isa::kAmx, DSV4_AMX(amx::moe_experts), fits_tiles},
     {"avx512", Isa::kAvx512, DSV4_AVX512(avx512::moe_experts)},
     {"scalar", Isa::kScalar, DSV4_SCALAR(scalar::moe_experts)},
 };
@@ -229,9 +234,16 @@ int64_t workspace_bytes(const char* op, const Params& p, const Context& context,
 }  // namespace
 
 int64_t moe_gate_workspace_bytes(const MoeGateParams& p, const Context& context) {
-  return workspace_bytes<MoeGateParams>("moe_gate", p, context, DSV4_SCALAR(scalar::moe_gate_workspace_bytes),
-                                        DSV4_AVX512(avx512::moe_gate_workspace_bytes),
-                                        DSV4_SM80(sm80::moe_gate_workspace_bytes));
+  const int64_t bytes = workspace_bytes<MoeGateParams>(
+      "moe_gate", p, context, DSV4_SCALAR(scalar::moe_gate_workspace_bytes),
+      DSV4_AVX512(avx512::moe_gate_workspace_bytes), DSV4_SM80(sm80::moe_gate_workspace_bytes));
+#if defined(DSV4_WITH_AMX)
+  if (bytes > 0 && context.device == Device::kCpu && context.best >= Isa::kAmx && fits_tiles(p)) {
+    const int64_t tiles = amx::moe_gate_workspace_bytes(p, context);
+    return tiles > bytes ? tiles : bytes;
+  }
+#endif
+  return bytes;
 }
 
 int64_t moe_experts_workspace_bytes(const MoeExpertsParams& p, const Context& context) {
@@ -239,7 +251,7 @@ int64_t moe_experts_workspace_bytes(const MoeExpertsParams& p, const Context& co
       "moe_experts", p, context, DSV4_SCALAR(scalar::moe_experts_workspace_bytes),
       DSV4_AVX512(avx512::moe_experts_workspace_bytes), DSV4_SM80(sm80::moe_experts_workspace_bytes));
 #if defined(DSV4_WITH_AMX)
-  if (bytes > 0 && context.device == Device::kCpu && context.best >= Isa::kAmx && all_quantised(p)) {
+  if (bytes > 0 && context.device == Device::kCpu && context.best >= Isa::kAmx && fits_tiles(p)) {
     const int64_t tiles = amx::moe_experts_workspace_bytes(p, context);
     return tiles > bytes ? tiles : bytes;
   }

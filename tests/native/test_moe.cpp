@@ -14,6 +14,8 @@
 namespace dsv4::amx_model {
 int64_t moe_experts_workspace_bytes(const MoeExpertsParams&, const Context&);
 Status moe_experts(const MoeExpertsParams&, const Context&);
+int64_t moe_gate_workspace_bytes(const MoeGateParams&, const Context&);
+Status moe_gate(const MoeGateParams&, const Context&);
 }  // namespace dsv4::amx_model
 #endif
 
@@ -131,14 +133,15 @@ constexpr WeightFormat kFormats[] = {WeightFormat::kPlain, WeightFormat::kFp8, W
 #if defined(DSV4_WITH_AVX512)
 struct Implementation {
   Isa isa;
+  bool tiles;  // which take no plain matrices of float32 (csrc/ops/moe.cpp)
   Status (*run)(const MoeExpertsParams&, const Context&);
   int64_t (*bytes)(const MoeExpertsParams&, const Context&);
 };
 const Implementation kImplementations[] = {
-    {Isa::kAvx512, avx512::moe_experts, avx512::moe_experts_workspace_bytes},
-    {Isa::kAvx512, amx_model::moe_experts, amx_model::moe_experts_workspace_bytes},
+    {Isa::kAvx512, false, avx512::moe_experts, avx512::moe_experts_workspace_bytes},
+    {Isa::kAvx512, true, amx_model::moe_experts, amx_model::moe_experts_workspace_bytes},
 #if defined(DSV4_WITH_AMX)
-    {Isa::kAmx, amx::moe_experts, amx::moe_experts_workspace_bytes},
+    {Isa::kAmx, true, amx::moe_experts, amx::moe_experts_workspace_bytes},
 #endif
 };
 
@@ -149,6 +152,7 @@ void compare(Problem<X>& problem, int64_t step, double limit) {
   const auto expected = problem.run(scalar::moe_experts, scalar::moe_experts_workspace_bytes, 1);
   for (const Implementation& one : kImplementations) {
     if (cpu_isa() < one.isa) continue;
+    if (one.tiles && sizeof(X) == sizeof(float) && problem.matrices[0].view.format == WeightFormat::kPlain) continue;
     const auto found = problem.run(one.run, one.bytes, 1);
     const double error = relative_rms(found, expected);
     CHECK_MESSAGE(error <= limit, "error " + std::to_string(error) + " of " + std::to_string(tokens) +
@@ -268,6 +272,95 @@ TEST(gate_equals_the_scalar_one) {
     run(avx512::moe_gate, avx512::moe_gate_workspace_bytes, 3, threaded, threaded_indices);
     CHECK(indices == expected_indices && threaded_indices == indices && threaded.same_bits(found));
     for (int64_t i = 0; i < tokens * k; ++i) CHECK(std::abs(found[i] - expected[i]) <= 2e-6f * expected[i]);
+  }
+#else
+  testing::not_run("built without avx512");
+#endif
+}
+
+// Of bfloat16, in tiles too; blocks of tokens, of experts and of inputs with a rest, whole and a token alone.
+TEST(gate_of_bfloat16_equals_the_scalar_one) {
+  if (cpu_isa() < Isa::kAvx512) return testing::not_run("this machine has no avx512");
+#if defined(DSV4_WITH_AVX512)
+  struct Gate {
+    Isa isa;
+    Status (*run)(const MoeGateParams&, const Context&);
+    int64_t (*bytes)(const MoeGateParams&, const Context&);
+  };
+  const Gate gates[] = {{Isa::kAvx512, avx512::moe_gate, avx512::moe_gate_workspace_bytes},
+                        {Isa::kAvx512, amx_model::moe_gate, amx_model::moe_gate_workspace_bytes},
+#if defined(DSV4_WITH_AMX)
+                        {Isa::kAmx, amx::moe_gate, amx::moe_gate_workspace_bytes}
+#endif
+  };
+  Random random(6);
+  for (const auto& [tokens, hidden] : {std::pair<int64_t, int64_t>{1, 1}, {7, 130}, {83, 600}}) {
+    const int64_t experts = 300, k = 5;
+    Guarded<bf16> x({tokens, hidden}), weight({experts, hidden});
+    Guarded<float> bias({experts});
+    x.fill(random, -1, 1), weight.fill(random, -0.2f, 0.2f), bias.fill(random, 0, 1);
+    const auto run = [&](const Gate& gate, int threads, int64_t first, int64_t count, std::vector<int32_t>& indices) {
+      ThreadPool pool(threads);
+      const Context context = pool.context();
+      indices.assign(static_cast<size_t>(count * k), -1);
+      Guarded<float> weights({count, k});
+      MoeGateParams p{};
+      p.x = x.any<2>(), p.weight = weight.any<2>(), p.bias = bias.const_view<1>();
+      p.x.data = x.data() + first * hidden, p.x.shape[0] = count;
+      p.top_k = k, p.route_scale = 1.5, p.weights = weights.view<2>();
+      p.indices = dense<AnyView<2>>(indices.data(), {count, k});
+      Scratch scratch(gate.bytes(p, context));
+      p.workspace = scratch.workspace();
+      CHECK(gate.run(p, context).is_ok());
+      CHECK(weights.intact() && scratch.intact() && x.intact() && weight.intact());
+      return std::vector<float>(weights.data(), weights.data() + count * k);
+    };
+    std::vector<int32_t> expected_indices, indices, others;
+    const auto expected =
+        run({Isa::kScalar, scalar::moe_gate, scalar::moe_gate_workspace_bytes}, 1, 0, tokens, expected_indices);
+    for (const Gate& gate : gates) {
+      if (cpu_isa() < gate.isa) continue;
+      const auto found = run(gate, 1, 0, tokens, indices);
+      CHECK(indices == expected_indices);
+      for (size_t i = 0; i < found.size(); ++i) CHECK(std::abs(found[i] - expected[i]) <= 2e-6f * expected[i]);
+      CHECK(run(gate, 3, 0, tokens, others) == found && others == indices);
+      for (int64_t token = 0; token < tokens; token += 9) {
+        const auto alone = run(gate, 1, token, 1, others);
+        CHECK(std::equal(alone.begin(), alone.end(), found.begin() + token * k));
+        CHECK(std::equal(others.begin(), others.end(), indices.begin() + token * k));
+      }
+    }
+  }
+#else
+  testing::not_run("built without avx512");
+#endif
+}
+
+// Scores of every size, as the scalar kernel has them: x is 1, so that a weight of the gate is a logit. What is seen is
+// the score beside that of logit 0, of their sum.
+TEST(gate_scores) {
+  if (cpu_isa() < Isa::kAvx512) return testing::not_run("this machine has no avx512");
+#if defined(DSV4_WITH_AVX512)
+  std::vector<float> logits = {0, -0.0f, 1e-30f, -1e-30f, 19.99f, 20, 20.01f, -39.99f, -40, -40.01f, -170, -210, 1e30f};
+  for (int i = -1000; i < 1000; ++i) logits.push_back(0.11f * static_cast<float>(i));
+  for (const float logit : logits) {
+    Guarded<float> x({1, 1}), weight({2, 1});
+    x[0] = 1, weight[0] = logit, weight[1] = 0;
+    float values[2];
+    int at = 0;
+    for (const auto op : {scalar::moe_gate, avx512::moe_gate}) {
+      ThreadPool pool(1);
+      std::vector<int32_t> indices(2);
+      Guarded<float> weights({1, 2});
+      MoeGateParams p{};
+      p.x = x.any<2>(), p.weight = weight.any<2>(), p.top_k = 2, p.route_scale = 1, p.weights = weights.view<2>();
+      p.indices = dense<AnyView<2>>(indices.data(), {1, 2});
+      Scratch scratch(1 << 16);
+      p.workspace = scratch.workspace();
+      CHECK(op(p, pool.context()).is_ok());
+      values[at++] = weights[indices[0] == 0 ? 0 : 1];
+    }
+    CHECK_MESSAGE(std::abs(values[1] - values[0]) <= 1.2e-7f * values[0], "logit " + std::to_string(logit));
   }
 #else
   testing::not_run("built without avx512");

@@ -75,10 +75,18 @@ def problem(
     return result
 
 
+def chosen(implementation: str, a: dict[str, Any]) -> str:
+    """This implementation, or the next that takes these matrices: tiles take no plain ones of float32."""
+    scales = [a[f"{name}_scale"] for name in ("w1", "w3", "w2")]
+    shared = a.get("shared")
+    plain = any(scale is None for scale in scales) or (shared is not None and len(shared) == 3)
+    return "avx512" if implementation == "amx" and plain and a["x"].dtype == torch.float32 else implementation
+
+
 def run(implementation: str, a: dict[str, Any]) -> Tensor:
     with max_isa(implementation):
         out = ops.moe_experts(**a)
-    assert _library.last_implementation("moe_experts") == implementation
+    assert _library.last_implementation("moe_experts") == chosen(implementation, a)
     assert out.shape == a["x"].shape and out.dtype == a["x"].dtype and out.is_contiguous()
     return out
 
@@ -296,7 +304,10 @@ def test_gate_equals_the_definition(
         weights, indices = ops.moe_gate(x, weight, top_k, bias, route_scale=1.5)
         ids, table = torch.arange(19) % 3, torch.stack([torch.randperm(count)[:top_k] for _ in range(3)])
         hashed, hashed_indices = ops.moe_gate(x, weight, top_k, None, ids, table, 2.5)
-    assert _library.last_implementation("moe_gate") == implementation
+    narrow = dtypes == (torch.bfloat16, torch.bfloat16)
+    assert _library.last_implementation("moe_gate") == (
+        "avx512" if implementation == "amx" and not narrow else implementation
+    )
     expected, expected_indices = ops.moe_gate_reference(x, weight, top_k, bias, route_scale=1.5)
     assert_same_bits(indices, expected_indices)
     torch.testing.assert_close(weights, expected, rtol=4e-6, atol=1e-7)

@@ -1,144 +1,282 @@
-// The experts in AMX tiles. As in avx512/moe_panels.h weights take their scales while they expand, 1,024 inputs of 128
-// outputs at a time into the second-level cache; here 16 outputs of 32 inputs make a tile, transposed as pairs. A step
-// of 32 x 32 products is four tiles, and a tile register starts at zero with every chunk, so a result depends on its
-// two rows alone. 16 rows of activations and fewer cost the same: every expansion of 16 x 32 weights takes some 60
-// cycles (32 for the transposition) beside 16 for each product, so tokens that share an expert pay for it. Expected:
-// 50 % of the tile peak at 64 rows an expert, 65 % at 256; one token, 3 bytes of FP4 codes a cycle and core. Plain
-// matrices, the other scales, the activation and the quantiser are the AVX-512 kernel's.
+// The experts in AMX tiles, weights as the left operand (amx/moe_product.h), and the gate of bfloat16. Rows of
+// activations lie as a tile's right operand wants them, 16 rows of an expert side by side: a token's row is prepared
+// once and gathered once for each of its experts, and what w1 and w3 give is already in that form for w2
+// (amx/moe_rows.h). Plain matrices of float32 are the AVX-512 kernel's.
+//
+// Measured on one core of Emerald Rapids (2.65 TFLOP/s in tiles, reads at 16 GB/s), FP4 weights, 4096 inputs: 512
+// weights that come from a cache take 51 cycles with 1 row, 57 with 16, 72 with 32, so that memory is the limit for one
+// unit of rows, at 60 % of what a copy loop reads (weights that a loop expands do not ask as far ahead as plain reads
+// do). Products alone run at 43 % of the tile peak with 48 rows, 59 % with 192; the other cycles carry sums, which come
+// and go once for 512 inputs. Around them, 14 % of a call: the activation, outputs brought back to rows, the gathering.
 #include "cpu/moe.h"
 
-#include "cpu/amx/tile_product.h"
-#include "cpu/avx512/moe_product.h"
+#include "cpu/amx/moe_rows.h"
+#include "cpu/avx512/gate_scores.h"
+#include "cpu/moe_gate.h"
 
 namespace dsv4::DSV4_AMX_NAMESPACE {
 namespace {
 
-using avx512::kBlock, avx512::kBlockSteps, avx512::kChunk, avx512::kChunkBlocks, avx512::kStep;
+constexpr int kFormats = 4;
+constexpr int64_t kGroup = 512;                   // rows of an expert whose sums wait in memory
+constexpr int64_t kDown = kStrips * kMoeOutputs;  // outputs of a piece of w2
 
-template <class Panel>
-class TileProduct : public avx512::Product<Panel> {
-  using Base = avx512::Product<Panel>;
-  using Base::codes, Base::count_, Base::expand_panel_, Base::in_, Base::kScales, Base::out_, Base::pack, Base::rows_;
-  using typename Base::Four;
-  using typename Base::Rows;
+template <class X>
+class TileCall : public MoeRouting<X> {
+  using Base = MoeRouting<X>;
+  using Base::expert, Base::row_slots;
+  using Base::p_, Base::context_, Base::tokens_, Base::top_k_, Base::hidden_, Base::has_shared_, Base::slots_;
+  using Base::widest_, Base::used_, Base::active_, Base::output_, Base::count_, Base::groups_;
+  using typename Base::Expert;
 
  public:
-  static int64_t memory(int64_t in) {
-    return round_up(Base::memory(in), 64) + kSide * kChunk * static_cast<int64_t>(sizeof(bf16));
+  TileCall(const MoeExpertsParams& p, const Context& context) : Base(p, context) {
+    const int64_t rows = this->rows(), width = moe_row_bytes(hidden_);
+    for (int f = 0; f < kFormats; ++f) {
+      const bool read = this->reads_input(static_cast<WeightFormat>(f));
+      prepared_[f] = this->template take<uint8_t>(read ? tokens_ * width : 0);
+      if (read) input_order(static_cast<WeightFormat>(f), order_[f]);
+    }
+    input_order(p.w2.format, order_[static_cast<int>(p.w2.format)]);
+    input_order(p.shared[2].format, order_[static_cast<int>(p.shared[2].format)]);
+    // Outputs take the place of the gathered rows, which are not read any more by then.
+    int64_t bytes = 0, at[2][kFormats] = {};
+    for (int shared = 0; shared < (has_shared_ ? 2 : 1); ++shared) {
+      const ExpertMatrix* w[2] = {shared ? &p.shared[0] : &p.w1, shared ? &p.shared[1] : &p.w3};
+      for (int i = 0; i < (w[0]->format == w[1]->format ? 1 : 2); ++i) {
+        at[shared][static_cast<int>(w[i]->format)] = bytes;
+        bytes += (shared ? tokens_ : tokens_ * top_k_) * width + kTileBytes;
+      }
+    }
+    const int64_t outputs = rows * hidden_ * static_cast<int64_t>(sizeof(X));
+    uint8_t* gathered = this->template take<uint8_t>(bytes > outputs ? bytes : outputs);
+    output_ = reinterpret_cast<X*>(gathered);
+    for (int shared = 0; shared < 2; ++shared) {
+      for (int f = 0; f < kFormats; ++f) gathered_[shared][f] = gathered + at[shared][f];
+    }
+    inner_ = this->template take<uint8_t>(rows * moe_row_bytes(widest_) + kTileBytes);
+    group_ = rows < kGroup ? round_up(rows, kSide) : kGroup;
+    slot_bytes_ = 2 * sums_bytes() + product_bytes();
+    slot_memory_ = this->template take<uint8_t>(slots_ * slot_bytes_);
   }
 
-  TileProduct(const ExpertMatrix& w, int64_t expert, int64_t in, const uint8_t* const* x, int64_t count, float* out,
-              uint8_t* memory)
-      : Base(w, expert, in, x, count, out, memory),
-        activations_(reinterpret_cast<bf16*>(memory + round_up(Base::memory(in), 64))) {}
+  Status run() {
+    for (int64_t first = 0; first < p_.x.size(0); first += tokens_) {
+      const int64_t left = p_.x.size(0) - first;
+      some(first, left < tokens_ ? left : tokens_);
+    }
+    return Status::ok();
+  }
 
-  void run(int64_t row, int64_t rows) {
-    this->row_ = row, this->rows_ = rows;
-    if (!this->folds()) return this->multiply_and_scale();
-    TileConfig config;
-    for (int tile = 0; tile < kTiles; ++tile) config.set(tile, kTileRows, kTileBytes);
-    tile_configure(config);
-    const int64_t blocks = avx512::blocks_of(in_);
-    for (int64_t first = 0; first < blocks; first += kChunkBlocks) {
-      const int64_t some = blocks - first < kChunkBlocks ? blocks - first : kChunkBlocks;
-      expand(first, some);
-      for (int64_t m = 0; m < count_; m += kSide) {
-        gather(m, first, some);
-        for (int64_t r = 0; r < rows_; r += kSide) multiply(m, r, some * kBlockSteps, first == 0);
+ private:
+  int64_t sums_bytes() const { return group_ * kMoeOutputs * static_cast<int64_t>(sizeof(float)); }
+  int64_t product_bytes() const {
+    return round_up(TileProduct<Fp4Tiles>::memory(hidden_ > widest_ ? hidden_ : widest_), 64);
+  }
+
+  bf16* prepared(int format, int64_t token) const {
+    return reinterpret_cast<bf16*>(prepared_[format] + token * moe_row_bytes(hidden_));
+  }
+  uint8_t* gathered(const Expert& e, WeightFormat format) const {
+    return gathered_[e.shared][static_cast<int>(format)] + (e.shared ? 0 : e.first * moe_row_bytes(hidden_));
+  }
+  uint8_t* inner(const Expert& e, int64_t row) const { return inner_ + (e.first + row) * moe_row_bytes(widest_); }
+
+  void some(int64_t first, int64_t count) {
+    this->map(first, count);
+    moe_spread(context_, row_slots(), count, [&](int64_t, int64_t token) {
+      const X* x = p_.x.template as<const X>().at(first + token);
+      for (int f = 0; f < kFormats; ++f) {
+        const auto format = static_cast<WeightFormat>(f);
+        if (this->reads_input(format)) prepare_row(format, x, hidden_, prepared(f, token));
+      }
+    });
+    int64_t units = 0;
+    for (int64_t i = 0; i < groups_; ++i) units += (expert(active_[i]).count + kUnit - 1) / kUnit;
+    moe_spread(context_, row_slots(), units, [&](int64_t, int64_t unit) { gather(unit); });
+    // Neighbouring pieces belong to one expert, so that its activations stay in the caches; the shared one, which has
+    // the longest, comes first.
+    const int64_t up = (widest_ + kMoeOutputs - 1) / kMoeOutputs, down = (hidden_ + kDown - 1) / kDown;
+    const int64_t slots = this->product_slots();
+    if (groups_ > 0) {
+      moe_spread(context_, slots, up * groups_, [&](int64_t slot, int64_t piece) { gate_up(slot, piece, up, slots); });
+      moe_spread(context_, slots, down * groups_,
+                 [&](int64_t slot, int64_t piece) { project_down(slot, piece, down, slots); });
+    }
+    moe_spread(context_, row_slots(), count, [&](int64_t, int64_t token) { this->combine(token); });
+  }
+
+  // The unit of that number, counted over all experts.
+  void gather(int64_t unit) const {
+    int64_t group = 0;
+    for (;; ++group) {
+      const int64_t units = (expert(active_[group]).count + kUnit - 1) / kUnit;
+      if (unit < units) break;
+      unit -= units;
+    }
+    const Expert e = expert(active_[group]);
+    const int64_t first = unit * kUnit, count = e.count - first < kUnit ? e.count - first : kUnit;
+    for (int i = 0; i < (e.w1->format == e.w3->format ? 1 : 2); ++i) {
+      const WeightFormat format = i == 0 ? e.w1->format : e.w3->format;
+      const bf16* rows[kUnit];
+      for (int64_t m = 0; m < count; ++m) rows[m] = prepared(static_cast<int>(format), this->token_of(e, first + m));
+      gather_unit(rows, count, hidden_, reinterpret_cast<bf16*>(gathered(e, format) + first * moe_row_bytes(hidden_)));
+    }
+  }
+
+  struct Slot {
+    float *gate, *up;
+    uint8_t* memory;
+  };
+  Slot slot(int64_t index) const {
+    uint8_t* at = slot_memory_ + index * slot_bytes_;
+    return {reinterpret_cast<float*>(at), reinterpret_cast<float*>(at + sums_bytes()), at + 2 * sums_bytes()};
+  }
+
+  static void project(const Expert& e, int64_t in, const ExpertRows& x, const Strip* strips, int count, uint8_t* memory,
+                      const uint8_t* next) {
+    switch (strips[0].w->format) {
+      case WeightFormat::kFp8:
+        return TileProduct<Fp8Tiles>(e.index, in, x, memory).run(strips, count, next);
+      case WeightFormat::kFp4:
+        return TileProduct<Fp4Tiles>(e.index, in, x, memory).run(strips, count, next);
+      default:
+        return TileProduct<PlainTiles>(e.index, in, x, memory).run(strips, count, next);
+    }
+  }
+
+  // Rows of an expert that are taken together: equal parts, no more than its slot has room for.
+  int64_t part_of(const Expert& e) const {
+    const int64_t parts = (e.count + group_ - 1) / group_;
+    return round_up((e.count + parts - 1) / parts, kSide);
+  }
+  // What a piece belongs to, the shared expert first; beyond the last one, the last.
+  Expert piece_expert(int64_t piece, int64_t pieces) const {
+    const int64_t group = groups_ - 1 - piece / pieces;
+    return expert(active_[group < 0 ? 0 : group]);
+  }
+
+  // One piece of w1 and w3: the inner activations of all rows of the expert, in the form that w2 reads.
+  void gate_up(int64_t slot_index, int64_t piece, int64_t pieces, int64_t slots) const {
+    const Expert e = piece_expert(piece, pieces), later = piece_expert(piece + slots, pieces);
+    const int64_t row = piece % pieces * kMoeOutputs, left = e.inter - row;
+    const int64_t rows = left < kMoeOutputs ? left : kMoeOutputs;
+    if (rows <= 0) return;
+    const Slot s = slot(slot_index);
+    const uint8_t* next = row_codes(*later.w1, later.index, (piece + slots) % pieces * kMoeOutputs);
+    const int64_t width = moe_row_bytes(hidden_), part = part_of(e);
+    for (int64_t from = 0; from < e.count; from += part) {
+      const int64_t count = e.count - from < part ? e.count - from : part;
+      configure_tiles(count);
+      const Strip strips[] = {{e.w1, row, rows, s.gate}, {e.w3, row, rows, s.up}};
+      const ExpertRows x1{gathered(e, e.w1->format) + from * width, width, count};
+      if (e.w1->format == e.w3->format) {
+        project(e, hidden_, x1, strips, 2, s.memory, next);
+      } else {
+        const ExpertRows x3{gathered(e, e.w3->format) + from * width, width, count};
+        project(e, hidden_, x1, strips, 1, s.memory, row_codes(*e.w3, e.index, row));
+        project(e, hidden_, x3, strips + 1, 1, s.memory, next);
+      }
+      tile_release();
+      for (int64_t m = 0; m < count; m += kUnit) {
+        const int64_t some = count - m < kUnit ? count - m : kUnit;
+        float weights[kUnit];
+        for (int64_t i = 0; i < some; ++i) weights[i] = this->weight_of(e, from + m + i);
+        bf16* to = reinterpret_cast<bf16*>(inner(e, from + m)) + row * some;
+        activate_unit<X>(sums_of_unit(s.gate, m / kUnit), sums_of_unit(s.up, m / kUnit), weights, some, rows,
+                         p_.swiglu_limit, e.w2->format, order_[static_cast<int>(e.w2->format)], to);
+      }
+    }
+  }
+
+  // One piece of w2: two strips.
+  void project_down(int64_t slot_index, int64_t piece, int64_t pieces, int64_t slots) const {
+    const Expert e = piece_expert(piece, pieces), later = piece_expert(piece + slots, pieces);
+    const int64_t row = piece % pieces * kDown, left = hidden_ - row;
+    const Slot s = slot(slot_index);
+    const uint8_t* next = row_codes(*later.w2, later.index, (piece + slots) % pieces * kDown);
+    const int64_t width = moe_row_bytes(widest_), part = part_of(e);
+    const Strip strips[] = {{e.w2, row, left < kMoeOutputs ? left : kMoeOutputs, s.gate},
+                            {e.w2, row + kMoeOutputs, left < kDown ? left - kMoeOutputs : kMoeOutputs, s.up}};
+    for (int64_t from = 0; from < e.count; from += part) {
+      const int64_t count = e.count - from < part ? e.count - from : part;
+      configure_tiles(count);
+      project(e, e.inter, {inner(e, from), width, count}, strips, 2, s.memory, next);
+      tile_release();
+      for (const Strip& strip : strips) {
+        for (int64_t m = 0; m < count && strip.rows > 0; m += kUnit) {
+          put_unit(sums_of_unit(strip.sums, m / kUnit), count - m < kUnit ? count - m : kUnit, strip.rows,
+                   output_ + (e.first + from + m) * hidden_ + strip.row, hidden_);
+        }
+      }
+    }
+  }
+
+  uint8_t *prepared_[kFormats], *gathered_[2][kFormats], *inner_, *slot_memory_;
+  uint8_t order_[kFormats][kBlock];
+  int64_t group_ = 0, slot_bytes_ = 0;
+};
+
+// The gate of bfloat16: its weights are a plain matrix.
+struct Gate {
+  static constexpr int64_t kTokens = 64;
+  static constexpr int64_t kSumsBytes = kTokens * kMoeOutputs * static_cast<int64_t>(sizeof(float));
+
+  static int64_t memory(const MoeGateParams& p) {
+    const int64_t hidden = p.x.size(1);
+    return (kTokens + kUnit) * moe_row_bytes(hidden) + kTileBytes + kStrips * kSumsBytes +
+           TileProduct<PlainTiles>::memory(hidden);
+  }
+  static void scores(float* z, int64_t count) { avx512::gate_scores(z, count); }
+
+  static void logits(const MoeGateParams& p, int64_t first, int64_t count, float* z, uint8_t* memory) {
+    const int64_t hidden = p.x.size(1), width = moe_row_bytes(hidden), experts = p.weight.size(0);
+    uint8_t* prepared = memory + kTokens * width + kTileBytes;
+    float* sums = reinterpret_cast<float*>(prepared + kUnit * width);
+    uint8_t* product = reinterpret_cast<uint8_t*>(sums) + kStrips * kSumsBytes;
+    for (int64_t m = 0; m < count; m += kUnit) {
+      const int64_t some = count - m < kUnit ? count - m : kUnit;
+      const bf16* rows[kUnit];
+      for (int64_t i = 0; i < some; ++i) {
+        bf16* row = reinterpret_cast<bf16*>(prepared + i * width);
+        prepare_row(WeightFormat::kPlain, p.x.as<const bf16>().at(first + m + i), hidden, row);
+        rows[i] = row;
+      }
+      gather_unit(rows, some, hidden, reinterpret_cast<bf16*>(memory + m * width));
+    }
+    ExpertMatrix w;
+    w.format = WeightFormat::kPlain;
+    w.data = {p.weight.data, p.weight.dtype, {1, experts, hidden}, {0, p.weight.stride[0], 1}};
+    configure_tiles(count);
+    for (int64_t e = 0; e < experts; e += kStrips * kMoeOutputs) {
+      Strip strips[kStrips];
+      for (int64_t i = 0; i < kStrips; ++i) {
+        const int64_t row = e + i * kMoeOutputs, left = experts - row;
+        strips[i] = {&w, row, left < kMoeOutputs ? left : kMoeOutputs, sums + i * kTokens * kMoeOutputs};
+      }
+      TileProduct<PlainTiles>(0, hidden, {memory, width, count}, product)
+          .run(strips, kStrips, row_codes(w, 0, e + kStrips * kMoeOutputs));
+      for (const Strip& strip : strips) {
+        for (int64_t m = 0; m < count && strip.rows > 0; m += kUnit) {
+          put_unit(sums_of_unit(strip.sums, m / kUnit), count - m < kUnit ? count - m : kUnit, strip.rows,
+                   z + m * experts + strip.row, experts);
+        }
       }
     }
     tile_release();
   }
-
- private:
-  // Blocks [first, first + blocks) of all weights: [output / 16][step][pair of inputs][output % 16][2].
-  void expand(int64_t first, int64_t blocks) const {
-    alignas(64) uint16_t scales[kTileRows][kChunkBlocks * 4];
-    alignas(64) bf16 block[kBlockSteps][kTileRows][kStep];
-    for (int64_t r = 0; r < rows_; r += kTileRows) {
-      const int64_t left = rows_ - r < kTileRows ? rows_ - r : kTileRows;
-      read_scales(r, left, first, blocks, scales);
-      for (int64_t b = 0; b < blocks; ++b) {
-        const int64_t bytes = Rows::bytes(in_) - (first + b) * Rows::kBlockBytes;
-        for (int64_t i = 0; i < kTileRows; ++i) {
-          // Beyond the last output the last once more: nothing that memory might hold gets into a tile.
-          const int64_t mine = i < left ? i : left - 1;
-          const uint8_t* from = codes(r + mine) + (first + b) * Rows::kBlockBytes;
-          const uint16_t* scale = scales[mine] + 4 * b;
-          const avx512::Block weights =
-              bytes >= Rows::kBlockBytes ? expand_panel_.expand(from, scale) : expand_panel_.expand(from, scale, bytes);
-          for (int j = 0; j < kBlockSteps; ++j) _mm512_store_si512(block[j][i], weights.w[j]);
-        }
-        for (int j = 0; j < kBlockSteps; ++j) {
-          __m512i pairs[kTileRows];
-          for (int i = 0; i < kTileRows; ++i) pairs[i] = _mm512_load_si512(block[j][i]);
-          avx512::transpose(pairs);
-          bf16* to = tile(r, b * kBlockSteps + j);
-          for (int i = 0; i < kTileRows; ++i) _mm512_store_si512(to + i * kStep, pairs[i]);
-        }
-      }
-    }
-  }
-
-  // Of 16 outputs, four at a time, from [block][row][4].
-  void read_scales(int64_t r, int64_t left, int64_t first, int64_t blocks, uint16_t (*scales)[kChunkBlocks * 4]) const {
-    if constexpr (!Panel::kScalesActivations) {
-      alignas(64) uint16_t four[kChunkBlocks * 4 * avx512::kColumns];
-      const int64_t stored = this->w_.scale.size(2) - first * kScales, most = blocks * kScales;
-      for (int64_t n = 0; n < left; n += avx512::kColumns) {
-        Panel::read_scales(Four(*this, r + n, first).scales, stored < most ? stored : most, four);
-        for (int64_t i = 0; i < avx512::kColumns * blocks; ++i) {
-          __builtin_memcpy(scales[n + i % avx512::kColumns] + i / avx512::kColumns * 4, four + 4 * i, 8);
-        }
-      }
-    }
-  }
-
-  bf16* tile(int64_t r, int64_t step) const { return this->panel_ + r * kChunk + step * kTileElements; }
-
-  // Up to 32 rows of activations: [row / 16][step][row % 16][32], zero beyond the last.
-  void gather(int64_t m, int64_t first, int64_t blocks) const {
-    const int64_t steps = blocks * kBlockSteps, left = count_ - m < kSide ? count_ - m : kSide;
-    const int64_t rows = left > kTileRows ? kSide : kTileRows;
-    for (int64_t i = 0; i < rows; ++i) {
-      bf16* to = activations_ + i / kTileRows * kTileRows * kChunk + i % kTileRows * kStep;
-      if (i < left) {
-        pack(m + i, first * kBlockSteps, steps, to, kTileElements);
-      } else {
-        for (int64_t s = 0; s < steps; ++s) _mm512_store_si512(to + s * kTileElements, _mm512_setzero_si512());
-      }
-    }
-  }
-
-  void multiply(int64_t m, int64_t r, int64_t steps, bool first) const {
-    alignas(64) float products[kSide][kSide];
-    const TileSteps x[2] = {{activations_}, {activations_ + kTileRows * kChunk}};
-    const TileSteps w[2] = {{tile(r, 0)}, {tile(r + kTileRows, 0)}};
-    with_shape(count_ - m > kTileRows, rows_ - r > kTileRows, [&](auto shape) __attribute__((always_inline)) {
-      zero_sums<shape.kRows, shape.kColumns>();
-      add_products<shape.kRows, shape.kColumns>(x, w, steps);
-      store_sums<shape.kRows, shape.kColumns>(products);
-    });
-    const int64_t columns = rows_ - r < kSide ? rows_ - r : kSide;
-    for (int64_t i = 0; i < kSide && m + i < count_; ++i) {
-      float* to = out_ + (m + i) * kMoeOutputs + r;
-      avx512::Pair sums = avx512::load(products[i], columns);
-      if (!first) {
-        const avx512::Pair before = avx512::load(to, columns);
-        sums = {_mm512_add_ps(before.a, sums.a), _mm512_add_ps(before.b, sums.b)};
-      }
-      avx512::store(to, sums, columns);
-    }
-  }
-
-  bf16* activations_;
 };
-
-using Kernel = avx512::MoeKernel<TileProduct>;
 
 }  // namespace
 
-int64_t moe_experts_workspace_bytes(const MoeExpertsParams& p, const Context& c) { return moe_bytes<Kernel>(p, c); }
-Status moe_experts(const MoeExpertsParams& p, const Context& c) { return moe_run<Kernel>(p, c); }
+int64_t moe_gate_workspace_bytes(const MoeGateParams& p, const Context& c) { return GateCall<Gate>(p, c).bytes(); }
+Status moe_gate(const MoeGateParams& p, const Context& c) { return GateCall<Gate>(p, c).run(); }
+
+int64_t moe_experts_workspace_bytes(const MoeExpertsParams& p, const Context& c) {
+  return p.x.dtype == DType::kBFloat16 ? TileCall<bf16>(p, c).bytes() : TileCall<float>(p, c).bytes();
+}
+Status moe_experts(const MoeExpertsParams& p, const Context& c) {
+  return p.x.dtype == DType::kBFloat16 ? TileCall<bf16>(p, c).run() : TileCall<float>(p, c).run();
+}
 
 }  // namespace dsv4::DSV4_AMX_NAMESPACE

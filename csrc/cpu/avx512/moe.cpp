@@ -5,6 +5,7 @@
 // limit is the rate of vdpbf16ps, less 5 % for adding up the lanes of a chunk.
 #include "cpu/moe.h"
 
+#include "cpu/avx512/gate_scores.h"
 #include "cpu/avx512/moe_product.h"
 #include "cpu/moe_gate.h"
 
@@ -15,9 +16,11 @@ constexpr int64_t kGateRows = 32;  // rows of the gate's weights widened at a ti
 using Kernel = MoeKernel<Product>;
 
 struct Gate {
+  static constexpr int64_t kTokens = 16;
+  static void scores(float* z, int64_t count) { gate_scores(z, count); }
   static int64_t memory(const MoeGateParams& p) {
     const int64_t row = p.x.size(1) * static_cast<int64_t>(sizeof(float));
-    return p.x.dtype == p.weight.dtype ? 0 : (kGateRows > kGateTokens ? kGateRows : kGateTokens) * row;
+    return p.x.dtype == p.weight.dtype ? 0 : (kGateRows > kTokens ? kGateRows : kTokens) * row;
   }
 
   // Rows of bfloat16 as float32, one after another.
