@@ -7,10 +7,15 @@
 // A kernel is a class with
 //   static int64_t memory(const IndexTopkParams&)   scratch memory of one, bytes
 //   Kernel(const IndexTopkParams&, uint8_t* memory)  64-byte aligned
-//   void prepare(const IndexKey* keys, int64_t count)   up to kChunk keys; those not stored score anything
-//   void expect(const IndexKey* keys, int64_t count)   those of the next chunk, which it may fetch meanwhile
-//   void score(int64_t row, int64_t count, float* scores)  of the first `count` keys; may write up to the next multiple
-//   of 64 static void offer(Selection&, const float* scores, const uint16_t* stored, int64_t count, int64_t first)
+//   int64_t together() const   how many neighbouring rows it scores at once, at most kIndexTogether
+//   void begin(int64_t row, int64_t end)   a block of rows; the first of its chunks comes next
+//   void end()   the last of them has been scored
+//   void prepare(const IndexKey* keys, int64_t count)   up to kIndexChunk keys; those not stored score anything
+//   void expect(const IndexKey* keys, int64_t count)   those of the next chunk, which it may read meanwhile; fewer than
+//   kIndexChunk prepared keys are the last
+//   void score(int64_t row, int64_t count, float* scores)   of the first `count` keys, for the rows from `row` on that
+//   it scores at once and that are below the end; kIndexScores a row, up to the next multiple of 64 may be written
+//   static void offer(Selection&, const float* scores, const uint16_t* stored, int64_t count, int64_t first)
 #pragma once
 
 #include "cpu/index_selection.h"
@@ -23,6 +28,7 @@ inline constexpr int64_t kIndexRows = 16;
 inline constexpr int64_t kIndexChunk = 384;                // keys, a multiple of 16
 inline constexpr int64_t kIndexRange = 4 * kIndexChunk;    // the fewest entries that are worth a range
 inline constexpr int64_t kIndexScores = kIndexChunk + 64;  // room for the scores of a chunk
+inline constexpr int64_t kIndexTogether = 4;
 
 DSV4_HOST_DEVICE int64_t index_ceil(int64_t value, int64_t divisor) { return (value + divisor - 1) / divisor; }
 
@@ -134,25 +140,32 @@ class IndexCall {
       if (count > 0) pool_.locate(*sequence_.at(row), at, count, to);
       return count > 0 ? count : 0;
     };
+    kernel.begin(row, end);
     int64_t count = locate(first, keys[0]);
     for (int64_t at = first, turn = 0; at < last; at += kIndexChunk, turn = 1 - turn) {
-      uint16_t stored[kIndexChunk / 16] = {};
-      for (int64_t i = 0; i < count; ++i) {
-        stored[i / 16] =
-            static_cast<uint16_t>(stored[i / 16] | (keys[turn][i].values != nullptr ? 1u << (i % 16) : 0u));
-      }
+      uint16_t stored[kIndexChunk / 16];
+      mark(keys[turn], count, stored);
       kernel.prepare(keys[turn], count);
       const int64_t following = locate(at + kIndexChunk, keys[1 - turn]);
       kernel.expect(keys[1 - turn], following);
-      for (int64_t r = row; r < end; ++r) {
-        const int64_t visible = length(r) - at < count ? length(r) - at : count;
-        if (visible <= 0) continue;
-        alignas(64) float scores[kIndexScores];
-        kernel.score(r, visible, scores);
-        Kernel::offer(best[r - row], scores, stored, visible, at);
+      for (int64_t r = row; r < end; r += kernel.together()) {
+        const int64_t next = r + kernel.together() < end ? r + kernel.together() : end;
+        int64_t visible[kIndexTogether], most = 0;
+        for (int64_t i = r; i < next; ++i) {
+          visible[i - r] = length(i) - at < count ? length(i) - at : count;
+          most = visible[i - r] > most ? visible[i - r] : most;
+        }
+        if (most == 0) continue;
+        alignas(64) float scores[kIndexTogether * kIndexScores];
+        kernel.score(r, most, scores);
+        for (int64_t i = r; i < next; ++i) {
+          if (visible[i - r] <= 0) continue;
+          Kernel::offer(best[i - row], scores + (i - r) * kIndexScores, stored, visible[i - r], at);
+        }
       }
       count = following;
     }
+    kernel.end();
     for (int64_t r = row; r < end; ++r) {
       Best& chosen = best[r - row];
       chosen.finish();
@@ -166,6 +179,20 @@ class IndexCall {
         to[1 + i] = chosen.keys()[i];
         to[1 + plan_.keep + i] = chosen.entries()[i];
       }
+    }
+  }
+
+  // Which keys are stored, a bit each. Sixteen that lie in at most two pages are as their first and their last.
+  void mark(const IndexKey* keys, int64_t count, uint16_t* stored) const {
+    for (int64_t i = 0; i < count; i += 16) {
+      const int64_t here = count - i < 16 ? count - i : 16;
+      if (p_.page_size >= here && keys[i].values != nullptr && keys[i + here - 1].values != nullptr) {
+        stored[i / 16] = 0xFFFF;
+        continue;
+      }
+      uint32_t bits = 0;
+      for (int64_t j = 0; j < here; ++j) bits |= keys[i + j].values != nullptr ? 1u << j : 0u;
+      stored[i / 16] = static_cast<uint16_t>(bits);
     }
   }
 

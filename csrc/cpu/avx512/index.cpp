@@ -65,6 +65,9 @@ class Kernel {
   Kernel(const IndexTopkParams& p, uint8_t* memory)
       : p_(p), keys_(p, memory + query_bytes(p)), wide_(reinterpret_cast<float*>(memory)) {}
 
+  int64_t together() const { return 1; }
+  void begin(int64_t, int64_t) {}
+  void end() {}
   void prepare(const IndexKey* keys, int64_t count) { keys_.prepare(keys, count); }
 
   void expect(const IndexKey* keys, int64_t count) { keys_.expect(keys, count); }

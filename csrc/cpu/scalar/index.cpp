@@ -20,6 +20,9 @@ class Kernel {
   Kernel(const IndexTopkParams& p, uint8_t* memory)
       : p_(p), format_(IndexKeyPool(p).format()), dim_(p.query.size(2)), keys_(reinterpret_cast<float*>(memory)) {}
 
+  int64_t together() const { return 1; }
+  void begin(int64_t, int64_t) {}
+  void end() {}
   void prepare(const IndexKey* keys, int64_t count) {
     for (int64_t i = 0; i < count; ++i) {
       if (keys[i].values != nullptr) decode(keys[i], keys_ + i * dim_);
