@@ -17,7 +17,7 @@ DSV4_INLINE void configure() {
   tile_configure(config);
 }
 
-// Strides in elements.
+// Operands of 32 keys or dims a step, elements from one row, tile or step to the next.
 struct Left {
   const bf16* data;
   int64_t row, second, step;
@@ -26,37 +26,55 @@ struct Right {
   const bf16* data;
   int64_t second, step;
 };
+// Four tiles of sums, floats from the first tile to those of the second left and of the second right operand.
+struct Sums {
+  float* data;
+  int64_t left, right;
+};
 
-// Adds `steps` products to the tiles of sums, with a piece of other work beside each.
+// sums (+)= left right over `steps` steps, for one or two tiles of either, with a piece of other work beside each step.
 template <bool kTwoLeft, bool kTwoRight, class Beside>
-DSV4_INLINE void multiply(Left left, Right right, int64_t steps, const Beside& beside) {
+DSV4_INLINE void multiply(Left left, Right right, int64_t steps, bool fresh, Sums sums, Beside& beside) {
+  float* const second = sums.data + sums.left;
+  if (fresh) {
+    tile_zero<0>();
+    if (kTwoRight) tile_zero<1>();
+    if (kTwoLeft) tile_zero<2>();
+    if (kTwoLeft && kTwoRight) tile_zero<3>();
+  } else {
+    tile_load<0>(sums.data, kTileBytes);
+    if (kTwoRight) tile_load<1>(sums.data + sums.right, kTileBytes);
+    if (kTwoLeft) tile_load<2>(second, kTileBytes);
+    if (kTwoLeft && kTwoRight) tile_load<3>(second + sums.right, kTileBytes);
+  }
   const int64_t stride = left.row * 2;
   for (int64_t step = 0; step < steps; ++step) {
     tile_load<4>(left.data, stride);
     tile_load<6>(right.data, kTileBytes);
     tile_dot<0, 4, 6>();
-    if (kTwoRight) {
-      tile_load<7>(right.data + right.second, kTileBytes);
-      tile_dot<1, 4, 7>();
-    }
-    if (kTwoLeft) {
-      tile_load<5>(left.data + left.second, stride);
-      tile_dot<2, 5, 6>();
-      if (kTwoRight) tile_dot<3, 5, 7>();
-    }
+    if (kTwoRight) tile_load<7>(right.data + right.second, kTileBytes);
+    if (kTwoRight) tile_dot<1, 4, 7>();
+    if (kTwoLeft) tile_load<5>(left.data + left.second, stride);
+    if (kTwoLeft) tile_dot<2, 5, 6>();
+    if (kTwoLeft && kTwoRight) tile_dot<3, 5, 7>();
     left.data += left.step;
     right.data += right.step;
     beside();
   }
+  tile_store<0>(sums.data, kTileBytes);
+  if (kTwoRight) tile_store<1>(sums.data + sums.right, kTileBytes);
+  if (kTwoLeft) tile_store<2>(second, kTileBytes);
+  if (kTwoLeft && kTwoRight) tile_store<3>(second + sums.right, kTileBytes);
 }
 
-// Pieces of work to be done during a number of steps, as evenly as they go.
-struct Pace {
-  int64_t pieces, steps, due = 0, done = 0;
+// Spreads pieces of work evenly over a number of steps.
+template <class Piece>
+struct Spread {
+  const Piece& piece;
+  int64_t pieces, steps, due, done;
 
-  template <class Piece>
-  DSV4_INLINE void go(Pace& pace, const Piece& piece) {
-    for (pace.due += pace.pieces; pace.due >= pace.steps; pace.due -= pace.steps) piece(pace.done++);
+  void operator()() {
+    for (due += pieces; due >= steps; due -= steps) piece(done++);
   }
 };
 
@@ -66,7 +84,7 @@ constexpr int64_t kKeptBytes = 1 << 20;  // of decoded keys, of 2 MiB of second-
 struct RowMemory {
   Key* keys;  // [most keys]
   KeyCounts* count;
-  bf16* query;    // pack_query's
+  bf16* query;    // as pack_query leaves it
   bf16* pairs;    // [keys kept / 32], pairs_stride apart
   float* scores;  // [keys / 32][tile of heads][32 keys][16 heads]
   float* maxima;  // [parts, H]
@@ -82,13 +100,12 @@ struct RowMemory {
 
   RowMemory(const SparseAttentionParams& p, int64_t most, int64_t sums_kept, Arena& arena)
       : most_kept(kKeptBytes / (p.query.size(2) * 2)) {
-    const int64_t heads = tiles_of(p.query.size(1)) * kTileRows, head_dim = p.query.size(2);
-    const int64_t parts = Plan(most).parts, padded = round_up(most, kStepKeys);
+    const int64_t heads = tiles_of(p.query.size(1)) * kTileRows, head_dim = p.query.size(2), parts = Plan(most).parts;
     keys = arena.take<Key>(most);
     count = arena.take<KeyCounts>(1);
     query = arena.take<bf16>(heads * head_dim);
-    pairs = arena.take<bf16>(most <= most_kept ? padded / kStepKeys * pairs_stride(head_dim) : 0);
-    scores = arena.take<float>(padded * heads);
+    pairs = arena.take<bf16>(most <= most_kept ? round_up(most, kStepKeys) / kStepKeys * pairs_stride(head_dim) : 0);
+    scores = arena.take<float>(round_up(most, kStepKeys) * heads);
     maxima = arena.take<float>(parts * heads);
     totals = arena.take<float>(parts * heads);
     sums = arena.take<float>(sums_kept * heads * head_dim);
@@ -97,22 +114,21 @@ struct RowMemory {
 
 // A thread's memory.
 struct Tiles {
-  bf16* rows[2];     // [32, row_stride], of the step at hand and of the next
-  bf16* pairs;       // [most keys of a part / 32], pairs_stride apart, where the row does not keep them
-  bf16* numerators;  // [keys of a part / 32][tile of heads][16 heads][32 keys]
+  bf16* rows[2];     // [32 keys, row_stride], of the products at hand and of the next
+  bf16* pairs;       // [keys of a part / 32], pairs_stride apart, where the row does not keep them
+  bf16* numerators;  // [tile of heads][keys of a part / 32][16 heads][32 keys]
 
-  static int64_t bytes(const SparseAttentionParams& p, int64_t most) {
+  static int64_t bytes(const SparseAttentionParams& p) {
     Arena arena{nullptr};
-    Tiles(p, most, arena);
+    Tiles(p, arena);
     return arena.used;
   }
 
-  Tiles(const SparseAttentionParams& p, int64_t most, Arena& arena) {
-    const int64_t heads = tiles_of(p.query.size(1)) * kTileRows, head_dim = p.query.size(2);
-    const int64_t keys = smaller(round_up(most, kStepKeys), avx512::kMostPartKeys);
-    for (bf16*& step : rows) step = arena.take<bf16>(kStepKeys * row_stride(head_dim));
+  Tiles(const SparseAttentionParams& p, Arena& arena) {
+    const int64_t keys = avx512::kMostPartKeys, head_dim = p.query.size(2);
+    for (bf16*& x : rows) x = arena.take<bf16>(kStepKeys * row_stride(smaller(head_dim, kSliceDims)));
     pairs = arena.take<bf16>(keys / kStepKeys * pairs_stride(head_dim));
-    numerators = arena.take<bf16>(keys * heads);
+    numerators = arena.take<bf16>(keys * tiles_of(p.query.size(1)) * kTileRows);
   }
 };
 
@@ -128,13 +144,13 @@ class RowWork {
     Arena arena{memory};
     return Memory(p, most, sums_kept, arena);
   }
-  static int64_t tile_bytes(const SparseAttentionParams& p, int64_t most) { return Tiles::bytes(p, most); }
-  static Tiles tile_memory(const SparseAttentionParams& p, int64_t most, uint8_t* memory) {
+  static int64_t tile_bytes(const SparseAttentionParams& p) { return Tiles::bytes(p); }
+  static Tiles tile_memory(const SparseAttentionParams& p, uint8_t* memory) {
     Arena arena{memory};
-    return Tiles(p, most, arena);
+    return Tiles(p, arena);
   }
 
-  RowWork(const SparseAttentionParams& p, const E4m3Table& table, int64_t row, const Memory& memory)
+  RowWork(const SparseAttentionParams& p, const E4m3Table&, int64_t row, const Memory& memory)
       : p_(p),
         row_(row),
         heads_(p.query.size(1)),
@@ -142,34 +158,50 @@ class RowWork {
         head_tiles_(tiles_of(heads_)),
         memory_(memory),
         plan_(memory.count->all),
-        kept_(plan_.keys <= memory.most_kept),
-        reader_(p, table, memory.keys, *memory.count, nullptr) {}
+        kept_(plan_.keys <= memory.most_kept) {}
 
   // The part of a row's work that is done once, before any part.
   static void prepare(const SparseAttentionParams& p, int64_t row, const Memory& memory) {
     *memory.count = list_keys(p, row, memory.keys);
+    const KeyRows keys(p, memory.keys, memory.count->all);
+    for (int64_t j = 0; j < smaller(kAhead, keys.end); ++j) KeyRows::prefetch(keys, j);
     pack_query(p, row, memory.query);
   }
 
   int64_t parts() const { return plan_.parts; }
 
+  // For every 32 keys, for every slice of dims: adds to their scores, and decodes the next slice meanwhile.
   void score(int64_t part, const Tiles& tiles) const {
-    const int64_t begin = plan_.begin(part), end = plan_.end(part);
+    const int64_t begin = plan_.begin(part), end = plan_.end(part), stride = rows_stride();
+    const KeyRows keys(p_, memory_.keys, end);
     configure();
-    KeyLoad load = this->load(end);
-    const auto select = [&](int64_t key) {
-      load.rows = tiles.rows[key / kStepKeys % 2];
-      load.pairs = kept_ ? memory_.pairs + key / kStepKeys * pairs_stride(head_dim_) : nullptr;
+    struct Slice {
+      int64_t key, first, last;
+      bf16 *rows, *pairs;
+    } next = {begin, 0, smaller(head_dim_, kSliceDims), tiles.rows[0], pairs_of(begin)};
+    const auto read = [&](int64_t i) {
+      const Slice s = next;
+      for (int64_t j = s.key + 2 * i + kAhead; s.first == 0 && j < smaller(s.key + 2 * i + kAhead + 2, plan_.keys);
+           ++j) {
+        KeyRows::prefetch(keys, j);
+      }
+      KeyRows::read(keys, s.key + 2 * i, s.first, s.last, s.rows + 2 * i * stride, stride,
+                    pair_row(s.pairs, s.first, i));
     };
-    select(begin);
-    for (int64_t i = 0; i < kStepKeys; ++i) KeyLoad::load(load, begin + i, i);
-    for (int64_t key = begin; key < end; key += kStepKeys) {
-      const bf16* rows = load.rows;
-      const int64_t next = key + kStepKeys;
-      select(next);
-      Pace pace{next < end ? kStepKeys : 0, (head_tiles_ + 1) / 2 * (head_dim_ / kStepDims)};
-      const auto beside = [&] { Pace::go(pace, [&](int64_t i) { KeyLoad::load(load, next + i, i); }); };
-      score_step(rows, scores(key), beside);
+    for (int64_t i = 0; i < kTileRows; ++i) read(i);
+    while (next.key < end) {
+      const Slice now = next;
+      next.first = now.last;
+      if (next.first == head_dim_) {
+        next.first = 0;
+        next.key += kStepKeys;
+        next.pairs = pairs_of(next.key);
+      }
+      next.last = smaller(next.first + kSliceDims, head_dim_);
+      next.rows = now.rows == tiles.rows[0] ? tiles.rows[1] : tiles.rows[0];
+      const int64_t steps = (now.last - now.first) / kStepDims;
+      Spread<decltype(read)> other = {read, next.key < end ? kTileRows : 0, steps * ((head_tiles_ + 1) / 2), 0, 0};
+      score_slice(now.rows, now.first, steps, scores(now.key), other);
     }
     tile_release();
     for (int64_t tile = 0; tile < head_tiles_; ++tile) {
@@ -185,32 +217,21 @@ class RowWork {
   // After all parts have their scores. This part's sums go to place `place`.
   void mix(int64_t part, int64_t place, const Tiles& tiles) const {
     const int64_t begin = plan_.begin(part), end = plan_.end(part), steps = (end - begin + kStepKeys - 1) / kStepKeys;
-    for (int64_t tile = 0; tile < head_tiles_; ++tile) {
-      const __m512 none = _mm512_setzero_ps();
-      Softmax s = {_mm512_set1_ps(p_.scale), maxima(tile), {none, none}};
-      for (int64_t step = 0; step < steps; ++step) {
-        const int64_t key = begin + step * kStepKeys;
-        const float* from = scores(key) + tile * 2 * kTileSums;
-        bf16* to = tiles.numerators + (step * head_tiles_ + tile) * kTileElements;
-        if (end - key >= kStepKeys) {
-          weigh<true>(from, kStepKeys, s, to);
-        } else {
-          weigh<false>(from, end - key, s, to);
-        }
-      }
-      _mm512_storeu_ps(memory_.totals + (part * head_tiles_ + tile) * kTileRows,
-                       _mm512_add_ps(s.totals[0], s.totals[1]));
-    }
     const bf16* pairs = memory_.pairs + begin / kStepKeys * pairs_stride(head_dim_);
     if (!kept_) {
-      KeyLoad load = this->load(end);
-      load.rows = tiles.rows[0];
-      for (int64_t key = begin; key < begin + steps * kStepKeys; ++key) {
-        load.pairs = tiles.pairs + (key - begin) / kStepKeys * pairs_stride(head_dim_);
-        KeyLoad::load(load, key, key % kStepKeys);
+      const KeyRows keys(p_, memory_.keys, end);
+      for (int64_t i = 0; i < steps * kTileRows; ++i) {
+        const int64_t key = begin + 2 * i;
+        for (int64_t j = key + kAhead; j < smaller(key + kAhead + 2, end); ++j) KeyRows::prefetch(keys, j);
+        bf16* to = tiles.pairs + i / kTileRows * pairs_stride(head_dim_);
+        for (int64_t d = 0; d < head_dim_; d += kSliceDims) {
+          KeyRows::read(keys, key, d, smaller(d + kSliceDims, head_dim_), tiles.rows[0], rows_stride(),
+                        pair_row(to, d, i % kTileRows));
+        }
       }
       pairs = tiles.pairs;
     }
+    weigh_part(part, steps, tiles.numerators);
     configure();
     mix_steps(tiles.numerators, pairs, steps, memory_.sums + place * padded_heads() * head_dim_);
     tile_release();
@@ -223,8 +244,8 @@ class RowWork {
     avx512::add_all(to, to + place * padded_heads() * head_dim_, count);
   }
 
-  // out and lse of some heads, from a multiple of 16 on, from the sums of the whole row, in the first place.
-  void finish(int64_t first_head, int64_t end_head) const {
+  // out and lse of some heads, from a multiple of 16 on, from the sums in some places.
+  void finish(int64_t first_head, int64_t end_head, int64_t places) const {
     for (int64_t tile = first_head / kTileRows; tile < tiles_of(end_head); ++tile) {
       alignas(64) float most[kTileRows], total[kTileRows], factor[kTileRows];
       if (plan_.parts > 0) divide(tile, most, total, factor);
@@ -237,10 +258,7 @@ class RowWork {
           continue;
         }
         *lse = static_cast<float>(static_cast<double>(most[i]) + __builtin_log(static_cast<double>(total[i])));
-        const float* sums = memory_.sums + (tile * head_dim_ + i) * kTileRows;
-        for (int64_t d = 0; d < head_dim_; d += kStepDims, sums += 2 * kTileSums) {
-          _mm512_storeu_si512(out + d, pack_sums(sums, _mm512_set1_ps(factor[i])));
-        }
+        write(memory_.sums + (tile * head_dim_ + i) * kTileRows, places, _mm512_set1_ps(factor[i]), out);
         const int64_t width = 2 * p_.rope.size(1);
         if (p_.rope.given()) avx512::rotate_back(out + head_dim_ - width, p_.rope.as<const float>().at(row_), width);
       }
@@ -250,7 +268,15 @@ class RowWork {
  private:
   int64_t padded_heads() const { return head_tiles_ * kTileRows; }
   float* scores(int64_t key) const { return memory_.scores + key * padded_heads(); }
-  KeyLoad load(int64_t end) const { return {reader_, head_dim_, end, plan_.keys, nullptr, nullptr}; }
+
+  int64_t rows_stride() const { return row_stride(smaller(head_dim_, kSliceDims)); }
+  bf16* pairs_of(int64_t key) const {
+    return kept_ ? memory_.pairs + key / kStepKeys * pairs_stride(head_dim_) : nullptr;
+  }
+  // Of pair `i` from dim `d` on.
+  static bf16* pair_row(bf16* pairs, int64_t d, int64_t i) {
+    return pairs == nullptr ? nullptr : pairs + d / kTileRows * kTileElements + i * kStepDims;
+  }
 
   __m512 maxima(int64_t tile) const {
     __m512 most = _mm512_loadu_ps(memory_.maxima + tile * kTileRows);
@@ -275,51 +301,69 @@ class RowWork {
     _mm512_store_ps(factor, _mm512_div_ps(_mm512_set1_ps(1.f), whole));
   }
 
-  template <class Beside>
-  void score_step(const bf16* rows, float* to, const Beside& beside) const {
-    const int64_t steps = head_dim_ / kStepDims, stride = row_stride(head_dim_);
-    const Left left = {rows, stride, kTileRows * stride, kStepDims};
-    const bf16* query = memory_.query;
-    for (int64_t tile = 0; tile < head_tiles_; tile += 2, query += 2 * kTileRows * head_dim_, to += 4 * kTileSums) {
-      tile_zero<0>();
-      tile_zero<2>();
-      if (tile + 1 < head_tiles_) {
-        tile_zero<1>();
-        tile_zero<3>();
-        multiply<true, true>(left, {query, kTileElements, 2 * kTileElements}, steps, beside);
-        tile_store<1>(to + 2 * kTileSums, kTileBytes);
-        tile_store<3>(to + 3 * kTileSums, kTileBytes);
-      } else {
-        multiply<true, false>(left, {query, 0, kTileElements}, steps, beside);
+  // Numerators and totals of the keys of a part.
+  void weigh_part(int64_t part, int64_t steps, bf16* numerators) const {
+    const int64_t begin = plan_.begin(part), end = plan_.end(part);
+    for (int64_t tile = 0; tile < head_tiles_; ++tile) {
+      const __m512 none = _mm512_setzero_ps();
+      Softmax s = {_mm512_set1_ps(p_.scale), maxima(tile), {none, none}};
+      bf16* to = numerators + tile * steps * kTileElements;
+      for (int64_t key = begin; key < end; key += kStepKeys, to += kTileElements) {
+        const float* from = scores(key) + tile * 2 * kTileSums;
+        if (end - key >= kStepKeys) {
+          weigh<true>(from, kStepKeys, s, to);
+        } else {
+          weigh<false>(from, end - key, s, to);
+        }
       }
-      tile_store<0>(to, kTileBytes);
-      tile_store<2>(to + kTileSums, kTileBytes);
+      _mm512_storeu_ps(memory_.totals + (part * head_tiles_ + tile) * kTileRows,
+                       _mm512_add_ps(s.totals[0], s.totals[1]));
     }
   }
 
-  // sums = numerators * values over `steps` steps of keys.
+  // The output of a head from its first two tiles of sums.
+  void write(const float* sums, int64_t places, __m512 factor, bf16* out) const {
+    const int64_t apart = padded_heads() * head_dim_;
+    for (int64_t d = 0; d < head_dim_; d += kStepDims, sums += 2 * kTileSums) {
+      __m512 a = _mm512_loadu_ps(sums), b = _mm512_loadu_ps(sums + kTileSums);
+      for (int64_t place = 1; place < places; ++place) {
+        a = _mm512_add_ps(a, _mm512_loadu_ps(sums + place * apart));
+        b = _mm512_add_ps(b, _mm512_loadu_ps(sums + place * apart + kTileSums));
+      }
+      _mm512_storeu_si512(out + d, pack_sums(a, b, factor));
+    }
+  }
+
+  // Adds a slice of dims from `d` on to the scores of 32 keys.
+  template <class Beside>
+  void score_slice(const bf16* rows, int64_t d, int64_t steps, float* to, Beside& beside) const {
+    const int64_t stride = rows_stride();
+    const Left left = {rows, stride, kTileRows * stride, kStepDims};
+    const bf16* query = memory_.query + d * padded_heads();
+    for (int64_t tile = 0; tile < head_tiles_; tile += 2, to += 4 * kTileSums, query += 2 * steps * kTileElements) {
+      const Sums sums = {to, kTileSums, 2 * kTileSums};
+      if (tile + 1 < head_tiles_) {
+        multiply<true, true>(left, {query, kTileElements, 2 * kTileElements}, steps, d == 0, sums, beside);
+      } else {
+        multiply<true, false>(left, {query, 0, kTileElements}, steps, d == 0, sums, beside);
+      }
+    }
+  }
+
+  // sums = numerators * values. The numerators of two tiles of heads stay in the first-level cache.
   void mix_steps(const bf16* numerators, const bf16* pairs, int64_t steps, float* sums) const {
-    const int64_t left_step = head_tiles_ * kTileElements, right_step = pairs_stride(head_dim_);
-    const int64_t below = kTileRows * head_dim_;
+    const int64_t below = kTileRows * head_dim_, second = steps * kTileElements;
     const auto nothing = [] {};
-    for (int64_t d = 0; d < head_dim_; d += kStepDims, pairs += 2 * kTileElements, sums += 2 * kTileSums) {
-      const Right right = {pairs, kTileElements, right_step};
-      for (int64_t tile = 0; tile < head_tiles_; tile += 2) {
-        const Left left = {numerators + tile * kTileElements, kStepKeys, kTileElements, left_step};
-        float* to = sums + tile * below;
-        tile_zero<0>();
-        tile_zero<1>();
+    for (int64_t tile = 0; tile < head_tiles_; tile += 2, numerators += 2 * second, sums += 2 * below) {
+      const Left left = {numerators, kStepKeys, second, kTileElements};
+      for (int64_t d = 0; d < head_dim_; d += kStepDims) {
+        const Right right = {pairs + d / kTileRows * kTileElements, kTileElements, pairs_stride(head_dim_)};
+        const Sums to = {sums + d * kTileRows, below, kTileSums};
         if (tile + 1 < head_tiles_) {
-          tile_zero<2>();
-          tile_zero<3>();
-          multiply<true, true>(left, right, steps, nothing);
-          tile_store<2>(to + below, kTileBytes);
-          tile_store<3>(to + below + kTileSums, kTileBytes);
+          multiply<true, true>(left, right, steps, true, to, nothing);
         } else {
-          multiply<false, true>(left, right, steps, nothing);
+          multiply<false, true>(left, right, steps, true, to, nothing);
         }
-        tile_store<0>(to, kTileBytes);
-        tile_store<1>(to + kTileSums, kTileBytes);
       }
     }
   }
@@ -329,7 +373,6 @@ class RowWork {
   Memory memory_;
   Plan plan_;
   bool kept_;
-  KeyReader<bf16> reader_;
 };
 
 }  // namespace

@@ -137,10 +137,8 @@ class RowWork {
     Arena arena{memory};
     return Memory(p, most, Product::kKeptBytes, sums_kept, arena);
   }
-  static int64_t tile_bytes(const SparseAttentionParams& p, int64_t) { return Tiles::bytes(p.query.size(2)); }
-  static Tiles tile_memory(const SparseAttentionParams& p, int64_t, uint8_t* memory) {
-    return Tiles(memory, p.query.size(2));
-  }
+  static int64_t tile_bytes(const SparseAttentionParams& p) { return Tiles::bytes(p.query.size(2)); }
+  static Tiles tile_memory(const SparseAttentionParams& p, uint8_t* memory) { return Tiles(memory, p.query.size(2)); }
 
   RowWork(const SparseAttentionParams& p, const E4m3Table& table, int64_t row, const RowMemory<M>& memory)
       : p_(p),
@@ -212,8 +210,9 @@ class RowWork {
             (end_head - first_head) * head_dim_);
   }
 
-  // out and lse of some heads from the sums of the whole row, in the first place.
-  void finish(int64_t first_head, int64_t end_head) const {
+  // out and lse of some heads from the sums in some places.
+  void finish(int64_t first_head, int64_t end_head, int64_t places) const {
+    for (int64_t place = 1; place < places; ++place) add(place, first_head, end_head);
     const float* sums = memory_.sums;
     for (int64_t h = first_head; h < end_head; ++h) {
       X* out = p_.out.as<X>().at(row_, h);
@@ -283,7 +282,7 @@ class Call {
         context_(context),
         schedule_(p, context),
         row_bytes_(Work::row_bytes(p, schedule_.most, schedule_.sums_kept())),
-        tile_bytes_(round_up(Work::tile_bytes(p, schedule_.most), 64)),
+        tile_bytes_(round_up(Work::tile_bytes(p), 64)),
         table_(e4m3_table()) {}
 
   int64_t bytes() const {
@@ -304,9 +303,7 @@ class Call {
     return Work::row_memory(p_, schedule_.most, schedule_.sums_kept(),
                             base() + schedule_.slots * tile_bytes_ + index * row_bytes_);
   }
-  typename Work::Tiles tile_memory(int64_t slot) const {
-    return Work::tile_memory(p_, schedule_.most, base() + slot * tile_bytes_);
-  }
+  typename Work::Tiles tile_memory(int64_t slot) const { return Work::tile_memory(p_, base() + slot * tile_bytes_); }
 
   void run_rows() const {
     const int64_t heads = p_.query.size(1);
@@ -318,9 +315,9 @@ class Call {
       for (int64_t part = 0; part < work.parts(); ++part) work.score(part, tiles);
       for (int64_t part = 0; part < work.parts(); ++part) {
         work.mix(part, part == 0 ? 0 : 1, tiles);
-        if (part > 0) work.add(1, 0, heads);
+        if (part > 0 && part + 1 < work.parts()) work.add(1, 0, heads);
       }
-      work.finish(0, heads);
+      work.finish(0, heads, smaller(work.parts(), 2));
     });
   }
 
@@ -342,8 +339,7 @@ class Call {
       const int64_t row = item / blocks, first = item % blocks * kFinishHeads,
                     end = smaller(heads, first + kFinishHeads);
       const Work work = work_of(row);
-      for (int64_t part = 1; part < work.parts(); ++part) work.add(part, first, end);
-      work.finish(first, end);
+      work.finish(first, end, work.parts());
     });
   }
 
