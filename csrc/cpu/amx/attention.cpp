@@ -1,6 +1,12 @@
-// sparse_attention by AMX tiles, bfloat16. Scores: 32 keys, as they are decoded, are the left operand, the queries the
-// right one. Values: numerators, transposed, are the left operand, pairs of keys the right one. H D / 256 tile cycles a
-// key.
+// sparse_attention by AMX tiles, bfloat16, 2 x 2 tiles of sums, 32 dims or 32 keys a step. Scores: 32 keys, as they are
+// decoded, are the left operand, the queries, packed once a row, the right one; so a register holds the scores of 16
+// heads, and maxima and numerators need no sums across one. Values: the numerators, transposed, are the left operand,
+// pairs of keys, written when they were decoded, the right one. Two passes, as the AVX-512 kernel, whose plan of parts,
+// threads and the end of a row this one shares.
+// H D / 256 tile cycles a key, 128 at 64 heads of 512 dims, are the roof of prefill; with vector work of about the same
+// length it aims at half of it. What binds: a tile is loaded for every product, 10 cycles each from the first-level
+// cache and 20 from the second, and vector work overlaps with the products, but hardly with these loads; a stored line
+// of the second-level cache takes 4 cycles, so writing a key's pairs takes as long as decoding it.
 #include "cpu/attention.h"
 
 #include "cpu/amx/attention_tiles.h"
@@ -104,7 +110,7 @@ struct RowMemory {
     keys = arena.take<Key>(most);
     count = arena.take<KeyCounts>(1);
     query = arena.take<bf16>(heads * head_dim);
-    pairs = arena.take<bf16>(most <= most_kept ? round_up(most, kStepKeys) / kStepKeys * pairs_stride(head_dim) : 0);
+    pairs = arena.take<bf16>(round_up(smaller(most, most_kept), kStepKeys) / kStepKeys * pairs_stride(head_dim));
     scores = arena.take<float>(round_up(most, kStepKeys) * heads);
     maxima = arena.take<float>(parts * heads);
     totals = arena.take<float>(parts * heads);
@@ -185,8 +191,8 @@ class RowWork {
            ++j) {
         KeyRows::prefetch(keys, j);
       }
-      KeyRows::read(keys, s.key + 2 * i, s.first, s.last, s.rows + 2 * i * stride, stride,
-                    pair_row(s.pairs, s.first, i));
+      KeyRows::read<true>(keys, s.key + 2 * i, s.first, s.last, s.rows + 2 * i * stride, stride,
+                          pair_row(s.pairs, s.first, i));
     };
     for (int64_t i = 0; i < kTileRows; ++i) read(i);
     while (next.key < end) {
@@ -202,16 +208,11 @@ class RowWork {
       const int64_t steps = (now.last - now.first) / kStepDims;
       Spread<decltype(read)> other = {read, next.key < end ? kTileRows : 0, steps * ((head_tiles_ + 1) / 2), 0, 0};
       score_slice(now.rows, now.first, steps, scores(now.key), other);
+      // Tiles that were just stored would have to be waited for.
+      if (now.first == 0 && now.key > begin) raise_maxima(part, now.key - kStepKeys);
     }
     tile_release();
-    for (int64_t tile = 0; tile < head_tiles_; ++tile) {
-      __m512 most = _mm512_set1_ps(-__builtin_inff());
-      for (int64_t key = begin; key < end; key += kStepKeys) {
-        most =
-            largest(scores(key) + tile * 2 * kTileSums, smaller(end - key, kStepKeys), _mm512_set1_ps(p_.scale), most);
-      }
-      _mm512_storeu_ps(memory_.maxima + (part * head_tiles_ + tile) * kTileRows, most);
-    }
+    raise_maxima(part, round_up(end, kStepKeys) - kStepKeys);
   }
 
   // After all parts have their scores. This part's sums go to place `place`.
@@ -225,8 +226,8 @@ class RowWork {
         for (int64_t j = key + kAhead; j < smaller(key + kAhead + 2, end); ++j) KeyRows::prefetch(keys, j);
         bf16* to = tiles.pairs + i / kTileRows * pairs_stride(head_dim_);
         for (int64_t d = 0; d < head_dim_; d += kSliceDims) {
-          KeyRows::read(keys, key, d, smaller(d + kSliceDims, head_dim_), tiles.rows[0], rows_stride(),
-                        pair_row(to, d, i % kTileRows));
+          KeyRows::read<false>(keys, key, d, smaller(d + kSliceDims, head_dim_), tiles.rows[0], rows_stride(),
+                               pair_row(to, d, i % kTileRows));
         }
       }
       pairs = tiles.pairs;
@@ -276,6 +277,17 @@ class RowWork {
   // Of pair `i` from dim `d` on.
   static bf16* pair_row(bf16* pairs, int64_t d, int64_t i) {
     return pairs == nullptr ? nullptr : pairs + d / kTileRows * kTileElements + i * kStepDims;
+  }
+
+  // By 32 keys of the part.
+  void raise_maxima(int64_t part, int64_t key) const {
+    const __m512 scale = _mm512_set1_ps(p_.scale);
+    const int64_t keys = smaller(plan_.end(part) - key, kStepKeys);
+    float* maxima = memory_.maxima + part * padded_heads();
+    for (int64_t tile = 0; tile < head_tiles_; ++tile, maxima += kTileRows) {
+      const __m512 before = key == plan_.begin(part) ? _mm512_set1_ps(-__builtin_inff()) : _mm512_loadu_ps(maxima);
+      _mm512_storeu_ps(maxima, largest(scores(key) + tile * 2 * kTileSums, keys, scale, before));
+    }
   }
 
   __m512 maxima(int64_t tile) const {

@@ -9,7 +9,6 @@ namespace dsv4::DSV4_AMX_NAMESPACE {
 namespace {
 
 using avx512::E4m3Table;
-using avx512::KeyReader;
 
 inline constexpr int64_t kStepKeys = 32;                         // the depth of a value product
 inline constexpr int64_t kStepDims = 32;                         // the depth of a score product
@@ -133,8 +132,9 @@ struct KeyRows {
   }
 
   // The same for up to 512 dims from a multiple of 64 on, fast where both keys are FP8 and their codes normal numbers.
-  // Pairs, if wanted, become rows of right operands of values; elements unpack within lanes, so the 32 dims of two
-  // tiles come in the order that pack_sums knows.
+  // Without kRows, rows may be overwritten or not. Pairs, if wanted, become rows of right operands of values; elements
+  // unpack within lanes, so the 32 dims of two tiles come in the order that pack_sums knows.
+  template <bool kRows>
   DSV4_INLINE void read(const KeyRows& r, int64_t j, int64_t first, int64_t last, bf16* rows, int64_t stride,
                         bf16* pairs) {
     const int64_t coded = smaller(last, r.codes);
@@ -158,7 +158,7 @@ struct KeyRows {
                               _mm512_sub_epi8(_mm512_and_si512(_mm512_loadu_si512(b.data + d), r.magnitude), r.least));
 #pragma GCC unroll 2
       for (int half = 0; half < 2; ++half, d += kStepDims, row += kStepDims) {
-        put(widen(r, a.data + d, shift[0]), widen(r, b.data + d, shift[1]), row, stride, pairs);
+        put<kRows>(widen(r, a.data + d, shift[0]), widen(r, b.data + d, shift[1]), row, stride, pairs);
       }
     }
     if (extreme != 0 || _mm512_cmpge_epu8_mask(worst, _mm512_set1_epi8(0x77)) != 0) {
@@ -167,13 +167,16 @@ struct KeyRows {
     }
     for (; d < last; d += kStepDims, row += kStepDims) {
       const int64_t at = r.codes + 2 * (d - r.codes);
-      put(_mm512_loadu_si512(a.data + at), _mm512_loadu_si512(b.data + at), row, stride, pairs);
+      put<kRows>(_mm512_loadu_si512(a.data + at), _mm512_loadu_si512(b.data + at), row, stride, pairs);
     }
   }
 
+  template <bool kRows>
   DSV4_INLINE void put(__m512i first, __m512i second, bf16* row, int64_t stride, bf16*& pairs) {
-    _mm512_storeu_si512(row, first);
-    _mm512_storeu_si512(row + stride, second);
+    if (kRows) {
+      _mm512_storeu_si512(row, first);
+      _mm512_storeu_si512(row + stride, second);
+    }
     if (pairs == nullptr) return;
     put_pair(first, second, pairs);
     pairs += 2 * kTileElements;
