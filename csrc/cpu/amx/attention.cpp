@@ -23,14 +23,14 @@ DSV4_INLINE void configure() {
   tile_configure(config);
 }
 
-// Operands of 32 keys or dims a step, elements from one row, tile or step to the next.
+// Operands of 32 keys or dims a step; elements from a row, from the first tile and from a step to the next.
 struct Left {
   const bf16* data;
   int64_t row, second, step;
 };
 struct Right {
   const bf16* data;
-  int64_t second, step;
+  int64_t row, second, step;
 };
 // Four tiles of sums, floats from the first tile to those of the second left and of the second right operand.
 struct Sums {
@@ -53,12 +53,12 @@ DSV4_INLINE void multiply(Left left, Right right, int64_t steps, bool fresh, Sum
     if (kTwoLeft) tile_load<2>(second, kTileBytes);
     if (kTwoLeft && kTwoRight) tile_load<3>(second + sums.right, kTileBytes);
   }
-  const int64_t stride = left.row * 2;
+  const int64_t stride = left.row * 2, right_stride = right.row * 2;
   for (int64_t step = 0; step < steps; ++step) {
     tile_load<4>(left.data, stride);
-    tile_load<6>(right.data, kTileBytes);
+    tile_load<6>(right.data, right_stride);
     tile_dot<0, 4, 6>();
-    if (kTwoRight) tile_load<7>(right.data + right.second, kTileBytes);
+    if (kTwoRight) tile_load<7>(right.data + right.second, right_stride);
     if (kTwoRight) tile_dot<1, 4, 7>();
     if (kTwoLeft) tile_load<5>(left.data + left.second, stride);
     if (kTwoLeft) tile_dot<2, 5, 6>();
@@ -275,8 +275,8 @@ class RowWork {
     return kept_ ? memory_.pairs + key / kStepKeys * pairs_stride(head_dim_) : nullptr;
   }
   // Of pair `i` from dim `d` on.
-  static bf16* pair_row(bf16* pairs, int64_t d, int64_t i) {
-    return pairs == nullptr ? nullptr : pairs + d / kTileRows * kTileElements + i * kStepDims;
+  bf16* pair_row(bf16* pairs, int64_t d, int64_t i) const {
+    return pairs == nullptr ? nullptr : pairs + 2 * d + i * pair_stride(head_dim_);
   }
 
   // By 32 keys of the part.
@@ -355,9 +355,9 @@ class RowWork {
     for (int64_t tile = 0; tile < head_tiles_; tile += 2, to += 4 * kTileSums, query += 2 * steps * kTileElements) {
       const Sums sums = {to, kTileSums, 2 * kTileSums};
       if (tile + 1 < head_tiles_) {
-        multiply<true, true>(left, {query, kTileElements, 2 * kTileElements}, steps, d == 0, sums, beside);
+        multiply<true, true>(left, {query, kStepDims, kTileElements, 2 * kTileElements}, steps, d == 0, sums, beside);
       } else {
-        multiply<true, false>(left, {query, 0, kTileElements}, steps, d == 0, sums, beside);
+        multiply<true, false>(left, {query, kStepDims, 0, kTileElements}, steps, d == 0, sums, beside);
       }
     }
   }
@@ -369,7 +369,7 @@ class RowWork {
     for (int64_t tile = 0; tile < head_tiles_; tile += 2, numerators += 2 * second, sums += 2 * below) {
       const Left left = {numerators, kStepKeys, second, kTileElements};
       for (int64_t d = 0; d < head_dim_; d += kStepDims) {
-        const Right right = {pairs + d / kTileRows * kTileElements, kTileElements, pairs_stride(head_dim_)};
+        const Right right = {pairs + 2 * d, pair_stride(head_dim_), kStepDims, pairs_stride(head_dim_)};
         const Sums to = {sums + d * kTileRows, below, kTileSums};
         if (tile + 1 < head_tiles_) {
           multiply<true, true>(left, right, steps, true, to, nothing);

@@ -1,5 +1,6 @@
-// Keys, queries and numerators of sparse_attention as AMX tiles take them. A tile lies in 1 KiB without gaps wherever
-// it is not read as a key's row, so that its 16 lines fall into 16 sets of the cache.
+// Keys, queries and numerators of sparse_attention as AMX tiles take them. The 16 lines of a tile fall into different
+// sets of the first-level cache: queries and numerators lie in 1 KiB without gaps, keys in rows that are not a power of
+// two long.
 #pragma once
 
 #include "cpu/amx/tile.h"
@@ -108,7 +109,7 @@ struct KeyRows {
       }
       if (pairs != nullptr) {
         const bf16* row = rows + d - first;
-        put_pair(_mm512_loadu_si512(row), _mm512_loadu_si512(row + stride), pairs + (d - first) / 16 * kTileElements);
+        put_pair(_mm512_loadu_si512(row), _mm512_loadu_si512(row + stride), pairs + 2 * (d - first));
       }
     }
   }
@@ -162,8 +163,7 @@ struct KeyRows {
       }
     }
     if (extreme != 0 || _mm512_cmpge_epu8_mask(worst, _mm512_set1_epi8(0x77)) != 0) {
-      return read_any(r, j, first, last, rows, stride,
-                      pairs == nullptr ? nullptr : pairs - (d - first) / 16 * kTileElements);
+      return read_any(r, j, first, last, rows, stride, pairs == nullptr ? nullptr : pairs - 2 * (d - first));
     }
     for (; d < last; d += kStepDims, row += kStepDims) {
       const int64_t at = r.codes + 2 * (d - r.codes);
@@ -179,11 +179,11 @@ struct KeyRows {
     }
     if (pairs == nullptr) return;
     put_pair(first, second, pairs);
-    pairs += 2 * kTileElements;
+    pairs += 2 * kStepDims;
   }
   DSV4_INLINE void put_pair(__m512i first, __m512i second, bf16* to) {
     _mm512_storeu_si512(to, _mm512_unpacklo_epi16(first, second));
-    _mm512_storeu_si512(to + kTileElements, _mm512_unpackhi_epi16(first, second));
+    _mm512_storeu_si512(to + kStepDims, _mm512_unpackhi_epi16(first, second));
   }
 
   // Asks for a key's memory ahead of its use: rows lie scattered, so the processor does not foresee them.
@@ -195,8 +195,10 @@ struct KeyRows {
   }
 };
 
-// Elements from the pairs of 32 keys to the next 32: not a power of two, as of rows.
-constexpr int64_t pairs_stride(int64_t head_dim) { return kStepKeys * head_dim + 2 * kTileElements; }
+// Elements from one pair of keys to the next: not a power of two, or the rows of a tile would share sets of a cache.
+// A pair lies in one piece, [tile of dims][16 dims][2], since it is written more slowly than read.
+constexpr int64_t pair_stride(int64_t head_dim) { return 2 * head_dim + kStepDims; }
+constexpr int64_t pairs_stride(int64_t head_dim) { return kTileRows * pair_stride(head_dim); }
 
 // Elements from one key's dims to the next key's in a left operand of scores: rows of a tile share no sets of a cache.
 constexpr int64_t row_stride(int64_t dims) { return dims + kStepDims; }
