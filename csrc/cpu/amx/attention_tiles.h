@@ -65,24 +65,25 @@ struct KeyRows {
         magnitude(kept(_mm512_set1_epi8(0x7F))),
         least(kept(_mm512_set1_epi8(8))) {}
 
-  // 32 dims in any case.
+  // 32 dims of an FP8 row in any case.
   static __attribute__((noinline)) void read_slowly(const KeyRows& r, const Key& key, int64_t d, bf16* to) {
     const unsigned scale = d < r.codes ? key.scales[d / kRowBlock] : 0;
     if (d + kStepDims <= r.codes && scale - kLeastScale <= kMostScale - kLeastScale) {
       const __m512i code = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(key.data + d)));
       const __m512i size = _mm512_and_si512(code, _mm512_set1_epi16(0x7F));
       if (_mm512_cmpeq_epi16_mask(size, _mm512_set1_epi16(0x7F)) == 0) {
-        alignas(64) uint16_t denormal[32] = {};  // bits of 1 to 7 times 2^-9, their exponents lower by 120
-        for (int i = 1; i < 8; ++i) {
-          denormal[i] = static_cast<uint16_t>(bf16_from_float(e4m3_value(static_cast<uint8_t>(i))).bits - 120 * 128);
-        }
+        // Bits of 1 to 7 times 2^-9, their exponents lower by 120.
+        alignas(64) static const int16_t kDenormal[32] = {0, -256, -128, -64, 0, 32, 64, 96};
         const __mmask32 small = _mm512_cmplt_epu16_mask(size, _mm512_set1_epi16(8));
         const __m512i bits =
-            _mm512_mask_permutexvar_epi16(_mm512_slli_epi16(size, 4), small, size, _mm512_load_si512(denormal));
+            _mm512_mask_permutexvar_epi16(_mm512_slli_epi16(size, 4), small, size, _mm512_load_si512(kDenormal));
         const __m512i scaled = _mm512_maskz_add_epi16(_mm512_test_epi16_mask(size, size), bits,
                                                       _mm512_set1_epi16(static_cast<int16_t>((scale - 7) * 128)));
         return _mm512_storeu_si512(to, _mm512_or_si512(scaled, _mm512_slli_epi16(_mm512_sub_epi16(code, size), 8)));
       }
+    }
+    if (d >= r.codes) {
+      return _mm512_storeu_si512(to, _mm512_loadu_si512(key.data + r.codes + 2 * (d - r.codes)));
     }
     for (int64_t i = 0; i < kStepDims; ++i, ++d) {
       if (d < r.codes) {

@@ -1,4 +1,5 @@
-// sparse_attention for any way to multiply: the AVX-512 and the AMX kernels share all but the two products.
+// sparse_attention by vectors, and what the AMX kernel shares with it: the plan of a row's parts, how a call is spread
+// over threads, and the end of a row.
 //
 // A row lists its keys, then goes twice over them in tiles: scores, and after the maximum over all keys is known the
 // numerators and their product with the values. Decoding a key again costs less than moving it decoded through memory.
