@@ -257,7 +257,7 @@ const Shape kShapes[] = {
     {2, 5, 160, 32, 12, 700, 0, 8, 2, DType::kBFloat16}, {1, 64, 512, 64, 128, 600, 520, 256, 64, DType::kUInt8},
     {2, 8, 128, 64, 20, 1200, 0, 256, 2, DType::kUInt8}, {3, 16, 64, 64, 10, 40, 0, 16, 16, DType::kBFloat16},
     {2, 48, 32, 8, 513, 0, 0, 100, 4, DType::kBFloat16}, {2, 9, 64, 16, 33, 1025, 900, 16, 7, DType::kFloat32},
-    {3, 4, 96, 0, 17, 31, 31, 16, 4, DType::kFloat32},
+    {3, 4, 96, 0, 17, 31, 31, 16, 4, DType::kFloat32},   {2, 3, 512, 64, 24, 1001, 0, 256, 64, DType::kUInt8},
 };
 
 bool takes(const Implementation& implementation, const Shape& s, bool bf16_query) {

@@ -1,129 +1,400 @@
-// sparse_attention by AMX tiles, bfloat16: 2 tiles of 16 heads (left) x 2 tiles of 16 keys or dims (right) in 4 tiles
-// of sums, 32 dims or 32 keys a step. All but the two products is the AVX-512 kernel's, the layout of the right operand
-// included: a word is a pair of elements, as the tiles want it. H D / 256 tile cycles a key, 128 at 64 heads of 512
-// dims, stand against 150 to 200 for decoding and transposing it by vectors; so 40 % of the tile rate is expected
-// there.
+// sparse_attention by AMX tiles, bfloat16, 2 x 2 tiles of sums, 32 dims or 32 keys a step. Scores: 32 keys, as they are
+// decoded, are the left operand, the queries, packed once a row, the right one; so a register holds the scores of 16
+// heads, and maxima and numerators need no sums across one. Values: the numerators, transposed, are the left operand,
+// pairs of keys, written when they were decoded, the right one. Two passes, as the AVX-512 kernel, whose plan of parts,
+// threads and the end of a row this one shares.
+// H D / 256 tile cycles a key, 128 at 64 heads of 512 dims, are the roof of prefill; a quarter to a third of the tile
+// rate is reached. What binds: a tile is loaded for every product, 10 cycles each from the first-level cache and 20
+// from the second, and vector work overlaps with the products, but hardly with these loads; a stored line of the
+// second-level cache takes 4 cycles, so writing a key's pairs takes as long as decoding it.
 #include "cpu/attention.h"
 
-#include "cpu/amx/tile.h"
-#include "cpu/avx512/attention_forward.h"
+#include "cpu/amx/attention_tiles.h"
 
 namespace dsv4::DSV4_AMX_NAMESPACE {
 namespace {
 
-using avx512::kGroup;
-using avx512::kStep;
-using avx512::kWordElements;
+using avx512::Plan;
 
-// Tiles 0 to 3: sums of heads (first, second 16) x columns (first, second 16); 4, 5: left; 6, 7: right.
-void configure(int64_t heads) {
-  const int first = static_cast<int>(smaller(heads, kTileRows)),
-            second = static_cast<int>(smaller(heads - first, kTileRows));
+// Tiles 0 to 3: sums, of the first left operand with both right ones, then of the second; 4, 5: left; 6, 7: right.
+DSV4_INLINE void configure() {
   TileConfig config;
-  for (int tile = 0; tile < kTiles; ++tile) {
-    const bool right = tile >= 6, of_second = tile == 2 || tile == 3 || tile == 5;
-    const int rows = right ? kTileRows : of_second ? second : first;
-    if (rows > 0) config.set(tile, rows, kTileBytes);
-  }
+  for (int tile = 0; tile < kTiles; ++tile) config.set(tile, kTileRows, kTileBytes);
   tile_configure(config);
 }
 
-// Row strides in bytes.
+// Operands of 32 keys or dims a step; elements from a row, from the first tile and from a step to the next.
 struct Left {
   const bf16* data;
-  int64_t stride;
+  int64_t row, second, step;
 };
+struct Right {
+  const bf16* data;
+  int64_t row, second, step;
+};
+// Four tiles of sums, floats from the first tile to those of the second left and of the second right operand.
 struct Sums {
   float* data;
-  int64_t stride;
+  int64_t left, right;
 };
 
-// sums[h][0:32] (+)= left[h][0:32 steps] right[0:16 steps][0:32 words], for up to 32 heads.
-template <bool kTwo>
-DSV4_INLINE void multiply(Left left, const uint32_t* right, int64_t steps, bool fresh, Sums sums) {
-  char* out = reinterpret_cast<char*>(sums.data);
-  const int64_t second = kTileRows * sums.stride;
+// sums (+)= left right over `steps` steps, for one or two tiles of either, with a piece of other work beside each step.
+template <bool kTwoLeft, bool kTwoRight, class Beside>
+DSV4_INLINE void multiply(Left left, Right right, int64_t steps, bool fresh, Sums sums, Beside& beside) {
+  float* const second = sums.data + sums.left;
   if (fresh) {
     tile_zero<0>();
-    tile_zero<1>();
-    if (kTwo) tile_zero<2>();
-    if (kTwo) tile_zero<3>();
+    if (kTwoRight) tile_zero<1>();
+    if (kTwoLeft) tile_zero<2>();
+    if (kTwoLeft && kTwoRight) tile_zero<3>();
   } else {
-    tile_load<0>(out, sums.stride);
-    tile_load<1>(out + kTileBytes, sums.stride);
-    if (kTwo) tile_load<2>(out + second, sums.stride);
-    if (kTwo) tile_load<3>(out + second + kTileBytes, sums.stride);
+    tile_load<0>(sums.data, kTileBytes);
+    if (kTwoRight) tile_load<1>(sums.data + sums.right, kTileBytes);
+    if (kTwoLeft) tile_load<2>(second, kTileBytes);
+    if (kTwoLeft && kTwoRight) tile_load<3>(second + sums.right, kTileBytes);
   }
-  const char* from = reinterpret_cast<const char*>(left.data);
-  constexpr int64_t kRightStride = kGroup * 4;
-  for (int64_t step = 0; step < steps; ++step, from += kTileBytes, right += kTileRows * kGroup) {
-    tile_load<4>(from, left.stride);
-    tile_load<6>(right, kRightStride);
+  const int64_t stride = left.row * 2, right_stride = right.row * 2;
+  for (int64_t step = 0; step < steps; ++step) {
+    tile_load<4>(left.data, stride);
+    tile_load<6>(right.data, right_stride);
     tile_dot<0, 4, 6>();
-    tile_load<7>(right + 16, kRightStride);
-    tile_dot<1, 4, 7>();
-    if (kTwo) {
-      tile_load<5>(from + kTileRows * left.stride, left.stride);
-      tile_dot<2, 5, 6>();
-      tile_dot<3, 5, 7>();
-    }
+    if (kTwoRight) tile_load<7>(right.data + right.second, right_stride);
+    if (kTwoRight) tile_dot<1, 4, 7>();
+    if (kTwoLeft) tile_load<5>(left.data + left.second, stride);
+    if (kTwoLeft) tile_dot<2, 5, 6>();
+    if (kTwoLeft && kTwoRight) tile_dot<3, 5, 7>();
+    left.data += left.step;
+    right.data += right.step;
+    beside();
   }
-  tile_store<0>(out, sums.stride);
-  tile_store<1>(out + kTileBytes, sums.stride);
-  if (kTwo) tile_store<2>(out + second, sums.stride);
-  if (kTwo) tile_store<3>(out + second + kTileBytes, sums.stride);
+  tile_store<0>(sums.data, kTileBytes);
+  if (kTwoRight) tile_store<1>(sums.data + sums.right, kTileBytes);
+  if (kTwoLeft) tile_store<2>(second, kTileBytes);
+  if (kTwoLeft && kTwoRight) tile_store<3>(second + sums.right, kTileBytes);
 }
 
-// The same for any number of heads and `count` right operands that lie `right_stride` words apart, their sums 32 apart.
-DSV4_INLINE void multiply_all(Left left, int64_t heads, const uint32_t* right, int64_t right_stride, int64_t count,
-                              int64_t steps, bool fresh, Sums sums) {
-  constexpr int64_t kHeads = 2 * kTileRows;
-  for (int64_t h = 0; h < heads; h += kHeads) {
-    const int64_t left_heads = heads - h;
-    // Two blocks of 32 heads are alike; the last may be smaller.
-    if (h == 0 || left_heads < kHeads) configure(smaller(left_heads, kHeads));
-    const Left from = {left.data + h * left.stride / 2, left.stride};
-    for (int64_t i = 0; i < count; ++i) {
-      const Sums to = {sums.data + h * sums.stride / 4 + i * kGroup, sums.stride};
-      if (left_heads > kTileRows) {
-        multiply<true>(from, right + i * right_stride, steps, fresh, to);
-      } else {
-        multiply<false>(from, right + i * right_stride, steps, fresh, to);
+// Spreads pieces of work evenly over a number of steps.
+template <class Piece>
+struct Spread {
+  const Piece& piece;
+  int64_t pieces, steps, due, done;
+
+  void operator()() {
+    for (due += pieces; due >= steps; due -= steps) piece(done++);
+  }
+};
+
+constexpr int64_t kKeptBytes = 1 << 20;  // of decoded keys, of 2 MiB of second-level cache
+
+// What one row's work leaves between its steps. Heads are padded to whole tiles.
+struct RowMemory {
+  Key* keys;  // [most keys]
+  KeyCounts* count;
+  bf16* query;    // as pack_query leaves it
+  bf16* pairs;    // [keys kept / 32], pairs_stride apart
+  float* scores;  // [keys / 32][tile of heads][32 keys][16 heads]
+  float* maxima;  // [parts, H]
+  float* totals;  // [parts, H]
+  float* sums;    // [parts kept][tile of heads][tile of dims][16 heads][16 dims]
+  int64_t most_kept;
+
+  static int64_t bytes(const SparseAttentionParams& p, int64_t most, int64_t sums_kept) {
+    Arena arena{nullptr};
+    RowMemory(p, most, sums_kept, arena);
+    return arena.used;
+  }
+
+  RowMemory(const SparseAttentionParams& p, int64_t most, int64_t sums_kept, Arena& arena)
+      : most_kept(kKeptBytes / (p.query.size(2) * 2)) {
+    const int64_t heads = tiles_of(p.query.size(1)) * kTileRows, head_dim = p.query.size(2), parts = Plan(most).parts;
+    keys = arena.take<Key>(most);
+    count = arena.take<KeyCounts>(1);
+    query = arena.take<bf16>(heads * head_dim);
+    pairs = arena.take<bf16>(round_up(smaller(most, most_kept), kStepKeys) / kStepKeys * pairs_stride(head_dim));
+    scores = arena.take<float>(round_up(most, kStepKeys) * heads);
+    maxima = arena.take<float>(parts * heads);
+    totals = arena.take<float>(parts * heads);
+    sums = arena.take<float>(sums_kept * heads * head_dim);
+  }
+};
+
+// A thread's memory.
+struct Tiles {
+  bf16* rows[2];     // [32 keys, row_stride], of the products at hand and of the next
+  bf16* pairs;       // [keys of a part / 32], pairs_stride apart, where the row does not keep them
+  bf16* numerators;  // [tile of heads][keys of a part / 32][16 heads][32 keys]
+
+  static int64_t bytes(const SparseAttentionParams& p) {
+    Arena arena{nullptr};
+    Tiles(p, arena);
+    return arena.used;
+  }
+
+  Tiles(const SparseAttentionParams& p, Arena& arena) {
+    const int64_t keys = avx512::kMostPartKeys, head_dim = p.query.size(2);
+    for (bf16*& x : rows) x = arena.take<bf16>(kStepKeys * row_stride(smaller(head_dim, kSliceDims)));
+    pairs = arena.take<bf16>(keys / kStepKeys * pairs_stride(head_dim));
+    numerators = arena.take<bf16>(keys * tiles_of(p.query.size(1)) * kTileRows);
+  }
+};
+
+class RowWork {
+ public:
+  using Memory = RowMemory;
+  using Tiles = DSV4_AMX_NAMESPACE::Tiles;
+
+  static int64_t row_bytes(const SparseAttentionParams& p, int64_t most, int64_t sums_kept) {
+    return Memory::bytes(p, most, sums_kept);
+  }
+  static Memory row_memory(const SparseAttentionParams& p, int64_t most, int64_t sums_kept, uint8_t* memory) {
+    Arena arena{memory};
+    return Memory(p, most, sums_kept, arena);
+  }
+  static int64_t tile_bytes(const SparseAttentionParams& p) { return Tiles::bytes(p); }
+  static Tiles tile_memory(const SparseAttentionParams& p, uint8_t* memory) {
+    Arena arena{memory};
+    return Tiles(p, arena);
+  }
+
+  RowWork(const SparseAttentionParams& p, const E4m3Table&, int64_t row, const Memory& memory)
+      : p_(p),
+        row_(row),
+        heads_(p.query.size(1)),
+        head_dim_(p.query.size(2)),
+        head_tiles_(tiles_of(heads_)),
+        memory_(memory),
+        plan_(memory.count->all),
+        kept_(plan_.keys <= memory.most_kept) {}
+
+  // The part of a row's work that is done once, before any part.
+  static void prepare(const SparseAttentionParams& p, int64_t row, const Memory& memory) {
+    *memory.count = list_keys(p, row, memory.keys);
+    const KeyRows keys(p, memory.keys, memory.count->all);
+    for (int64_t j = 0; j < smaller(kAhead, keys.end); ++j) KeyRows::prefetch(keys, j);
+    pack_query(p, row, memory.query);
+  }
+
+  int64_t parts() const { return plan_.parts; }
+
+  // For every 32 keys, for every slice of dims: adds to their scores, and decodes the next slice meanwhile.
+  void score(int64_t part, const Tiles& tiles) const {
+    const int64_t begin = plan_.begin(part), end = plan_.end(part), stride = rows_stride();
+    const KeyRows keys(p_, memory_.keys, end);
+    configure();
+    struct Slice {
+      int64_t key, first, last;
+      bf16 *rows, *pairs;
+    } next = {begin, 0, smaller(head_dim_, kSliceDims), tiles.rows[0], pairs_of(begin)};
+    const auto read = [&](int64_t i) {
+      const Slice s = next;
+      for (int64_t j = s.key + 2 * i + kAhead; s.first == 0 && j < smaller(s.key + 2 * i + kAhead + 2, plan_.keys);
+           ++j) {
+        KeyRows::prefetch(keys, j);
+      }
+      KeyRows::read<true>(keys, s.key + 2 * i, s.first, s.last, s.rows + 2 * i * stride, stride,
+                          pair_row(s.pairs, s.first, i));
+    };
+    for (int64_t i = 0; i < kTileRows; ++i) read(i);
+    while (next.key < end) {
+      const Slice now = next;
+      next.first = now.last;
+      if (next.first == head_dim_) {
+        next.first = 0;
+        next.key += kStepKeys;
+        next.pairs = pairs_of(next.key);
+      }
+      next.last = smaller(next.first + kSliceDims, head_dim_);
+      next.rows = now.rows == tiles.rows[0] ? tiles.rows[1] : tiles.rows[0];
+      const int64_t steps = (now.last - now.first) / kStepDims;
+      Spread<decltype(read)> other = {read, next.key < end ? kTileRows : 0, steps * ((head_tiles_ + 1) / 2), 0, 0};
+      score_slice(now.rows, now.first, steps, scores(now.key), other);
+      // Tiles that were just stored would have to be waited for.
+      if (now.first == 0 && now.key > begin) raise_maxima(part, now.key - kStepKeys);
+    }
+    tile_release();
+    raise_maxima(part, round_up(end, kStepKeys) - kStepKeys);
+  }
+
+  // After all parts have their scores. This part's sums go to place `place`.
+  void mix(int64_t part, int64_t place, const Tiles& tiles) const {
+    const int64_t begin = plan_.begin(part), end = plan_.end(part), steps = (end - begin + kStepKeys - 1) / kStepKeys;
+    const bf16* pairs = memory_.pairs + begin / kStepKeys * pairs_stride(head_dim_);
+    if (!kept_) {
+      const KeyRows keys(p_, memory_.keys, end);
+      for (int64_t i = 0; i < steps * kTileRows; ++i) {
+        const int64_t key = begin + 2 * i;
+        for (int64_t j = key + kAhead; j < smaller(key + kAhead + 2, end); ++j) KeyRows::prefetch(keys, j);
+        bf16* to = tiles.pairs + i / kTileRows * pairs_stride(head_dim_);
+        for (int64_t d = 0; d < head_dim_; d += kSliceDims) {
+          KeyRows::read<false>(keys, key, d, smaller(d + kSliceDims, head_dim_), tiles.rows[0], rows_stride(),
+                               pair_row(to, d, i % kTileRows));
+        }
+      }
+      pairs = tiles.pairs;
+    }
+    weigh_part(part, steps, tiles.numerators);
+    configure();
+    mix_steps(tiles.numerators, pairs, steps, memory_.sums + place * padded_heads() * head_dim_);
+    tile_release();
+  }
+
+  // Adds some heads' sums in a place to those in the first.
+  void add(int64_t place, int64_t first_head, int64_t end_head) const {
+    const int64_t count = round_up(end_head - first_head, kTileRows) * head_dim_;
+    float* to = memory_.sums + first_head * head_dim_;
+    avx512::add_all(to, to + place * padded_heads() * head_dim_, count);
+  }
+
+  // out and lse of some heads, from a multiple of 16 on, from the sums in some places.
+  void finish(int64_t first_head, int64_t end_head, int64_t places) const {
+    for (int64_t tile = first_head / kTileRows; tile < tiles_of(end_head); ++tile) {
+      alignas(64) float most[kTileRows], total[kTileRows], factor[kTileRows];
+      if (plan_.parts > 0) divide(tile, most, total, factor);
+      for (int64_t i = 0; i < smaller(kTileRows, end_head - tile * kTileRows); ++i) {
+        bf16* out = p_.out.as<bf16>().at(row_, tile * kTileRows + i);
+        float* lse = p_.lse.as<float>().at(row_, tile * kTileRows + i);
+        if (plan_.parts == 0) {
+          memset(out, 0, static_cast<size_t>(head_dim_) * sizeof(bf16));
+          *lse = __builtin_inff();
+          continue;
+        }
+        *lse = static_cast<float>(static_cast<double>(most[i]) + __builtin_log(static_cast<double>(total[i])));
+        write(memory_.sums + (tile * head_dim_ + i) * kTileRows, places, _mm512_set1_ps(factor[i]), out);
+        const int64_t width = 2 * p_.rope.size(1);
+        if (p_.rope.given()) avx512::rotate_back(out + head_dim_ - width, p_.rope.as<const float>().at(row_), width);
       }
     }
   }
-  tile_release();
-}
 
-struct Product {
-  static constexpr int64_t kKeptBytes = 1 << 20;  // of 2 MiB of second-level cache
+ private:
+  int64_t padded_heads() const { return head_tiles_ * kTileRows; }
+  float* scores(int64_t key) const { return memory_.scores + key * padded_heads(); }
 
-  // scores[h][key] = query[h] . key, for whole groups of keys.
-  template <class X>
-  DSV4_INLINE void score(const X* query, int64_t query_stride, int64_t heads, const uint32_t* tile, int64_t groups,
-                         int64_t head_dim, float* scores, int64_t stride) {
-    const int64_t words = head_dim / kWordElements<X>;
-    multiply_all({query, 2 * query_stride}, heads, tile, words * kGroup, groups, head_dim / kStep, true,
-                 {scores, 4 * stride});
+  int64_t rows_stride() const { return row_stride(smaller(head_dim_, kSliceDims)); }
+  bf16* pairs_of(int64_t key) const {
+    return kept_ ? memory_.pairs + key / kStepKeys * pairs_stride(head_dim_) : nullptr;
+  }
+  // Of pair `i` from dim `d` on.
+  bf16* pair_row(bf16* pairs, int64_t d, int64_t i) const {
+    return pairs == nullptr ? nullptr : pairs + 2 * d + i * pair_stride(head_dim_);
   }
 
-  // sums[h][d] (+)= sum over the steps of a tile of weights[h] * values.
-  template <class X>
-  DSV4_INLINE void mix(const X* weights, int64_t stride, int64_t heads, const uint32_t* tile, int64_t steps,
-                       int64_t head_dim, bool fresh, float* sums) {
-    multiply_all({weights, 2 * stride}, heads, tile, avx512::group_stride(steps), head_dim / kGroup, steps / kTileRows,
-                 fresh, {sums, 4 * head_dim});
+  // By 32 keys of the part.
+  void raise_maxima(int64_t part, int64_t key) const {
+    const __m512 scale = _mm512_set1_ps(p_.scale);
+    const int64_t keys = smaller(plan_.end(part) - key, kStepKeys);
+    float* maxima = memory_.maxima + part * padded_heads();
+    for (int64_t tile = 0; tile < head_tiles_; ++tile, maxima += kTileRows) {
+      const __m512 before = key == plan_.begin(part) ? _mm512_set1_ps(-__builtin_inff()) : _mm512_loadu_ps(maxima);
+      _mm512_storeu_ps(maxima, largest(scores(key) + tile * 2 * kTileSums, keys, scale, before));
+    }
   }
+
+  __m512 maxima(int64_t tile) const {
+    __m512 most = _mm512_loadu_ps(memory_.maxima + tile * kTileRows);
+    for (int64_t part = 1; part < plan_.parts; ++part) {
+      most = _mm512_max_ps(most, _mm512_loadu_ps(memory_.maxima + (part * head_tiles_ + tile) * kTileRows));
+    }
+    return most;
+  }
+
+  // A tile of heads' maxima, totals, and reciprocals of the denominators.
+  void divide(int64_t tile, float* most, float* total, float* factor) const {
+    const __mmask16 given = avx512::low16(smaller(heads_ - tile * kTileRows, kTileRows));
+    __m512 sum = _mm512_setzero_ps();
+    for (int64_t part = 0; part < plan_.parts; ++part) {
+      sum = _mm512_add_ps(sum, _mm512_loadu_ps(memory_.totals + (part * head_tiles_ + tile) * kTileRows));
+    }
+    const __m512 largest = maxima(tile),
+                 sink = _mm512_maskz_loadu_ps(given, p_.sink.as<const float>().at(tile * kTileRows));
+    const __m512 whole = _mm512_add_ps(sum, avx512::exp(_mm512_sub_ps(sink, largest)));
+    _mm512_store_ps(most, largest);
+    _mm512_store_ps(total, sum);
+    _mm512_store_ps(factor, _mm512_div_ps(_mm512_set1_ps(1.f), whole));
+  }
+
+  // Numerators and totals of the keys of a part.
+  void weigh_part(int64_t part, int64_t steps, bf16* numerators) const {
+    const int64_t begin = plan_.begin(part), end = plan_.end(part);
+    for (int64_t tile = 0; tile < head_tiles_; ++tile) {
+      const __m512 none = _mm512_setzero_ps();
+      Softmax s = {_mm512_set1_ps(p_.scale), maxima(tile), {none, none}};
+      bf16* to = numerators + tile * steps * kTileElements;
+      for (int64_t key = begin; key < end; key += kStepKeys, to += kTileElements) {
+        const float* from = scores(key) + tile * 2 * kTileSums;
+        if (end - key >= kStepKeys) {
+          weigh<true>(from, kStepKeys, s, to);
+        } else {
+          weigh<false>(from, end - key, s, to);
+        }
+      }
+      _mm512_storeu_ps(memory_.totals + (part * head_tiles_ + tile) * kTileRows,
+                       _mm512_add_ps(s.totals[0], s.totals[1]));
+    }
+  }
+
+  // The output of a head from its first two tiles of sums.
+  void write(const float* sums, int64_t places, __m512 factor, bf16* out) const {
+    const int64_t apart = padded_heads() * head_dim_;
+    for (int64_t d = 0; d < head_dim_; d += kStepDims, sums += 2 * kTileSums) {
+      __m512 a = _mm512_loadu_ps(sums), b = _mm512_loadu_ps(sums + kTileSums);
+      for (int64_t place = 1; place < places; ++place) {
+        a = _mm512_add_ps(a, _mm512_loadu_ps(sums + place * apart));
+        b = _mm512_add_ps(b, _mm512_loadu_ps(sums + place * apart + kTileSums));
+      }
+      _mm512_storeu_si512(out + d, pack_sums(a, b, factor));
+    }
+  }
+
+  // Adds a slice of dims from `d` on to the scores of 32 keys.
+  template <class Beside>
+  void score_slice(const bf16* rows, int64_t d, int64_t steps, float* to, Beside& beside) const {
+    const int64_t stride = rows_stride();
+    const Left left = {rows, stride, kTileRows * stride, kStepDims};
+    const bf16* query = memory_.query + d * padded_heads();
+    for (int64_t tile = 0; tile < head_tiles_; tile += 2, to += 4 * kTileSums, query += 2 * steps * kTileElements) {
+      const Sums sums = {to, kTileSums, 2 * kTileSums};
+      if (tile + 1 < head_tiles_) {
+        multiply<true, true>(left, {query, kStepDims, kTileElements, 2 * kTileElements}, steps, d == 0, sums, beside);
+      } else {
+        multiply<true, false>(left, {query, kStepDims, 0, kTileElements}, steps, d == 0, sums, beside);
+      }
+    }
+  }
+
+  // sums = numerators * values. The numerators of two tiles of heads stay in the first-level cache.
+  void mix_steps(const bf16* numerators, const bf16* pairs, int64_t steps, float* sums) const {
+    const int64_t below = kTileRows * head_dim_, second = steps * kTileElements;
+    const auto nothing = [] {};
+    for (int64_t tile = 0; tile < head_tiles_; tile += 2, numerators += 2 * second, sums += 2 * below) {
+      const Left left = {numerators, kStepKeys, second, kTileElements};
+      for (int64_t d = 0; d < head_dim_; d += kStepDims) {
+        const Right right = {pairs + 2 * d, pair_stride(head_dim_), kStepDims, pairs_stride(head_dim_)};
+        const Sums to = {sums + d * kTileRows, below, kTileSums};
+        if (tile + 1 < head_tiles_) {
+          multiply<true, true>(left, right, steps, true, to, nothing);
+        } else {
+          multiply<false, true>(left, right, steps, true, to, nothing);
+        }
+      }
+    }
+  }
+
+  const SparseAttentionParams& p_;
+  int64_t row_, heads_, head_dim_, head_tiles_;
+  Memory memory_;
+  Plan plan_;
+  bool kept_;
 };
 
 }  // namespace
 
 int64_t sparse_attention_workspace_bytes(const SparseAttentionParams& p, const Context& context) {
-  return avx512::Call<Product, bf16, bf16>(p, context).bytes();
+  return avx512::Call<RowWork>(p, context).bytes();
 }
 
 Status sparse_attention(const SparseAttentionParams& p, const Context& context) {
-  avx512::Call<Product, bf16, bf16>(p, context).run();
+  avx512::Call<RowWork>(p, context).run();
   return Status::ok();
 }
 

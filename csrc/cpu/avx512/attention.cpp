@@ -12,12 +12,12 @@ namespace dsv4::avx512 {
 
 int64_t sparse_attention_workspace_bytes(const SparseAttentionParams& p, const Context& context) {
   int64_t bytes = 0;
-  with_types(p, [&](auto x, auto m) { bytes = Call<Product, decltype(x), decltype(m)>(p, context).bytes(); });
+  with_types(p, [&](auto x, auto m) { bytes = Call<RowWork<Product, decltype(x), decltype(m)>>(p, context).bytes(); });
   return bytes;
 }
 
 Status sparse_attention(const SparseAttentionParams& p, const Context& context) {
-  with_types(p, [&](auto x, auto m) { Call<Product, decltype(x), decltype(m)>(p, context).run(); });
+  with_types(p, [&](auto x, auto m) { Call<RowWork<Product, decltype(x), decltype(m)>>(p, context).run(); });
   return Status::ok();
 }
 

@@ -1,4 +1,5 @@
-// sparse_attention for any way to multiply: the AVX-512 and the AMX kernels share all but the two products.
+// sparse_attention by vectors, and what the AMX kernel shares with it: the plan of a row's parts, how a call is spread
+// over threads, and the end of a row.
 //
 // A row lists its keys, then goes twice over them in tiles: scores, and after the maximum over all keys is known the
 // numerators and their product with the values. Decoding a key again costs less than moving it decoded through memory.
@@ -117,10 +118,29 @@ DSV4_INLINE void rotate_back(X* x, const float* rope, int64_t width) {
   }
 }
 
+DSV4_INLINE void add_all(float* to, const float* more, int64_t count) {
+  for (int64_t i = 0; i < count; i += 16) {
+    _mm512_storeu_ps(to + i, _mm512_add_ps(_mm512_loadu_ps(to + i), _mm512_loadu_ps(more + i)));
+  }
+}
+
 // One row of queries with elements of type X, multiplied as elements of type M.
 template <class Product, class X, class M>
 class RowWork {
  public:
+  using Memory = RowMemory<M>;
+  using Tiles = TileMemory<M>;
+
+  static int64_t row_bytes(const SparseAttentionParams& p, int64_t most, int64_t sums_kept) {
+    return Memory::bytes(p, most, Product::kKeptBytes, sums_kept);
+  }
+  static Memory row_memory(const SparseAttentionParams& p, int64_t most, int64_t sums_kept, uint8_t* memory) {
+    Arena arena{memory};
+    return Memory(p, most, Product::kKeptBytes, sums_kept, arena);
+  }
+  static int64_t tile_bytes(const SparseAttentionParams& p) { return Tiles::bytes(p.query.size(2)); }
+  static Tiles tile_memory(const SparseAttentionParams& p, uint8_t* memory) { return Tiles(memory, p.query.size(2)); }
+
   RowWork(const SparseAttentionParams& p, const E4m3Table& table, int64_t row, const RowMemory<M>& memory)
       : p_(p),
         row_(row),
@@ -169,10 +189,10 @@ class RowWork {
     }
   }
 
-  // After all parts have their scores. `sums` receives this part's.
-  void mix(int64_t part, float* sums, const TileMemory<M>& tiles) const {
+  // After all parts have their scores. This part's sums go to place `place`.
+  void mix(int64_t part, int64_t place, const TileMemory<M>& tiles) const {
     const int64_t first = plan_.begin(part), end = plan_.end(part);
-    float* scores = part_scores(part);
+    float *scores = part_scores(part), *sums = memory_.sums + place * heads_ * head_dim_;
     for (int64_t h = 0; h < heads_; ++h) {
       memory_.totals[part * heads_ + h] = weigh<X, M>(scores + h * stride_, round_up(end - first, kGroup), maximum(h));
     }
@@ -185,14 +205,16 @@ class RowWork {
     }
   }
 
-  static void add(float* to, const float* more, int64_t count) {
-    for (int64_t i = 0; i < count; i += 16) {
-      _mm512_storeu_ps(to + i, _mm512_add_ps(_mm512_loadu_ps(to + i), _mm512_loadu_ps(more + i)));
-    }
+  // Adds some heads' sums in a place to those in the first.
+  void add(int64_t place, int64_t first_head, int64_t end_head) const {
+    add_all(memory_.sums + first_head * head_dim_, memory_.sums + (place * heads_ + first_head) * head_dim_,
+            (end_head - first_head) * head_dim_);
   }
 
-  // out and lse of some heads from the sums of the whole row.
-  void finish(int64_t first_head, int64_t end_head, const float* sums) const {
+  // out and lse of some heads from the sums in some places.
+  void finish(int64_t first_head, int64_t end_head, int64_t places) const {
+    for (int64_t place = 1; place < places; ++place) add(place, first_head, end_head);
+    const float* sums = memory_.sums;
     for (int64_t h = first_head; h < end_head; ++h) {
       X* out = p_.out.as<X>().at(row_, h);
       float* lse = p_.lse.as<float>().at(row_, h);
@@ -252,15 +274,16 @@ struct Schedule {
   int64_t sums_kept() const { return by_parts ? Plan(most).parts : 2; }
 };
 
-template <class Product, class X, class M>
+// A call whose rows are the work of `Work`, in its memory of a row and of a thread.
+template <class Work>
 class Call {
  public:
   Call(const SparseAttentionParams& p, const Context& context)
       : p_(p),
         context_(context),
         schedule_(p, context),
-        row_bytes_(RowMemory<M>::bytes(p, schedule_.most, Product::kKeptBytes, schedule_.sums_kept())),
-        tile_bytes_(round_up(TileMemory<M>::bytes(p.query.size(2)), 64)),
+        row_bytes_(Work::row_bytes(p, schedule_.most, schedule_.sums_kept())),
+        tile_bytes_(round_up(Work::tile_bytes(p), 64)),
         table_(e4m3_table()) {}
 
   int64_t bytes() const {
@@ -276,34 +299,31 @@ class Call {
   }
 
  private:
-  using Work = RowWork<Product, X, M>;
-
   uint8_t* base() const { return static_cast<uint8_t*>(p_.workspace.data); }
-  RowMemory<M> row_memory(int64_t index) const {
-    Arena arena{base() + schedule_.slots * tile_bytes_ + index * row_bytes_};
-    return RowMemory<M>(p_, schedule_.most, Product::kKeptBytes, schedule_.sums_kept(), arena);
+  typename Work::Memory row_memory(int64_t index) const {
+    return Work::row_memory(p_, schedule_.most, schedule_.sums_kept(),
+                            base() + schedule_.slots * tile_bytes_ + index * row_bytes_);
   }
-  TileMemory<M> tile_memory(int64_t slot) const { return TileMemory<M>(base() + slot * tile_bytes_, p_.query.size(2)); }
+  typename Work::Tiles tile_memory(int64_t slot) const { return Work::tile_memory(p_, base() + slot * tile_bytes_); }
 
   void run_rows() const {
-    const int64_t heads = p_.query.size(1), elements = heads * p_.query.size(2);
+    const int64_t heads = p_.query.size(1);
     spread(context_, schedule_.slots, p_.query.size(0), [&](int64_t slot, int64_t row) {
-      const RowMemory<M> memory = row_memory(slot);
-      const TileMemory<M> tiles = tile_memory(slot);
+      const typename Work::Memory memory = row_memory(slot);
+      const typename Work::Tiles tiles = tile_memory(slot);
       Work::prepare(p_, row, memory);
       const Work work(p_, table_, row, memory);
       for (int64_t part = 0; part < work.parts(); ++part) work.score(part, tiles);
       for (int64_t part = 0; part < work.parts(); ++part) {
-        work.mix(part, memory.sums + (part == 0 ? 0 : elements), tiles);
-        if (part > 0) Work::add(memory.sums, memory.sums + elements, elements);
+        work.mix(part, part == 0 ? 0 : 1, tiles);
+        if (part > 0 && part + 1 < work.parts()) work.add(1, 0, heads);
       }
-      work.finish(0, heads, memory.sums);
+      work.finish(0, heads, smaller(work.parts(), 2));
     });
   }
 
   void run_parts() const {
-    const int64_t rows = p_.query.size(0), heads = p_.query.size(1), head_dim = p_.query.size(2),
-                  slots = schedule_.slots;
+    const int64_t rows = p_.query.size(0), heads = p_.query.size(1), slots = schedule_.slots;
     const int64_t parts = Plan(schedule_.most).parts, blocks = (heads + kFinishHeads - 1) / kFinishHeads;
     const auto work_of = [&](int64_t row) { return Work(p_, table_, row, row_memory(row)); };
     spread(context_, slots, rows, [&](int64_t, int64_t row) { Work::prepare(p_, row, row_memory(row)); });
@@ -314,19 +334,13 @@ class Call {
     spread(context_, slots, rows * parts, [&](int64_t slot, int64_t item) {
       const int64_t part = item % parts;
       const Work work = work_of(item / parts);
-      if (part < work.parts()) {
-        work.mix(part, row_memory(item / parts).sums + part * heads * head_dim, tile_memory(slot));
-      }
+      if (part < work.parts()) work.mix(part, part, tile_memory(slot));
     });
     spread(context_, slots, rows * blocks, [&](int64_t, int64_t item) {
       const int64_t row = item / blocks, first = item % blocks * kFinishHeads,
                     end = smaller(heads, first + kFinishHeads);
       const Work work = work_of(row);
-      float* sums = row_memory(row).sums;
-      for (int64_t part = 1; part < work.parts(); ++part) {
-        Work::add(sums + first * head_dim, sums + (part * heads + first) * head_dim, (end - first) * head_dim);
-      }
-      work.finish(first, end, sums);
+      work.finish(first, end, work.parts());
     });
   }
 
