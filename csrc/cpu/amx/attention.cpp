@@ -3,10 +3,10 @@
 // heads, and maxima and numerators need no sums across one. Values: the numerators, transposed, are the left operand,
 // pairs of keys, written when they were decoded, the right one. Two passes, as the AVX-512 kernel, whose plan of parts,
 // threads and the end of a row this one shares.
-// H D / 256 tile cycles a key, 128 at 64 heads of 512 dims, are the roof of prefill; a quarter to a third of the tile
+// H D / 256 tile cycles a key, 128 at 64 heads of 512 dims, are the roof of prefill; a fifth to a quarter of the tile
 // rate is reached. What binds: a tile is loaded for every product, 10 cycles each from the first-level cache and 20
 // from the second, and vector work overlaps with the products, but hardly with these loads; a stored line of the
-// second-level cache takes 4 cycles, so writing a key's pairs takes as long as decoding it.
+// second-level cache takes 4 cycles, so writing a key's pairs takes half as long as decoding it.
 #include "cpu/attention.h"
 
 #include "cpu/amx/attention_tiles.h"
