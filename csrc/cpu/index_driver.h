@@ -9,6 +9,7 @@
 //   Kernel(const IndexTopkParams&, uint8_t* memory)  64-byte aligned
 //   int64_t together() const   how many neighbouring rows it scores at once, at most kIndexTogether
 //   void begin(int64_t row, int64_t end)   a block of rows; the first of its chunks comes next
+//   void end()   the last of them has been scored
 //   void prepare(const IndexKey* keys, int64_t count)   up to kIndexChunk keys; those not stored score anything
 //   void expect(const IndexKey* keys, int64_t count)   those of the next chunk, which it may read meanwhile; fewer than
 //   kIndexChunk prepared keys are the last
@@ -164,6 +165,7 @@ class IndexCall {
       }
       count = following;
     }
+    kernel.end();
     for (int64_t r = row; r < end; ++r) {
       Best& chosen = best[r - row];
       chosen.finish();

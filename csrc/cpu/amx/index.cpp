@@ -41,7 +41,7 @@ class Kernel {
   Kernel(const IndexTopkParams& p, uint8_t* memory)
       : p_(p),
         shape_(p),
-        keys_(IndexKeyPool(p), memory),
+        keys_(IndexKeyPool(p), p.page_size, memory),
         query_(memory + IndexRing::bytes(p.query.size(2))),
         weights_(reinterpret_cast<float*>(query_ + shape_.sets() * shape_.query_bytes())),
         last_(avx512::low16(shape_.heads - (shape_.tiles - 1) * kTileRows)) {
@@ -49,17 +49,14 @@ class Kernel {
       const uint32_t own = (1u << shape_.heads) - 1;
       last_ = static_cast<__mmask16>(shape_.columns == 4 ? own * 0x1111u : own * 0x0101u);
     }
-    TileConfig config;
-    for (int tile = 0; tile < kTiles; ++tile) config.set(tile, kTileRows, kTileBytes);
-    tile_configure(config);
   }
-  ~Kernel() { tile_release(); }
-  Kernel(const Kernel&) = delete;
-  Kernel& operator=(const Kernel&) = delete;
 
   int64_t together() const { return shape_.together; }
 
   void begin(int64_t row, int64_t end) {
+    TileConfig config;
+    for (int tile = 0; tile < kTiles; ++tile) config.set(tile, kTileRows, kTileBytes);
+    tile_configure(config);
     first_row_ = row;
     const int64_t sets = (end - row + shape_.together - 1) / shape_.together;
     for (int64_t set = 0; set < sets; ++set) arrange(set, row + set * shape_.together, end);
@@ -69,6 +66,8 @@ class Kernel {
     const int64_t passes = (shape_.tiles + 3) / 4;
     quota_ = (unit * kTileRows + sets * passes - 1) / (sets * passes);
   }
+
+  void end() { tile_release(); }
 
   void prepare(const IndexKey* keys, int64_t count) { keys_.prepare(keys, count); }
   void expect(const IndexKey* keys, int64_t count) { keys_.expect(keys, count); }
@@ -82,22 +81,15 @@ class Kernel {
       keys_.require((group + unit) * kTileRows);
       limit_ = alone_ ? (group + 3 * unit) * kTileRows : 2 * kIndexChunk;
       for (int64_t tile = 0; tile < shape_.tiles; tile += 4) {
-        const Block block = {query_ + set * shape_.query_bytes() + tile * shape_.steps * kStepBytes,
-                             weights_ + set * shape_.weight_count() + tile * kTileRows,
-                             scores + group * kTileRows,
-                             group,
-                             tile == 0,
-                             tile + 4 >= shape_.tiles};
-        switch (shape_.tiles) {
-          case 1:
-            run<4, 1>(block);
-            break;
-          case 2:
-            run<2, 2>(block);
-            break;
-          default:
-            run_wide(block, shape_.tiles - tile);
-        }
+        Block& block = blocks_[turn_];
+        block.query = query_ + set * shape_.query_bytes() + tile * shape_.steps * kStepBytes;
+        block.weights = weights_ + set * shape_.weight_count() + tile * kTileRows;
+        block.scores = scores + group * kTileRows;
+        block.group = group;
+        block.first = tile == 0;
+        block.last = tile + 4 >= shape_.tiles;
+        run(block, shape_.tiles - tile);
+        turn_ = 1 - turn_;
       }
     }
     if (pending_ != 0) flush();
@@ -145,18 +137,24 @@ class Kernel {
     }
   }
 
-  void run_wide(const Block& block, int64_t tiles) {
-    if (tiles >= 4) {
-      run<1, 4>(block);
+  // `tiles` of heads are left to do of the block's keys.
+  void run(const Block& block, int64_t tiles) {
+    if (shape_.tiles == 1) {
+      shape_.steps == 2 ? run<4, 1, 2>(block) : shape_.steps == 4 ? run<4, 1, 4>(block) : run<4, 1, 0>(block);
+    } else if (shape_.tiles == 2) {
+      shape_.steps == 4 ? run<2, 2, 4>(block) : run<2, 2, 0>(block);
+    } else if (tiles >= 4) {
+      shape_.steps == 4 ? run_halves(block) : run<1, 4, 0>(block);
     } else if (tiles == 3) {
-      run<1, 3>(block);
+      run<1, 3, 0>(block);
     } else if (tiles == 2) {
-      run<1, 2>(block);
+      run<1, 2, 0>(block);
     } else {
-      run<1, 1>(block);
+      run<1, 1, 0>(block);
     }
   }
 
+  static constexpr int kHalves = 1;
   template <int kKeys, int kHeads>
   static constexpr int code() {
     return 8 * kKeys + kHeads;
@@ -170,6 +168,8 @@ class Kernel {
         return finish<2, 2>();
       case code<1, 4>():
         return finish<1, 4>();
+      case kHalves:
+        return finish_halves();
       case code<1, 3>():
         return finish<1, 3>();
       case code<1, 2>():
@@ -178,18 +178,101 @@ class Kernel {
         return finish<1, 1>();
     }
   }
+  void finish_halves() {
+    tile_store<2>(products_[2], kTileBytes);
+    tile_store<3>(products_[3], kTileBytes);
+    const Block& block = blocks_[1 - turn_];
+    for (int quad = 0; quad < 4; ++quad) sum_halves(block, first_half_[1 - turn_][0], quad);
+    add<1>(block);
+    pending_ = 0;
+  }
   template <int kKeys, int kHeads>
   void finish() {
-    for (int quad = 0; quad < 4 * kKeys; ++quad) sum<kHeads>(quad);
-    add<kKeys>();
+    const Block& block = blocks_[1 - turn_];
+    for (int quad = 0; quad < 4 * kKeys; ++quad) sum<kHeads>(block, quad);
+    add<kKeys>(block);
     pending_ = 0;
   }
 
-  // Tiles: from 0 on the products, [keys][heads]; 4 and 5 keys, 6 and 7 the query.
-  template <int kKeys, int kHeads>
+  // Sixteen keys of 128 dims with 64 heads, the shape of the published models: two tiles of heads at a time, whose
+  // products are stored while the other two are multiplied. Eight slices of other work go between the steps: the sums
+  // of the block before this one, and decoding.
+  void run_halves(const Block& block) {
+    if (pending_ != 0 && pending_ != kHalves) flush();
+    IndexRing::Run ahead = keys_.claim(quota_, limit_);
+    IndexRing::Whole whole;
+    switch (keys_.whole(ahead, &whole)) {
+      case IndexRing::Kind::kFp4:
+        return run_halves<IndexRing::Kind::kFp4>(block, whole, &ahead);
+      case IndexRing::Kind::kFp8:
+        return run_halves<IndexRing::Kind::kFp8>(block, whole, &ahead);
+      default:
+        return run_halves<IndexRing::Kind::kNone>(block, whole, &ahead);
+    }
+  }
+  template <IndexRing::Kind kKind>
+  __attribute__((noinline)) void run_halves(const Block& block, IndexRing::Whole whole, IndexRing::Run* ahead) {
+    const Block& before = blocks_[1 - turn_];
+    const float* before_first = first_half_[1 - turn_][0];
+    const uint8_t *keys = keys_.group(block.group), *query = block.query;
+    const bool sums = pending_ != 0;
+    const int64_t share = (ahead->count + 3) / 4;
+    const auto decode = [&](int quad) __attribute__((always_inline)) {
+      if constexpr (kKind == IndexRing::Kind::kNone) {
+        if (ahead->count > 0) keys_.decode(ahead, share);
+      } else {
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) keys_.decode_one<kKind>(whole, 4 * quad + i);
+      }
+    };
+    const auto sum = [&](int quad) __attribute__((always_inline)) {
+      if (sums) sum_halves(before, before_first, quad);
+    };
+    tile_zero<0>();
+    tile_zero<1>();
+    dot_half<0>(keys, query);
+    if (sums) {
+      tile_store<2>(products_[2], kTileBytes);
+      tile_store<3>(products_[3], kTileBytes);
+    }
+    decode(0);
+    dot_half<0>(keys + kStepBytes, query + kStepBytes);
+    decode(1);
+    dot_half<0>(keys + 2 * kStepBytes, query + 2 * kStepBytes);
+    sum(0);
+    dot_half<0>(keys + 3 * kStepBytes, query + 3 * kStepBytes);
+    sum(1);
+    query += 8 * kStepBytes;
+    tile_zero<2>();
+    tile_zero<3>();
+    dot_half<2>(keys, query);
+    tile_store<0>(first_half_[turn_][0], kTileBytes);
+    tile_store<1>(first_half_[turn_][1], kTileBytes);
+    decode(2);
+    dot_half<2>(keys + kStepBytes, query + kStepBytes);
+    sum(2);
+    dot_half<2>(keys + 2 * kStepBytes, query + 2 * kStepBytes);
+    decode(3);
+    dot_half<2>(keys + 3 * kStepBytes, query + 3 * kStepBytes);
+    sum(3);
+    if (sums) add<1>(before);
+    pending_ = kHalves;
+  }
+  template <int kFirst>
+  static __attribute__((always_inline)) void dot_half(const uint8_t* keys, const uint8_t* query) {
+    tile_load<4>(keys, kTileBytes);
+    tile_load<6>(query, kTileBytes);
+    tile_dot<kFirst, 4, 6>();
+    tile_load<7>(query + 4 * kStepBytes, kTileBytes);
+    tile_dot<kFirst + 1, 4, 7>();
+  }
+
+  // Tiles: from 0 on the products, [keys][heads]; 4 and 5 keys, 6 and 7 the query. kSteps: how many, 0: any number.
+  template <int kKeys, int kHeads, int kSteps>
   __attribute__((noinline)) void run(const Block& block) {
+    const Block& before = blocks_[1 - turn_];
     if (pending_ != 0 && pending_ != code<kKeys, kHeads>()) flush();
-    const int64_t steps = shape_.steps, head_bytes = steps * kStepBytes;
+    const int64_t steps = kSteps > 0 ? kSteps : shape_.steps, head_bytes = steps * kStepBytes;
     const uint8_t* keys[kKeys];
     for (int k = 0; k < kKeys; ++k) keys[k] = keys_.group(block.group + k);
     constexpr int kCount = kKeys * kHeads;
@@ -197,25 +280,30 @@ class Kernel {
     if constexpr (kCount > 1) tile_zero<1>();
     if constexpr (kCount > 2) tile_zero<2>();
     if constexpr (kCount > 3) tile_zero<3>();
-    int quad = 0;
-    int64_t decoded = 0;
-    for (int64_t s = 0; s < steps; ++s) {
-      const uint8_t* query = block.query + s * kStepBytes;
-      dot<kKeys, kHeads>(keys, s * kStepBytes, query, head_bytes);
-      if (pending_ != 0) {
-        const int end = static_cast<int>(4 * kKeys * (s + 1) / steps);
-        for (; quad < end; ++quad) sum<kHeads>(quad);
+    IndexRing::Run ahead = keys_.claim(quota_, limit_);
+    if constexpr (kSteps > 0) {
+      constexpr int kQuads = 4 * kKeys / kSteps;
+      const int64_t share = (ahead.count + kSteps - 1) / kSteps;
+#pragma GCC unroll 4
+      for (int s = 0; s < kSteps; ++s) {
+        dot<kKeys, kHeads>(keys, s * kStepBytes, block.query + s * kStepBytes, head_bytes);
+        if (ahead.count > 0) keys_.decode(&ahead, share);
+        if (pending_ == 0) continue;
+#pragma GCC unroll 8
+        for (int quad = s * kQuads; quad < (s + 1) * kQuads; ++quad) sum<kHeads>(before, quad);
       }
-      const int64_t more = quota_ * (s + 1) / steps - decoded;
-      keys_.decode(more, limit_);
-      decoded += more;
+    } else {
+      for (int64_t s = 0; s < steps; ++s) {
+        dot<kKeys, kHeads>(keys, s * kStepBytes, block.query + s * kStepBytes, head_bytes);
+      }
+      keys_.decode(&ahead, ahead.count);
+      for (int quad = 0; pending_ != 0 && quad < 4 * kKeys; ++quad) sum<kHeads>(before, quad);
     }
-    if (pending_ != 0) add<kKeys>();
+    if (pending_ != 0) add<kKeys>(before);
     tile_store<0>(products_[0], kTileBytes);
     if constexpr (kCount > 1) tile_store<1>(products_[1], kTileBytes);
     if constexpr (kCount > 2) tile_store<2>(products_[2], kTileBytes);
     if constexpr (kCount > 3) tile_store<3>(products_[3], kTileBytes);
-    block_ = block;
     pending_ = code<kKeys, kHeads>();
   }
 
@@ -256,17 +344,27 @@ class Kernel {
 
   // relu and weights of four keys, and the sums of their heads in fours: lane 4 l + i of a quad belongs to key i.
   template <int kHeads>
-  __attribute__((always_inline)) void sum(int quad) {
-    const float* from = products_[quad / 4 * kHeads] + quad % 4 * 4 * kTileRows;
+  __attribute__((always_inline)) void sum(const Block& block, int quad) {
+    const float* tiles[kHeads];
+    for (int t = 0; t < kHeads; ++t) tiles[t] = products_[quad / 4 * kHeads + t];
+    sum<kHeads>(block, tiles, quad);
+  }
+  __attribute__((always_inline)) void sum_halves(const Block& block, const float* first, int quad) {
+    const float* tiles[] = {first, first + kTileRows * kTileRows, products_[2], products_[3]};
+    sum<4>(block, tiles, quad);
+  }
+  template <int kHeads>
+  __attribute__((always_inline)) void sum(const Block& block, const float* const* tiles, int quad) {
+    const __mmask16 mask = block.last ? last_ : static_cast<__mmask16>(0xFFFF);
     __m512 x[4];
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
 #pragma GCC unroll 4
       for (int t = 0; t < kHeads; ++t) {
-        const __m512 product = _mm512_load_ps(from + t * kTileRows * kTileRows + i * kTileRows);
-        const __m512 positive = t == kHeads - 1 ? _mm512_maskz_max_ps(block_mask(), _mm512_setzero_ps(), product)
+        const __m512 product = _mm512_load_ps(tiles[t] + (quad % 4 * 4 + i) * kTileRows);
+        const __m512 positive = t == kHeads - 1 ? _mm512_maskz_max_ps(mask, _mm512_setzero_ps(), product)
                                                 : _mm512_max_ps(_mm512_setzero_ps(), product);
-        const __m512 weight = _mm512_loadu_ps(block_.weights + t * kTileRows);
+        const __m512 weight = _mm512_load_ps(block.weights + t * kTileRows);
         x[i] = t == 0 ? _mm512_mul_ps(weight, positive) : _mm512_fmadd_ps(weight, positive, x[i]);
       }
     }
@@ -276,38 +374,37 @@ class Kernel {
     const __m512d high = _mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
     _mm512_store_ps(quads_[quad], _mm512_add_ps(_mm512_castpd_ps(low), _mm512_castpd_ps(high)));
   }
-  __mmask16 block_mask() const { return block_.last ? last_ : static_cast<__mmask16>(0xFFFF); }
 
   // The quads of a block to the scores of its keys.
   template <int kKeys>
-  __attribute__((always_inline)) void add() {
+  __attribute__((always_inline)) void add(const Block& block) {
     for (int k = 0; k < kKeys; ++k) {
       const __m512 a = _mm512_load_ps(quads_[4 * k]), b = _mm512_load_ps(quads_[4 * k + 1]),
                    c = _mm512_load_ps(quads_[4 * k + 2]), d = _mm512_load_ps(quads_[4 * k + 3]);
       const __m512 even = _mm512_shuffle_f32x4(a, b, 0x88), odd = _mm512_shuffle_f32x4(a, b, 0xDD);
       const __m512 more_even = _mm512_shuffle_f32x4(c, d, 0x88), more_odd = _mm512_shuffle_f32x4(c, d, 0xDD);
       if (shape_.columns == 4) {
-        store(k, 0, _mm512_shuffle_f32x4(even, more_even, 0x88));
-        store(k, 1, _mm512_shuffle_f32x4(odd, more_odd, 0x88));
-        store(k, 2, _mm512_shuffle_f32x4(even, more_even, 0xDD));
-        store(k, 3, _mm512_shuffle_f32x4(odd, more_odd, 0xDD));
+        store(block, k, 0, _mm512_shuffle_f32x4(even, more_even, 0x88));
+        store(block, k, 1, _mm512_shuffle_f32x4(odd, more_odd, 0x88));
+        store(block, k, 2, _mm512_shuffle_f32x4(even, more_even, 0xDD));
+        store(block, k, 3, _mm512_shuffle_f32x4(odd, more_odd, 0xDD));
         continue;
       }
       const __m512 pairs = _mm512_add_ps(even, odd), more = _mm512_add_ps(more_even, more_odd);
       const __m512 first = _mm512_shuffle_f32x4(pairs, more, 0x88), second = _mm512_shuffle_f32x4(pairs, more, 0xDD);
       if (shape_.columns == 8) {
-        store(k, 0, first);
-        store(k, 1, second);
+        store(block, k, 0, first);
+        store(block, k, 1, second);
       } else {
-        store(k, 0, _mm512_add_ps(first, second));
+        store(block, k, 0, _mm512_add_ps(first, second));
       }
     }
   }
-  __attribute__((always_inline)) void store(int key_tile, int64_t row, __m512 score) {
-    float* to = block_.scores + row * kIndexScores + key_tile * kTileRows;
-    if (!block_.first) score = _mm512_add_ps(_mm512_load_ps(to), score);
-    if (block_.last && keys_.scales_scores()) {
-      score = _mm512_mul_ps(score, _mm512_load_ps(keys_.scales(block_.group + key_tile)));
+  __attribute__((always_inline)) void store(const Block& block, int key_tile, int64_t row, __m512 score) {
+    float* to = block.scores + row * kIndexScores + key_tile * kTileRows;
+    if (!block.first) score = _mm512_add_ps(_mm512_load_ps(to), score);
+    if (block.last && keys_.scales_scores()) {
+      score = _mm512_mul_ps(score, _mm512_load_ps(keys_.scales(block.group + key_tile)));
     }
     _mm512_store_ps(to, score);
   }
@@ -321,7 +418,9 @@ class Kernel {
   int64_t first_row_ = 0, quota_ = 0, limit_ = 0;
   bool alone_ = false;
   int pending_ = 0;  // which kind of block waits in products_, 0: none
-  Block block_{};
+  int turn_ = 0;
+  Block blocks_[2];
+  alignas(64) float first_half_[2][2][kTileRows * kTileRows];
   alignas(64) float products_[4][kTileRows * kTileRows];
   alignas(64) float quads_[16][16];
 };

@@ -43,9 +43,10 @@ class IndexRing {
 
   static int64_t bytes(int64_t dim) { return kGroups * dim / kStepDims * kStepBytes; }
 
-  IndexRing(const IndexKeyPool& pool, uint8_t* memory)
+  IndexRing(const IndexKeyPool& pool, int64_t page_size, uint8_t* memory)
       : format_(pool.format()),
         dim_(pool.dim()),
+        page_size_(page_size),
         value_bytes_(pool.value_bytes()),
         group_bytes_(pool.dim() / kStepDims * kStepBytes),
         panel_(memory),
@@ -64,28 +65,74 @@ class IndexRing {
   // Keys lie page by page anywhere in memory. Those of the next chunk are fetched a few at a time.
   void fetch(int64_t count) {
     const int64_t end = fetched_ + count < next_count_ ? fetched_ + count : next_count_;
-    for (; fetched_ < end; ++fetched_) {
-      const uint8_t* values = next_[fetched_].values;
-      if (fetched_ % kTileRows == 0) _mm_prefetch(reinterpret_cast<const char*>(next_[fetched_].scales), _MM_HINT_T1);
-      for (int64_t at = 0; values != nullptr && at < value_bytes_; at += 64) {
-        _mm_prefetch(reinterpret_cast<const char*>(values + at), _MM_HINT_T1);
-      }
+    if (fetched_ < end) fetch_until(end);
+  }
+
+  // Keys to decode, behind one another in the ring but for its end. Counted from the first of the chunk on.
+  struct Run {
+    const IndexKey* keys;
+    int64_t at, count;
+  };
+
+  // Up to `count` more keys, none from `limit` on: the caller decodes them.
+  Run claim(int64_t count, int64_t limit) {
+    const bool here = done_ < count_;
+    int64_t end = here ? count_ : count_ + next_count_;
+    end = end < limit ? end : limit;
+    end = end < done_ + count ? end : done_ + count;
+    const Run run = {here ? keys_ + done_ : next_ + (done_ - count_), done_, end > done_ ? end - done_ : 0};
+    done_ += run.count;
+    return run;
+  }
+  // The first of a run.
+  void decode(Run* run, int64_t count) {
+    count = count < run->count ? count : run->count;
+    decode_run(run->keys, run->at, count);
+    run->keys += count, run->at += count, run->count -= count;
+  }
+  void require(int64_t end) {
+    while (done_ < end) {
+      Run run = claim(end - done_, end);
+      if (run.count == 0) return;
+      decode(&run, run.count);
     }
   }
 
-  // Decodes up to `count` more keys, none from `limit` on. Keys are counted from the first of the chunk on.
-  void decode(int64_t count, int64_t limit) {
-    int64_t end = done_ + count < limit ? done_ + count : limit;
-    end = end < count_ + next_count_ ? end : count_ + next_count_;
-    while (done_ < end) {
-      const bool here = done_ < count_;
-      const int64_t stop = here && end > count_ ? count_ : end;
-      decode_run(here ? keys_ + done_ : next_ + (done_ - count_), done_, stop - done_);
-      done_ = stop;
+  // A group of 16 keys of 128 dims that lie side by side in one page, to be decoded key by key with decode_one. kNone:
+  // keys that must be decoded as a run.
+  enum class Kind : uint8_t { kNone, kFp4, kFp8 };
+  struct Whole {
+    const uint8_t *values, *scales;
+    uint8_t* to;
+  };
+  Kind whole(const Run& run, Whole* to) {
+    const bool bytes = format_ == IndexKeyFormat::kFp4 || format_ == IndexKeyFormat::kFp8;
+    if (!bytes || dim_ != 128 || run.count != kTileRows || page_size_ < kTileRows) return Kind::kNone;
+    const IndexKey &first = run.keys[0], &last = run.keys[kTileRows - 1];
+    if (first.values == nullptr || last.values != first.values + (kTileRows - 1) * value_bytes_) return Kind::kNone;
+    if (last.scales != first.scales + (kTileRows - 1) * 4) return Kind::kNone;
+    const __m512i scales = _mm512_loadu_si512(first.scales);
+    *to = {first.values, first.scales, row(run.at)};
+    if (format_ == IndexKeyFormat::kFp8) {
+      _mm512_store_ps(scale(run.at), _mm512_abs_ps(_mm512_castsi512_ps(scales)));
+      return Kind::kFp8;
     }
+    const __m512i below = _mm512_sub_epi8(scales, _mm512_set1_epi8(2));
+    return _mm512_cmpgt_epu8_mask(below, _mm512_set1_epi8(static_cast<char>(250))) == 0 ? Kind::kFp4 : Kind::kNone;
   }
-  void require(int64_t end) {
-    if (done_ < end) decode(end - done_, end);
+  template <Kind kKind>
+  __attribute__((always_inline)) void decode_one(const Whole& whole, int64_t key) const {
+    uint8_t* to = whole.to + key * kTileBytes;
+    int32_t bits;
+    memcpy(&bits, whole.scales + 4 * key, 4);
+    if constexpr (kKind == Kind::kFp4) {
+      const __m512i table = _mm512_load_si512(codes_.e2m1);
+      fp4_steps<4>(_mm512_loadu_si512(whole.values + 64 * key), fp4_scale(bits), table, to);
+    } else {
+      const __m512i sign = _mm512_set1_epi32(bits >> 31);
+      fp8_steps(_mm512_loadu_si512(whole.values + 128 * key), sign, to);
+      fp8_steps(_mm512_loadu_si512(whole.values + 128 * key + 64), sign, to + 2 * kStepBytes);
+    }
   }
 
   const uint8_t* group(int64_t index) const { return panel_ + ((base_ + index) & mask_) * group_bytes_; }
@@ -108,7 +155,24 @@ class IndexRing {
   }
 
  private:
-  // `count` keys that lie behind one another in the ring but for its end.
+  __attribute__((noinline)) void fetch_until(int64_t end) {
+    const auto lines = [](const uint8_t* from, int64_t bytes) {
+      for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(reinterpret_cast<const char*>(from + i), _MM_HINT_T1);
+    };
+    for (; fetched_ < end; ++fetched_) {
+      const IndexKey *key = next_ + fetched_, *last = key + (kTileRows - 1);
+      if (key->values == nullptr) continue;
+      if (fetched_ + kTileRows <= end && last->values == key->values + (kTileRows - 1) * value_bytes_) {
+        lines(key->values, kTileRows * value_bytes_);
+        lines(key->scales, 1);
+        fetched_ += kTileRows - 1;
+        continue;
+      }
+      lines(key->values, value_bytes_);
+      if (fetched_ % kTileRows == 0) lines(key->scales, 1);
+    }
+  }
+
   void decode_run(const IndexKey* keys, int64_t at, int64_t count) {
     switch (format_) {
       case IndexKeyFormat::kFp4:
@@ -154,17 +218,18 @@ class IndexRing {
     }
   }
 
+  // Four exponents, each to the words of 128 bits, where bfloat16 has them.
+  static __attribute__((always_inline)) __m512i fp4_scale(int32_t exponents) {
+    alignas(64) static const uint64_t kSpread[8] = {0x8000800080008000, 0x8000800080008000, 0x8001800180018001,
+                                                    0x8001800180018001, 0x8002800280028002, 0x8002800280028002,
+                                                    0x8003800380038003, 0x8003800380038003};
+    return _mm512_slli_epi16(_mm512_shuffle_epi8(_mm512_set1_epi32(exponents), _mm512_load_si512(kSpread)), 7);
+  }
+
   // Every 128 bits hold the codes of the dims of one scale: four dims a word, so that the step of nibble k has dims
   // 4 j + k. Fewer dims fill the register more than once, shifted already.
   __attribute__((noinline)) void decode_fp4(const IndexKey* keys, int64_t at, int64_t count) const {
     const __m512i table = _mm512_load_si512(codes_.e2m1);
-    const __m512i spread =
-        _mm512_setr_epi32(static_cast<int>(0x80008000), static_cast<int>(0x80008000), static_cast<int>(0x80008000),
-                          static_cast<int>(0x80008000), static_cast<int>(0x80018001), static_cast<int>(0x80018001),
-                          static_cast<int>(0x80018001), static_cast<int>(0x80018001), static_cast<int>(0x80028002),
-                          static_cast<int>(0x80028002), static_cast<int>(0x80028002), static_cast<int>(0x80028002),
-                          static_cast<int>(0x80038003), static_cast<int>(0x80038003), static_cast<int>(0x80038003),
-                          static_cast<int>(0x80038003));
     for (int64_t i = 0; i < count; ++i) {
       const IndexKey key = keys[i];
       uint8_t* to = row(at + i);
@@ -181,8 +246,7 @@ class IndexRing {
           slow_fp4(values, scales, 128, to);
           continue;
         }
-        const __m512i scale = _mm512_slli_epi16(_mm512_shuffle_epi8(_mm512_set1_epi32(static_cast<int>(e)), spread), 7);
-        fp4_steps<4>(_mm512_loadu_si512(values), scale, table, to);
+        fp4_steps<4>(_mm512_loadu_si512(values), fp4_scale(static_cast<int32_t>(e)), table, to);
       }
       if (left > 0) decode_fp4_rest(values, scales, left, to);
     }
@@ -253,45 +317,48 @@ class IndexRing {
     }
   }
 
-  // Lower and upper bytes of 64 values with the signs of `codes`.
-  __attribute__((always_inline)) void fp8_bytes(__m512i codes, const __m512i* tables, __m512i* high,
-                                                __m512i* low) const {
-    const __m512i value = _mm512_permutex2var_epi8(tables[0], codes, tables[1]);
-    *high = _mm512_ternarylogic_epi32(value, codes, _mm512_set1_epi8(static_cast<char>(0x80)), 0xF8);
-    *low = _mm512_permutex2var_epi8(tables[2], codes, tables[3]);
+  // The bytes of 64 values, the upper and the lower ones. `sign`: all ones where they change their sign.
+  __attribute__((always_inline)) void fp8_bytes(__m512i codes, __m512i sign, __m512i* high, __m512i* low) const {
+    const __m512i top = _mm512_set1_epi8(static_cast<char>(0x80));
+    const __m512i value =
+        _mm512_permutex2var_epi8(_mm512_load_si512(codes_.high), codes, _mm512_load_si512(codes_.high + 64));
+    *high = _mm512_or_si512(value, _mm512_ternarylogic_epi32(codes, sign, top, 0x28));  // (codes ^ sign) & top
+    *low = _mm512_permutex2var_epi8(_mm512_load_si512(codes_.low), codes, _mm512_load_si512(codes_.low + 64));
+  }
+  // A word holds two codes: the even dims come out first, then the odd ones.
+  static __attribute__((always_inline)) __m512i fp8_even(__m512i high, __m512i low) {
+    return _mm512_ternarylogic_epi32(_mm512_set1_epi16(0x00FF), low, _mm512_slli_epi16(high, 8), 0xCA);
+  }
+  static __attribute__((always_inline)) __m512i fp8_odd(__m512i high, __m512i low) {
+    return _mm512_ternarylogic_epi32(_mm512_set1_epi16(0x00FF), _mm512_srli_epi16(low, 8), high, 0xCA);
+  }
+  __attribute__((always_inline)) void fp8_steps(__m512i codes, __m512i sign, uint8_t* to) const {
+    __m512i high, low;
+    fp8_bytes(codes, sign, &high, &low);
+    _mm512_store_si512(to, fp8_even(high, low));
+    _mm512_store_si512(to + kStepBytes, fp8_odd(high, low));
   }
 
-  // A word holds two codes: the even dims come out first, then the odd ones.
   __attribute__((noinline)) void decode_fp8(const IndexKey* keys, int64_t at, int64_t count) {
-    const __m512i tables[4] = {_mm512_load_si512(codes_.high), _mm512_load_si512(codes_.high + 64),
-                               _mm512_load_si512(codes_.low), _mm512_load_si512(codes_.low + 64)};
-    const __m512i lower = _mm512_set1_epi16(0x00FF);
     for (int64_t i = 0; i < count; ++i) {
       const IndexKey key = keys[i];
       uint8_t* to = row(at + i);
-      uint32_t scale_bits = 0;
-      if (key.values != nullptr) memcpy(&scale_bits, key.scales, 4);
-      const uint32_t magnitude = scale_bits & 0x7FFFFFFFu;
+      int32_t bits = 0;
+      if (key.values != nullptr) memcpy(&bits, key.scales, 4);
+      const int32_t magnitude = bits & 0x7FFFFFFF;
       memcpy(scale(at + i), &magnitude, 4);
       if (key.values == nullptr) {
         clear(to);
         continue;
       }
-      const __m512i sign = _mm512_set1_epi8(static_cast<char>(scale_bits >> 24 & 0x80));
-      __m512i high, low;
+      const __m512i sign = _mm512_set1_epi32(bits >> 31);
       int64_t d = 0;
-      for (; d + 64 <= dim_; d += 64, to += 2 * kStepBytes) {
-        fp8_bytes(_mm512_xor_si512(_mm512_loadu_si512(key.values + d), sign), tables, &high, &low);
-        _mm512_store_si512(to, _mm512_ternarylogic_epi32(lower, low, _mm512_slli_epi16(high, 8), 0xCA));
-        _mm512_store_si512(to + kStepBytes, _mm512_ternarylogic_epi32(lower, _mm512_srli_epi16(low, 8), high, 0xCA));
-      }
+      for (; d + 64 <= dim_; d += 64, to += 2 * kStepBytes) fp8_steps(_mm512_loadu_si512(key.values + d), sign, to);
       if (d == dim_) continue;
-      const __m512i codes =
-          _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(key.values + d)));
-      fp8_bytes(_mm512_xor_si512(codes, sign), tables, &high, &low);
-      const __m512i even = _mm512_ternarylogic_epi32(lower, low, _mm512_slli_epi16(high, 8), 0xCA);
-      const __m512i odd = _mm512_ternarylogic_epi32(lower, _mm512_srli_epi16(low, 8), high, 0xCA);
-      _mm512_store_si512(to, _mm512_mask_blend_epi64(0xF0, even, odd));
+      const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(key.values + d));
+      __m512i high, low;
+      fp8_bytes(_mm512_broadcast_i64x4(half), sign, &high, &low);
+      _mm512_store_si512(to, _mm512_mask_blend_epi64(0xF0, fp8_even(high, low), fp8_odd(high, low)));
     }
   }
 
@@ -311,7 +378,7 @@ class IndexRing {
   }
 
   IndexKeyFormat format_;
-  int64_t dim_, value_bytes_, group_bytes_;
+  int64_t dim_, page_size_, value_bytes_, group_bytes_;
   uint8_t* panel_;
   int64_t mask_ = 0, base_ = 0, done_ = 0;
   const IndexKey *keys_ = nullptr, *next_ = nullptr;

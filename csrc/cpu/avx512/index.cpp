@@ -67,6 +67,7 @@ class Kernel {
 
   int64_t together() const { return 1; }
   void begin(int64_t, int64_t) {}
+  void end() {}
   void prepare(const IndexKey* keys, int64_t count) { keys_.prepare(keys, count); }
 
   void expect(const IndexKey* keys, int64_t count) { keys_.expect(keys, count); }

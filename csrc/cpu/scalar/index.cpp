@@ -22,6 +22,7 @@ class Kernel {
 
   int64_t together() const { return 1; }
   void begin(int64_t, int64_t) {}
+  void end() {}
   void prepare(const IndexKey* keys, int64_t count) {
     for (int64_t i = 0; i < count; ++i) {
       if (keys[i].values != nullptr) decode(keys[i], keys_ + i * dim_);
