@@ -101,27 +101,35 @@ class Selection {
   }
 
  private:
-  // A value that exactly keep_ candidates reach, or else the keep_-th highest.
-  int32_t cut() const {
+  // A value that exactly keep_ candidates reach, or else the keep_-th highest; how many are above it. By turns the
+  // middle of what is left and where the value would be if the candidates in it lay evenly.
+  int32_t cut(int64_t* above) const {
     int32_t least, most;
     Lanes::range(keys_, count_, &least, &most);
-    int64_t low = least, high = most;  // at least keep_ candidates reach low, fewer reach high + 1
-    while (low < high) {
-      const int64_t middle = low + (high - low + 1) / 2;
+    int64_t low = least, high = most;             // at least keep_ candidates reach low, fewer reach high + 1
+    int64_t reach_low = count_, reach_above = 0;  // how many do
+    for (bool evenly = true; low < high; evenly = !evenly) {
+      const int64_t span = high - low;  // below 2^32, and counts below 2^31
+      const int64_t part = evenly ? span * (reach_low - keep_) / (reach_low - reach_above) : span / 2;
+      const int64_t middle = low + 1 + (part < span ? part : span - 1);
       const int64_t reaching = Lanes::reaching(keys_, count_, static_cast<int32_t>(middle));
-      if (reaching == keep_) return static_cast<int32_t>(middle);
+      if (reaching == keep_) {
+        *above = keep_;
+        return static_cast<int32_t>(middle - 1);
+      }
       if (reaching > keep_) {
-        low = middle;
+        low = middle, reach_low = reaching;
       } else {
-        high = middle - 1;
+        high = middle - 1, reach_above = reaching;
       }
     }
+    *above = reach_above;
     return static_cast<int32_t>(low);
   }
 
   __attribute__((noinline)) void shrink() {
-    const int32_t value = cut();
-    const int64_t above = value == INT32_MAX ? 0 : Lanes::reaching(keys_, count_, value + 1);
+    int64_t above;
+    const int32_t value = cut(&above);
     count_ = Lanes::keep(keys_, entries_, count_, value, keep_ - above);
     bound_ = value;
   }

@@ -54,12 +54,14 @@ class IndexKeyPool {
     int64_t offset = first % page_size_;
     for (int64_t i = 0; i < count; ++block, offset = 0) {
       const int64_t page = *block;
-      const uint8_t* at = page >= 0 && page < pages_ ? data_ + page * page_stride_ : nullptr;
-      for (; offset < page_size_ && i < count; ++offset, ++i) {
-        keys[i] = at == nullptr
-                      ? IndexKey{nullptr, nullptr}
-                      : IndexKey{at + offset * key_stride_, at + page_size_ * key_stride_ + offset * scale_bytes_};
+      const int64_t end = i + page_size_ - offset < count ? i + page_size_ - offset : count;
+      if (page < 0 || page >= pages_) {
+        for (; i < end; ++i) keys[i] = IndexKey{nullptr, nullptr};
+        continue;
       }
+      const uint8_t* at = data_ + page * page_stride_;
+      const uint8_t *values = at + offset * key_stride_, *scales = at + page_size_ * key_stride_ + offset * scale_bytes_;
+      for (; i < end; ++i, values += key_stride_, scales += scale_bytes_) keys[i] = IndexKey{values, scales};
     }
   }
 

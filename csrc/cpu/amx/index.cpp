@@ -63,6 +63,7 @@ class Kernel {
     const int64_t unit = unit_groups();
     alone_ = sets == 1;
     keys_.begin(alone_ ? 4 * unit : IndexRing::kGroups);
+    fetches_ = alone_ && shape_.tiles == 4 && shape_.steps == 4;
     const int64_t passes = (shape_.tiles + 3) / 4;
     quota_ = (unit * kTileRows + sets * passes - 1) / (sets * passes);
   }
@@ -77,7 +78,7 @@ class Kernel {
     const int64_t unit = unit_groups();
     pending_ = 0;
     for (int64_t group = 0; group * kTileRows < count; group += unit) {
-      keys_.fetch(unit * kTileRows);
+      if (!fetches_) keys_.fetch(unit * kTileRows);
       keys_.require((group + unit) * kTileRows);
       limit_ = alone_ ? (group + 3 * unit) * kTileRows : 2 * kIndexChunk;
       for (int64_t tile = 0; tile < shape_.tiles; tile += 4) {
@@ -179,10 +180,10 @@ class Kernel {
     }
   }
   void finish_halves() {
-    tile_store<2>(products_[2], kTileBytes);
-    tile_store<3>(products_[3], kTileBytes);
+    tile_store<2>(products_[1 - turn_][2], kTileBytes);
+    tile_store<3>(products_[1 - turn_][3], kTileBytes);
     const Block& block = blocks_[1 - turn_];
-    for (int quad = 0; quad < 4; ++quad) sum_halves(block, first_half_[1 - turn_][0], quad);
+    for (int quad = 0; quad < 4; ++quad) sum<4>(block, quad);
     add<1>(block);
     pending_ = 0;
   }
@@ -213,27 +214,28 @@ class Kernel {
   template <IndexRing::Kind kKind>
   __attribute__((noinline)) void run_halves(const Block& block, IndexRing::Whole whole, IndexRing::Run* ahead) {
     const Block& before = blocks_[1 - turn_];
-    const float* before_first = first_half_[1 - turn_][0];
     const uint8_t *keys = keys_.group(block.group), *query = block.query;
     const bool sums = pending_ != 0;
     const int64_t share = (ahead->count + 3) / 4;
     const auto decode = [&](int quad) __attribute__((always_inline)) {
       if constexpr (kKind == IndexRing::Kind::kNone) {
         if (ahead->count > 0) keys_.decode(ahead, share);
+        if (fetches_) keys_.fetch(4);
       } else {
 #pragma GCC unroll 4
         for (int i = 0; i < 4; ++i) keys_.decode_one<kKind>(whole, 4 * quad + i);
+        keys_.fetch(4);
       }
     };
     const auto sum = [&](int quad) __attribute__((always_inline)) {
-      if (sums) sum_halves(before, before_first, quad);
+      if (sums) this->sum<4>(before, quad);
     };
     tile_zero<0>();
     tile_zero<1>();
     dot_half<0>(keys, query);
     if (sums) {
-      tile_store<2>(products_[2], kTileBytes);
-      tile_store<3>(products_[3], kTileBytes);
+      tile_store<2>(products_[1 - turn_][2], kTileBytes);
+      tile_store<3>(products_[1 - turn_][3], kTileBytes);
     }
     decode(0);
     dot_half<0>(keys + kStepBytes, query + kStepBytes);
@@ -246,8 +248,8 @@ class Kernel {
     tile_zero<2>();
     tile_zero<3>();
     dot_half<2>(keys, query);
-    tile_store<0>(first_half_[turn_][0], kTileBytes);
-    tile_store<1>(first_half_[turn_][1], kTileBytes);
+    tile_store<0>(products_[turn_][0], kTileBytes);
+    tile_store<1>(products_[turn_][1], kTileBytes);
     decode(2);
     dot_half<2>(keys + kStepBytes, query + kStepBytes);
     sum(2);
@@ -281,12 +283,20 @@ class Kernel {
     if constexpr (kCount > 2) tile_zero<2>();
     if constexpr (kCount > 3) tile_zero<3>();
     IndexRing::Run ahead = keys_.claim(quota_, limit_);
+    float (*products)[kTileRows * kTileRows] = products_[turn_];
+    const auto finish_products = [&]() __attribute__((always_inline)) {
+      tile_store<0>(products[0], kTileBytes);
+      if constexpr (kCount > 1) tile_store<1>(products[1], kTileBytes);
+      if constexpr (kCount > 2) tile_store<2>(products[2], kTileBytes);
+      if constexpr (kCount > 3) tile_store<3>(products[3], kTileBytes);
+    };
     if constexpr (kSteps > 0) {
       constexpr int kQuads = 4 * kKeys / kSteps;
       const int64_t share = (ahead.count + kSteps - 1) / kSteps;
 #pragma GCC unroll 4
       for (int s = 0; s < kSteps; ++s) {
         dot<kKeys, kHeads>(keys, s * kStepBytes, block.query + s * kStepBytes, head_bytes);
+        if (s == kSteps - 1) finish_products();
         if (ahead.count > 0) keys_.decode(&ahead, share);
         if (pending_ == 0) continue;
 #pragma GCC unroll 8
@@ -296,14 +306,11 @@ class Kernel {
       for (int64_t s = 0; s < steps; ++s) {
         dot<kKeys, kHeads>(keys, s * kStepBytes, block.query + s * kStepBytes, head_bytes);
       }
+      finish_products();
       keys_.decode(&ahead, ahead.count);
       for (int quad = 0; pending_ != 0 && quad < 4 * kKeys; ++quad) sum<kHeads>(before, quad);
     }
     if (pending_ != 0) add<kKeys>(before);
-    tile_store<0>(products_[0], kTileBytes);
-    if constexpr (kCount > 1) tile_store<1>(products_[1], kTileBytes);
-    if constexpr (kCount > 2) tile_store<2>(products_[2], kTileBytes);
-    if constexpr (kCount > 3) tile_store<3>(products_[3], kTileBytes);
     pending_ = code<kKeys, kHeads>();
   }
 
@@ -346,12 +353,8 @@ class Kernel {
   template <int kHeads>
   __attribute__((always_inline)) void sum(const Block& block, int quad) {
     const float* tiles[kHeads];
-    for (int t = 0; t < kHeads; ++t) tiles[t] = products_[quad / 4 * kHeads + t];
+    for (int t = 0; t < kHeads; ++t) tiles[t] = products_[1 - turn_][quad / 4 * kHeads + t];
     sum<kHeads>(block, tiles, quad);
-  }
-  __attribute__((always_inline)) void sum_halves(const Block& block, const float* first, int quad) {
-    const float* tiles[] = {first, first + kTileRows * kTileRows, products_[2], products_[3]};
-    sum<4>(block, tiles, quad);
   }
   template <int kHeads>
   __attribute__((always_inline)) void sum(const Block& block, const float* const* tiles, int quad) {
@@ -416,12 +419,12 @@ class Kernel {
   float* weights_;
   __mmask16 last_;  // columns of the last tile that have a head
   int64_t first_row_ = 0, quota_ = 0, limit_ = 0;
-  bool alone_ = false;
-  int pending_ = 0;  // which kind of block waits in products_, 0: none
+  bool alone_ = false;    // one set of rows: keys are decoded shortly before they are multiplied
+  bool fetches_ = false;  // run_halves fetches keys
+  int pending_ = 0;       // which kind of block waits in products_, 0: none
   int turn_ = 0;
   Block blocks_[2];
-  alignas(64) float first_half_[2][2][kTileRows * kTileRows];
-  alignas(64) float products_[4][kTileRows * kTileRows];
+  alignas(64) float products_[2][4][kTileRows * kTileRows];
   alignas(64) float quads_[16][16];
 };
 

@@ -156,20 +156,13 @@ class IndexRing {
 
  private:
   __attribute__((noinline)) void fetch_until(int64_t end) {
-    const auto lines = [](const uint8_t* from, int64_t bytes) {
-      for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(reinterpret_cast<const char*>(from + i), _MM_HINT_T1);
-    };
     for (; fetched_ < end; ++fetched_) {
-      const IndexKey *key = next_ + fetched_, *last = key + (kTileRows - 1);
-      if (key->values == nullptr) continue;
-      if (fetched_ + kTileRows <= end && last->values == key->values + (kTileRows - 1) * value_bytes_) {
-        lines(key->values, kTileRows * value_bytes_);
-        lines(key->scales, 1);
-        fetched_ += kTileRows - 1;
-        continue;
+      const IndexKey key = next_[fetched_];
+      if (key.values == nullptr) continue;
+      if (fetched_ % kTileRows == 0) _mm_prefetch(reinterpret_cast<const char*>(key.scales), _MM_HINT_T1);
+      for (int64_t at = 0; at < value_bytes_; at += 64) {
+        _mm_prefetch(reinterpret_cast<const char*>(key.values + at), _MM_HINT_T1);
       }
-      lines(key->values, value_bytes_);
-      if (fetched_ % kTileRows == 0) lines(key->scales, 1);
     }
   }
 
