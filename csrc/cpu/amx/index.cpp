@@ -196,8 +196,9 @@ class Kernel {
   }
 
   // Sixteen keys of 128 dims with 64 heads, the shape of the published models: two tiles of heads at a time, whose
-  // products are stored while the other two are multiplied. Eight slices of other work go between the steps: the sums
-  // of the block before this one, and decoding.
+  // products are stored while the other two are multiplied. Other keys are decoded between the steps of the first two;
+  // the sums of the block before this one come between the other steps, when its products have reached the cache, or
+  // between all but the first where few keys are decoded.
   void run_halves(const Block& block) {
     if (pending_ != 0 && pending_ != kHalves) flush();
     IndexRing::Run ahead = keys_.claim(quota_, limit_);
@@ -224,39 +225,41 @@ class Kernel {
       } else {
 #pragma GCC unroll 4
         for (int i = 0; i < 4; ++i) keys_.decode_one<kKind>(whole, 4 * quad + i);
-        keys_.fetch(4);
+        keys_.fetch_four<kKind>();
       }
     };
-    const auto sum = [&](int quad) __attribute__((always_inline)) {
-      if (sums) this->sum<4>(before, quad);
+    const auto sum_after = [&](int step) __attribute__((always_inline)) {
+      constexpr bool kDecodes = kKind != IndexRing::Kind::kNone;
+      const int quad = kDecodes                    ? step - 4
+                       : step == 2 || step == 3    ? step - 2
+                       : step > 4 && step % 2 == 1 ? step / 2
+                                                   : -1;
+      if (sums && quad >= 0) this->sum<4>(before, quad);
     };
     tile_zero<0>();
     tile_zero<1>();
-    dot_half<0>(keys, query);
-    if (sums) {
-      tile_store<2>(products_[1 - turn_][2], kTileBytes);
-      tile_store<3>(products_[1 - turn_][3], kTileBytes);
+#pragma GCC unroll 4
+    for (int step = 0; step < 4; ++step) {
+      dot_half<0>(keys + step * kStepBytes, query + step * kStepBytes);
+      if (step == 0 && sums) {
+        tile_store<2>(products_[1 - turn_][2], kTileBytes);
+        tile_store<3>(products_[1 - turn_][3], kTileBytes);
+      }
+      decode(step);
+      sum_after(step);
     }
-    decode(0);
-    dot_half<0>(keys + kStepBytes, query + kStepBytes);
-    decode(1);
-    dot_half<0>(keys + 2 * kStepBytes, query + 2 * kStepBytes);
-    sum(0);
-    dot_half<0>(keys + 3 * kStepBytes, query + 3 * kStepBytes);
-    sum(1);
     query += 8 * kStepBytes;
     tile_zero<2>();
     tile_zero<3>();
-    dot_half<2>(keys, query);
-    tile_store<0>(products_[turn_][0], kTileBytes);
-    tile_store<1>(products_[turn_][1], kTileBytes);
-    decode(2);
-    dot_half<2>(keys + kStepBytes, query + kStepBytes);
-    sum(2);
-    dot_half<2>(keys + 2 * kStepBytes, query + 2 * kStepBytes);
-    decode(3);
-    dot_half<2>(keys + 3 * kStepBytes, query + 3 * kStepBytes);
-    sum(3);
+#pragma GCC unroll 4
+    for (int step = 0; step < 4; ++step) {
+      dot_half<2>(keys + step * kStepBytes, query + step * kStepBytes);
+      if (step == 0) {
+        tile_store<0>(products_[turn_][0], kTileBytes);
+        tile_store<1>(products_[turn_][1], kTileBytes);
+      }
+      sum_after(4 + step);
+    }
     if (sums) add<1>(before);
     pending_ = kHalves;
   }

@@ -120,6 +120,19 @@ class IndexRing {
     const __m512i below = _mm512_sub_epi8(scales, _mm512_set1_epi8(2));
     return _mm512_cmpgt_epu8_mask(below, _mm512_set1_epi8(static_cast<char>(250))) == 0 ? Kind::kFp4 : Kind::kNone;
   }
+  // Fetches four keys of as many dims. One that is not stored has no address to fetch, which does no harm.
+  template <Kind kKind>
+  __attribute__((always_inline)) void fetch_four() {
+    if (fetched_ + 4 > next_count_) return fetch(4);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      const auto at = reinterpret_cast<uintptr_t>(next_[fetched_ + i].values);
+      _mm_prefetch(reinterpret_cast<const char*>(at), _MM_HINT_T1);
+      if constexpr (kKind == Kind::kFp8) _mm_prefetch(reinterpret_cast<const char*>(at + 64), _MM_HINT_T1);
+    }
+    if (fetched_ % kTileRows == 0) _mm_prefetch(reinterpret_cast<const char*>(next_[fetched_].scales), _MM_HINT_T1);
+    fetched_ += 4;
+  }
   template <Kind kKind>
   __attribute__((always_inline)) void decode_one(const Whole& whole, int64_t key) const {
     uint8_t* to = whole.to + key * kTileBytes;
