@@ -1,9 +1,10 @@
 // index_topk in AMX tiles: the left operand is 16 keys x 32 dims (index_panel.h), the right one 16 heads, transposed
-// once a row. Four tiles of products at a time, of 16 keys and 64 heads, 32 keys and 32 heads, or 64 keys and 16 heads;
-// with 4 or 8 heads a right tile holds 4 or 2 rows. 2 H D FLOPs a key are 16 tile cycles at 64 heads of 128 dims.
-// Beside them, on two vector ports: relu and weights, 8 instructions, the sum over the heads, 3, and decoding the key,
-// 20, which a block of rows shares. All of it is cut into slices between the tile instructions of a later block, so
-// that both run at once.
+// once a row. Four tiles of products: of 16 keys and 64 heads, 32 keys and 32 heads, or 64 keys and 16 heads; with up
+// to 4 or 8 heads a right tile holds 4 or 2 rows. 2 H D FLOPs a key are 16 tile cycles at 64 heads of 128 dims. Beside
+// them, on two vector ports: relu and weights, 8 instructions a key, its sum over the heads, 3, and decoding it, 20,
+// which a block of rows shares; a tile store of 16 lines a tile; 20 tile loads for 16 products. All of it goes between
+// the tile instructions of another block, so that both run at once. The tiles are the bound of a block of rows; for a
+// single row the vector ports are nearly as busy, 15 cycles a key, and neither reaches its bound.
 #include "cpu/index.h"
 
 #include "cpu/amx/index_panel.h"
