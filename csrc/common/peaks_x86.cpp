@@ -53,15 +53,26 @@ double amx_bfloat16_peak(int64_t rounds) {
     configuration.columns[tile] = 64;
     configuration.rows[tile] = 16;
   }
+  // Numbers of all kinds: the clock is lower than with zeros, some 18 % on Emerald Rapids.
+  alignas(64) uint16_t numbers[4][16][32];
+  uint32_t state = 1;
+  for (auto& tile : numbers) {
+    for (auto& row : tile) {
+      for (uint16_t& number : row) {
+        state = state * 1664525u + 1013904223u;
+        number = static_cast<uint16_t>((state >> 16 & 0x80FF) | 0x3F00);  // 0.5 to 2, of either sign
+      }
+    }
+  }
   __asm__ volatile("ldtilecfg %0" : : "m"(configuration));  // GCC's intrinsic says that it reads 8 bytes of it
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
   _tile_zero(3);
-  _tile_zero(4);
-  _tile_zero(5);
-  _tile_zero(6);
-  _tile_zero(7);
+  _tile_loadd(4, numbers[0], 64);
+  _tile_loadd(5, numbers[1], 64);
+  _tile_loadd(6, numbers[2], 64);
+  _tile_loadd(7, numbers[3], 64);
   for (int64_t round = 0; round < rounds / 8; ++round) {
     _tile_dpbf16ps(0, 4, 6);
     _tile_dpbf16ps(1, 4, 7);

@@ -60,7 +60,8 @@ class IndexKeyPool {
         continue;
       }
       const uint8_t* at = data_ + page * page_stride_;
-      const uint8_t *values = at + offset * key_stride_, *scales = at + page_size_ * key_stride_ + offset * scale_bytes_;
+      const uint8_t *values = at + offset * key_stride_,
+                    *scales = at + page_size_ * key_stride_ + offset * scale_bytes_;
       for (; i < end; ++i, values += key_stride_, scales += scale_bytes_) keys[i] = IndexKey{values, scales};
     }
   }
