@@ -4,10 +4,10 @@
 // (amx/moe_rows.h). Plain matrices of float32 are the AVX-512 kernel's.
 //
 // Measured on one core of Emerald Rapids (2.65 TFLOP/s in tiles, reads at 16 GB/s), FP4 weights, 4096 inputs: 512
-// weights that come from a cache take 51 cycles with 1 row, 57 with 16, 72 with 32, so that memory is the limit for one
-// unit of rows, at 60 % of what a copy loop reads (weights that a loop expands do not ask as far ahead as plain reads
-// do). Products alone run at 43 % of the tile peak with 48 rows, 59 % with 192; the other cycles carry sums, which come
-// and go once for 512 inputs. Around them, 14 % of a call: the activation, outputs brought back to rows, the gathering.
+// weights that come from a cache take 51 cycles with 1 row, 57 with 16, 72 with 32; from memory a call of 1 or 8 tokens
+// reads 8 to 9 GB/s, half of what a loop that only reads does. Products alone run at 43 % of the tile peak with 48
+// rows, 59 % with 192, a call of 512 tokens at 36 %: sums that come and go once for 512 inputs cost a quarter, and the
+// activation, outputs brought back to rows and the gathering 14 % of a call.
 #include "cpu/moe.h"
 
 #include "cpu/amx/moe_rows.h"
