@@ -31,11 +31,11 @@ namespace {
 
 using avx512::Block, avx512::blocks_of, avx512::kBlock, avx512::kBlockSteps, avx512::kStep, avx512::StoredScales;
 
-constexpr int64_t kFewInputs = 256, kManyInputs = 512;    // of a job
-constexpr int64_t kMostRows = 512;                        // whose sums wait in memory
-constexpr int64_t kMostBytes = 5 << 18;                   // of activations that stay in the second-level cache, about
-constexpr int64_t kFewOutputs = 256, kManyOutputs = 512;  // of a piece, at most
-constexpr int64_t kPieces = 4;                            // for each thread, at least
+constexpr int64_t kFewInputs = 256, kManyInputs = 512;  // of a job
+constexpr int64_t kMostRows = 512;                      // whose sums wait in memory
+constexpr int64_t kMostBytes = 5 << 18;                 // of activations that stay in the second-level cache, about
+constexpr int64_t kWide = 256;                          // outputs of a piece, at most
+constexpr int64_t kPieces = 4;                          // for each thread, at least
 constexpr int64_t kGapBytes = 16 << 10;
 
 // Weights of a format: how 128 inputs of a row expand. kLeast to kMost are the scales that go into them.
@@ -80,11 +80,11 @@ class Kernel {
   }
   // Large pieces have long runs of weights and use activations often; every thread shall have some of them.
   static int64_t panel(const LinearParams& p, int64_t threads) {
-    const int64_t share = p.weight.size(0) / (kPieces * threads) / kSide * kSide, most = most_outputs(p);
-    return share < kSide ? kSide : share < most ? share : most;
+    const int64_t share = p.weight.size(0) / (kPieces * threads) / kSide * kSide;
+    return share < kSide ? kSide : share < kWide ? share : kWide;
   }
   static int64_t memory(const LinearParams& p) {
-    const int64_t sides = many(p) ? most_outputs(p) / kSide : 1;
+    const int64_t sides = many(p) ? kWide / kSide : 1;
     return 2 * kSide * inputs_of_job(p) * static_cast<int64_t>(sizeof(bf16)) + sides * pairs(p) * kSumsBytes +
            (Weights::kScales == 0 ? 0 : row_bytes(p) + scales_bytes(p));
   }
@@ -110,7 +110,7 @@ class Kernel {
         unit_stride_(round_up(unit_bytes(p), 64)),
         weights_(reinterpret_cast<bf16*>(memory)),
         sums_(reinterpret_cast<Sums*>(weights_ + 2 * kSide * range_)),
-        row_(reinterpret_cast<bf16*>(sums_ + (many_ ? most_outputs(p) / kSide : 1) * pairs(p))),
+        row_(reinterpret_cast<bf16*>(sums_ + (many_ ? kWide / kSide : 1) * pairs(p))),
         scales_(reinterpret_cast<float*>(reinterpret_cast<uint8_t*>(row_) + row_bytes(p))) {}
 
   void run(const uint8_t* units, int64_t group, int64_t begin, int64_t end) {
@@ -155,7 +155,6 @@ class Kernel {
   // Whether the activations are too many to stay in the second-level cache.
   static bool many(const LinearParams& p) { return p.x.size(0) > kMostRows || p.x.size(0) * row_bytes(p) > kMostBytes; }
   static int64_t inputs_of_job(const LinearParams& p) { return many(p) ? kManyInputs : kFewInputs; }
-  static int64_t most_outputs(const LinearParams& p) { return many(p) ? kManyOutputs : kFewOutputs; }
   static int64_t pairs(const LinearParams& p) {  // of units
     return ((p.x.size(0) < kMostRows ? p.x.size(0) : kMostRows) + kSide - 1) / kSide;
   }
@@ -359,6 +358,13 @@ class Kernel {
     });
   }
 
+  // A step's share of those of the next rows, into the first-level cache.
+  DSV4_INLINE void ask_for_sums(const Sums* sums, int64_t step) {
+    constexpr int64_t kShare = kSumsBytes / (kManyInputs / kStep);
+    const uint8_t* from = reinterpret_cast<const uint8_t*>(sums) + step * kShare;
+    for (int64_t at = 0; at < kShare; at += 64) _mm_prefetch(from + at, _MM_HINT_T0);
+  }
+
   enum class Start { kZero, kGoOn, kLoad };
 
   // A job with up to 32 rows of activations from m on, while `rows` of the next one's weights expand.
@@ -375,6 +381,7 @@ class Kernel {
       if (start == Start::kZero) zero_sums<shape.kRows, shape.kColumns>();
       if (start == Start::kLoad) load_sums<shape.kRows, shape.kColumns>(sums);
       const auto between = [&](int64_t s) __attribute__((always_inline)) {
+        if (many_) ask_for_sums(&sums + 1, s);
         if (s * some < rows) expand(some);
       };
       if (columns_ == kUnit) {
@@ -451,7 +458,7 @@ class Kernel {
   Sums* sums_;
   bf16* row_;
   float* scales_;
-  Outputs side_[kManyOutputs / kSide];  // those whose scales fold
+  Outputs side_[kWide / kSide];  // those whose scales fold
   int64_t sides_ = 0;
   Expansion expansion_{};
 };
