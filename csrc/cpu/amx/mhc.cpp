@@ -1,16 +1,20 @@
-// mhc_pre, mhc_post_pre and mhc_head with bfloat16 streams: fn r in AMX tiles. fn is split into bfloat16 high + low,
-// which stand side by side as 48 columns (3 tiles of 16; mhc_head: 8 columns in one). Relative error of the products
+// mhc_pre, mhc_post_pre and mhc_head with bfloat16 streams: fn r in AMX tiles. fn is split into bfloat16 high + low, 48
+// columns in 3 tiles: the high parts of 16 of fn's rows, both parts of the other 8, the low parts of the 16. The third
+// adds to the sums of the first, so that 32 tokens have 4 tiles of sums, 2 of their own and 2 that fn's take in turn
+// (mhc_head: 8 columns in one). Relative error of the products
 // against float32 fn: 2.5e-6. Everything but the product is the AVX-512 kernels'.
 //
 //   many tokens: 32 at a time, so that fn, 1.5 MiB at D = 4096 and more than the second-level cache keeps beside the
 //                streams, passes once for all of them. Their rows, 8 D bytes apart, would fall into one set of the
-//                first-level cache: 128 elements of each are staged as tiles, squares summed on the way, while the
-//                128 before are multiplied (6 products a step of 32 elements, 96 cycles, beside some 65 of vectors).
+//                first-level cache: 128 elements of each are staged as tiles before they are multiplied, squares
+//                summed on the way.
 //   few tokens:  fn is the left operand, as it lies but for its split, and the tokens are the columns; the sums are
 //                those of many tokens to the bit, since a product of tiles does not depend on which side is which.
 //
-// 3 D / 8 tile cycles a token leave memory as the bound: 10 D + 80 bytes a token, and 48 D bytes of fn from the
-// last-level cache. Measured at D = 4096: docs/investigations/mhc_cpu.md.
+// A token takes 3 D / 8 tile cycles, 10 D + 80 bytes from memory and 48 D of fn from the last-level cache. Measured on
+// Emerald Rapids, D = 1024: tiles with their loads and stages one after the other, a third each of what the product
+// takes, the rest on the way; they do not overlap (docs/investigations/mhc_cpu.md). One token splits fn for itself,
+// which takes three to four times as long as AVX-512's float32 products.
 #include "cpu/mhc.h"
 
 #include "cpu/amx/tile.h"
@@ -27,7 +31,7 @@ using avx512::Rows;
 
 static_assert(avx512::kTile == kTileRows && 2 * kStep == kTileBytes);
 
-constexpr int kA = 6, kB = 7;        // tiles: 0 to 5 sums, the rest operands
+constexpr int kA = 4, kB = 6;        // tiles: 0 to 3 sums, 4 and 5 left operands, 6 and 7 right ones
 constexpr int kChunk = 4;            // steps staged at a time
 constexpr int64_t kAhead = 1024;     // elements from what is staged to what is fetched
 constexpr int kTileWords = 16 * 16;  // 32-bit words of a tile of fn: a pair of elements, a column
@@ -55,6 +59,21 @@ struct Product {
     return {high, avx512::narrow({_mm512_sub_ps(x.a, near.a), _mm512_sub_ps(x.b, near.b)})};
   }
 
+  // The column of both operands in which a row of fn stands.
+  template <int kOutputs>
+  static constexpr int column(int j, bool low) {
+    if (kOutputs < kTileRows) return low ? kOutputs + j : j;
+    return j < kTileRows ? (low ? 2 * kTileRows + j : j) : (low ? kOutputs - kTileRows : 0) + j;
+  }
+  static_assert(kMixes == 24);
+
+  // A product of fn's row j, from the sums of the first two tiles of columns.
+  template <int kOutputs>
+  DSV4_INLINE float product(const float* sums, int64_t stride, int j) {
+    if (kOutputs > kTileRows && j < kTileRows) return sums[j * stride];
+    return sums[column<kOutputs>(j, false) * stride] + sums[column<kOutputs>(j, true) * stride];
+  }
+
   // A part of fn as right operand: [stream][step][tile of columns][pair of elements][column].
   template <int kOutputs>
   DSV4_INLINE void pack(const View<const float, 2>& fn, int64_t hidden, int64_t part, void* to) {
@@ -65,7 +84,7 @@ struct Product {
       for (int j = 2 * kOutputs; j < 16 * tiles(kOutputs); ++j) words[j] = _mm512_setzero_si512();
       for (int j = 0; j < kOutputs; ++j) {
         const Split row = split(fn.data + j * fn.stride[0] + stream * hidden + s * kStep, hidden - s * kStep);
-        words[j] = row.high, words[kOutputs + j] = row.low;
+        words[column<kOutputs>(j, false)] = row.high, words[column<kOutputs>(j, true)] = row.low;
       }
       for (int tile = 0; tile < tiles(kOutputs); ++tile, out += kTileWords) {
         avx512::transpose(words + 16 * tile);
@@ -142,44 +161,34 @@ struct Product {
     }
   };
 
-  // Tiles: sums 0 to 2 of the first 16 tokens, 3 to 5 of the others. fn is loaded down and up again, so that one of its
-  // tiles serves both.
+  // Tiles: sums 0 and 1 of the first 16 tokens, 2 and 3 of the others.
   template <int kOutputs, int kTokenGroups>
   DSV4_INLINE void multiply_step(const Stage& stage, int step, const uint32_t* fn) {
     tile_load<kA>(stage.tiles[0][step], kTileBytes);
     tile_load<kB>(fn, kTileBytes);
     tile_dot<0, kA, kB>();
+    if constexpr (kTokenGroups == 2) tile_load<kA + 1>(stage.tiles[1][step], kTileBytes);
+    if constexpr (kTokenGroups == 2) tile_dot<2, kA + 1, kB>();
     if constexpr (kOutputs == kMixes) {
-      tile_load<kB>(fn + kTileWords, kTileBytes);
-      tile_dot<1, kA, kB>();
+      tile_load<kB + 1>(fn + kTileWords, kTileBytes);
+      tile_dot<1, kA, kB + 1>();
+      if constexpr (kTokenGroups == 2) tile_dot<3, kA + 1, kB + 1>();
       tile_load<kB>(fn + 2 * kTileWords, kTileBytes);
-      tile_dot<2, kA, kB>();
-    }
-    if constexpr (kTokenGroups == 2) {
-      tile_load<kA>(stage.tiles[1][step], kTileBytes);
-      if constexpr (kOutputs == kMixes) {
-        tile_dot<5, kA, kB>();
-        tile_load<kB>(fn + kTileWords, kTileBytes);
-        tile_dot<4, kA, kB>();
-        tile_load<kB>(fn, kTileBytes);
-      }
-      tile_dot<3, kA, kB>();
+      tile_dot<0, kA, kB>();
+      if constexpr (kTokenGroups == 2) tile_dot<2, kA + 1, kB>();
     }
   }
 
+  // Of 16 tokens: sums in two tiles from kFirst on, or one.
   template <int kFirst, int kOutputs>
   DSV4_INLINE void zero_sums() {
     tile_zero<kFirst>();
     if constexpr (kOutputs == kMixes) tile_zero<kFirst + 1>();
-    if constexpr (kOutputs == kMixes) tile_zero<kFirst + 2>();
   }
-  // Sums of 16 rows of the left operand, one tile of columns beside the other.
   template <int kFirst, int kOutputs>
-  DSV4_INLINE void store_columns(float* to) {
-    constexpr int64_t kStride = tiles(kOutputs) * kTileBytes;
-    tile_store<kFirst>(to, kStride);
-    if constexpr (kOutputs == kMixes) tile_store<kFirst + 1>(to + 16, kStride);
-    if constexpr (kOutputs == kMixes) tile_store<kFirst + 2>(to + 32, kStride);
+  DSV4_INLINE void store_sums(float* to, int64_t stride, int64_t second) {
+    tile_store<kFirst>(to, stride);
+    if constexpr (kOutputs == kMixes) tile_store<kFirst + 1>(to + second, stride);
   }
 
   DSV4_INLINE void configure_whole() {
@@ -192,28 +201,27 @@ struct Product {
   template <int kOutputs, int kTokenGroups, class X>
   DSV4_INLINE void stream_sums(const Stager<X>& stager, const uint32_t* fn, float (*out)[kSums]) {
     constexpr int64_t kStepWords = tiles(kOutputs) * kTileWords, kChunkElements = kChunk * kStep;
-    constexpr int64_t kShare = kTokenGroups * kTileRows / kChunk;  // tokens staged beside a step's products
     const int64_t hidden = stager.rows.hidden, all = steps(hidden), tokens = stager.rows.tokens;
     Stage stages[2];
     if (tokens < kTokenGroups * kTileRows) memset(stages, 0, sizeof(stages));
-    alignas(64) float products[kTokenGroups * kTileRows][tiles(kOutputs) * 16];
+    alignas(64) float sums[kTokenGroups * kTileRows][2 * kTileRows];
     zero_sums<0, kOutputs>();
-    if constexpr (kTokenGroups == 2) zero_sums<3, kOutputs>();
+    if constexpr (kTokenGroups == 2) zero_sums<2, kOutputs>();
     stager.stage(0, 0, tokens, &stages[0]);
     for (int64_t step = 0; step < all; step += kChunk) {
       const Stage& now = stages[step / kChunk % 2];
       Stage* next = &stages[1 - step / kChunk % 2];
+      if (step + kChunk < all) stager.stage(step * kStep + kChunkElements, 0, tokens, next);
       for (int s = 0; s < kChunk; ++s) {
         const uint32_t* block = fn + (step + s) * kStepWords;
         for (int line = 0; line < kStepWords / 16; ++line) avx512::prefetch(block + kFnAhead * kStepWords + 16 * line);
         if (step + s < all) multiply_step<kOutputs, kTokenGroups>(now, s, block);
-        if (step + kChunk < all) stager.stage(step * kStep + kChunkElements, s * kShare, (s + 1) * kShare, next);
       }
     }
-    store_columns<0, kOutputs>(products[0]);
-    if constexpr (kTokenGroups == 2) store_columns<3, kOutputs>(products[kTileRows]);
+    store_sums<0, kOutputs>(sums[0], sizeof(sums[0]), kTileRows);
+    if constexpr (kTokenGroups == 2) store_sums<2, kOutputs>(sums[kTileRows], sizeof(sums[0]), kTileRows);
     for (int64_t t = 0; t < tokens; ++t) {
-      for (int j = 0; j < kOutputs; ++j) out[t][j] = products[t][j] + products[t][kOutputs + j];
+      for (int j = 0; j < kOutputs; ++j) out[t][j] = product<kOutputs>(sums[t], 1, j);
       out[t][kSquares] = _mm512_reduce_add_ps(stager.squares[t]);
     }
   }
@@ -264,8 +272,8 @@ struct Product {
       const int64_t d = (step + s) * kStep, left = rows.hidden - d;
       for (int j = 0; j < kOutputs; ++j) {
         const Split row = split(fn.data + j * fn.stride[0] + stream * rows.hidden + d, left);
-        _mm512_store_si512(to->fn[s][j], row.high);
-        _mm512_store_si512(to->fn[s][kOutputs + j], row.low);
+        _mm512_store_si512(to->fn[s][column<kOutputs>(j, false)], row.high);
+        _mm512_store_si512(to->fn[s][column<kOutputs>(j, true)], row.low);
       }
       __m512i words[kTileRows];
       for (int64_t t = 0; t < kTileRows; ++t) {
@@ -289,8 +297,10 @@ struct Product {
     constexpr int kRows = 2 * kOutputs < kTileRows ? 2 * kOutputs : kTileRows;  // of a tile of fn
     const int64_t tokens = rows.tokens, width = 4 * tokens, all = steps(rows.hidden);
     TileConfig config;
-    for (int tile = 0; tile < tiles(kOutputs); ++tile) config.set(tile, kRows, static_cast<int>(width));
-    config.set(kA, kRows, kTileBytes);
+    for (int tile = 0; tile < 2; ++tile) {
+      config.set(tile, kRows, static_cast<int>(width));
+      config.set(kA + tile, kRows, kTileBytes);
+    }
     config.set(kB, kTileRows, static_cast<int>(width));
     tile_configure(config);
     zero_sums<0, kOutputs>();
@@ -306,20 +316,18 @@ struct Product {
         tile_load<kA>(now.fn[s][0], kTileBytes);
         tile_dot<0, kA, kB>();
         if constexpr (kOutputs == kMixes) {
-          tile_load<kA>(now.fn[s][16], kTileBytes);
-          tile_dot<1, kA, kB>();
-          tile_load<kA>(now.fn[s][32], kTileBytes);
-          tile_dot<2, kA, kB>();
+          tile_load<kA + 1>(now.fn[s][kTileRows], kTileBytes);
+          tile_dot<1, kA + 1, kB>();
+          tile_load<kA>(now.fn[s][2 * kTileRows], kTileBytes);
+          tile_dot<0, kA, kB>();
         }
       }
     }
-    alignas(64) float products[tiles(kOutputs) * 16][kTileRows];
-    tile_store<0>(products[0], kTileBytes);
-    if constexpr (kOutputs == kMixes) tile_store<1>(products[16], kTileBytes);
-    if constexpr (kOutputs == kMixes) tile_store<2>(products[32], kTileBytes);
+    alignas(64) float sums[2 * kTileRows][kTileRows];
+    store_sums<0, kOutputs>(sums[0], kTileBytes, kTileRows * kTileRows);
     tile_release();
     for (int64_t t = 0; t < tokens; ++t) {
-      for (int j = 0; j < kOutputs; ++j) out[t][j] = products[j][t] + products[kOutputs + j][t];
+      for (int j = 0; j < kOutputs; ++j) out[t][j] = product<kOutputs>(sums[0] + t, kTileRows, j);
       out[t][kSquares] = _mm512_reduce_add_ps(squares[t]);
     }
   }
