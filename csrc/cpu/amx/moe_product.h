@@ -119,23 +119,14 @@ struct PlainTiles {
   }
 };
 
-// A tile of what comes by once while other tiles are to stay in the first-level cache: it does not drive them out.
-template <int kTile>
-DSV4_INLINE void tile_stream(const void* from, int64_t stride) {
-#if defined(DSV4_AMX_MODEL)
-  tile_load<kTile>(from, stride);
-#else
-  __asm__ volatile("tileloaddt1 (%1,%2,1), %%tmm%c0" : : "i"(kTile), "r"(from), "r"(stride) : "memory");
-#endif
-}
 // load_sums of what will not be needed again soon.
 template <int kRows, int kColumns>
 DSV4_INLINE void stream_sums(const float (*from)[kSide]) {
   constexpr int64_t kStride = sizeof(from[0]);
-  tile_stream<0>(from[0], kStride);
-  if constexpr (kColumns == 2) tile_stream<1>(from[0] + kTileRows, kStride);
-  if constexpr (kRows == 2) tile_stream<2>(from[kTileRows], kStride);
-  if constexpr (kRows == 2 && kColumns == 2) tile_stream<3>(from[kTileRows] + kTileRows, kStride);
+  tile_load_once<0>(from[0], kStride);
+  if constexpr (kColumns == 2) tile_load_once<1>(from[0] + kTileRows, kStride);
+  if constexpr (kRows == 2) tile_load_once<2>(from[kTileRows], kStride);
+  if constexpr (kRows == 2 && kColumns == 2) tile_load_once<3>(from[kTileRows] + kTileRows, kStride);
 }
 
 // Where an expert's row of a matrix begins.
@@ -258,7 +249,7 @@ class TileProduct {
   template <int kTile, bool kStream>
   DSV4_MEMBER static void load_x(TileSteps& x) {
     if constexpr (kStream) {
-      tile_stream<kTile>(x.data, x.stride);
+      tile_load_once<kTile>(x.data, x.stride);
     } else {
       tile_load<kTile>(x.data, x.stride);
     }
