@@ -13,7 +13,7 @@
 //
 // A token takes 3 D / 8 tile cycles, 10 D + 80 bytes from memory and 48 D of fn from the last-level cache. Measured on
 // Emerald Rapids, D = 1024: tiles with their loads and stages one after the other, a third each of what the product
-// takes, the rest on the way; they do not overlap (docs/investigations/mhc_cpu.md). One token splits fn for itself,
+// takes, the rest on the way; they do not overlap (docs/investigations/amx.md). One token splits fn for itself,
 // which takes three to four times as long as AVX-512's float32 products.
 #include "cpu/mhc.h"
 
