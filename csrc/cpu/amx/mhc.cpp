@@ -28,19 +28,26 @@ using avx512::kStep;
 using avx512::kSums;
 using avx512::Pair;
 using avx512::Rows;
+using avx512::Slices;
 
 static_assert(avx512::kTile == kTileRows && 2 * kStep == kTileBytes);
 
 constexpr int kA = 4, kB = 6;        // tiles: 0 to 3 sums, 4 and 5 left operands, 6 and 7 right ones
-constexpr int kChunk = 4;            // steps staged at a time
-constexpr int64_t kAhead = 1024;     // elements from what is staged to what is fetched
+constexpr int kChunk = 2;            // steps staged at a time
+constexpr int kFewChunk = 4;         // the same of few tokens
 constexpr int kTileWords = 16 * 16;  // 32-bit words of a tile of fn: a pair of elements, a column
-constexpr int kTileElements = kTileRows * kStep;
-constexpr int kFnAhead = 8;  // steps from the fn that is multiplied to what is fetched
+constexpr int kMaxSlices = 8;
+constexpr int64_t kSliceWidth = 2048;  // 768 KiB of fn, beside 512 KiB of streams
 
 struct Product {
   static constexpr int kParts = 4 * kStreams;
-  static constexpr int kGroups = 2;  // of 16 tokens
+  static constexpr int kTokens = 32, kBlock = 128;
+  static constexpr bool kFetches = false;
+
+  static Slices slices(int64_t hidden) {
+    const int64_t count = (hidden + kSliceWidth - 1) / kSliceWidth;
+    return {hidden, static_cast<int>(count < kMaxSlices ? count : kMaxSlices)};
+  }
 
   static constexpr int tiles(int outputs) { return (2 * outputs + 15) / 16; }
   static int64_t steps(int64_t hidden) { return (hidden + kStep - 1) / kStep; }
@@ -102,81 +109,99 @@ struct Product {
     return words;
   }
 
+  // The products of a stream's slice as they leave the tiles, 32 a token, and its squares: added to `out`, or put
+  // there.
+  template <int kOutputs>
+  DSV4_INLINE void add_sums(const float (*sums)[2 * kTileRows], const __m512* squares, int64_t tokens, bool first,
+                            float (*out)[kSums]) {
+    constexpr int kLow = kOutputs < kTileRows ? kOutputs : kOutputs - kTileRows;  // columns from high to low parts
+    for (int64_t group = 0; group < tokens; group += kTileRows) {
+      alignas(64) float square[kTileRows];
+      _mm512_store_ps(square, avx512::sums16(squares + group));
+      for (int64_t t = group; t < group + kTileRows && t < tokens; ++t) {
+        __m512 x[2] = {_mm512_load_ps(sums[t]), _mm512_setzero_ps()};
+        if (kOutputs > kTileRows) x[1] = _mm512_load_ps(sums[t] + kTileRows);
+        __m512& split = x[kOutputs > kTileRows];
+        const __m512i low = _mm512_alignr_epi32(_mm512_castps_si512(split), _mm512_castps_si512(split), kLow);
+        split = _mm512_maskz_add_ps(avx512::low16(kLow), split, _mm512_castsi512_ps(low));
+        x[1] = _mm512_mask_mov_ps(x[1], 1 << (kSquares - kTileRows), _mm512_set1_ps(square[t - group]));
+        for (int i = 0; i < 2; ++i) {
+          float* to = out[t] + i * kTileRows;
+          _mm512_store_ps(to, first ? x[i] : _mm512_add_ps(_mm512_load_ps(to), x[i]));
+        }
+      }
+    }
+  }
+
   // A chunk of up to 32 tokens as tiles.
   struct Stage {
-    alignas(64) bf16 tiles[kGroups][kChunk][kTileRows][kStep];
+    alignas(64) bf16 tiles[kTokens / kTileRows][kChunk][kTileRows][kStep];
   };
 
-  // Elements [d, d + 32 kChunk) of one stream of some tokens, on their way into a stage, past the caches where
-  // traffic.write says so, and with a look at what comes later.
+  // A slice of one stream of some tokens on its way into stages, and past the caches to where it is to be written.
   template <class X>
   struct Stager {
-    const Rows<X>& rows;
-    const avx512::Traffic<X>& traffic;
-    int stream;
+    const X* from;
+    X* write;  // null: nowhere
+    int64_t token, write_token, tokens;
     __m512* squares;  // [token]
 
-    const X* fetched(int64_t d) const {
-      if (traffic.fetch != nullptr) return traffic.fetch + stream * traffic.fetch_stream + d;
-      if (d + kAhead < rows.hidden) return rows.data + stream * rows.stream + d + kAhead;
-      if (stream + 1 < kStreams) return rows.data + (stream + 1) * rows.stream + d + kAhead - rows.hidden;
-      return rows.data + rows.tokens * rows.token + d + kAhead - rows.hidden;
-    }
-
-    __attribute__((always_inline)) void stage(int64_t d, int64_t first, int64_t last, Stage* to) const {
-      const X *from = rows.data + stream * rows.stream + d, *fetch = fetched(d);
-      const int64_t left = rows.hidden - d;
-      for (int64_t t = first; t < last && t < rows.tokens; ++t) {
-        bf16* tile = to->tiles[t / kTileRows][0][t % kTileRows];
-        const X* ahead = fetch + t * traffic.fetch_token;
-        X* write = traffic.write == nullptr
-                       ? nullptr
-                       : traffic.write + t * traffic.write_token + stream * traffic.write_stream + d;
-        if (left >= kChunk * kStep) {
-          row<false>(from + t * rows.token, left, tile, ahead, write, squares + t);
-        } else {
-          row<true>(from + t * rows.token, left, tile, ahead, write, squares + t);
+    // Of up to 64 elements from d on.
+    __attribute__((always_inline)) void part(int64_t d, int64_t left, Stage* to) const {
+      for (int s = 0; s < kChunk && left > 0; ++s, d += kStep, left -= kStep) {
+        const int64_t count = left < kStep ? left : kStep;
+        for (int64_t t = 0; t < tokens; ++t) {
+          const __m512i words = read(from + t * token + d, count, squares + t);
+          _mm512_store_si512(to->tiles[t / kTileRows][s][t % kTileRows], words);
+          if (write != nullptr) _mm512_mask_storeu_epi16(write + t * write_token + d, avx512::mask32(count), words);
         }
       }
     }
 
-   private:
-    template <bool kPart>
-    DSV4_INLINE void row(const X* from, int64_t left, bf16* tile, const X* ahead, X* write, __m512* squares) {
-      __m512 sum = *squares;
+    // Of 64 elements from d on: kCount tokens of one tile.
+    template <bool kWrites, int kCount>
+    __attribute__((always_inline)) void whole(int64_t d, int first, Stage* to) const {
+      bf16* tile = to->tiles[first / kTileRows][0][first % kTileRows];
+      const X* row = from + first * token + d;
+      X* past = kWrites ? write + first * write_token + d : nullptr;
 #pragma GCC unroll 4
-      for (int s = 0; s < kChunk; ++s, left -= kStep) {
-        if (kPart && left <= 0) break;
-        const __m512i words = read(from + s * kStep, kPart ? left : kStep, &sum);
-        _mm512_store_si512(tile + s * kTileElements, words);
-        avx512::prefetch(ahead + s * kStep);
-        if (write == nullptr) continue;
-        if (!kPart || left >= kStep) {
-          _mm512_stream_si512(reinterpret_cast<__m512i*>(write + s * kStep), words);
-        } else {
-          _mm512_mask_storeu_epi16(write + s * kStep, avx512::mask32(left), words);
+      for (int t = 0; t < kCount; ++t, row += token, tile += kStep) {
+        __m512 sum = squares[first + t];
+#pragma GCC unroll 2
+        for (int s = 0; s < kChunk; ++s) {
+          const __m512i words = read(row + s * kStep, kStep, &sum);
+          _mm512_store_si512(tile + s * kTileRows * kStep, words);
+          if (kWrites) _mm512_stream_si512(reinterpret_cast<__m512i*>(past + s * kStep), words);
         }
+        squares[first + t] = sum;
+        if (kWrites) past += write_token;
       }
-      *squares = sum;
     }
   };
 
-  // Tiles: sums 0 and 1 of the first 16 tokens, 2 and 3 of the others.
-  template <int kOutputs, int kTokenGroups>
-  DSV4_INLINE void multiply_step(const Stage& stage, int step, const uint32_t* fn) {
+  // Tiles: sums 0 and 1 of the first 16 tokens, 2 and 3 of the others. `meanwhile` is called four times, for vector
+  // work between the loads of tiles.
+  template <int kOutputs, int kTokenGroups, class Meanwhile>
+  DSV4_INLINE void multiply_step(const Stage& stage, int step, const uint32_t* fn, const Meanwhile& meanwhile) {
     tile_load<kA>(stage.tiles[0][step], kTileBytes);
     tile_load<kB>(fn, kTileBytes);
     tile_dot<0, kA, kB>();
+    meanwhile(0);
     if constexpr (kTokenGroups == 2) tile_load<kA + 1>(stage.tiles[1][step], kTileBytes);
     if constexpr (kTokenGroups == 2) tile_dot<2, kA + 1, kB>();
+    meanwhile(1);
     if constexpr (kOutputs == kMixes) {
       tile_load<kB + 1>(fn + kTileWords, kTileBytes);
       tile_dot<1, kA, kB + 1>();
       if constexpr (kTokenGroups == 2) tile_dot<3, kA + 1, kB + 1>();
+    }
+    meanwhile(2);
+    if constexpr (kOutputs == kMixes) {
       tile_load<kB>(fn + 2 * kTileWords, kTileBytes);
       tile_dot<0, kA, kB>();
       if constexpr (kTokenGroups == 2) tile_dot<2, kA + 1, kB>();
     }
+    meanwhile(3);
   }
 
   // Of 16 tokens: sums in two tiles from kFirst on, or one.
@@ -197,79 +222,85 @@ struct Product {
     tile_configure(config);
   }
 
-  // The products and squares of one stream of up to 32 tokens; `fn` is the stream's part of packed fn.
-  template <int kOutputs, int kTokenGroups, class X>
-  DSV4_INLINE void stream_sums(const Stager<X>& stager, const uint32_t* fn, float (*out)[kSums]) {
-    constexpr int64_t kStepWords = tiles(kOutputs) * kTileWords, kChunkElements = kChunk * kStep;
-    const int64_t hidden = stager.rows.hidden, all = steps(hidden), tokens = stager.rows.tokens;
-    Stage stages[2];
-    if (tokens < kTokenGroups * kTileRows) memset(stages, 0, sizeof(stages));
-    alignas(64) float sums[kTokenGroups * kTileRows][2 * kTileRows];
-    zero_sums<0, kOutputs>();
-    if constexpr (kTokenGroups == 2) zero_sums<2, kOutputs>();
-    stager.stage(0, 0, tokens, &stages[0]);
-    for (int64_t step = 0; step < all; step += kChunk) {
-      const Stage& now = stages[step / kChunk % 2];
-      Stage* next = &stages[1 - step / kChunk % 2];
-      if (step + kChunk < all) stager.stage(step * kStep + kChunkElements, 0, tokens, next);
-      for (int s = 0; s < kChunk; ++s) {
-        const uint32_t* block = fn + (step + s) * kStepWords;
-        for (int line = 0; line < kStepWords / 16; ++line) avx512::prefetch(block + kFnAhead * kStepWords + 16 * line);
-        if (step + s < all) multiply_step<kOutputs, kTokenGroups>(now, s, block);
+  // The products of one stream of up to 32 tokens over a slice, in the tiles of the sums. `fn` is the slice's part.
+  template <int kOutputs, int kTokenGroups, bool kWrites, class X>
+  DSV4_INLINE void multiply_slice(const Stager<X>& stager, Slices::Range slice, const uint32_t* fn, Stage* stages) {
+    constexpr int64_t kStepWords = tiles(kOutputs) * kTileWords, kWidth = kChunk * kStep;
+    constexpr int kRows = kTokenGroups * kTileRows / (4 * kChunk);  // staged beside a quarter of a step
+    const bool full = stager.tokens == kTokenGroups * kTileRows;
+    const auto stage_part = [&](int64_t d, Stage* to) { stager.part(d, slice.end - d, to); };
+    stage_part(slice.begin, &stages[0]);
+    for (int64_t d = slice.begin; d < slice.end; d += kWidth, fn += kChunk * kStepWords) {
+      const int64_t chunk = (d - slice.begin) / kWidth, next = d + kWidth;
+      const Stage& now = stages[chunk % 2];
+      Stage* to = &stages[1 - chunk % 2];
+      if (full && next + kWidth <= slice.end) {
+#pragma GCC unroll 2
+        for (int s = 0; s < kChunk; ++s) {
+          multiply_step<kOutputs, kTokenGroups>(now, s, fn + s * kStepWords, [&](int quarter) {
+            stager.template whole<kWrites, kRows>(next, (4 * s + quarter) * kRows, to);
+          });
+        }
+        continue;
       }
-    }
-    store_sums<0, kOutputs>(sums[0], sizeof(sums[0]), kTileRows);
-    if constexpr (kTokenGroups == 2) store_sums<2, kOutputs>(sums[kTileRows], sizeof(sums[0]), kTileRows);
-    for (int64_t t = 0; t < tokens; ++t) {
-      for (int j = 0; j < kOutputs; ++j) out[t][j] = product<kOutputs>(sums[t], 1, j);
-      out[t][kSquares] = _mm512_reduce_add_ps(stager.squares[t]);
+      if (next < slice.end) stage_part(next, to);
+      for (int s = 0; s < kChunk && d + s * kStep < slice.end; ++s) {
+        multiply_step<kOutputs, kTokenGroups>(now, s, fn + s * kStepWords, [](int) {});
+      }
     }
   }
 
-  // Adds up the streams' sums, first to last.
-  DSV4_INLINE void add_streams(const float (*parts)[kGroups * kTileRows][kSums], int64_t tokens, float (*out)[kSums]) {
-    for (int64_t t = 0; t < tokens; ++t) {
-      for (int j = 0; j < kSums; j += 16) {
-        __m512 sum = _mm512_load_ps(parts[0][t] + j);
-        for (int s = 1; s < kStreams; ++s) sum = _mm512_add_ps(sum, _mm512_load_ps(parts[s][t] + j));
-        _mm512_store_ps(out[t] + j, sum);
+  template <class X, int kOutputs, int kTokenGroups>
+  DSV4_INLINE void slice_sums(const Rows<X>& rows, const uint32_t* packed, Slices::Range slice,
+                              const avx512::Traffic<X>& traffic, float (*out)[kSums]) {
+    constexpr int kTokens = kTokenGroups * kTileRows;
+    alignas(64) float sums[kTokens][2 * kTileRows];
+    Stage stages[2];
+    if (rows.tokens < kTokens) memset(stages, 0, sizeof(stages));
+    for (int s = 0; s < kStreams; ++s) {
+      __m512 squares[kTokens];
+      for (__m512& sum : squares) sum = _mm512_setzero_ps();
+      X* write = traffic.write == nullptr ? nullptr : traffic.write + s * traffic.write_stream;
+      const Stager<X> stager{rows.data + s * rows.stream, write, rows.token, traffic.write_token, rows.tokens, squares};
+      const uint32_t* fn = packed + (s * steps(rows.hidden) + slice.begin / kStep) * tiles(kOutputs) * kTileWords;
+      zero_sums<0, kOutputs>();
+      if constexpr (kTokenGroups == 2) zero_sums<2, kOutputs>();
+      if (write == nullptr) {
+        multiply_slice<kOutputs, kTokenGroups, false>(stager, slice, fn, stages);
+      } else {
+        multiply_slice<kOutputs, kTokenGroups, true>(stager, slice, fn, stages);
       }
+      store_sums<0, kOutputs>(sums[0], sizeof(sums[0]), kTileRows);
+      if constexpr (kTokenGroups == 2) store_sums<2, kOutputs>(sums[kTileRows], sizeof(sums[0]), kTileRows);
+      add_sums<kOutputs>(sums, squares, rows.tokens, s == 0, out);
     }
   }
 
   template <class X, int kOutputs>
-  DSV4_INLINE void many(const Rows<X>& rows, const void* packed, const avx512::Traffic<X>& traffic,
+  DSV4_INLINE void many(const Rows<X>& rows, const void* packed, Slices::Range slice, const avx512::Traffic<X>& traffic,
                         float (*out)[kSums]) {
-    alignas(64) float parts[kStreams][kGroups * kTileRows][kSums] = {};
-    const int64_t words = steps(rows.hidden) * tiles(kOutputs) * kTileWords;
+    const uint32_t* fn = static_cast<const uint32_t*>(packed);
     configure_whole();
-    for (int s = 0; s < kStreams; ++s) {
-      __m512 squares[kGroups * kTileRows];
-      for (__m512& sum : squares) sum = _mm512_setzero_ps();
-      const Stager<X> stager{rows, traffic, s, squares};
-      const uint32_t* fn = static_cast<const uint32_t*>(packed) + s * words;
-      if (rows.tokens > kTileRows) {
-        stream_sums<kOutputs, 2>(stager, fn, parts[s]);
-      } else {
-        stream_sums<kOutputs, 1>(stager, fn, parts[s]);
-      }
+    if (rows.tokens > kTileRows) {
+      slice_sums<X, kOutputs, 2>(rows, fn, slice, traffic, out);
+    } else {
+      slice_sums<X, kOutputs, 1>(rows, fn, slice, traffic, out);
     }
     tile_release();
-    add_streams(parts, rows.tokens, out);
   }
 
   // A chunk of fn as left operand [row of fn, high then low][32] and of up to 16 tokens as right one [pair][token].
   template <int kOutputs>
   struct FewStage {
-    alignas(64) bf16 fn[kChunk][tiles(kOutputs) * 16][kStep];
-    alignas(64) uint32_t tokens[kChunk][kTileRows * kTileRows];
+    alignas(64) bf16 fn[kFewChunk][tiles(kOutputs) * 16][kStep];
+    alignas(64) uint32_t tokens[kFewChunk][kTileRows * kTileRows];
   };
 
   template <class X, int kOutputs>
-  DSV4_INLINE void stage_few(const Rows<X>& rows, int64_t stream, const View<const float, 2>& fn, int64_t step,
+  DSV4_INLINE void stage_few(const Rows<X>& rows, int64_t stream, const View<const float, 2>& fn, Slices::Range slice,
                              __m512* squares, FewStage<kOutputs>* to) {
-    for (int s = 0; s < kChunk && step + s < steps(rows.hidden); ++s) {
-      const int64_t d = (step + s) * kStep, left = rows.hidden - d;
+    for (int s = 0; s < kFewChunk && slice.begin + s * kStep < slice.end; ++s) {
+      const int64_t d = slice.begin + s * kStep, left = slice.end - d;
       for (int j = 0; j < kOutputs; ++j) {
         const Split row = split(fn.data + j * fn.stride[0] + stream * rows.hidden + d, left);
         _mm512_store_si512(to->fn[s][column<kOutputs>(j, false)], row.high);
@@ -293,9 +324,11 @@ struct Product {
   }
 
   template <class X, int kOutputs>
-  DSV4_INLINE void few_sums(const Rows<X>& rows, int64_t stream, const View<const float, 2>& fn, float (*out)[kSums]) {
+  DSV4_INLINE void few_sums(const Rows<X>& rows, int64_t stream, const View<const float, 2>& fn, Slices::Range slice,
+                            float (*out)[kSums]) {
     constexpr int kRows = 2 * kOutputs < kTileRows ? 2 * kOutputs : kTileRows;  // of a tile of fn
-    const int64_t tokens = rows.tokens, width = 4 * tokens, all = steps(rows.hidden);
+    constexpr int64_t kWidth = kFewChunk * kStep;
+    const int64_t tokens = rows.tokens, width = 4 * tokens;
     TileConfig config;
     for (int tile = 0; tile < 2; ++tile) {
       config.set(tile, kRows, static_cast<int>(width));
@@ -307,11 +340,11 @@ struct Product {
     FewStage<kOutputs> stages[2];
     __m512 squares[kTileRows];
     for (__m512& sum : squares) sum = _mm512_setzero_ps();
-    stage_few(rows, stream, fn, 0, squares, &stages[0]);
-    for (int64_t step = 0; step < all; step += kChunk) {
-      const FewStage<kOutputs>& now = stages[step / kChunk % 2];
-      if (step + kChunk < all) stage_few(rows, stream, fn, step + kChunk, squares, &stages[1 - step / kChunk % 2]);
-      for (int s = 0; s < kChunk && step + s < all; ++s) {
+    stage_few(rows, stream, fn, slice, squares, &stages[0]);
+    for (int64_t chunk = 0; slice.begin < slice.end; ++chunk, slice.begin += kWidth) {
+      const FewStage<kOutputs>& now = stages[chunk % 2];
+      stage_few(rows, stream, fn, {slice.begin + kWidth, slice.end}, squares, &stages[1 - chunk % 2]);
+      for (int s = 0; s < kFewChunk && slice.begin + s * kStep < slice.end; ++s) {
         tile_load<kB>(now.tokens[s], width);
         tile_load<kA>(now.fn[s][0], kTileBytes);
         tile_dot<0, kA, kB>();
@@ -323,24 +356,32 @@ struct Product {
         }
       }
     }
-    alignas(64) float sums[2 * kTileRows][kTileRows];
+    alignas(64) float sums[2 * kTileRows][kTileRows], square[kTileRows];
     store_sums<0, kOutputs>(sums[0], kTileBytes, kTileRows * kTileRows);
     tile_release();
+    _mm512_store_ps(square, avx512::sums16(squares));
     for (int64_t t = 0; t < tokens; ++t) {
-      for (int j = 0; j < kOutputs; ++j) out[t][j] = product<kOutputs>(sums[0] + t, kTileRows, j);
-      out[t][kSquares] = _mm512_reduce_add_ps(squares[t]);
+      for (int j = 0; j < kSums; ++j) out[t][j] = j < kOutputs ? product<kOutputs>(sums[0] + t, kTileRows, j) : 0.f;
+      out[t][kSquares] = square[t];
     }
   }
 
-  // The streams are spread over the threads.
+  // The slices of the streams are spread over the threads.
   template <class X, int kOutputs>
   DSV4_INLINE void few(const Rows<X>& rows, const View<const float, 2>& fn, const Context& context,
                        float (*out)[kSums]) {
-    alignas(64) float parts[kStreams][kGroups * kTileRows][kSums] = {};
-    parallel(context, kStreams, [&](int64_t begin, int64_t end) {
-      for (int64_t s = begin; s < end; ++s) few_sums<X, kOutputs>(rows, s, fn, parts[s]);
+    alignas(64) float parts[kMaxSlices][kStreams][kTileRows][kSums];
+    const Slices slices = Product::slices(rows.hidden);
+    parallel(context, slices.count * kStreams, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t stream = i % kStreams, slice = i / kStreams;
+        few_sums<X, kOutputs>(rows, stream, fn, slices[static_cast<int>(slice)], parts[slice][stream]);
+      }
     });
-    add_streams(parts, rows.tokens, out);
+    for (int slice = 0; slice < slices.count; ++slice) {
+      for (int s = 1; s < kStreams; ++s) avx512::add(parts[slice][s], rows.tokens, false, parts[slice][0]);
+      avx512::add(parts[slice][0], rows.tokens, slice == 0, out);
+    }
   }
 };
 

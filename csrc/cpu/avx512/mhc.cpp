@@ -21,10 +21,11 @@ Status post(const MhcPostParams& p, const Context& context) {
   const bool small = p.streams.shape[0] * p.streams.shape[2] <= kSmall;
   parallel(small ? on_this_thread(context) : context, p.streams.shape[0], [&](int64_t begin, int64_t end) {
     X* result = static_cast<X*>(p.result.data) + begin * token;
+    const Slices::Range columns = Slices::all(p.streams.shape[2]);
     if (past) {
-      post_tokens<X, Store::kPastCaches>(p, begin, end, result, token, stride);
+      post_tokens<X, Store::kPastCaches>(p, begin, end, columns, result, token, stride);
     } else {
-      post_tokens<X, Store::kWhole>(p, begin, end, result, token, stride);
+      post_tokens<X, Store::kWhole>(p, begin, end, columns, result, token, stride);
     }
   });
   return Status::ok();
@@ -36,7 +37,7 @@ int64_t mhc_workspace_bytes(int64_t hidden, int mixes) { return Product::bytes(h
 
 int64_t mhc_kept_bytes(int64_t tokens, int64_t hidden, DType x, const Context& context) {
   const int64_t token = kStreams * hidden * (x == DType::kBFloat16 ? 2 : 4);
-  return tokens * token > kCachedBytes ? context.threads * kMhcTokens * token : 0;
+  return tokens * token > kCachedBytes ? context.threads * kMhcKept * token : 0;
 }
 
 Status mhc_post(const MhcPostParams& p, const Context& context) {

@@ -279,8 +279,8 @@ void tile_streams(const Problem<X>& p, int64_t first, int64_t tokens, const Norm
 template <class X, int kOutputs>
 void tile_backward(const Problem<X>& p, int64_t first, int64_t tokens) {
   alignas(64) float sums[kTile][kSums] = {}, grads[kTile][kSums] = {};
-  Product::many<X, kOutputs>(p.streams.part(first, tokens), p.packed, {nullptr, p.streams.token, 0, nullptr, 0, 0},
-                             sums);
+  Product::many<X, kOutputs>(p.streams.part(first, tokens), p.packed, Slices::all(p.streams.hidden),
+                             {nullptr, p.streams.token, 0, nullptr, 0, 0}, sums);
   const int64_t hidden = p.streams.hidden, width = kStreams * hidden;
   __m512 pre[4];
   pre_weights(sums, p.mixing, reciprocal_rms(column(sums, kSquares), width, p.mixing.norm_eps), pre);

@@ -1,17 +1,41 @@
 // The forward mHC ops for any way of computing the product of fn with the streams. A Product is a struct of static
 // functions:
-//   pack<kOutputs>(fn, hidden, part, to)          packs one of kParts parts of fn
-//   many<X, kOutputs>(rows, packed, traffic, out) the products and squares of up to kGroups kTile tokens, with packed
-//   fn few<X, kOutputs>(rows, fn, context, out)      the same of up to kTile tokens that are all there are, with fn as
-//   it is
-// A token's result must be the same either way, in any tile. The tokens taken together stay in the second-level cache
-// between the product and the weighted sum.
+//   slices(hidden)                       the slices of the hidden width that are summed by themselves
+//   pack<kOutputs>(fn, hidden, part, to) packs one of kParts parts of fn
+//   many<X, kOutputs>(rows, packed, slice, traffic, out)  the products and squares of up to kTokens tokens over a
+//   slice,
+//                                        with packed fn
+//   few<X, kOutputs>(rows, fn, context, out)  the same over all slices, of up to kTile tokens that are all there are,
+//                                        with fn as it is
+// A token's result must be the same either way, in any company. Many tokens go in blocks of up to kBlock: a slice's
+// part of fn stays in the second-level cache while the block passes, the block in the caches until the weighted sum.
+// kFetches: what the next block needs is fetched meanwhile; else that is left to the processor.
 #pragma once
+
+#include <algorithm>
 
 #include "cpu/avx512/mhc_mixing.h"
 #include "cpu/mhc.h"
 
 namespace dsv4::avx512 {
+
+// Parts of the hidden width, cut at multiples of two steps.
+struct Slices {
+  struct Range {
+    int64_t begin, end;
+  };
+  int64_t hidden;
+  int count;
+
+  __attribute__((always_inline)) Range operator[](int slice) const { return {cut(slice), cut(slice + 1)}; }
+  DSV4_INLINE Range all(int64_t hidden) { return {0, hidden}; }
+
+ private:
+  __attribute__((always_inline)) int64_t cut(int slice) const {
+    const int64_t at = (hidden + 2 * kStep - 1) / (2 * kStep) * slice / count * 2 * kStep;
+    return at < hidden ? at : hidden;
+  }
+};
 
 template <class X>
 struct Rows {
@@ -73,12 +97,22 @@ DSV4_INLINE bool past_caches(const AnyView<N>& result, int64_t size) {
   return misaligned % 64 == 0 && bytes > kCachedBytes;
 }
 
+// rows += the sums over a slice, or = them.
+DSV4_INLINE void add(const float (*slice)[kSums], int64_t tokens, bool first, float (*rows)[kSums]) {
+  for (int64_t t = 0; t < tokens; ++t) {
+    for (int j = 0; j < kSums; j += 16) {
+      const __m512 x = _mm512_load_ps(slice[t] + j);
+      _mm512_store_ps(rows[t] + j, first ? x : _mm512_add_ps(_mm512_load_ps(rows[t] + j), x));
+    }
+  }
+}
+
 // One step of sum_i pre[i] * streams[i] as X keeps it; adds its square where a norm follows.
 template <Store kStore, class X>
 DSV4_INLINE void collapse_step(const X* r, int64_t stride, const __m512* pre, X* out, int64_t count, bool norm,
                                __m512* squares, int64_t ahead) {
   constexpr bool kPart = kStore == Store::kPart;
-  for (int i = 0; i < kStreams; ++i) prefetch(r + i * stride + ahead);
+  for (int i = 0; i < kStreams && ahead != 0; ++i) prefetch(r + i * stride + ahead);
   Pair sum = scaled(get<kPart>(r, count), pre[0]);
 #pragma GCC unroll 3
   for (int i = 1; i < kStreams; ++i) sum = fma(get<kPart>(r + i * stride, count), pre[i], sum);
@@ -138,23 +172,23 @@ DSV4_INLINE void post_step(const X* sublayer, const X* streams, int64_t stride, 
   }
 }
 
-// The new streams of tokens [begin, end), the first of them at `result`.
+// A slice of the new streams of tokens [begin, end), the first of them at `result`.
 template <class X, Store kStore>
-DSV4_INLINE void post_tokens(const MhcPostParams& p, int64_t begin, int64_t end, X* result, int64_t token,
-                             int64_t stride) {
+DSV4_INLINE void post_tokens(const MhcPostParams& p, int64_t begin, int64_t end, Slices::Range slice, X* result,
+                             int64_t token, int64_t stride) {
   const Rows<X> rows(p.streams);
-  const int64_t hidden = rows.hidden, whole = hidden / kStep * kStep;
+  const int64_t tail = (slice.end - slice.begin) % kStep, whole = slice.end - tail;
   for (int64_t t = begin; t < end; ++t, result += token) {
     const X* sublayer = static_cast<const X*>(p.sublayer.data) + t * p.sublayer.stride[0];
     const X* streams = rows.data + t * rows.token;
     const float *post = p.post.data + t * p.post.stride[0], *comb = p.comb.data + t * p.comb.stride[0];
-    for (int64_t d = 0; d < whole; d += kStep) {
+    for (int64_t d = slice.begin; d < whole; d += kStep) {
       prefetch(sublayer + p.sublayer.stride[0] + d);
       post_step<X, kStore>(sublayer + d, streams + d, rows.stream, post, comb, result + d, stride, kStep);
     }
-    if (whole < hidden) {
+    if (tail > 0) {
       post_step<X, Store::kPart>(sublayer + whole, streams + whole, rows.stream, post, comb, result + whole, stride,
-                                 hidden - whole);
+                                 tail);
     }
   }
   if (kStore == Store::kPastCaches) _mm_sfence();
@@ -190,25 +224,24 @@ DSV4_INLINE void pre_collapse(const MhcPreParams& p, int64_t token, const X* r, 
 struct PreOp {
   static constexpr int kOutputs = kMixes;
   const MhcPreParams& p;
-  const MhcPostParams* before;  // mhc_post_pre: makes the streams of a tile before they are read
+  const MhcPostParams* before;  // mhc_post_pre: makes the streams of a block before they are read
 
   DSV4_INLINE bool keeps(const PreOp& op) {
     return op.before != nullptr && past_caches(op.before->result, op.p.streams.dtype == DType::kBFloat16 ? 2 : 4);
   }
-  // The streams of tokens [first, first + count). New ones that will be written past the caches are made in `kept`,
-  // which has room for a tile.
+  // The streams of tokens [first, first + count). New ones that will be written past the caches are in `kept`, which
+  // has room for a block.
   template <class X>
   DSV4_INLINE Rows<X> rows(const PreOp& op, int64_t first, int64_t count, X* kept) {
     const Rows<X> streams = Rows<X>(op.p.streams).part(first, count);
-    if (op.before == nullptr) return streams;
-    if (keeps(op)) {
-      const int64_t hidden = streams.hidden;
-      post_tokens<X, Store::kWhole>(*op.before, first, first + count, kept, kStreams * hidden, hidden);
-      return {kept, kStreams * hidden, hidden, count, hidden};
-    }
-    post_tokens<X, Store::kWhole>(*op.before, first, first + count, const_cast<X*>(streams.data), streams.token,
-                                  streams.stream);
-    return streams;
+    return keeps(op) ? Rows<X>(kept, kStreams * streams.hidden, streams.hidden, count, streams.hidden) : streams;
+  }
+  // Makes a slice of them.
+  template <class X>
+  DSV4_INLINE void make(const PreOp& op, int64_t first, const Rows<X>& rows, Slices::Range slice) {
+    if (op.before == nullptr) return;
+    post_tokens<X, Store::kWhole>(*op.before, first, first + rows.tokens, slice, const_cast<X*>(rows.data), rows.token,
+                                  rows.stream);
   }
   template <class X>
   DSV4_INLINE Traffic<X> traffic(const PreOp& op, int64_t first, int64_t next) {
@@ -230,10 +263,13 @@ struct HeadOp {
   static constexpr int kOutputs = kStreams;
   const MhcHeadParams& p;
 
+  DSV4_INLINE bool keeps(const HeadOp&) { return false; }
   template <class X>
   DSV4_INLINE Rows<X> rows(const HeadOp& op, int64_t first, int64_t count, X*) {
     return Rows<X>(op.p.streams).part(first, count);
   }
+  template <class X>
+  DSV4_INLINE void make(const HeadOp&, int64_t, const Rows<X>&, Slices::Range) {}
   template <class X>
   DSV4_INLINE Traffic<X> traffic(const HeadOp& op, int64_t, int64_t) {
     return {nullptr, op.p.streams.stride[0], 0, nullptr, 0, 0};
@@ -263,8 +299,10 @@ void run_few(const Op& op, const Context& all_threads) {
   const int64_t tokens = op.p.streams.shape[0], hidden = op.p.streams.shape[2];
   const Context context = (tokens + 2) * hidden <= kSmall ? on_this_thread(all_threads) : all_threads;
   alignas(64) float sums[kTile][kSums] = {};
-  parallel(context, tokens, [&](int64_t begin, int64_t end) { Op::template rows<X>(op, begin, end - begin, nullptr); });
   const Rows<X> rows(op.p.streams);
+  parallel(context, tokens, [&](int64_t begin, int64_t end) {
+    Op::make(op, begin, rows.part(begin, end - begin), Slices::all(hidden));
+  });
   Product::template few<X, Op::kOutputs>(rows, op.p.mixing.fn, context, sums);
   Op::weights(op, 0, tokens, sums);
   parallel(context, tokens, [&](int64_t begin, int64_t end) {
@@ -274,33 +312,49 @@ void run_few(const Op& op, const Context& all_threads) {
   });
 }
 
-// Many tokens: every thread takes some tiles. Behind the packed fn, the workspace has room for a tile of each.
+// A block of tokens on one thread, in rows that are there or will be made.
+template <class Product, class X, class Op>
+void run_block(const Op& op, int64_t first, const Rows<X>& rows) {
+  constexpr int64_t kTokens = Product::kTokens;
+  alignas(64) float sums[Product::kBlock][kSums] = {}, part[kTokens][kSums] = {};
+  const Slices slices = Product::slices(rows.hidden);
+  for (int s = 0; s < slices.count; ++s) {
+    Op::make(op, first, rows, slices[s]);
+    for (int64_t t = 0; t < rows.tokens; t += kTokens) {
+      const int64_t count = std::min(kTokens, rows.tokens - t);
+      Product::template many<X, Op::kOutputs>(rows.part(t, count), op.p.workspace.data, slices[s],
+                                              Op::template traffic<X>(op, first + t, first + t + count), part);
+      add(part, count, s == 0, sums + t);
+    }
+  }
+  for (int64_t t = 0; t < rows.tokens; t += kTile) {
+    Op::weights(op, first + t, std::min<int64_t>(kTile, rows.tokens - t), sums + t);
+  }
+  const int64_t ahead = Product::kFetches ? Product::kBlock * rows.token : 0;
+  for (int64_t t = 0; t < rows.tokens; ++t) {
+    Op::finish(op, first + t, rows.data + t * rows.token, rows.stream, sums[t], ahead);
+  }
+}
+
+// Many tokens: every thread takes some blocks. Behind the packed fn, the workspace has room for the new streams of one.
 template <class Product, class X, class Op>
 void run_many(const Op& op, const Context& context) {
-  constexpr int64_t kTokens = Product::kGroups * kTile;
-  static_assert(kTokens <= kMhcTokens);
+  constexpr int64_t kTokens = Product::kTokens, kKept = std::min<int64_t>(Product::kBlock, kMhcKept);
   const int64_t tokens = op.p.streams.shape[0], hidden = op.p.streams.shape[2];
-  void* packed = op.p.workspace.data;
+  char* packed = static_cast<char*>(op.p.workspace.data);
   parallel(context, Product::kParts, [&](int64_t begin, int64_t end) {
     for (int64_t part = begin; part < end; ++part) {
       Product::template pack<Op::kOutputs>(op.p.mixing.fn, hidden, part, packed);
     }
   });
-  X* kept = reinterpret_cast<X*>(static_cast<char*>(packed) + Product::bytes(hidden, Op::kOutputs));
-  const int64_t tiles = (tokens + kTokens - 1) / kTokens, pieces = tiles < context.threads ? tiles : context.threads;
+  const int64_t units = (tokens + kTokens - 1) / kTokens, pieces = std::min<int64_t>(units, context.threads);
+  const int64_t block = Op::keeps(op) ? kKept : Product::kBlock;
   parallel(context, pieces, [&](int64_t begin, int64_t end) {
-    alignas(64) float sums[kTokens][kSums] = {};
     for (int64_t piece = begin; piece < end; ++piece) {
-      for (int64_t tile = tiles * piece / pieces; tile < tiles * (piece + 1) / pieces; ++tile) {
-        const int64_t first = tile * kTokens, count = first + kTokens <= tokens ? kTokens : tokens - first;
-        const Rows<X> rows = Op::rows(op, first, count, kept + piece * kTokens * kStreams * hidden);
-        Product::template many<X, Op::kOutputs>(rows, packed, Op::template traffic<X>(op, first, first + count), sums);
-        for (int64_t t = 0; t < count; t += kTile) {
-          Op::weights(op, first + t, count - t < kTile ? count - t : kTile, sums + t);
-        }
-        for (int64_t t = 0; t < count; ++t) {
-          Op::finish(op, first + t, rows.data + t * rows.token, rows.stream, sums[t], kTokens * rows.token);
-        }
+      X* kept = reinterpret_cast<X*>(packed + Product::bytes(hidden, Op::kOutputs)) + piece * kKept * kStreams * hidden;
+      const int64_t last = std::min(tokens, units * (piece + 1) / pieces * kTokens);
+      for (int64_t first = units * piece / pieces * kTokens; first < last; first += block) {
+        run_block<Product, X>(op, first, Op::rows(op, first, std::min(block, last - first), kept));
       }
     }
     _mm_sfence();  // after what was written past the caches

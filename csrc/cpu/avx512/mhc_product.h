@@ -18,7 +18,10 @@ constexpr int kChunk = 16;  // steps; 12 columns of fn take 24 KiB
 
 struct Product {
   static constexpr int kParts = 4 * kStreams;
-  static constexpr int kGroups = 1;  // of kTile tokens, that pass fn together
+  static constexpr int kTokens = kTile, kBlock = kTile;
+  static constexpr bool kFetches = true;
+
+  static Slices slices(int64_t hidden) { return {hidden, 1}; }
 
   template <int kOutputs>
   static constexpr int columns() {
@@ -172,7 +175,8 @@ struct Product {
 
   // The products and squares of a tile of tokens, with packed fn.
   template <class X, int kOutputs>
-  DSV4_INLINE void many(const Rows<X>& rows, const void* packed, const Traffic<X>& traffic, float (*out)[kSums]) {
+  DSV4_INLINE void many(const Rows<X>& rows, const void* packed, Slices::Range, const Traffic<X>& traffic,
+                        float (*out)[kSums]) {
     constexpr int kColumns = columns<kOutputs>();
     alignas(64) __m512 sums[kTile][kSums];
     const int64_t all = steps(rows.hidden);
