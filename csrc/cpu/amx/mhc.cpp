@@ -1,20 +1,21 @@
 // mhc_pre, mhc_post_pre and mhc_head with bfloat16 streams: fn r in AMX tiles. fn is split into bfloat16 high + low, 48
 // columns in 3 tiles: the high parts of 16 of fn's rows, both parts of the other 8, the low parts of the 16. The third
 // adds to the sums of the first, so that 32 tokens have 4 tiles of sums, 2 of their own and 2 that fn's take in turn
-// (mhc_head: 8 columns in one). Relative error of the products
-// against float32 fn: 2.5e-6. Everything but the product is the AVX-512 kernels'.
+// (mhc_head: 8 columns in one). Relative error of the products against float32 fn: 2.5e-6. Everything but the product
+// is the AVX-512 kernels'.
 //
-//   many tokens: 32 at a time, so that fn, 1.5 MiB at D = 4096 and more than the second-level cache keeps beside the
-//                streams, passes once for all of them. Their rows, 8 D bytes apart, would fall into one set of the
-//                first-level cache: 128 elements of each are staged as tiles before they are multiplied, squares
-//                summed on the way.
+//   many tokens: 128 at a time pass slices of 2048 columns, so that fn's part of one, 768 KiB, comes to the
+//   second-level
+//                cache once for all of them. Their rows, 8 D bytes apart, would fall into one set of the first-level
+//                cache: 64 elements of each of 32 tokens are staged as tiles, squares summed on the way, a few rows
+//                after each load of a tile, so that the two overlap.
 //   few tokens:  fn is the left operand, as it lies but for its split, and the tokens are the columns; the sums are
 //                those of many tokens to the bit, since a product of tiles does not depend on which side is which.
 //
-// A token takes 3 D / 8 tile cycles, 10 D + 80 bytes from memory and 48 D of fn from the last-level cache. Measured on
-// Emerald Rapids, D = 1024: tiles with their loads and stages one after the other, a third each of what the product
-// takes, the rest on the way; they do not overlap (docs/investigations/amx.md). One token splits fn for itself,
-// which takes three to four times as long as AVX-512's float32 products.
+// A token takes 3 D / 8 tile cycles, 10 D + 80 bytes from memory, 8 D again from the last-level cache for the weighted
+// sum, and 0.75 D of fn. What is read ahead is left to the processor: it does so for 32 rows at once, and fetching by
+// instruction cost more than it gained (docs/investigations/amx.md). One token splits fn for itself, which takes three
+// to four times as long as AVX-512's float32 products.
 #include "cpu/mhc.h"
 
 #include "cpu/amx/tile.h"

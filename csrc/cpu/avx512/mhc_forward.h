@@ -1,12 +1,11 @@
 // The forward mHC ops for any way of computing the product of fn with the streams. A Product is a struct of static
 // functions:
-//   slices(hidden)                       the slices of the hidden width that are summed by themselves
-//   pack<kOutputs>(fn, hidden, part, to) packs one of kParts parts of fn
-//   many<X, kOutputs>(rows, packed, slice, traffic, out)  the products and squares of up to kTokens tokens over a
-//   slice,
-//                                        with packed fn
-//   few<X, kOutputs>(rows, fn, context, out)  the same over all slices, of up to kTile tokens that are all there are,
-//                                        with fn as it is
+//   slices(hidden)                            the slices of the hidden width that are summed by themselves
+//   pack<kOutputs>(fn, hidden, part, to)      packs one of kParts parts of fn
+//   many<X, kOutputs>(rows, packed, slice, traffic, out)
+//                                             the products and squares of up to kTokens tokens over a slice, fn packed
+//   few<X, kOutputs>(rows, fn, context, out)  the same over all slices of up to kTile tokens that are all there are, fn
+//                                             as it is
 // A token's result must be the same either way, in any company. Many tokens go in blocks of up to kBlock: a slice's
 // part of fn stays in the second-level cache while the block passes, the block in the caches until the weighted sum.
 // kFetches: what the next block needs is fetched meanwhile; else that is left to the processor.
