@@ -153,6 +153,11 @@ struct Strip {
 };
 inline constexpr int kStrips = 2;
 
+template <int kValue>
+struct Number {
+  static constexpr int value = kValue;
+};
+
 // Strips of matrices of one format that read the same activations.
 template <class Weights>
 class TileProduct {
@@ -207,11 +212,14 @@ class TileProduct {
   bool fold(const Part& p) const {
     const AnyView<3>& scale = p.w->scale;
     if (scale.dtype != DType::kUInt8) return false;
+    const int64_t rows = Weights::kScales == 1 ? 1 : p.rows, stride = scale_stride(in_);
+    const auto fold = [&](int64_t r, int64_t count, int64_t padded) {
+      return Weights::Rows::fold(scale.as<const uint8_t>().at(expert_, scale_index(p, r)), count, padded,
+                                 p.scales + r * stride);
+    };
+    if (scale.stride[1] == stride && scale.size(2) == stride) return fold(0, rows * stride, rows * stride);
     bool all = true;
-    for (int64_t r = 0; r < p.rows; r += Weights::kScales == 1 ? kMoeOutputs : 1) {
-      all &= Weights::Rows::fold(scale.as<const uint8_t>().at(expert_, scale_index(p, r)), scale.size(2),
-                                 blocks_ * Weights::kScales, p.scales + r * scale_stride(in_));
-    }
+    for (int64_t r = 0; r < rows; ++r) all &= fold(r, scale.size(2), blocks_ * Weights::kScales);
     return all;
   }
 
@@ -228,22 +236,39 @@ class TileProduct {
     }
   }
 
-  // Block `block` of outputs [first, first + count), to the same rows of four tiles. What lies at `ahead`, and again
-  // `apart` bytes further, is asked for.
-  DSV4_MEMBER void expand(const Weights& weights, const Outputs& o, int64_t block, int64_t first, int64_t count,
-                          bf16* to, const uint8_t* ahead, int64_t apart) const {
-    const auto each = [&](auto... left) __attribute__((always_inline)) {
-      const int64_t at = block * Weights::kBlockBytes, scale = block * Weights::kScales;
-      const typename Weights::Shared shared = weights.share(o.scales[0] + scale);
-      for (int64_t i = 0; i < count; ++i, to += kStep, ahead += apart) {
-        avx512::ask(ahead, Weights::kBlockBytes);  // past the end it does nothing
-        const Block w = weights.expand(o.codes[first + i] + at, o.scales[first + i] + scale, shared, left...);
+  // A block of outputs that is expanded, the first of them at codes[0], to the same rows of four tiles. What lies at
+  // `ahead`, and again `apart` bytes further, is asked for.
+  struct Expansion {
+    const uint8_t* const* codes;
+    const Scale* const* scales;
+    int64_t block;
+    bf16* to;
+    const uint8_t* ahead;
+    int64_t apart;
+  };
+  bool is_whole(int64_t block) const { return (block + 1) * Weights::kBlockBytes <= Weights::bytes(in_); }
+
+  // Output `i` of it; `left` bytes of codes, if it is not a whole block.
+  template <class... Left>
+  DSV4_MEMBER static void expand_row(const Weights& weights, const typename Weights::Shared& shared, const Expansion& e,
+                                     int64_t i, Left... left) {
+    avx512::ask(e.ahead + i * e.apart, Weights::kBlockBytes);  // past the end it does nothing
+    const Block w = weights.expand(e.codes[i] + e.block * Weights::kBlockBytes,
+                                   e.scales[i] + e.block * Weights::kScales, shared, left...);
 #pragma GCC unroll 4
-        for (int64_t j = 0; j < kBlockSteps; ++j) _mm512_store_si512(to + j * kTileElements, w.w[j]);
-      }
-    };
-    const int64_t left = Weights::bytes(in_) - block * Weights::kBlockBytes;
-    left >= Weights::kBlockBytes ? each() : each(left);
+    for (int64_t j = 0; j < kBlockSteps; ++j) _mm512_store_si512(e.to + i * kStep + j * kTileElements, w.w[j]);
+  }
+  DSV4_MEMBER static typename Weights::Shared share(const Weights& weights, const Expansion& e) {
+    return weights.share(e.scales[0] + e.block * Weights::kScales);
+  }
+
+  // Outputs [0, count).
+  DSV4_MEMBER void expand(const Weights& weights, const Expansion& e, int64_t count) const {
+    const typename Weights::Shared shared = share(weights, e);
+    const int64_t left = Weights::bytes(in_) - e.block * Weights::kBlockBytes;
+    for (int64_t i = 0; i < count; ++i) {
+      is_whole(e.block) ? expand_row(weights, shared, e, i) : expand_row(weights, shared, e, i, left);
+    }
   }
 
   template <int kTile, bool kStream>
@@ -256,22 +281,53 @@ class TileProduct {
     x.data += x.step;
   }
 
-  // One step: tiles of weights at `w` and `w2` with those of two units.
+  // One step: tiles of weights at `w` and `w2` with those of two units. between(i) runs after the i-th of the kOps
+  // tile instructions.
+  template <int kRows, int kColumns>
+  static constexpr int kOps = kRows + kColumns + kRows * kColumns;
+  template <int kRows, int kColumns, bool kStream, class Between>
+  DSV4_MEMBER static void step(const void* w, const void* w2, TileSteps& x, TileSteps& x2, int64_t stride,
+                               const Between& between) {
+    load_x<6, kStream>(x);
+    between(Number<0>{});
+    tile_load<4>(w, stride);
+    between(Number<1>{});
+    tile_dot<0, 4, 6>();
+    between(Number<2>{});
+    if constexpr (kColumns == 2) {
+      load_x<7, kStream>(x2);
+      between(Number<3>{});
+      tile_dot<1, 4, 7>();
+      between(Number<4>{});
+    }
+    if constexpr (kRows == 2) {
+      constexpr int kFirst = 1 + 2 * kColumns;
+      tile_load<5>(w2, stride);
+      between(Number<kFirst>{});
+      tile_dot<2, 5, 6>();
+      between(Number<kFirst + 1>{});
+      if constexpr (kColumns == 2) {
+        tile_dot<3, 5, 7>();
+        between(Number<kFirst + 2>{});
+      }
+    }
+  }
   template <int kRows, int kColumns, bool kStream>
   DSV4_MEMBER static void step(const void* w, const void* w2, TileSteps& x, TileSteps& x2,
                                int64_t stride = kTileBytes) {
-    tile_load<4>(w, stride);
-    load_x<6, kStream>(x);
-    tile_dot<0, 4, 6>();
-    if constexpr (kColumns == 2) {
-      load_x<7, kStream>(x2);
-      tile_dot<1, 4, 7>();
-    }
-    if constexpr (kRows == 2) {
-      tile_load<5>(w2, stride);
-      tile_dot<2, 5, 6>();
-      if constexpr (kColumns == 2) tile_dot<3, 5, 7>();
-    }
+    step<kRows, kColumns, kStream>(w, w2, x, x2, stride, [](auto) {});
+  }
+  // The same while kCount outputs of a whole block are expanded, an output or two after every tile instruction: more
+  // together, and the processor looks no further ahead than one of the two.
+  template <int kRows, int kColumns, bool kStream, int kCount>
+  DSV4_MEMBER static void step_and_expand(const void* w, const void* w2, TileSteps& x, TileSteps& x2,
+                                          const Weights& weights, const Expansion& e) {
+    const typename Weights::Shared shared = share(weights, e);
+    step<kRows, kColumns, kStream>(w, w2, x, x2, kTileBytes, [&](auto op) __attribute__((always_inline)) {
+      constexpr int kAll = kOps<kRows, kColumns>, kOp = decltype(op)::value;
+#pragma GCC unroll 8
+      for (int i = kCount * kOp / kAll; i < kCount * (kOp + 1) / kAll; ++i) expand_row(weights, shared, e, i);
+    });
   }
 
   // A unit's tiles from a block on.
@@ -302,15 +358,18 @@ class TileProduct {
   template <int kRows, int kColumns>
   void multiply_through(const Part& p, int64_t r, const uint8_t* ahead) const {
     constexpr int64_t kHeight = kRows * kTileRows, kQuarter = kHeight / kBlockSteps;
-    const Weights weights;
+    const Weights made, weights = made;  // the copy stays in registers: no tile instruction can write to it
+    const int64_t blocks = blocks_, whole_blocks = Weights::bytes(in_) / Weights::kBlockBytes;
+    bf16* const panel = panel_;
     TileSteps x = operand(0, 0), x2 = operand(1, 0);
     Outputs outputs;
     outputs_of(p, r, outputs);
-    const auto expand_some = [&](int64_t block, int64_t first, int64_t count) __attribute__((always_inline)) {
-      expand(weights, outputs, block, first, count,
-             panel_ + block % 2 * kSide * kBlock + first / kTileRows * kTileRows * kBlock + first % kTileRows * kStep,
-             ahead, Weights::kBlockBytes);
-      ahead += count * Weights::kBlockBytes;
+    const auto expansion = [&](int64_t block, int64_t first) __attribute__((always_inline)) {
+      bf16* to =
+          panel + block % 2 * kSide * kBlock + first / kTileRows * kTileRows * kBlock + first % kTileRows * kStep;
+      const Expansion e{outputs.codes + first, outputs.scales + first, block, to, ahead, Weights::kBlockBytes};
+      ahead += kQuarter * Weights::kBlockBytes;
+      return e;
     };
     zero_sums<kRows, kColumns>();
     int64_t block = 0;
@@ -325,12 +384,19 @@ class TileProduct {
         }
       }
     }
-    for (int64_t first = 0; block < blocks_ && first < kHeight; first += kQuarter) expand_some(block, first, kQuarter);
-    for (; block < blocks_; ++block) {
-      const bf16* w = panel_ + block % 2 * kSide * kBlock;
+    for (int64_t first = 0; block < blocks && first < kHeight; first += kQuarter) {
+      expand(weights, expansion(block, first), kQuarter);
+    }
+    for (; block < blocks; ++block) {
+      const bf16* w = panel + block % 2 * kSide * kBlock;
       for (int64_t j = 0; j < kBlockSteps; ++j, w += kTileElements) {
-        step<kRows, kColumns, false>(w, w + kTileRows * kBlock, x, x2);
-        if (block + 1 < blocks_) expand_some(block + 1, j * kQuarter, kQuarter);
+        const bf16* w2 = w + kTileRows * kBlock;
+        if (block + 1 < whole_blocks) {
+          step_and_expand<kRows, kColumns, false, kQuarter>(w, w2, x, x2, weights, expansion(block + 1, j * kQuarter));
+        } else {
+          step<kRows, kColumns, false>(w, w2, x, x2);
+          if (block + 1 < blocks) expand(weights, expansion(block + 1, j * kQuarter), kQuarter);
+        }
       }
     }
     store_sums<kRows, kColumns>(sums_of(p, 0, r));
@@ -363,14 +429,18 @@ class TileProduct {
     return next;
   }
 
-  // Outputs [first, first + count) of one of its blocks; those of the panel after it are asked for.
-  DSV4_MEMBER void expand_rows(const Weights& weights, const Panel& p, const Outputs& outputs, const Panel& later,
-                               int64_t block, int64_t first, int64_t count) const {
+  // One of its blocks from an output on; the same of the panel after it are asked for.
+  DSV4_MEMBER Expansion expansion(const Panel& p, const Outputs& outputs, const Panel& later, int64_t block,
+                                  int64_t first) const {
     const int64_t apart = stride(*later.part);
-    expand(weights, outputs, p.first + block, first, count,
-           panel_ + first / kTileRows * kTileRows * kPanelSteps * kStep + block * kBlockSteps * kTileElements +
-               first % kTileRows * kStep,
-           later.codes + first * apart + block * Weights::kBlockBytes, apart);
+    bf16* to = panel_ + first / kTileRows * kTileRows * kPanelSteps * kStep + block * kBlockSteps * kTileElements +
+               first % kTileRows * kStep;
+    return {outputs.codes + first,
+            outputs.scales + first,
+            p.first + block,
+            to,
+            later.codes + first * apart + block * Weights::kBlockBytes,
+            apart};
   }
 
   void many() const {
@@ -384,7 +454,7 @@ class TileProduct {
     outputs_of(*p.part, p.r, outputs);
     for (int64_t block = 0; block < p.blocks; ++block) {
       for (int64_t first = 0; first < kSide; first += kTileRows) {
-        expand_rows(weights, p, outputs, next, block, first, kTileRows);
+        expand(weights, expansion(p, outputs, next, block, first), kTileRows);
       }
     }
     for (int64_t index = 0; index < all; ++index) {
@@ -430,14 +500,22 @@ class TileProduct {
           avx512::ask(reinterpret_cast<const uint8_t*>(x.data + ahead), kLines * kTileBytes);
           if (kColumns == 2) avx512::ask(reinterpret_cast<const uint8_t*>(x2.data + ahead2), kLines * kTileBytes);
         }
-        step<kRows, kColumns, true>(w, w + kTileRows * kPanelSteps * kStep, x, x2);
+        const bf16* w2 = w + kTileRows * kPanelSteps * kStep;
         if (kLast && block > 0 && block <= next.blocks) {
-          expand_rows(weights, next, outputs, later, block - 1, j * kQuarter, kQuarter);
+          const Expansion e = expansion(next, outputs, later, block - 1, j * kQuarter);
+          if (is_whole(e.block)) {
+            step_and_expand<kRows, kColumns, true, kQuarter>(w, w2, x, x2, weights, e);
+          } else {
+            step<kRows, kColumns, true>(w, w2, x, x2);
+            expand(weights, e, kQuarter);
+          }
+        } else {
+          step<kRows, kColumns, true>(w, w2, x, x2);
         }
       }
     }
     for (int64_t first = 0; kLast && p.blocks <= next.blocks && first < kSide; first += kTileRows) {
-      expand_rows(weights, next, outputs, later, p.blocks - 1, first, kTileRows);
+      expand(weights, expansion(next, outputs, later, p.blocks - 1, first), kTileRows);
     }
     store_sums<kRows, kColumns>(sums);
   }
