@@ -134,14 +134,14 @@ class TileCall : public MoeRouting<X> {
   }
 
   static void project(const Expert& e, int64_t in, const ExpertRows& x, const Strip* strips, int count, uint8_t* memory,
-                      const uint8_t* next) {
+                      const Later& later) {
     switch (strips[0].w->format) {
       case WeightFormat::kFp8:
-        return TileProduct<Fp8Tiles>(e.index, in, x, memory).run(strips, count, next);
+        return TileProduct<Fp8Tiles>(e.index, in, x, memory).run(strips, count, later);
       case WeightFormat::kFp4:
-        return TileProduct<Fp4Tiles>(e.index, in, x, memory).run(strips, count, next);
+        return TileProduct<Fp4Tiles>(e.index, in, x, memory).run(strips, count, later);
       default:
-        return TileProduct<PlainTiles>(e.index, in, x, memory).run(strips, count, next);
+        return TileProduct<PlainTiles>(e.index, in, x, memory).run(strips, count, later);
     }
   }
 
@@ -163,7 +163,10 @@ class TileCall : public MoeRouting<X> {
     const int64_t rows = left < kMoeOutputs ? left : kMoeOutputs;
     if (rows <= 0) return;
     const Slot s = slot(slot_index);
-    const uint8_t* next = row_codes(*later.w1, later.index, (piece + slots) % pieces * kMoeOutputs);
+    const int64_t later_row = (piece + slots) % pieces * kMoeOutputs;
+    const uint8_t* codes = row_codes(*later.w1, later.index, later_row);
+    const uint8_t* scales[] = {row_scales(*later.w1, later.index, later_row),
+                               row_scales(*later.w3, later.index, later_row)};
     const int64_t width = moe_row_bytes(hidden_), part = part_of(e);
     for (int64_t from = 0; from < e.count; from += part) {
       const int64_t count = e.count - from < part ? e.count - from : part;
@@ -171,11 +174,11 @@ class TileCall : public MoeRouting<X> {
       const Strip strips[] = {{e.w1, row, rows, s.gate}, {e.w3, row, rows, s.up}};
       const ExpertRows x1{gathered(e, e.w1->format) + from * width, width, count};
       if (e.w1->format == e.w3->format) {
-        project(e, hidden_, x1, strips, 2, s.memory, next);
+        project(e, hidden_, x1, strips, 2, s.memory, {codes, {scales[0], scales[1]}});
       } else {
         const ExpertRows x3{gathered(e, e.w3->format) + from * width, width, count};
-        project(e, hidden_, x1, strips, 1, s.memory, row_codes(*e.w3, e.index, row));
-        project(e, hidden_, x3, strips + 1, 1, s.memory, next);
+        project(e, hidden_, x1, strips, 1, s.memory, {row_codes(*e.w3, e.index, row), {scales[0]}});
+        project(e, hidden_, x3, strips + 1, 1, s.memory, {codes, {scales[1]}});
       }
       tile_release();
       for (int64_t m = 0; m < count; m += kUnit) {
@@ -194,7 +197,10 @@ class TileCall : public MoeRouting<X> {
     const Expert e = piece_expert(piece, pieces), later = piece_expert(piece + slots, pieces);
     const int64_t row = piece % pieces * kDown, left = hidden_ - row;
     const Slot s = slot(slot_index);
-    const uint8_t* next = row_codes(*later.w2, later.index, (piece + slots) % pieces * kDown);
+    const int64_t later_row = (piece + slots) % pieces * kDown;
+    const Later next{
+        row_codes(*later.w2, later.index, later_row),
+        {row_scales(*later.w2, later.index, later_row), row_scales(*later.w2, later.index, later_row + kMoeOutputs)}};
     const int64_t width = moe_row_bytes(widest_), part = part_of(e);
     const Strip strips[] = {{e.w2, row, left < kMoeOutputs ? left : kMoeOutputs, s.gate},
                             {e.w2, row + kMoeOutputs, left < kDown ? left - kMoeOutputs : kMoeOutputs, s.up}};
@@ -255,7 +261,7 @@ struct Gate {
         strips[i] = {&w, row, left < kMoeOutputs ? left : kMoeOutputs, sums + i * kTokens * kMoeOutputs};
       }
       TileProduct<PlainTiles>(0, hidden, {memory, width, count}, product)
-          .run(strips, kStrips, row_codes(w, 0, e + kStrips * kMoeOutputs));
+          .run(strips, kStrips, {row_codes(w, 0, e + kStrips * kMoeOutputs), {}});
       for (const Strip& strip : strips) {
         for (int64_t m = 0; m < count && strip.rows > 0; m += kUnit) {
           put_unit(sums_of_unit(strip.sums, m / kUnit), count - m < kUnit ? count - m : kUnit, strip.rows,

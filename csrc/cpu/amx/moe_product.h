@@ -135,6 +135,17 @@ inline const uint8_t* row_codes(const ExpertMatrix& w, int64_t expert, int64_t r
   return static_cast<const uint8_t*>(w.data.data) + (expert * w.data.stride[0] + row * w.data.stride[1]) * size;
 }
 
+// Where the scales of an e2m1 row begin; they are as long as codes are in cold memory, and asked for too.
+inline const uint8_t* row_scales(const ExpertMatrix& w, int64_t expert, int64_t row) {
+  if (w.format != WeightFormat::kFp4 || w.scale.dtype != DType::kUInt8) return nullptr;
+  return w.scale.as<const uint8_t>().at(expert, row);
+}
+
+// What will be wanted next: codes, and the scales of as many strips.
+struct Later {
+  const uint8_t *codes, *scales[2];
+};
+
 // The tiles of a product with `count` rows: no more columns than there are.
 DSV4_INLINE void configure_tiles(int64_t count) {
   const int columns = static_cast<int>(count < kUnit ? count : kUnit) * 4;
@@ -152,11 +163,6 @@ struct Strip {
   float* sums;
 };
 inline constexpr int kStrips = 2;
-
-template <int kValue>
-struct Number {
-  static constexpr int value = kValue;
-};
 
 // Strips of matrices of one format that read the same activations.
 template <class Weights>
@@ -179,11 +185,10 @@ class TileProduct {
         scales_(reinterpret_cast<Scale*>(memory + kPanelElements * static_cast<int64_t>(sizeof(bf16)) +
                                          kScaledRows * moe_row_bytes(in))) {}
 
-  // What lies at `next` is wanted after them.
-  void run(const Strip* strips, int count, const uint8_t* next) {
-    next_ = next;
+  void run(const Strip* strips, int count, const Later& later) {
+    next_ = later.codes;
     for (int i = 0; i < count; ++i) {
-      Part part{strips[i], scales_ + count_ * kMoeOutputs * scale_stride(in_)};
+      Part part{strips[i], scales_ + count_ * kMoeOutputs * scale_stride(in_), later.scales[i]};
       if (part.rows <= 0) continue;
       if constexpr (Weights::kScales > 0) {
         if (!fold(part)) {
@@ -199,6 +204,7 @@ class TileProduct {
  private:
   struct Part : Strip {
     Scale* scales;  // as weights take them
+    const uint8_t* later_scales;
   };
 
   static int64_t scale_stride(int64_t in) { return round_up(blocks_of(in) * 4, 32); }
@@ -289,26 +295,26 @@ class TileProduct {
   DSV4_MEMBER static void step(const void* w, const void* w2, TileSteps& x, TileSteps& x2, int64_t stride,
                                const Between& between) {
     load_x<6, kStream>(x);
-    between(Number<0>{});
+    between(avx512::Constant<0>{});
     tile_load<4>(w, stride);
-    between(Number<1>{});
+    between(avx512::Constant<1>{});
     tile_dot<0, 4, 6>();
-    between(Number<2>{});
+    between(avx512::Constant<2>{});
     if constexpr (kColumns == 2) {
       load_x<7, kStream>(x2);
-      between(Number<3>{});
+      between(avx512::Constant<3>{});
       tile_dot<1, 4, 7>();
-      between(Number<4>{});
+      between(avx512::Constant<4>{});
     }
     if constexpr (kRows == 2) {
       constexpr int kFirst = 1 + 2 * kColumns;
       tile_load<5>(w2, stride);
-      between(Number<kFirst>{});
+      between(avx512::Constant<kFirst>{});
       tile_dot<2, 5, 6>();
-      between(Number<kFirst + 1>{});
+      between(avx512::Constant<kFirst + 1>{});
       if constexpr (kColumns == 2) {
         tile_dot<3, 5, 7>();
-        between(Number<kFirst + 2>{});
+        between(avx512::Constant<kFirst + 2>{});
       }
     }
   }
@@ -371,6 +377,7 @@ class TileProduct {
       ahead += kQuarter * Weights::kBlockBytes;
       return e;
     };
+    const uint8_t* later_scales = p.later_scales + r * blocks * Weights::kScales;
     zero_sums<kRows, kColumns>();
     int64_t block = 0;
     if constexpr (Weights::kScales == 0 && kColumns == 1) {  // plain weights are tiles where they lie
@@ -389,6 +396,8 @@ class TileProduct {
     }
     for (; block < blocks; ++block) {
       const bf16* w = panel + block % 2 * kSide * kBlock;
+      if (Weights::kScales > 1)
+        avx512::ask(later_scales + block * kHeight * Weights::kScales, kHeight * Weights::kScales);
       for (int64_t j = 0; j < kBlockSteps; ++j, w += kTileElements) {
         const bf16* w2 = w + kTileRows * kBlock;
         if (block + 1 < whole_blocks) {
@@ -478,8 +487,9 @@ class TileProduct {
   // lines that the first-level cache has, and units multiply meanwhile. Every panel asks for its share of the next
   // inputs of these activations.
   template <int kRows, int kColumns, bool kLast>
-  void multiply(const Weights& weights, const Panel& p, int64_t side, const Panel& next, const Outputs& outputs,
+  void multiply(const Weights& made, const Panel& p, int64_t side, const Panel& next, const Outputs& outputs,
                 const Panel& later) const {
+    const Weights weights = made;  // the copy stays in registers: no tile instruction can write to it
     TileSteps x = operand(2 * side, p.first), x2 = operand(2 * side + 1, p.first);
     float (*sums)[kSide] = sums_of(*p.part, side, p.r);
     if (p.first == 0) {
