@@ -254,11 +254,15 @@ class TileProduct {
   };
   bool is_whole(int64_t block) const { return (block + 1) * Weights::kBlockBytes <= Weights::bytes(in_); }
 
+  // Whether it is, in many() or few(). Longer pieces of rows the processor fetches itself, and better.
+  template <bool kMany>
+  static constexpr bool kAsks = Weights::kBlockBytes <= kTileBytes * (kMany ? 2 : 1);
+
   // Output `i` of it; `left` bytes of codes, if it is not a whole block.
-  template <class... Left>
+  template <bool kMany, class... Left>
   DSV4_MEMBER static void expand_row(const Weights& weights, const typename Weights::Shared& shared, const Expansion& e,
                                      int64_t i, Left... left) {
-    avx512::ask(e.ahead + i * e.apart, Weights::kBlockBytes);  // past the end it does nothing
+    if (kAsks<kMany>) avx512::ask(e.ahead + i * e.apart, Weights::kBlockBytes);  // past the end it does nothing
     const Block w = weights.expand(e.codes[i] + e.block * Weights::kBlockBytes,
                                    e.scales[i] + e.block * Weights::kScales, shared, left...);
 #pragma GCC unroll 4
@@ -269,17 +273,18 @@ class TileProduct {
   }
 
   // Outputs [0, count).
+  template <bool kMany>
   DSV4_MEMBER void expand(const Weights& weights, const Expansion& e, int64_t count) const {
     const typename Weights::Shared shared = share(weights, e);
     const int64_t left = Weights::bytes(in_) - e.block * Weights::kBlockBytes;
     for (int64_t i = 0; i < count; ++i) {
-      is_whole(e.block) ? expand_row(weights, shared, e, i) : expand_row(weights, shared, e, i, left);
+      is_whole(e.block) ? expand_row<kMany>(weights, shared, e, i) : expand_row<kMany>(weights, shared, e, i, left);
     }
   }
 
-  template <int kTile, bool kStream>
+  template <int kTile, bool kMany>
   DSV4_MEMBER static void load_x(TileSteps& x) {
-    if constexpr (kStream) {
+    if constexpr (kMany) {
       tile_load_once<kTile>(x.data, x.stride);
     } else {
       tile_load<kTile>(x.data, x.stride);
@@ -291,24 +296,23 @@ class TileProduct {
   // tile instructions.
   template <int kRows, int kColumns>
   static constexpr int kOps = kRows + kColumns + kRows * kColumns;
-  template <int kRows, int kColumns, bool kStream, class Between>
-  DSV4_MEMBER static void step(const void* w, const void* w2, TileSteps& x, TileSteps& x2, int64_t stride,
-                               const Between& between) {
-    load_x<6, kStream>(x);
+  template <int kRows, int kColumns, bool kMany, class Between>
+  DSV4_MEMBER static void step(const void* w, const void* w2, TileSteps& x, TileSteps& x2, const Between& between) {
+    load_x<6, kMany>(x);
     between(avx512::Constant<0>{});
-    tile_load<4>(w, stride);
+    tile_load<4>(w, kTileBytes);
     between(avx512::Constant<1>{});
     tile_dot<0, 4, 6>();
     between(avx512::Constant<2>{});
     if constexpr (kColumns == 2) {
-      load_x<7, kStream>(x2);
+      load_x<7, kMany>(x2);
       between(avx512::Constant<3>{});
       tile_dot<1, 4, 7>();
       between(avx512::Constant<4>{});
     }
     if constexpr (kRows == 2) {
       constexpr int kFirst = 1 + 2 * kColumns;
-      tile_load<5>(w2, stride);
+      tile_load<5>(w2, kTileBytes);
       between(avx512::Constant<kFirst>{});
       tile_dot<2, 5, 6>();
       between(avx512::Constant<kFirst + 1>{});
@@ -318,21 +322,22 @@ class TileProduct {
       }
     }
   }
-  template <int kRows, int kColumns, bool kStream>
-  DSV4_MEMBER static void step(const void* w, const void* w2, TileSteps& x, TileSteps& x2,
-                               int64_t stride = kTileBytes) {
-    step<kRows, kColumns, kStream>(w, w2, x, x2, stride, [](auto) {});
+  template <int kRows, int kColumns, bool kMany>
+  DSV4_MEMBER static void step(const void* w, const void* w2, TileSteps& x, TileSteps& x2) {
+    step<kRows, kColumns, kMany>(w, w2, x, x2, [](auto) {});
   }
   // The same while kCount outputs of a whole block are expanded, an output or two after every tile instruction: more
   // together, and the processor looks no further ahead than one of the two.
-  template <int kRows, int kColumns, bool kStream, int kCount>
+  template <int kRows, int kColumns, bool kMany, int kCount>
   DSV4_MEMBER static void step_and_expand(const void* w, const void* w2, TileSteps& x, TileSteps& x2,
                                           const Weights& weights, const Expansion& e) {
     const typename Weights::Shared shared = share(weights, e);
-    step<kRows, kColumns, kStream>(w, w2, x, x2, kTileBytes, [&](auto op) __attribute__((always_inline)) {
+    step<kRows, kColumns, kMany>(w, w2, x, x2, [&](auto op) __attribute__((always_inline)) {
       constexpr int kAll = kOps<kRows, kColumns>, kOp = decltype(op)::value;
 #pragma GCC unroll 8
-      for (int i = kCount * kOp / kAll; i < kCount * (kOp + 1) / kAll; ++i) expand_row(weights, shared, e, i);
+      for (int i = kCount * kOp / kAll; i < kCount * (kOp + 1) / kAll; ++i) {
+        expand_row<kMany>(weights, shared, e, i);
+      }
     });
   }
 
@@ -380,19 +385,8 @@ class TileProduct {
     const uint8_t* later_scales = p.later_scales + r * blocks * Weights::kScales;
     zero_sums<kRows, kColumns>();
     int64_t block = 0;
-    if constexpr (Weights::kScales == 0 && kColumns == 1) {  // plain weights are tiles where they lie
-      const uint8_t* w = codes(p, r);
-      const int64_t whole = p.rows - r < kHeight ? 0 : in_ / kBlock, apart = stride(p);
-      for (; block < whole; ++block) {
-        for (int64_t j = 0; j < kBlockSteps; ++j, w += kTileBytes) {
-          avx512::ask(ahead, kQuarter * Weights::kBlockBytes);
-          ahead += kQuarter * Weights::kBlockBytes;
-          step<kRows, kColumns, false>(w, w + kTileRows * apart, x, x2, apart);
-        }
-      }
-    }
     for (int64_t first = 0; block < blocks && first < kHeight; first += kQuarter) {
-      expand(weights, expansion(block, first), kQuarter);
+      expand<false>(weights, expansion(block, first), kQuarter);
     }
     for (; block < blocks; ++block) {
       const bf16* w = panel + block % 2 * kSide * kBlock;
@@ -404,7 +398,7 @@ class TileProduct {
           step_and_expand<kRows, kColumns, false, kQuarter>(w, w2, x, x2, weights, expansion(block + 1, j * kQuarter));
         } else {
           step<kRows, kColumns, false>(w, w2, x, x2);
-          if (block + 1 < blocks) expand(weights, expansion(block + 1, j * kQuarter), kQuarter);
+          if (block + 1 < blocks) expand<false>(weights, expansion(block + 1, j * kQuarter), kQuarter);
         }
       }
     }
@@ -463,7 +457,7 @@ class TileProduct {
     outputs_of(*p.part, p.r, outputs);
     for (int64_t block = 0; block < p.blocks; ++block) {
       for (int64_t first = 0; first < kSide; first += kTileRows) {
-        expand(weights, expansion(p, outputs, next, block, first), kTileRows);
+        expand<true>(weights, expansion(p, outputs, next, block, first), kTileRows);
       }
     }
     for (int64_t index = 0; index < all; ++index) {
@@ -517,7 +511,7 @@ class TileProduct {
             step_and_expand<kRows, kColumns, true, kQuarter>(w, w2, x, x2, weights, e);
           } else {
             step<kRows, kColumns, true>(w, w2, x, x2);
-            expand(weights, e, kQuarter);
+            expand<true>(weights, e, kQuarter);
           }
         } else {
           step<kRows, kColumns, true>(w, w2, x, x2);
@@ -525,7 +519,7 @@ class TileProduct {
       }
     }
     for (int64_t first = 0; kLast && p.blocks <= next.blocks && first < kSide; first += kTileRows) {
-      expand(weights, expansion(next, outputs, later, p.blocks - 1, first), kTileRows);
+      expand<true>(weights, expansion(next, outputs, later, p.blocks - 1, first), kTileRows);
     }
     store_sums<kRows, kColumns>(sums);
   }
