@@ -479,19 +479,20 @@ class TileProduct {
 
   // A panel with one side of activations. The last one leaves the next panel in its place, a block behind: those are
   // lines that the first-level cache has, and units multiply meanwhile. Every panel asks for its share of the next
-  // inputs of these activations.
+  // inputs of these activations, and every side for the sums of the next one.
   template <int kRows, int kColumns, bool kLast>
   void multiply(const Weights& made, const Panel& p, int64_t side, const Panel& next, const Outputs& outputs,
                 const Panel& later) const {
     const Weights weights = made;  // the copy stays in registers: no tile instruction can write to it
     TileSteps x = operand(2 * side, p.first), x2 = operand(2 * side + 1, p.first);
     float (*sums)[kSide] = sums_of(*p.part, side, p.r);
+    const float* later_sums = kLast ? sums_of(*next.part, 0, next.r)[0] : sums[0] + kSumsOfSide;
     if (p.first == 0) {
       zero_sums<kRows, kColumns>();
     } else {
       stream_sums<kRows, kColumns>(sums);
     }
-    constexpr int64_t kQuarter = kSide / kBlockSteps, kLines = 2;
+    constexpr int64_t kQuarter = kSide / kBlockSteps, kLines = 2, kSumsOfStep = kSide * kSide / kPanelSteps;
     // After the last inputs come the first ones again, for the next strips of this expert.
     const int64_t later_steps = p.first + kPanelBlocks < blocks_ ? kPanelSteps : -p.first * kBlockSteps;
     const int64_t ahead = later_steps * x.step + kLines * kStep * p.index;
@@ -505,6 +506,8 @@ class TileProduct {
           if (kColumns == 2) avx512::ask(reinterpret_cast<const uint8_t*>(x2.data + ahead2), kLines * kTileBytes);
         }
         const bf16* w2 = w + kTileRows * kPanelSteps * kStep;
+        for (int64_t i = 0; i < kSumsOfStep; i += 16) _mm_prefetch(later_sums + i, _MM_HINT_T0);
+        later_sums += kSumsOfStep;
         if (kLast && block > 0 && block <= next.blocks) {
           const Expansion e = expansion(next, outputs, later, block - 1, j * kQuarter);
           if (is_whole(e.block)) {
