@@ -120,7 +120,8 @@ class TileExperts : public MoeRouting<X> {
         for (int64_t i = 0; i < some; ++i) weights[i] = this->weight_of(e, from + m + i);
         bf16* to = reinterpret_cast<bf16*>(inner(e, from + m)) + row * some;
         activate_unit<X>(sums_of_unit(s.gate, m / kUnit), sums_of_unit(s.up, m / kUnit), weights, some, rows,
-                         p_.swiglu_limit, e.w2->format, order_[static_cast<int>(e.w2->format)], to);
+                         p_.swiglu_limit, e.w2->format, order_[static_cast<int>(e.w2->format)], to,
+                         kUnit * moe_row_bytes(widest_));
       }
     }
   }
