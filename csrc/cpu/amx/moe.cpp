@@ -3,11 +3,12 @@
 // once and gathered once for each of its experts, and what w1 and w3 give is already in that form for w2
 // (amx/moe_rows.h). Plain matrices of float32 are the AVX-512 kernel's.
 //
-// Measured on one core of Emerald Rapids (2.65 TFLOP/s in tiles, reads at 16 GB/s), FP4 weights, 4096 inputs: 512
-// weights that come from a cache take 51 cycles with 1 row, 57 with 16, 72 with 32; from memory a call of 1 or 8 tokens
-// reads 8 to 9 GB/s, half of what a loop that only reads does. Products alone run at 43 % of the tile peak with 48
-// rows, 59 % with 192, a call of 512 tokens at 36 %: sums that come and go once for 512 inputs cost a quarter, and the
-// activation, outputs brought back to rows and the gathering 14 % of a call.
+// Measured on one core of Emerald Rapids (2.65 TFLOP/s in tiles, reads at 16 to 18 GB/s), FP4 weights, 4096 inputs: 512
+// weights that come from a cache take 51 to 54 cycles with up to 8 rows, 57 with 16, 71 with 32, of which expanding
+// alone is 43; from memory a call of 1 or 8 tokens reads 10 to 12 GB/s, plain weights 16 to 17. Products alone run at
+// 38 % of the tile peak with 48 rows, 55 % with 192, a call of 512 tokens at 38 %. With 192 rows 512 weights take 360
+// cycles: products 239, expanding 70, sums that come and go 43, activations from the second-level cache 40, a little of
+// it at once. The activation, outputs brought back to rows and the gathering are 12 % of a call.
 #include "cpu/moe.h"
 
 #include "cpu/amx/moe_rows.h"
