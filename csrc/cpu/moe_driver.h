@@ -1,9 +1,19 @@
 // What the moe_experts kernels share: which rows each expert gets, how the work is cut, the order of the sums. Tokens
-// are taken kMoeTokens at a time, so that scratch memory does not grow with the prompt. A piece of work is 128 outputs
-// of one matrix for all rows of one expert: its weights are read once. Rows of one expert come in groups of kMoeRows;
-// no cut can show in a result, since a kernel's dot product depends on its two rows alone.
+// are taken kMoeTokens at a time, so that scratch memory does not grow with the prompt. A piece of work is some outputs
+// of one matrix for all rows of one expert: its weights are read once. No cut can show in a result, since a kernel's
+// dot product depends on its two rows alone.
 //
-// A kernel is a class of static functions, for activations of type X:
+// MoeCall is the driver. Below it, a class of experts, based on MoeRouting, says how the rows of experts are stored and
+// multiplied:
+//   Experts(const MoeExpertsParams&, const Context&)   takes its memory, `output_` and the slots among it
+//   void prepare(WeightFormat, const X* x, int64_t token)   a token's activations as matrices of that format read them
+//   int64_t gathers(); void gather(int64_t item)    what else has to be done before the products, in so many items
+//   int64_t kDown                                   outputs of a piece of w2; of w1 and w3 they are kMoeOutputs
+//   void gate_up(int64_t slot, int64_t piece, int64_t pieces, int64_t slots)
+//   void project_down(the same)                     one of pieces * groups_ pieces, with `pieces` to an expert, in an
+//                                                   order of its own; the slot will have `piece + slots` next
+//
+// RowExperts is such a class with rows one after another, in groups of kMoeRows, for a kernel of static functions:
 //   int64_t row_bytes<X>(WeightFormat, int64_t n)   of n activations as `project` reads them; for multiples of 128 also
 //                                                   where the activation of that number begins
 //   void prepare<X>(WeightFormat, const X* x, int64_t n, uint8_t* to)   to that form: quantised, but for plain weights
@@ -52,6 +62,9 @@ void moe_spread(const Context& context, int64_t slots, int64_t items, const Body
 template <class X>
 class MoeRouting {
  public:
+  using Type = X;
+  static constexpr int kFormats = 4;
+
   int64_t bytes() const { return used_; }
 
  protected:
@@ -80,6 +93,21 @@ class MoeRouting {
     uint8_t* at = static_cast<uint8_t*>(p_.workspace.data) + used_;
     used_ += round_up(count * static_cast<int64_t>(sizeof(T)), 64);
     return reinterpret_cast<T*>(at);
+  }
+
+  // What a thread works with: sums of a piece of two matrices for group_ rows, and memory of the kernel's own.
+  struct Slot {
+    float *gate, *up;
+    uint8_t* rest;
+  };
+  void take_slots(int64_t group, int64_t rest) {
+    group_ = group;
+    slot_bytes_ = 2 * sums_bytes() + rest;
+    slot_memory_ = take<uint8_t>(slots_ * slot_bytes_);
+  }
+  Slot slot(int64_t index) const {
+    uint8_t* at = slot_memory_ + index * slot_bytes_;
+    return {reinterpret_cast<float*>(at), reinterpret_cast<float*>(at + sums_bytes()), at + 2 * sums_bytes()};
   }
 
   bool reads_input(WeightFormat format) const {
@@ -162,35 +190,23 @@ class MoeRouting {
   int64_t *start_, *active_, *order_, *place_;
   X* output_ = nullptr;  // [row][hidden]
   int64_t first_ = 0, count_ = 0, groups_ = 0;
+  int64_t group_ = 0;  // rows of an expert that are taken together
+
+ private:
+  int64_t sums_bytes() const { return group_ * kMoeOutputs * static_cast<int64_t>(sizeof(float)); }
+
+  int64_t slot_bytes_ = 0;
+  uint8_t* slot_memory_ = nullptr;
 };
 
-template <class Kernel, class X>
-class MoeCall : public MoeRouting<X> {
-  using Base = MoeRouting<X>;
-  using Base::p_, Base::context_, Base::tokens_, Base::hidden_, Base::has_shared_, Base::slots_, Base::widest_;
-  using Base::reads_input, Base::expert, Base::token_of, Base::row_slots;
-  using Base::used_, Base::active_, Base::output_, Base::first_, Base::count_, Base::groups_;
-  using typename Base::Expert;
+// A call: tokens prepared, gathered, multiplied by their experts' w1 and w3, then w2, and summed.
+template <class Experts>
+class MoeCall : public Experts {
+  using X = typename Experts::Type;
+  using Experts::p_, Experts::context_, Experts::tokens_, Experts::hidden_, Experts::widest_, Experts::groups_;
 
  public:
-  MoeCall(const MoeExpertsParams& p, const Context& context) : Base(p, context) {
-    const int64_t rows = this->rows();
-    for (int format = 0; format < kFormats; ++format) {
-      const auto f = static_cast<WeightFormat>(format);
-      input_bytes_[format] = reads_input(f) ? round_up(Kernel::template row_bytes<X>(f, hidden_), 64) : 0;
-      input_[format] = this->template take<uint8_t>(tokens_ * input_bytes_[format]);
-      const bool down = p.w2.format == f || (has_shared_ && p.shared[2].format == f);
-      const int64_t bytes = down ? round_up(Kernel::template row_bytes<X>(f, widest_), 64) : 0;
-      inner_bytes_ = bytes > inner_bytes_ ? bytes : inner_bytes_;
-    }
-    inner_ = this->template take<uint8_t>(rows * inner_bytes_);
-    output_ = this->template take<X>(rows * hidden_);
-    const int64_t in = hidden_ > widest_ ? hidden_ : widest_;
-    group_ = rows < kMoeRows ? rows : kMoeRows;
-    slot_bytes_ = 2 * tile_bytes() + kValuesBytes + round_up(group_ * static_cast<int64_t>(sizeof(void*)), 64) +
-                  round_up(Kernel::memory(in), 64);
-    slot_memory_ = this->template take<uint8_t>(slots_ * slot_bytes_);
-  }
+  using Experts::Experts;
 
   Status run() {
     for (int64_t first = 0; first < p_.x.size(0); first += tokens_) {
@@ -201,66 +217,73 @@ class MoeCall : public MoeRouting<X> {
   }
 
  private:
-  static constexpr int kFormats = 4;
-  static constexpr int64_t kValuesBytes = kMoeOutputs * static_cast<int64_t>(sizeof(X));
-
-  int64_t tile_bytes() const { return group_ * kMoeOutputs * static_cast<int64_t>(sizeof(float)); }
-
-  uint8_t* input(WeightFormat format, int64_t token) const {
-    return input_[static_cast<int>(format)] + token * input_bytes_[static_cast<int>(format)];
-  }
-
   void some(int64_t first, int64_t count) {
     this->map(first, count);
-    moe_spread(context_, row_slots(), count, [&](int64_t, int64_t token) {
+    const int64_t rows = this->row_slots(), slots = this->product_slots();
+    moe_spread(context_, rows, count, [&](int64_t, int64_t token) {
       const X* x = p_.x.template as<const X>().at(first + token);
-      for (int format = 0; format < kFormats; ++format) {
+      for (int format = 0; format < Experts::kFormats; ++format) {
         const auto f = static_cast<WeightFormat>(format);
-        if (reads_input(f)) Kernel::template prepare<X>(f, x, hidden_, input(f, token));
+        if (this->reads_input(f)) this->prepare(f, x, token);
       }
     });
-    // Neighbouring pieces belong to different experts, so that every thread meets both long and short ones.
-    const int64_t up = (widest_ + kMoeOutputs - 1) / kMoeOutputs, down = (hidden_ + kMoeOutputs - 1) / kMoeOutputs;
-    const int64_t slots = this->product_slots();
+    moe_spread(context_, rows, this->gathers(), [&](int64_t, int64_t item) { this->gather(item); });
     if (groups_ > 0) {
+      const int64_t up = (widest_ + kMoeOutputs - 1) / kMoeOutputs,
+                    down = (hidden_ + Experts::kDown - 1) / Experts::kDown;
       moe_spread(context_, slots, up * groups_,
-                 [&](int64_t slot, int64_t piece) { gate_up(slot, active_[piece % groups_], piece / groups_); });
+                 [&](int64_t slot, int64_t piece) { this->gate_up(slot, piece, up, slots); });
       moe_spread(context_, slots, down * groups_,
-                 [&](int64_t slot, int64_t piece) { project_down(slot, active_[piece % groups_], piece / groups_); });
+                 [&](int64_t slot, int64_t piece) { this->project_down(slot, piece, down, slots); });
     }
-    moe_spread(context_, row_slots(), count, [&](int64_t, int64_t token) { this->combine(token); });
+    moe_spread(context_, rows, count, [&](int64_t, int64_t token) { this->combine(token); });
+  }
+};
+
+template <class Kernel, class X>
+class RowExperts : public MoeRouting<X> {
+  using Base = MoeRouting<X>;
+  using Base::has_shared_, Base::used_, Base::active_, Base::output_, Base::group_;
+  using typename Base::Expert;
+
+ public:
+  RowExperts(const MoeExpertsParams& p, const Context& context) : Base(p, context) {
+    const int64_t rows = this->rows();
+    for (int format = 0; format < kFormats; ++format) {
+      const auto f = static_cast<WeightFormat>(format);
+      input_bytes_[format] = this->reads_input(f) ? round_up(Kernel::template row_bytes<X>(f, hidden_), 64) : 0;
+      input_[format] = this->template take<uint8_t>(tokens_ * input_bytes_[format]);
+      const bool down = p.w2.format == f || (has_shared_ && p.shared[2].format == f);
+      const int64_t bytes = down ? round_up(Kernel::template row_bytes<X>(f, widest_), 64) : 0;
+      inner_bytes_ = bytes > inner_bytes_ ? bytes : inner_bytes_;
+    }
+    inner_ = this->template take<uint8_t>(rows * inner_bytes_);
+    output_ = this->template take<X>(rows * hidden_);
+    const int64_t in = hidden_ > widest_ ? hidden_ : widest_, group = rows < kMoeRows ? rows : kMoeRows;
+    pointers_ = round_up(group * static_cast<int64_t>(sizeof(void*)), 64);
+    this->take_slots(group, kValuesBytes + pointers_ + round_up(Kernel::memory(in), 64));
   }
 
-  struct Slot {
-    float *gate, *up;
-    X* values;
-    const uint8_t** rows;
-    uint8_t* memory;
-  };
-  Slot slot(int64_t index) const {
-    uint8_t* at = slot_memory_ + index * slot_bytes_;
-    Slot s;
-    s.gate = reinterpret_cast<float*>(at);
-    s.up = reinterpret_cast<float*>(at + tile_bytes());
-    s.values = reinterpret_cast<X*>(at + 2 * tile_bytes());
-    s.rows = reinterpret_cast<const uint8_t**>(at + 2 * tile_bytes() + kValuesBytes);
-    s.memory = at + slot_bytes_ - round_up(Kernel::memory(hidden_ > widest_ ? hidden_ : widest_), 64);
-    return s;
-  }
+ protected:
+  using Base::kFormats;
+  using Base::p_, Base::tokens_, Base::hidden_, Base::widest_, Base::groups_;
 
-  // out = the matrix's outputs [row, row + rows) for `count` rows of the expert, from `from` on.
-  void project_input(const Slot& s, const Expert& e, const ExpertMatrix& w, int64_t row, int64_t rows, int64_t from,
-                     int64_t count, float* out) const {
-    for (int64_t i = 0; i < count; ++i) s.rows[i] = input(w.format, token_of(e, from + i));
-    Kernel::template project<X>(w, e.index, row, rows, hidden_, s.rows, count, out, s.memory);
-  }
+  static constexpr int64_t kDown = kMoeOutputs;
 
-  // One piece of w1 and w3: the inner activations of all rows of the expert, in the form that w2 reads.
-  void gate_up(int64_t slot_index, int64_t group, int64_t block) const {
-    const Expert e = expert(group);
-    const int64_t row = block * kMoeOutputs, left = e.inter - row, rows = left < kMoeOutputs ? left : kMoeOutputs;
+  void prepare(WeightFormat format, const X* x, int64_t token) const {
+    Kernel::template prepare<X>(format, x, hidden_, input(format, token));
+  }
+  int64_t gathers() const { return 0; }
+  void gather(int64_t) const {}
+
+  // One piece of w1 and w3: the inner activations of all rows of the expert, in the form that w2 reads. Neighbouring
+  // pieces belong to different experts, so that every thread meets both long and short ones.
+  void gate_up(int64_t slot_index, int64_t piece, int64_t, int64_t) const {
+    const Expert e = this->expert(active_[piece % groups_]);
+    const int64_t row = piece / groups_ * kMoeOutputs, left = e.inter - row;
+    const int64_t rows = left < kMoeOutputs ? left : kMoeOutputs;
     if (rows <= 0) return;
-    const Slot s = slot(slot_index);
+    const Memory s = memory(slot_index);
     const int64_t offset = Kernel::template row_bytes<X>(e.w2->format, row);
     for (int64_t from = 0; from < e.count; from += group_) {
       const int64_t count = e.count - from < group_ ? e.count - from : group_;
@@ -276,14 +299,15 @@ class MoeCall : public MoeRouting<X> {
   }
 
   // One piece of w2.
-  void project_down(int64_t slot_index, int64_t group, int64_t block) const {
-    const Expert e = expert(group);
-    const int64_t row = block * kMoeOutputs, left = hidden_ - row, rows = left < kMoeOutputs ? left : kMoeOutputs;
-    const Slot s = slot(slot_index);
+  void project_down(int64_t slot_index, int64_t piece, int64_t, int64_t) const {
+    const Expert e = this->expert(active_[piece % groups_]);
+    const int64_t row = piece / groups_ * kMoeOutputs, left = hidden_ - row;
+    const int64_t rows = left < kMoeOutputs ? left : kMoeOutputs;
+    const Memory s = memory(slot_index);
     for (int64_t from = 0; from < e.count; from += group_) {
       const int64_t count = e.count - from < group_ ? e.count - from : group_;
       for (int64_t i = 0; i < count; ++i) s.rows[i] = inner_ + (e.first + from + i) * inner_bytes_;
-      Kernel::template project<X>(*e.w2, e.index, row, rows, e.inter, s.rows, count, s.gate, s.memory);
+      Kernel::template project<X>(*e.w2, e.index, row, rows, e.inter, s.rows, count, s.gate, s.kernel);
       for (int64_t i = 0; i < count; ++i) {
         X* to = output_ + (e.first + from + i) * hidden_ + row;
         const float* outputs = s.gate + i * kMoeOutputs;
@@ -292,20 +316,48 @@ class MoeCall : public MoeRouting<X> {
     }
   }
 
-  int64_t input_bytes_[kFormats] = {}, inner_bytes_ = 0, group_ = 0, slot_bytes_ = 0;
-  uint8_t *input_[kFormats], *inner_, *slot_memory_;
+ private:
+  static constexpr int64_t kValuesBytes = kMoeOutputs * static_cast<int64_t>(sizeof(X));
+
+  struct Memory {
+    float *gate, *up;
+    X* values;
+    const uint8_t** rows;
+    uint8_t* kernel;
+  };
+  Memory memory(int64_t slot_index) const {
+    const typename Base::Slot s = this->slot(slot_index);
+    uint8_t* pointers = s.rest + kValuesBytes;
+    return {s.gate, s.up, reinterpret_cast<X*>(s.rest), reinterpret_cast<const uint8_t**>(pointers),
+            pointers + pointers_};
+  }
+
+  uint8_t* input(WeightFormat format, int64_t token) const {
+    return input_[static_cast<int>(format)] + token * input_bytes_[static_cast<int>(format)];
+  }
+
+  // out = the matrix's outputs [row, row + rows) for `count` rows of the expert, from `from` on.
+  void project_input(const Memory& s, const Expert& e, const ExpertMatrix& w, int64_t row, int64_t rows, int64_t from,
+                     int64_t count, float* out) const {
+    for (int64_t i = 0; i < count; ++i) s.rows[i] = input(w.format, this->token_of(e, from + i));
+    Kernel::template project<X>(w, e.index, row, rows, hidden_, s.rows, count, out, s.kernel);
+  }
+
+  int64_t input_bytes_[kFormats] = {}, inner_bytes_ = 0, pointers_ = 0;
+  uint8_t *input_[kFormats], *inner_;
 };
 
-template <class Kernel>
+// The call for activations of either type, with a class of experts for it.
+template <template <class> class Experts>
 int64_t moe_bytes(const MoeExpertsParams& p, const Context& context) {
-  return p.x.dtype == DType::kBFloat16 ? MoeCall<Kernel, bf16>(p, context).bytes()
-                                       : MoeCall<Kernel, float>(p, context).bytes();
+  return p.x.dtype == DType::kBFloat16 ? MoeCall<Experts<bf16>>(p, context).bytes()
+                                       : MoeCall<Experts<float>>(p, context).bytes();
 }
 
-template <class Kernel>
+template <template <class> class Experts>
 Status moe_run(const MoeExpertsParams& p, const Context& context) {
-  return p.x.dtype == DType::kBFloat16 ? MoeCall<Kernel, bf16>(p, context).run()
-                                       : MoeCall<Kernel, float>(p, context).run();
+  return p.x.dtype == DType::kBFloat16 ? MoeCall<Experts<bf16>>(p, context).run()
+                                       : MoeCall<Experts<float>>(p, context).run();
 }
 
 }  // namespace

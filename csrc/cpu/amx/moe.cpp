@@ -3,11 +3,12 @@
 // once and gathered once for each of its experts, and what w1 and w3 give is already in that form for w2
 // (amx/moe_rows.h). Plain matrices of float32 are the AVX-512 kernel's.
 //
-// Measured on one core of Emerald Rapids (2.65 TFLOP/s in tiles, reads at 16 GB/s), FP4 weights, 4096 inputs: 512
-// weights that come from a cache take 51 cycles with 1 row, 57 with 16, 72 with 32; from memory a call of 1 or 8 tokens
-// reads 8 to 9 GB/s, half of what a loop that only reads does. Products alone run at 43 % of the tile peak with 48
-// rows, 59 % with 192, a call of 512 tokens at 36 %: sums that come and go once for 512 inputs cost a quarter, and the
-// activation, outputs brought back to rows and the gathering 14 % of a call.
+// Measured on one core of Emerald Rapids (2.65 TFLOP/s in tiles, reads at 16 to 18 GB/s), FP4 weights, 4096 inputs: 512
+// weights that come from a cache take 51 to 54 cycles with up to 8 rows, 57 with 16, 71 with 32, of which expanding
+// alone is 43; from memory a call of 1 or 8 tokens reads 10 to 12 GB/s, plain weights 16 to 17. Products alone run at
+// 38 % of the tile peak with 48 rows, 55 % with 192, a call of 512 tokens at 38 %. With 192 rows 512 weights take 360
+// cycles: products 239, expanding 70, sums that come and go 43, activations from the second-level cache 40, a little of
+// it at once. The activation, outputs brought back to rows and the gathering are 12 % of a call.
 #include "cpu/moe.h"
 
 #include "cpu/amx/moe_rows.h"
@@ -17,20 +18,16 @@
 namespace dsv4::DSV4_AMX_NAMESPACE {
 namespace {
 
-constexpr int kFormats = 4;
-constexpr int64_t kGroup = 512;                   // rows of an expert whose sums wait in memory
-constexpr int64_t kDown = kStrips * kMoeOutputs;  // outputs of a piece of w2
+constexpr int64_t kGroup = 512;  // rows of an expert whose sums wait in memory
 
 template <class X>
-class TileCall : public MoeRouting<X> {
+class TileExperts : public MoeRouting<X> {
   using Base = MoeRouting<X>;
-  using Base::expert, Base::row_slots;
-  using Base::p_, Base::context_, Base::tokens_, Base::top_k_, Base::hidden_, Base::has_shared_, Base::slots_;
-  using Base::widest_, Base::used_, Base::active_, Base::output_, Base::count_, Base::groups_;
-  using typename Base::Expert;
+  using Base::expert, Base::top_k_, Base::has_shared_, Base::active_, Base::output_, Base::group_;
+  using typename Base::Expert, typename Base::Slot;
 
  public:
-  TileCall(const MoeExpertsParams& p, const Context& context) : Base(p, context) {
+  TileExperts(const MoeExpertsParams& p, const Context& context) : Base(p, context) {
     const int64_t rows = this->rows(), width = moe_row_bytes(hidden_);
     for (int f = 0; f < kFormats; ++f) {
       const bool read = this->reads_input(static_cast<WeightFormat>(f));
@@ -55,55 +52,24 @@ class TileCall : public MoeRouting<X> {
       for (int f = 0; f < kFormats; ++f) gathered_[shared][f] = gathered + at[shared][f];
     }
     inner_ = this->template take<uint8_t>(rows * moe_row_bytes(widest_) + kTileBytes);
-    group_ = rows < kGroup ? round_up(rows, kSide) : kGroup;
-    slot_bytes_ = 2 * sums_bytes() + product_bytes();
-    slot_memory_ = this->template take<uint8_t>(slots_ * slot_bytes_);
+    this->take_slots(rows < kGroup ? round_up(rows, kSide) : kGroup,
+                     round_up(TileProduct<Fp4Tiles>::memory(hidden_ > widest_ ? hidden_ : widest_), 64));
   }
 
-  Status run() {
-    for (int64_t first = 0; first < p_.x.size(0); first += tokens_) {
-      const int64_t left = p_.x.size(0) - first;
-      some(first, left < tokens_ ? left : tokens_);
-    }
-    return Status::ok();
+ protected:
+  using Base::kFormats;
+  using Base::p_, Base::tokens_, Base::hidden_, Base::widest_, Base::groups_;
+
+  static constexpr int64_t kDown = kStrips * kMoeOutputs;  // two strips
+
+  void prepare(WeightFormat format, const X* x, int64_t token) const {
+    prepare_row(format, x, hidden_, prepared(static_cast<int>(format), token));
   }
 
- private:
-  int64_t sums_bytes() const { return group_ * kMoeOutputs * static_cast<int64_t>(sizeof(float)); }
-  int64_t product_bytes() const {
-    return round_up(TileProduct<Fp4Tiles>::memory(hidden_ > widest_ ? hidden_ : widest_), 64);
-  }
-
-  bf16* prepared(int format, int64_t token) const {
-    return reinterpret_cast<bf16*>(prepared_[format] + token * moe_row_bytes(hidden_));
-  }
-  uint8_t* gathered(const Expert& e, WeightFormat format) const {
-    return gathered_[e.shared][static_cast<int>(format)] + (e.shared ? 0 : e.first * moe_row_bytes(hidden_));
-  }
-  uint8_t* inner(const Expert& e, int64_t row) const { return inner_ + (e.first + row) * moe_row_bytes(widest_); }
-
-  void some(int64_t first, int64_t count) {
-    this->map(first, count);
-    moe_spread(context_, row_slots(), count, [&](int64_t, int64_t token) {
-      const X* x = p_.x.template as<const X>().at(first + token);
-      for (int f = 0; f < kFormats; ++f) {
-        const auto format = static_cast<WeightFormat>(f);
-        if (this->reads_input(format)) prepare_row(format, x, hidden_, prepared(f, token));
-      }
-    });
+  int64_t gathers() const {
     int64_t units = 0;
     for (int64_t i = 0; i < groups_; ++i) units += (expert(active_[i]).count + kUnit - 1) / kUnit;
-    moe_spread(context_, row_slots(), units, [&](int64_t, int64_t unit) { gather(unit); });
-    // Neighbouring pieces belong to one expert, so that its activations stay in the caches; the shared one, which has
-    // the longest, comes first.
-    const int64_t up = (widest_ + kMoeOutputs - 1) / kMoeOutputs, down = (hidden_ + kDown - 1) / kDown;
-    const int64_t slots = this->product_slots();
-    if (groups_ > 0) {
-      moe_spread(context_, slots, up * groups_, [&](int64_t slot, int64_t piece) { gate_up(slot, piece, up, slots); });
-      moe_spread(context_, slots, down * groups_,
-                 [&](int64_t slot, int64_t piece) { project_down(slot, piece, down, slots); });
-    }
-    moe_spread(context_, row_slots(), count, [&](int64_t, int64_t token) { this->combine(token); });
+    return units;
   }
 
   // The unit of that number, counted over all experts.
@@ -124,46 +90,17 @@ class TileCall : public MoeRouting<X> {
     }
   }
 
-  struct Slot {
-    float *gate, *up;
-    uint8_t* memory;
-  };
-  Slot slot(int64_t index) const {
-    uint8_t* at = slot_memory_ + index * slot_bytes_;
-    return {reinterpret_cast<float*>(at), reinterpret_cast<float*>(at + sums_bytes()), at + 2 * sums_bytes()};
-  }
-
-  static void project(const Expert& e, int64_t in, const ExpertRows& x, const Strip* strips, int count, uint8_t* memory,
-                      const uint8_t* next) {
-    switch (strips[0].w->format) {
-      case WeightFormat::kFp8:
-        return TileProduct<Fp8Tiles>(e.index, in, x, memory).run(strips, count, next);
-      case WeightFormat::kFp4:
-        return TileProduct<Fp4Tiles>(e.index, in, x, memory).run(strips, count, next);
-      default:
-        return TileProduct<PlainTiles>(e.index, in, x, memory).run(strips, count, next);
-    }
-  }
-
-  // Rows of an expert that are taken together: equal parts, no more than its slot has room for.
-  int64_t part_of(const Expert& e) const {
-    const int64_t parts = (e.count + group_ - 1) / group_;
-    return round_up((e.count + parts - 1) / parts, kSide);
-  }
-  // What a piece belongs to, the shared expert first; beyond the last one, the last.
-  Expert piece_expert(int64_t piece, int64_t pieces) const {
-    const int64_t group = groups_ - 1 - piece / pieces;
-    return expert(active_[group < 0 ? 0 : group]);
-  }
-
   // One piece of w1 and w3: the inner activations of all rows of the expert, in the form that w2 reads.
   void gate_up(int64_t slot_index, int64_t piece, int64_t pieces, int64_t slots) const {
     const Expert e = piece_expert(piece, pieces), later = piece_expert(piece + slots, pieces);
     const int64_t row = piece % pieces * kMoeOutputs, left = e.inter - row;
     const int64_t rows = left < kMoeOutputs ? left : kMoeOutputs;
     if (rows <= 0) return;
-    const Slot s = slot(slot_index);
-    const uint8_t* next = row_codes(*later.w1, later.index, (piece + slots) % pieces * kMoeOutputs);
+    const Slot s = this->slot(slot_index);
+    const int64_t later_row = (piece + slots) % pieces * kMoeOutputs;
+    const uint8_t* codes = row_codes(*later.w1, later.index, later_row);
+    const uint8_t* scales[] = {row_scales(*later.w1, later.index, later_row),
+                               row_scales(*later.w3, later.index, later_row)};
     const int64_t width = moe_row_bytes(hidden_), part = part_of(e);
     for (int64_t from = 0; from < e.count; from += part) {
       const int64_t count = e.count - from < part ? e.count - from : part;
@@ -171,11 +108,11 @@ class TileCall : public MoeRouting<X> {
       const Strip strips[] = {{e.w1, row, rows, s.gate}, {e.w3, row, rows, s.up}};
       const ExpertRows x1{gathered(e, e.w1->format) + from * width, width, count};
       if (e.w1->format == e.w3->format) {
-        project(e, hidden_, x1, strips, 2, s.memory, next);
+        project(e, hidden_, x1, strips, 2, s.rest, {codes, {scales[0], scales[1]}});
       } else {
         const ExpertRows x3{gathered(e, e.w3->format) + from * width, width, count};
-        project(e, hidden_, x1, strips, 1, s.memory, row_codes(*e.w3, e.index, row));
-        project(e, hidden_, x3, strips + 1, 1, s.memory, next);
+        project(e, hidden_, x1, strips, 1, s.rest, {row_codes(*e.w3, e.index, row), {scales[0]}});
+        project(e, hidden_, x3, strips + 1, 1, s.rest, {codes, {scales[1]}});
       }
       tile_release();
       for (int64_t m = 0; m < count; m += kUnit) {
@@ -184,7 +121,8 @@ class TileCall : public MoeRouting<X> {
         for (int64_t i = 0; i < some; ++i) weights[i] = this->weight_of(e, from + m + i);
         bf16* to = reinterpret_cast<bf16*>(inner(e, from + m)) + row * some;
         activate_unit<X>(sums_of_unit(s.gate, m / kUnit), sums_of_unit(s.up, m / kUnit), weights, some, rows,
-                         p_.swiglu_limit, e.w2->format, order_[static_cast<int>(e.w2->format)], to);
+                         p_.swiglu_limit, e.w2->format, order_[static_cast<int>(e.w2->format)], to,
+                         kUnit * moe_row_bytes(widest_));
       }
     }
   }
@@ -193,15 +131,18 @@ class TileCall : public MoeRouting<X> {
   void project_down(int64_t slot_index, int64_t piece, int64_t pieces, int64_t slots) const {
     const Expert e = piece_expert(piece, pieces), later = piece_expert(piece + slots, pieces);
     const int64_t row = piece % pieces * kDown, left = hidden_ - row;
-    const Slot s = slot(slot_index);
-    const uint8_t* next = row_codes(*later.w2, later.index, (piece + slots) % pieces * kDown);
+    const Slot s = this->slot(slot_index);
+    const int64_t later_row = (piece + slots) % pieces * kDown;
+    const Later next{
+        row_codes(*later.w2, later.index, later_row),
+        {row_scales(*later.w2, later.index, later_row), row_scales(*later.w2, later.index, later_row + kMoeOutputs)}};
     const int64_t width = moe_row_bytes(widest_), part = part_of(e);
     const Strip strips[] = {{e.w2, row, left < kMoeOutputs ? left : kMoeOutputs, s.gate},
                             {e.w2, row + kMoeOutputs, left < kDown ? left - kMoeOutputs : kMoeOutputs, s.up}};
     for (int64_t from = 0; from < e.count; from += part) {
       const int64_t count = e.count - from < part ? e.count - from : part;
       configure_tiles(count);
-      project(e, e.inter, {inner(e, from), width, count}, strips, 2, s.memory, next);
+      project(e, e.inter, {inner(e, from), width, count}, strips, 2, s.rest, next);
       tile_release();
       for (const Strip& strip : strips) {
         for (int64_t m = 0; m < count && strip.rows > 0; m += kUnit) {
@@ -212,9 +153,41 @@ class TileCall : public MoeRouting<X> {
     }
   }
 
-  uint8_t *prepared_[kFormats], *gathered_[2][kFormats], *inner_, *slot_memory_;
+ private:
+  bf16* prepared(int format, int64_t token) const {
+    return reinterpret_cast<bf16*>(prepared_[format] + token * moe_row_bytes(hidden_));
+  }
+  uint8_t* gathered(const Expert& e, WeightFormat format) const {
+    return gathered_[e.shared][static_cast<int>(format)] + (e.shared ? 0 : e.first * moe_row_bytes(hidden_));
+  }
+  uint8_t* inner(const Expert& e, int64_t row) const { return inner_ + (e.first + row) * moe_row_bytes(widest_); }
+
+  static void project(const Expert& e, int64_t in, const ExpertRows& x, const Strip* strips, int count, uint8_t* memory,
+                      const Later& later) {
+    switch (strips[0].w->format) {
+      case WeightFormat::kFp8:
+        return TileProduct<Fp8Tiles>(e.index, in, x, memory).run(strips, count, later);
+      case WeightFormat::kFp4:
+        return TileProduct<Fp4Tiles>(e.index, in, x, memory).run(strips, count, later);
+      default:
+        return TileProduct<PlainTiles>(e.index, in, x, memory).run(strips, count, later);
+    }
+  }
+
+  // Rows of an expert that are taken together: equal parts, no more than its slot has room for.
+  int64_t part_of(const Expert& e) const {
+    const int64_t parts = (e.count + group_ - 1) / group_;
+    return round_up((e.count + parts - 1) / parts, kSide);
+  }
+  // What a piece belongs to; beyond the last one, the last. Neighbouring pieces belong to one expert, so that its
+  // activations stay in the caches; the shared one, which has the longest, comes first.
+  Expert piece_expert(int64_t piece, int64_t pieces) const {
+    const int64_t group = groups_ - 1 - piece / pieces;
+    return expert(active_[group < 0 ? 0 : group]);
+  }
+
+  uint8_t *prepared_[kFormats], *gathered_[2][kFormats], *inner_;
   uint8_t order_[kFormats][kBlock];
-  int64_t group_ = 0, slot_bytes_ = 0;
 };
 
 // The gate of bfloat16: its weights are a plain matrix.
@@ -255,7 +228,7 @@ struct Gate {
         strips[i] = {&w, row, left < kMoeOutputs ? left : kMoeOutputs, sums + i * kTokens * kMoeOutputs};
       }
       TileProduct<PlainTiles>(0, hidden, {memory, width, count}, product)
-          .run(strips, kStrips, row_codes(w, 0, e + kStrips * kMoeOutputs));
+          .run(strips, kStrips, {row_codes(w, 0, e + kStrips * kMoeOutputs), {}});
       for (const Strip& strip : strips) {
         for (int64_t m = 0; m < count && strip.rows > 0; m += kUnit) {
           put_unit(sums_of_unit(strip.sums, m / kUnit), count - m < kUnit ? count - m : kUnit, strip.rows,
@@ -273,10 +246,8 @@ int64_t moe_gate_workspace_bytes(const MoeGateParams& p, const Context& c) { ret
 Status moe_gate(const MoeGateParams& p, const Context& c) { return GateCall<Gate>(p, c).run(); }
 
 int64_t moe_experts_workspace_bytes(const MoeExpertsParams& p, const Context& c) {
-  return p.x.dtype == DType::kBFloat16 ? TileCall<bf16>(p, c).bytes() : TileCall<float>(p, c).bytes();
+  return moe_bytes<TileExperts>(p, c);
 }
-Status moe_experts(const MoeExpertsParams& p, const Context& c) {
-  return p.x.dtype == DType::kBFloat16 ? TileCall<bf16>(p, c).run() : TileCall<float>(p, c).run();
-}
+Status moe_experts(const MoeExpertsParams& p, const Context& c) { return moe_run<TileExperts>(p, c); }
 
 }  // namespace dsv4::DSV4_AMX_NAMESPACE

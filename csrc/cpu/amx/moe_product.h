@@ -2,9 +2,13 @@
 // 16 of their rows and 32 inputs make a tile as they expand. A row's sums go sum = sum + 32 products over all inputs in
 // order, so a result depends on its two rows alone. Two ways, the same bits:
 // * up to 32 rows of activations: 32 outputs go through all their inputs with the sums in tile registers, 128 inputs
-//   being expanded while those before are multiplied; memory is the limit.
+//   being expanded while those before are multiplied.
 // * more: a panel of 512 inputs of 32 outputs, 32 KiB, meets all rows, 32 at a time, whose sums wait in memory. As the
 //   last of them leave it, the next panel is expanded in its place, in lines that the first-level cache has.
+// Outputs expand singly, between two tile instructions. A product with its loads takes p0 and p5 some 14 times, an
+// output 17 times, so the two overlap only in part: 8 outputs and two by two products 113 to 129 cycles, 75 and 81
+// alone, but 185 one after the other, when the next products are further ahead than the processor looks. Rows of e2m1,
+// 64 bytes a block, are asked for in the order of memory, 32 outputs ahead; longer pieces it fetches better itself.
 #pragma once
 
 #include "cpu/amx/tile_product.h"
@@ -135,6 +139,17 @@ inline const uint8_t* row_codes(const ExpertMatrix& w, int64_t expert, int64_t r
   return static_cast<const uint8_t*>(w.data.data) + (expert * w.data.stride[0] + row * w.data.stride[1]) * size;
 }
 
+// Where the scales of an e2m1 row begin; they are as long as codes are in cold memory, and asked for too.
+inline const uint8_t* row_scales(const ExpertMatrix& w, int64_t expert, int64_t row) {
+  if (w.format != WeightFormat::kFp4 || w.scale.dtype != DType::kUInt8) return nullptr;
+  return w.scale.as<const uint8_t>().at(expert, row);
+}
+
+// What will be wanted next: codes, and the scales of as many strips.
+struct Later {
+  const uint8_t *codes, *scales[2];
+};
+
 // The tiles of a product with `count` rows: no more columns than there are.
 DSV4_INLINE void configure_tiles(int64_t count) {
   const int columns = static_cast<int>(count < kUnit ? count : kUnit) * 4;
@@ -174,11 +189,10 @@ class TileProduct {
         scales_(reinterpret_cast<Scale*>(memory + kPanelElements * static_cast<int64_t>(sizeof(bf16)) +
                                          kScaledRows * moe_row_bytes(in))) {}
 
-  // What lies at `next` is wanted after them.
-  void run(const Strip* strips, int count, const uint8_t* next) {
-    next_ = next;
+  void run(const Strip* strips, int count, const Later& later) {
+    next_ = later.codes;
     for (int i = 0; i < count; ++i) {
-      Part part{strips[i], scales_ + count_ * kMoeOutputs * scale_stride(in_)};
+      Part part{strips[i], scales_ + count_ * kMoeOutputs * scale_stride(in_), later.scales[i]};
       if (part.rows <= 0) continue;
       if constexpr (Weights::kScales > 0) {
         if (!fold(part)) {
@@ -194,6 +208,7 @@ class TileProduct {
  private:
   struct Part : Strip {
     Scale* scales;  // as weights take them
+    const uint8_t* later_scales;
   };
 
   static int64_t scale_stride(int64_t in) { return round_up(blocks_of(in) * 4, 32); }
@@ -207,11 +222,14 @@ class TileProduct {
   bool fold(const Part& p) const {
     const AnyView<3>& scale = p.w->scale;
     if (scale.dtype != DType::kUInt8) return false;
+    const int64_t rows = Weights::kScales == 1 ? 1 : p.rows, stride = scale_stride(in_);
+    const auto fold = [&](int64_t r, int64_t count, int64_t padded) {
+      return Weights::Rows::fold(scale.as<const uint8_t>().at(expert_, scale_index(p, r)), count, padded,
+                                 p.scales + r * stride);
+    };
+    if (scale.stride[1] == stride && scale.size(2) == stride) return fold(0, rows * stride, rows * stride);
     bool all = true;
-    for (int64_t r = 0; r < p.rows; r += Weights::kScales == 1 ? kMoeOutputs : 1) {
-      all &= Weights::Rows::fold(scale.as<const uint8_t>().at(expert_, scale_index(p, r)), scale.size(2),
-                                 blocks_ * Weights::kScales, p.scales + r * scale_stride(in_));
-    }
+    for (int64_t r = 0; r < rows; ++r) all &= fold(r, scale.size(2), blocks_ * Weights::kScales);
     return all;
   }
 
@@ -228,27 +246,49 @@ class TileProduct {
     }
   }
 
-  // Block `block` of outputs [first, first + count), to the same rows of four tiles. What lies at `ahead`, and again
-  // `apart` bytes further, is asked for.
-  DSV4_MEMBER void expand(const Weights& weights, const Outputs& o, int64_t block, int64_t first, int64_t count,
-                          bf16* to, const uint8_t* ahead, int64_t apart) const {
-    const auto each = [&](auto... left) __attribute__((always_inline)) {
-      const int64_t at = block * Weights::kBlockBytes, scale = block * Weights::kScales;
-      const typename Weights::Shared shared = weights.share(o.scales[0] + scale);
-      for (int64_t i = 0; i < count; ++i, to += kStep, ahead += apart) {
-        avx512::ask(ahead, Weights::kBlockBytes);  // past the end it does nothing
-        const Block w = weights.expand(o.codes[first + i] + at, o.scales[first + i] + scale, shared, left...);
+  // A block of outputs that is expanded, the first of them at codes[0], to the same rows of four tiles. What lies at
+  // `ahead`, and again `apart` bytes further, may be asked for.
+  struct Expansion {
+    const uint8_t* const* codes;
+    const Scale* const* scales;
+    int64_t block;
+    bf16* to;
+    const uint8_t* ahead;
+    int64_t apart;
+  };
+  bool is_whole(int64_t block) const { return (block + 1) * Weights::kBlockBytes <= Weights::bytes(in_); }
+
+  // Whether what lies ahead is asked for, in many() or few(). Longer pieces of rows the processor fetches itself.
+  template <bool kMany>
+  static constexpr bool kAsks = Weights::kBlockBytes <= kTileBytes * (kMany ? 2 : 1);
+
+  // Output `i` of it; `left` bytes of codes, if it is not a whole block.
+  template <bool kMany, class... Left>
+  DSV4_MEMBER static void expand_row(const Weights& weights, const typename Weights::Shared& shared, const Expansion& e,
+                                     int64_t i, Left... left) {
+    if (kAsks<kMany>) avx512::ask(e.ahead + i * e.apart, Weights::kBlockBytes);  // past the end it does nothing
+    const Block w = weights.expand(e.codes[i] + e.block * Weights::kBlockBytes,
+                                   e.scales[i] + e.block * Weights::kScales, shared, left...);
 #pragma GCC unroll 4
-        for (int64_t j = 0; j < kBlockSteps; ++j) _mm512_store_si512(to + j * kTileElements, w.w[j]);
-      }
-    };
-    const int64_t left = Weights::bytes(in_) - block * Weights::kBlockBytes;
-    left >= Weights::kBlockBytes ? each() : each(left);
+    for (int64_t j = 0; j < kBlockSteps; ++j) _mm512_store_si512(e.to + i * kStep + j * kTileElements, w.w[j]);
+  }
+  DSV4_MEMBER static typename Weights::Shared share(const Weights& weights, const Expansion& e) {
+    return weights.share(e.scales[0] + e.block * Weights::kScales);
   }
 
-  template <int kTile, bool kStream>
+  // Outputs [0, count).
+  template <bool kMany>
+  DSV4_MEMBER void expand(const Weights& weights, const Expansion& e, int64_t count) const {
+    const typename Weights::Shared shared = share(weights, e);
+    const int64_t left = Weights::bytes(in_) - e.block * Weights::kBlockBytes;
+    for (int64_t i = 0; i < count; ++i) {
+      is_whole(e.block) ? expand_row<kMany>(weights, shared, e, i) : expand_row<kMany>(weights, shared, e, i, left);
+    }
+  }
+
+  template <int kTile, bool kMany>
   DSV4_MEMBER static void load_x(TileSteps& x) {
-    if constexpr (kStream) {
+    if constexpr (kMany) {
       tile_load_once<kTile>(x.data, x.stride);
     } else {
       tile_load<kTile>(x.data, x.stride);
@@ -256,22 +296,53 @@ class TileProduct {
     x.data += x.step;
   }
 
-  // One step: tiles of weights at `w` and `w2` with those of two units.
-  template <int kRows, int kColumns, bool kStream>
-  DSV4_MEMBER static void step(const void* w, const void* w2, TileSteps& x, TileSteps& x2,
-                               int64_t stride = kTileBytes) {
-    tile_load<4>(w, stride);
-    load_x<6, kStream>(x);
+  // One step: tiles of weights at `w` and `w2` with those of two units. between(i) runs after the i-th of the kOps
+  // tile instructions.
+  template <int kRows, int kColumns>
+  static constexpr int kOps = kRows + kColumns + kRows * kColumns;
+  template <int kRows, int kColumns, bool kMany, class Between>
+  DSV4_MEMBER static void step(const void* w, const void* w2, TileSteps& x, TileSteps& x2, const Between& between) {
+    load_x<6, kMany>(x);
+    between(avx512::Constant<0>{});
+    tile_load<4>(w, kTileBytes);
+    between(avx512::Constant<1>{});
     tile_dot<0, 4, 6>();
+    between(avx512::Constant<2>{});
     if constexpr (kColumns == 2) {
-      load_x<7, kStream>(x2);
+      load_x<7, kMany>(x2);
+      between(avx512::Constant<3>{});
       tile_dot<1, 4, 7>();
+      between(avx512::Constant<4>{});
     }
     if constexpr (kRows == 2) {
-      tile_load<5>(w2, stride);
+      constexpr int kFirst = 1 + 2 * kColumns;
+      tile_load<5>(w2, kTileBytes);
+      between(avx512::Constant<kFirst>{});
       tile_dot<2, 5, 6>();
-      if constexpr (kColumns == 2) tile_dot<3, 5, 7>();
+      between(avx512::Constant<kFirst + 1>{});
+      if constexpr (kColumns == 2) {
+        tile_dot<3, 5, 7>();
+        between(avx512::Constant<kFirst + 2>{});
+      }
     }
+  }
+  template <int kRows, int kColumns, bool kMany>
+  DSV4_MEMBER static void step(const void* w, const void* w2, TileSteps& x, TileSteps& x2) {
+    step<kRows, kColumns, kMany>(w, w2, x, x2, [](auto) {});
+  }
+  // The same while kCount outputs of a whole block are expanded, an output or two after every tile instruction: more
+  // together, and the processor looks no further ahead than one of the two.
+  template <int kRows, int kColumns, bool kMany, int kCount>
+  DSV4_MEMBER static void step_and_expand(const void* w, const void* w2, TileSteps& x, TileSteps& x2,
+                                          const Weights& weights, const Expansion& e) {
+    const typename Weights::Shared shared = share(weights, e);
+    step<kRows, kColumns, kMany>(w, w2, x, x2, [&](auto op) __attribute__((always_inline)) {
+      constexpr int kAll = kOps<kRows, kColumns>, kOp = decltype(op)::value;
+#pragma GCC unroll 8
+      for (int i = kCount * kOp / kAll; i < kCount * (kOp + 1) / kAll; ++i) {
+        expand_row<kMany>(weights, shared, e, i);
+      }
+    });
   }
 
   // A unit's tiles from a block on.
@@ -302,35 +373,37 @@ class TileProduct {
   template <int kRows, int kColumns>
   void multiply_through(const Part& p, int64_t r, const uint8_t* ahead) const {
     constexpr int64_t kHeight = kRows * kTileRows, kQuarter = kHeight / kBlockSteps;
-    const Weights weights;
+    const Weights made, weights = made;  // the copy stays in registers: no tile instruction can write to it
+    const int64_t blocks = blocks_, whole_blocks = Weights::bytes(in_) / Weights::kBlockBytes;
+    bf16* const panel = panel_;
     TileSteps x = operand(0, 0), x2 = operand(1, 0);
     Outputs outputs;
     outputs_of(p, r, outputs);
-    const auto expand_some = [&](int64_t block, int64_t first, int64_t count) __attribute__((always_inline)) {
-      expand(weights, outputs, block, first, count,
-             panel_ + block % 2 * kSide * kBlock + first / kTileRows * kTileRows * kBlock + first % kTileRows * kStep,
-             ahead, Weights::kBlockBytes);
-      ahead += count * Weights::kBlockBytes;
+    const auto expansion = [&](int64_t block, int64_t first) __attribute__((always_inline)) {
+      bf16* to =
+          panel + block % 2 * kSide * kBlock + first / kTileRows * kTileRows * kBlock + first % kTileRows * kStep;
+      const Expansion e{outputs.codes + first, outputs.scales + first, block, to, ahead, Weights::kBlockBytes};
+      ahead += kQuarter * Weights::kBlockBytes;
+      return e;
     };
+    const uint8_t* later_scales = p.later_scales + r * blocks * Weights::kScales;
     zero_sums<kRows, kColumns>();
     int64_t block = 0;
-    if constexpr (Weights::kScales == 0 && kColumns == 1) {  // plain weights are tiles where they lie
-      const uint8_t* w = codes(p, r);
-      const int64_t whole = p.rows - r < kHeight ? 0 : in_ / kBlock, apart = stride(p);
-      for (; block < whole; ++block) {
-        for (int64_t j = 0; j < kBlockSteps; ++j, w += kTileBytes) {
-          avx512::ask(ahead, kQuarter * Weights::kBlockBytes);
-          ahead += kQuarter * Weights::kBlockBytes;
-          step<kRows, kColumns, false>(w, w + kTileRows * apart, x, x2, apart);
-        }
-      }
+    for (int64_t first = 0; block < blocks && first < kHeight; first += kQuarter) {
+      expand<false>(weights, expansion(block, first), kQuarter);
     }
-    for (int64_t first = 0; block < blocks_ && first < kHeight; first += kQuarter) expand_some(block, first, kQuarter);
-    for (; block < blocks_; ++block) {
-      const bf16* w = panel_ + block % 2 * kSide * kBlock;
+    for (; block < blocks; ++block) {
+      const bf16* w = panel + block % 2 * kSide * kBlock;
+      if (Weights::kScales > 1)
+        avx512::ask(later_scales + block * kHeight * Weights::kScales, kHeight * Weights::kScales);
       for (int64_t j = 0; j < kBlockSteps; ++j, w += kTileElements) {
-        step<kRows, kColumns, false>(w, w + kTileRows * kBlock, x, x2);
-        if (block + 1 < blocks_) expand_some(block + 1, j * kQuarter, kQuarter);
+        const bf16* w2 = w + kTileRows * kBlock;
+        if (block + 1 < whole_blocks) {
+          step_and_expand<kRows, kColumns, false, kQuarter>(w, w2, x, x2, weights, expansion(block + 1, j * kQuarter));
+        } else {
+          step<kRows, kColumns, false>(w, w2, x, x2);
+          if (block + 1 < blocks) expand<false>(weights, expansion(block + 1, j * kQuarter), kQuarter);
+        }
       }
     }
     store_sums<kRows, kColumns>(sums_of(p, 0, r));
@@ -363,14 +436,18 @@ class TileProduct {
     return next;
   }
 
-  // Outputs [first, first + count) of one of its blocks; those of the panel after it are asked for.
-  DSV4_MEMBER void expand_rows(const Weights& weights, const Panel& p, const Outputs& outputs, const Panel& later,
-                               int64_t block, int64_t first, int64_t count) const {
+  // One of its blocks from an output on; the same of the panel after it are asked for.
+  DSV4_MEMBER Expansion expansion(const Panel& p, const Outputs& outputs, const Panel& later, int64_t block,
+                                  int64_t first) const {
     const int64_t apart = stride(*later.part);
-    expand(weights, outputs, p.first + block, first, count,
-           panel_ + first / kTileRows * kTileRows * kPanelSteps * kStep + block * kBlockSteps * kTileElements +
-               first % kTileRows * kStep,
-           later.codes + first * apart + block * Weights::kBlockBytes, apart);
+    bf16* to = panel_ + first / kTileRows * kTileRows * kPanelSteps * kStep + block * kBlockSteps * kTileElements +
+               first % kTileRows * kStep;
+    return {outputs.codes + first,
+            outputs.scales + first,
+            p.first + block,
+            to,
+            later.codes + first * apart + block * Weights::kBlockBytes,
+            apart};
   }
 
   void many() const {
@@ -384,7 +461,7 @@ class TileProduct {
     outputs_of(*p.part, p.r, outputs);
     for (int64_t block = 0; block < p.blocks; ++block) {
       for (int64_t first = 0; first < kSide; first += kTileRows) {
-        expand_rows(weights, p, outputs, next, block, first, kTileRows);
+        expand<true>(weights, expansion(p, outputs, next, block, first), kTileRows);
       }
     }
     for (int64_t index = 0; index < all; ++index) {
@@ -406,18 +483,20 @@ class TileProduct {
 
   // A panel with one side of activations. The last one leaves the next panel in its place, a block behind: those are
   // lines that the first-level cache has, and units multiply meanwhile. Every panel asks for its share of the next
-  // inputs of these activations.
+  // inputs of these activations, and every side for the sums of the next one.
   template <int kRows, int kColumns, bool kLast>
-  void multiply(const Weights& weights, const Panel& p, int64_t side, const Panel& next, const Outputs& outputs,
+  void multiply(const Weights& made, const Panel& p, int64_t side, const Panel& next, const Outputs& outputs,
                 const Panel& later) const {
+    const Weights weights = made;  // the copy stays in registers: no tile instruction can write to it
     TileSteps x = operand(2 * side, p.first), x2 = operand(2 * side + 1, p.first);
     float (*sums)[kSide] = sums_of(*p.part, side, p.r);
+    const float* later_sums = kLast ? sums_of(*next.part, 0, next.r)[0] : sums[0] + kSumsOfSide;
     if (p.first == 0) {
       zero_sums<kRows, kColumns>();
     } else {
       stream_sums<kRows, kColumns>(sums);
     }
-    constexpr int64_t kQuarter = kSide / kBlockSteps, kLines = 2;
+    constexpr int64_t kQuarter = kSide / kBlockSteps, kLines = 2, kSumsOfStep = kSide * kSide / kPanelSteps;
     // After the last inputs come the first ones again, for the next strips of this expert.
     const int64_t later_steps = p.first + kPanelBlocks < blocks_ ? kPanelSteps : -p.first * kBlockSteps;
     const int64_t ahead = later_steps * x.step + kLines * kStep * p.index;
@@ -430,14 +509,24 @@ class TileProduct {
           avx512::ask(reinterpret_cast<const uint8_t*>(x.data + ahead), kLines * kTileBytes);
           if (kColumns == 2) avx512::ask(reinterpret_cast<const uint8_t*>(x2.data + ahead2), kLines * kTileBytes);
         }
-        step<kRows, kColumns, true>(w, w + kTileRows * kPanelSteps * kStep, x, x2);
+        const bf16* w2 = w + kTileRows * kPanelSteps * kStep;
+        for (int64_t i = 0; i < kSumsOfStep; i += 16) _mm_prefetch(later_sums + i, _MM_HINT_T0);
+        later_sums += kSumsOfStep;
         if (kLast && block > 0 && block <= next.blocks) {
-          expand_rows(weights, next, outputs, later, block - 1, j * kQuarter, kQuarter);
+          const Expansion e = expansion(next, outputs, later, block - 1, j * kQuarter);
+          if (is_whole(e.block)) {
+            step_and_expand<kRows, kColumns, true, kQuarter>(w, w2, x, x2, weights, e);
+          } else {
+            step<kRows, kColumns, true>(w, w2, x, x2);
+            expand<true>(weights, e, kQuarter);
+          }
+        } else {
+          step<kRows, kColumns, true>(w, w2, x, x2);
         }
       }
     }
     for (int64_t first = 0; kLast && p.blocks <= next.blocks && first < kSide; first += kTileRows) {
-      expand_rows(weights, next, outputs, later, p.blocks - 1, first, kTileRows);
+      expand<true>(weights, expansion(next, outputs, later, p.blocks - 1, first), kTileRows);
     }
     store_sums<kRows, kColumns>(sums);
   }

@@ -92,10 +92,10 @@ DSV4_INLINE void quantise_lanes(__m512 (&values)[kBlock]) {
 }
 
 // The inner activations of a unit from the sums of w1 and w3, `outputs` of them, up to 128: silu(gate) * up * weight,
-// in the form that w2 reads.
+// in the form that w2 reads. What lies `ahead` bytes behind them is asked for.
 template <class X>
 void activate_unit(const float* gate, const float* up, const float* weights, int64_t count, int64_t outputs,
-                   float limit, WeightFormat format, const uint8_t* order, bf16* to) {
+                   float limit, WeightFormat format, const uint8_t* order, bf16* to, int64_t ahead) {
   alignas(64) __m512 values[kBlock];
   const __mmask16 rows = avx512::low16(count);
   const __m512 most = _mm512_set1_ps(limit > 0 ? limit : __builtin_inff());
@@ -113,6 +113,7 @@ void activate_unit(const float* gate, const float* up, const float* weights, int
   const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xFFFF0000u));
   for (int64_t k = 0; k < kBlock / 2; ++k, to += 2 * count) {
     const __m512i a = _mm512_castps_si512(values[order[2 * k]]), b = _mm512_castps_si512(values[order[2 * k + 1]]);
+    _mm_prefetch(reinterpret_cast<const char*>(to) + ahead, _MM_HINT_T0);
     _mm512_mask_storeu_epi32(to, rows, _mm512_or_si512(_mm512_srli_epi32(a, 16), _mm512_and_si512(b, upper)));
   }
 }
@@ -120,7 +121,7 @@ void activate_unit(const float* gate, const float* up, const float* weights, int
 // Where those of a unit lie in a strip's sums.
 inline float* sums_of_unit(float* sums, int64_t unit) { return sums + unit / 2 * kSumsOfSide + unit % 2 * kTileRows; }
 
-// Outputs of a unit from its sums: row i to out + i * stride.
+// Outputs of a unit from its sums: row i to out + i * stride. The places of the next unit, far apart, are asked for.
 template <class X>
 void put_unit(const float* sums, int64_t count, int64_t outputs, X* out, int64_t stride) {
   for (int64_t r = 0; r < outputs; r += kSide) {
@@ -135,6 +136,7 @@ void put_unit(const float* sums, int64_t count, int64_t outputs, X* out, int64_t
     }
     for (int64_t i = 0; i < count; ++i) {
       X* place = out + i * stride + r;
+      _mm_prefetch(reinterpret_cast<const char*>(place + kTileRows * stride), _MM_HINT_T0);
       const avx512::Pair values = {_mm512_castsi512_ps(halves[0][i]), _mm512_castsi512_ps(halves[1][i])};
       avx512::store(place, avx512::arrange(values, place), outputs - r < kSide ? outputs - r : kSide);
     }

@@ -13,7 +13,8 @@ namespace dsv4::avx512 {
 namespace {
 
 constexpr int64_t kGateRows = 32;  // rows of the gate's weights widened at a time
-using Kernel = MoeKernel<Product>;
+template <class X>
+using Experts = RowExperts<MoeKernel<Product>, X>;
 
 struct Gate {
   static constexpr int64_t kTokens = 16;
@@ -71,7 +72,7 @@ struct Gate {
 int64_t moe_gate_workspace_bytes(const MoeGateParams& p, const Context& c) { return GateCall<Gate>(p, c).bytes(); }
 Status moe_gate(const MoeGateParams& p, const Context& c) { return GateCall<Gate>(p, c).run(); }
 
-int64_t moe_experts_workspace_bytes(const MoeExpertsParams& p, const Context& c) { return moe_bytes<Kernel>(p, c); }
-Status moe_experts(const MoeExpertsParams& p, const Context& c) { return moe_run<Kernel>(p, c); }
+int64_t moe_experts_workspace_bytes(const MoeExpertsParams& p, const Context& c) { return moe_bytes<Experts>(p, c); }
+Status moe_experts(const MoeExpertsParams& p, const Context& c) { return moe_run<Experts>(p, c); }
 
 }  // namespace dsv4::avx512

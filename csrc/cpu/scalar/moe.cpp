@@ -8,7 +8,8 @@
 namespace dsv4::scalar {
 namespace {
 
-using Kernel = ExpertKernel;
+template <class X>
+using Experts = RowExperts<ExpertKernel, X>;
 
 struct Gate {
   static constexpr int64_t kTokens = 16;
@@ -46,8 +47,8 @@ struct Gate {
 int64_t moe_gate_workspace_bytes(const MoeGateParams& p, const Context& c) { return GateCall<Gate>(p, c).bytes(); }
 Status moe_gate(const MoeGateParams& p, const Context& c) { return GateCall<Gate>(p, c).run(); }
 
-int64_t moe_experts_workspace_bytes(const MoeExpertsParams& p, const Context& c) { return moe_bytes<Kernel>(p, c); }
-Status moe_experts(const MoeExpertsParams& p, const Context& c) { return moe_run<Kernel>(p, c); }
+int64_t moe_experts_workspace_bytes(const MoeExpertsParams& p, const Context& c) { return moe_bytes<Experts>(p, c); }
+Status moe_experts(const MoeExpertsParams& p, const Context& c) { return moe_run<Experts>(p, c); }
 
 Status moe_map(const MoeMapParams& p, const Context&) {
   int32_t *offsets = static_cast<int32_t*>(p.offsets.data), *rows = static_cast<int32_t*>(p.rows.data);
