@@ -22,52 +22,22 @@
 // them.
 #include "cpu/linear.h"
 
+#include "cpu/amx/linear_weights.h"
 #include "cpu/amx/tile_product.h"
-#include "cpu/avx512/weight_rows.h"
 #include "cpu/linear_driver.h"
 
 namespace dsv4::DSV4_AMX_NAMESPACE {
 namespace {
 
-using avx512::Block, avx512::blocks_of, avx512::kBlock, avx512::kBlockSteps, avx512::kStep, avx512::StoredScales;
+using avx512::blocks_of;
 
 constexpr int64_t kFewInputs = 256, kManyInputs = 512;  // of a job
 constexpr int64_t kMostRows = 512;                      // whose sums wait in memory
 constexpr int64_t kMostBytes = 5 << 18;                 // of activations that stay in the second-level cache, about
 constexpr int64_t kWide = 256;                          // outputs of a piece, at most
 constexpr int64_t kPieces = 4;                          // for each thread, at least
+constexpr int64_t kAheadBlocks = 3;  // of codes asked for before they expand, for few rows
 constexpr int64_t kGapBytes = 16 << 10;
-
-// Weights of a format: how 128 inputs of a row expand. kLeast to kMost are the scales that go into them.
-template <class Rows>
-struct Quantised : Rows {
-  using Element = uint8_t;
-  static constexpr int kLeast = avx512::kLeastScale, kMost = Rows::kMostScale;
-};
-using Fp8Weights = Quantised<avx512::Fp8Rows>;
-using Fp4Weights = Quantised<avx512::Fp4Rows>;
-
-struct PlainWeights {
-  using Element = bf16;
-  static constexpr int64_t kBlockBytes = kBlock * static_cast<int64_t>(sizeof(bf16)), kScales = 0;
-  static constexpr int kLeast = 0;
-  static constexpr int64_t bytes(int64_t inputs) { return inputs * static_cast<int64_t>(sizeof(bf16)); }
-
-  DSV4_MEMBER Block expand(const uint8_t* words, StoredScales) const {
-    Block block;
-    for (int64_t j = 0; j < kBlockSteps; ++j) block.w[j] = _mm512_loadu_si512(words + j * kTileBytes);
-    return block;
-  }
-  DSV4_MEMBER Block expand(const uint8_t* words, StoredScales, int64_t count) const {
-    Block block;
-    for (int64_t j = 0; j < kBlockSteps; ++j) {
-      block.w[j] = _mm512_maskz_loadu_epi8(avx512::mask64(count - j * kTileBytes), words + j * kTileBytes);
-    }
-    return block;
-  }
-  static void arrange(const bf16* x, bf16* to) { __builtin_memcpy(to, x, kBlock * sizeof(bf16)); }
-  static int64_t place(int64_t j, int64_t i) { return 16 * j + i; }
-};
 
 template <class Weights, bool kQuantise>
 class Kernel {
@@ -126,7 +96,8 @@ class Kernel {
     }
     if (sides_ == 0) return;
     configure();
-    for (int64_t first = 0; first < rows_; first += kMostRows) {
+    if (rows_ <= kSide && !many_) multiply_few(units);
+    for (int64_t first = 0; first < rows_ && (rows_ > kSide || many_); first += kMostRows) {
       multiply_rows(units, first, rows_ - first < kMostRows ? rows_ : first + kMostRows);
     }
     tile_release();
@@ -250,12 +221,10 @@ class Kernel {
     const int64_t left = blocks_of(inputs_) - job.block, most = range_ / kBlock;
     return (left < most ? left : most) * kBlockSteps;
   }
-  const uint8_t* first_codes(const Job& job) const { return codes(job.out->row) + job.block * Weights::kBlockBytes; }
 
-  // The weights of a job on their way to [output / 16][step][output % 16][32], a row at a time. Beyond the last output
-  // it is there once more: nothing that memory might hold gets into a tile.
+  // The weights of a job on their way to [output / 16][step][output % 16][32], a row at a time.
   struct Expansion {
-    Outputs out;
+    const Outputs* out;
     int64_t block, blocks;  // the job's inputs
     int64_t ahead;          // bytes from its codes to those of the job after it
     int64_t row, rows;
@@ -263,53 +232,65 @@ class Kernel {
   };
   void begin(const Job& job, const Job& after, bf16* to) {
     const int64_t blocks = steps(job) / kBlockSteps, rows = blocks == 0 ? 0 : round_up(job.out->count, kTileRows);
-    expansion_ = {*job.out, job.block, blocks, first_codes(after) - first_codes(job), 0, rows, to};
+    const int64_t ahead = codes(after.out->row) - codes(job.out->row) + (after.block - job.block) * Weights::kBlockBytes;
+    expansion_ = {job.out, job.block, blocks, ahead, 0, rows, to};
   }
   __attribute__((noinline)) void expand(int64_t rows) {
     const Expansion e = expansion_;
     const int64_t end = e.rows - e.row < rows ? e.rows : e.row + rows;
-    if (e.block + e.blocks > whole_) {
-      expand_rows<0>(e, end);
-    } else if (e.blocks == kFewInputs / kBlock) {
-      expand_rows<kFewInputs / kBlock>(e, end);
-    } else if (e.blocks == kManyInputs / kBlock) {
-      expand_rows<kManyInputs / kBlock>(e, end);
-    } else {
-      expand_rows<0>(e, end);
-    }
     expansion_.row = end;
-  }
-  // kBlocks: how many there are, all of them whole; or 0.
-  template <int64_t kBlocks>
-  DSV4_MEMBER void expand_rows(const Expansion& e, int64_t end) const {
-    for (int64_t i = e.row; i < end; ++i) {
-      const int64_t row = e.out.row + (i < e.out.count ? i : e.out.count - 1);
-      const uint8_t *from = codes(row) + e.block * Weights::kBlockBytes, *scales = nullptr;
-      if constexpr (Weights::kScales > 0) scales = scale_row(row) + e.block * Weights::kScales;
-      bf16* to = e.to + i / kTileRows * kTileRows * range_ + i % kTileRows * kStep;
-      if constexpr (kBlocks > 0) {
-#pragma GCC unroll 4
-        for (int64_t b = 0; b < kBlocks; ++b) expand_block(from, b, scales, e.ahead, to);
+    for (int64_t row = e.row, some; row < end; row += some) {
+      const int64_t left = kTileRows - row % kTileRows;  // in the tile
+      some = end - row < left ? end - row : left;
+      bf16* to = e.to + row / kTileRows * kTileRows * range_ + row % kTileRows * kStep;
+      if (e.block + e.blocks <= whole_ && e.blocks == kFewInputs / kBlock) {
+        expand_rows<kFewInputs / kBlock>(*e.out, row, some, e.block, e.ahead, to);
+      } else if (e.block + e.blocks <= whole_ && e.blocks == kManyInputs / kBlock) {
+        expand_rows<kManyInputs / kBlock>(*e.out, row, some, e.block, e.ahead, to);
       } else {
-        for (int64_t b = 0; b < e.blocks; ++b) expand_last(e, from, b, scales, to);
+        for (int64_t b = 0; b < e.blocks; ++b, to += kBlockSteps * kTileElements) {
+          expand_rows<1>(*e.out, row, some, e.block + b, e.ahead, to);
+        }
       }
     }
   }
-  DSV4_MEMBER void expand_block(const uint8_t* from, int64_t b, const uint8_t* scales, int64_t ahead, bf16* to) const {
-    avx512::ask(from + b * Weights::kBlockBytes + ahead, Weights::kBlockBytes);
-    put_block(expand_.expand(from + b * Weights::kBlockBytes, StoredScales{scales + b * Weights::kScales}), b, to);
+  // Blocks of some outputs. Beyond the last output it is there once more: nothing that memory might hold gets into a
+  // tile.
+  template <int64_t kBlocks>
+  DSV4_MEMBER void expand_rows(const Outputs& out, int64_t row, int64_t rows, int64_t block, int64_t ahead,
+                               bf16* to) const {
+    if (kBlocks == 1 && block >= whole_) return expand_last_rows(out, row, rows, to);
+    const Weights expand = expand_;  // in registers
+    const int64_t stride = p_.weight.stride[0] * kElementBytes, scale_stride = p_.scale.stride[0];
+    const int64_t first = out.row + (row < out.count ? row : out.count - 1);
+    const uint8_t *from = codes(first) + block * Weights::kBlockBytes, *scales = nullptr;
+    if constexpr (Weights::kScales > 0) scales = scale_row(first) + block * Weights::kScales;
+    for (int64_t left = out.count - 1 - row, end = left - rows; left > end; --left, to += kStep) {
+      avx512::ask(from + ahead, kBlocks * Weights::kBlockBytes);
+#pragma GCC unroll 4
+      for (int64_t b = 0; b < kBlocks; ++b) {
+        put_block(expand.expand(from + b * Weights::kBlockBytes, StoredScales{scales + b * Weights::kScales}),
+                  to + b * kBlockSteps * kTileElements);
+      }
+      if (left <= 0) continue;
+      from += stride;
+      if (Weights::kScales == 4 || (Weights::kScales == 1 && (out.row + out.count - left) % 128 == 0)) {
+        scales += scale_stride;
+      }
+    }
   }
-  // Where the last block of a row is among them and may not be whole.
-  void expand_last(const Expansion& e, const uint8_t* from, int64_t b, const uint8_t* scales, bf16* to) const {
-    if (e.block + b < whole_) return expand_block(from, b, scales, e.ahead, to);
-    uint8_t some[4] = {Weights::kLeast, Weights::kLeast, Weights::kLeast, Weights::kLeast};
-    for (int64_t i = 0; whole_ * Weights::kScales + i < p_.scale.size(1); ++i)
-      some[i] = scales[b * Weights::kScales + i];
-    const int64_t bytes = Weights::bytes(inputs_) - whole_ * Weights::kBlockBytes;
-    put_block(expand_.expand(from + b * Weights::kBlockBytes, StoredScales{some}, bytes), b, to);
+  // Of the last block, where it is not whole.
+  __attribute__((noinline)) void expand_last_rows(const Outputs& out, int64_t row, int64_t rows, bf16* to) const {
+    for (int64_t i = row; i < row + rows; ++i, to += kStep) {
+      const int64_t at = out.row + (i < out.count ? i : out.count - 1), first = whole_ * Weights::kScales;
+      uint8_t some[4] = {Weights::kLeast, Weights::kLeast, Weights::kLeast, Weights::kLeast};
+      for (int64_t n = 0; first + n < p_.scale.size(1); ++n) some[n] = scale_row(at)[first + n];
+      const int64_t done = whole_ * Weights::kBlockBytes, bytes = Weights::bytes(inputs_) - done;
+      put_block(expand_.expand(codes(at) + done, StoredScales{some}, bytes), to);
+    }
   }
-  DSV4_MEMBER void put_block(const Block& w, int64_t b, bf16* to) const {
-    for (int64_t j = 0; j < kBlockSteps; ++j) _mm512_store_si512(to + (b * kBlockSteps + j) * kTileElements, w.w[j]);
+  DSV4_MEMBER static void put_block(const Block& w, bf16* to) {
+    for (int64_t j = 0; j < kBlockSteps; ++j) _mm512_store_si512(to + j * kTileElements, w.w[j]);
   }
 
   void configure() const {
@@ -334,14 +315,73 @@ class Kernel {
   void pipeline(const Multiply& multiply) {
     const int64_t jobs = sides_ * ranges_;
     begin(job(0), job(jobs > 1 ? 1 : 0), weights_);
-    expand(kSide);
+    expand(kAll);
     for (int64_t j = 0; j < jobs; ++j) {
       if (j + 1 < jobs) begin(job(j + 1), job(j + 2 < jobs ? j + 2 : j + 1), buffer(j + 1));
       multiply(job(j), buffer(j));
-      expand(kSide);  // what is left
+      expand(kAll);  // what is left
     }
   }
+  static constexpr int64_t kAll = kSide * kManyInputs / kBlock;
   bf16* buffer(int64_t job) const { return weights_ + job % 2 * kSide * range_; }
+
+  // A block of inputs of a side on its way to [output / 16][step][output % 16][32].
+  struct Next {
+    const Outputs* out;  // null: there is none
+    int64_t block, ahead, share;  // share: outputs to expand beside one of the four steps
+    bf16* to;
+  };
+  Next next(int64_t side, int64_t block, int64_t blocks, bf16* to) const {
+    if (block == blocks) {
+      ++side;
+      block = 0;
+    }
+    if (side >= sides_) return {};
+    const Outputs* out = side_ + side;
+    const int64_t later = block + kAheadBlocks;
+    int64_t ahead = kAheadBlocks * Weights::kBlockBytes;
+    if (later >= blocks) {
+      ahead = side + 1 < sides_ ? codes(out[1].row) - codes(out->row) + (later - blocks - block) * Weights::kBlockBytes : 0;
+    }
+    return {out, block, ahead, out->count > kTileRows ? 8 : 4, to};
+  }
+  __attribute__((noinline)) void expand(const Next& e, int64_t step) const {
+    const int64_t row = step * e.share;
+    expand_rows<1>(*e.out, row, e.share, e.block, e.ahead,
+                   e.to + row / kTileRows * kTileRows * kBlock + row % kTileRows * kStep);
+  }
+
+  // Up to 32 rows: a side after another, block by block over all inputs, while the next block expands.
+  void multiply_few(const uint8_t* units) {
+    const int64_t blocks = blocks_of(inputs_), tile = columns_ * kStep;
+    const bool two = rows_ > kUnit;
+    int64_t turn = 0;
+    const auto buffer = [&] { return weights_ + turn * kSide * kBlock; };
+    if (blocks > 0) {
+      const Next e = next(0, 0, blocks, buffer());
+      for (int64_t s = 0; s < kBlockSteps; ++s) expand(e, s);
+    }
+    for (int64_t side = 0; side < sides_; ++side) {
+      with_shape(side_[side].count > kTileRows, two, [&](auto shape) __attribute__((always_inline)) {
+        zero_sums<shape.kRows, shape.kColumns>();
+        for (int64_t block = 0; block < blocks; ++block) {
+          const TileSteps w[2] = {{buffer()}, {buffer() + kTileRows * kBlock}};
+          TileSteps x[2] = {};
+          for (int64_t i = 0; i < 1 + two; ++i) {
+            x[i] = {unit(units, i * kUnit) + block * kBlockSteps * tile, tile, columns_ * 4};
+          }
+          turn = 1 - turn;
+          const Next e = next(side, block + 1, blocks, buffer());
+          const auto between = [&](int64_t s) __attribute__((always_inline)) {
+            if (e.out != nullptr) expand(e, s);
+          };
+          add_products<shape.kRows, shape.kColumns>(w, x, kBlockSteps, between);
+        }
+        store_sums<shape.kRows, shape.kColumns>(sums_[0]);
+      });
+      write(0, side_[side], sums_[0]);
+    }
+  }
 
   // Rows [first, last): sums of up to 32 stay in tile registers over all inputs, of more they wait in memory for the
   // next range of them.
@@ -349,10 +389,11 @@ class Kernel {
     const int64_t pairs = (last - first + kSide - 1) / kSide;
     const bool stay = pairs == 1 && !many_;
     pipeline([&](const Job& job, const bf16* weights) {
+      const int64_t rows = expansion_.rows;
       const Start start = job.first ? Start::kZero : stay ? Start::kGoOn : Start::kLoad;
       for (int64_t m = first; m < last; m += kSide) {
         Sums& sums = sums_[(many_ ? job.side * pairs : 0) + (m - first) / kSide];
-        multiply(units, m, job, weights, (kSide + pairs - 1) / pairs, start, job.last || !stay, sums);
+        multiply(units, m, job, weights, (rows + pairs - 1) / pairs, start, job.last || !stay, sums);
         if (job.last) write(m, *job.out, sums);
       }
     });
@@ -434,10 +475,11 @@ class Kernel {
     for (int64_t m = 0; m < rows_; ++m) {
       const int64_t i = m % kUnit;
       for (int64_t k = 0; k < words; ++k) __builtin_memcpy(row_ + 2 * k, unit(units, m) + 2 * (k * columns_ + i), 4);
+      for (int64_t k = 0; k < words * 2; k += kBlock) Weights::restore(row_ + k);
       for (int64_t n = 0; n < out.count; ++n) {
         avx512::widen_scales(scale_row(out.row + n), p_.scale.size(1), padded, scales_);
         float sum;
-        avx512::dot_row<1>(expand_, codes(out.row + n), Weights::bytes(inputs_), scales_, row_, 0, &sum);
+        avx512::dot_row<1, typename Weights::Rows>(expand_, codes(out.row + n), Weights::bytes(inputs_), scales_, row_, 0, &sum);
         if (p_.out.dtype == DType::kBFloat16) {
           *p_.out.as<bf16>().at(m, out.group, out.first + n) = bf16_from_float(sum);
         } else {
