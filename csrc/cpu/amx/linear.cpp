@@ -34,7 +34,7 @@ using avx512::blocks_of;
 constexpr int64_t kFewInputs = 256, kManyInputs = 512;  // of a job
 constexpr int64_t kMostRows = 512;                      // whose sums wait in memory
 constexpr int64_t kMostBytes = 5 << 18;                 // of activations that stay in the second-level cache, about
-constexpr int64_t kWide = 256;                          // outputs of a piece, at most
+constexpr int64_t kWide = 512;                          // outputs of a piece, at most
 constexpr int64_t kPieces = 4;                          // for each thread, at least
 constexpr int64_t kAheadBlocks = 3;  // of codes asked for before they expand, for few rows
 constexpr int64_t kGapBytes = 16 << 10;
@@ -239,54 +239,55 @@ class Kernel {
     const Expansion e = expansion_;
     const int64_t end = e.rows - e.row < rows ? e.rows : e.row + rows;
     expansion_.row = end;
-    for (int64_t row = e.row, some; row < end; row += some) {
-      const int64_t left = kTileRows - row % kTileRows;  // in the tile
-      some = end - row < left ? end - row : left;
-      bf16* to = e.to + row / kTileRows * kTileRows * range_ + row % kTileRows * kStep;
-      if (e.block + e.blocks <= whole_ && e.blocks == kFewInputs / kBlock) {
-        expand_rows<kFewInputs / kBlock>(*e.out, row, some, e.block, e.ahead, to);
-      } else if (e.block + e.blocks <= whole_ && e.blocks == kManyInputs / kBlock) {
-        expand_rows<kManyInputs / kBlock>(*e.out, row, some, e.block, e.ahead, to);
-      } else {
-        for (int64_t b = 0; b < e.blocks; ++b, to += kBlockSteps * kTileElements) {
-          expand_rows<1>(*e.out, row, some, e.block + b, e.ahead, to);
-        }
+    if (e.block + e.blocks <= whole_ && e.blocks == kFewInputs / kBlock) {
+      expand_rows<kFewInputs / kBlock>(*e.out, e.row, end, e.block, e.ahead, e.to, range_);
+    } else if (e.block + e.blocks <= whole_ && e.blocks == kManyInputs / kBlock) {
+      expand_rows<kManyInputs / kBlock>(*e.out, e.row, end, e.block, e.ahead, e.to, range_);
+    } else {
+      for (int64_t b = 0; b < e.blocks; ++b) {
+        expand_rows<1>(*e.out, e.row, end, e.block + b, e.ahead, e.to + b * kBlockSteps * kTileElements, range_);
       }
     }
   }
   // Blocks of some outputs. Beyond the last output it is there once more: nothing that memory might hold gets into a
   // tile.
   template <int64_t kBlocks>
-  DSV4_MEMBER void expand_rows(const Outputs& out, int64_t row, int64_t rows, int64_t block, int64_t ahead,
-                               bf16* to) const {
-    if (kBlocks == 1 && block >= whole_) return expand_last_rows(out, row, rows, to);
+  DSV4_MEMBER void expand_rows(const Outputs& out, int64_t row, int64_t end, int64_t block, int64_t ahead, bf16* buffer,
+                               int64_t range) const {
+    if (kBlocks == 1 && block >= whole_) return expand_last_rows(out, row, end, buffer, range);
     const Weights expand = expand_;  // in registers
     const int64_t stride = p_.weight.stride[0] * kElementBytes, scale_stride = p_.scale.stride[0];
-    const int64_t first = out.row + (row < out.count ? row : out.count - 1);
+    const int64_t last = out.count - 1, first = out.row + (row < last ? row : last);
     const uint8_t *from = codes(first) + block * Weights::kBlockBytes, *scales = nullptr;
     if constexpr (Weights::kScales > 0) scales = scale_row(first) + block * Weights::kScales;
-    for (int64_t left = out.count - 1 - row, end = left - rows; left > end; --left, to += kStep) {
-      avx512::ask(from + ahead, kBlocks * Weights::kBlockBytes);
+    bf16* to = tile_row(buffer, row, range);
+    while (row < end) {
 #pragma GCC unroll 4
       for (int64_t b = 0; b < kBlocks; ++b) {
+        avx512::ask(from + b * Weights::kBlockBytes + ahead, Weights::kBlockBytes);
         put_block(expand.expand(from + b * Weights::kBlockBytes, StoredScales{scales + b * Weights::kScales}),
                   to + b * kBlockSteps * kTileElements);
       }
-      if (left <= 0) continue;
-      from += stride;
-      if (Weights::kScales == 4 || (Weights::kScales == 1 && (out.row + out.count - left) % 128 == 0)) {
-        scales += scale_stride;
+      if (row < last) {
+        from += stride;
+        if (Weights::kScales == 4 || (Weights::kScales == 1 && (out.row + row + 1) % 128 == 0)) scales += scale_stride;
       }
+      to += kStep;
+      if (++row == kTileRows) to = tile_row(buffer, row, range);
     }
   }
+  static bf16* tile_row(bf16* buffer, int64_t row, int64_t range) {
+    return buffer + (row < kTileRows ? 0 : kTileRows * (range - kStep)) + row * kStep;
+  }
   // Of the last block, where it is not whole.
-  __attribute__((noinline)) void expand_last_rows(const Outputs& out, int64_t row, int64_t rows, bf16* to) const {
-    for (int64_t i = row; i < row + rows; ++i, to += kStep) {
-      const int64_t at = out.row + (i < out.count ? i : out.count - 1), first = whole_ * Weights::kScales;
+  __attribute__((noinline)) void expand_last_rows(const Outputs& out, int64_t row, int64_t end, bf16* buffer,
+                                                  int64_t range) const {
+    for (; row < end; ++row) {
+      const int64_t at = out.row + (row < out.count ? row : out.count - 1), first = whole_ * Weights::kScales;
       uint8_t some[4] = {Weights::kLeast, Weights::kLeast, Weights::kLeast, Weights::kLeast};
       for (int64_t n = 0; first + n < p_.scale.size(1); ++n) some[n] = scale_row(at)[first + n];
       const int64_t done = whole_ * Weights::kBlockBytes, bytes = Weights::bytes(inputs_) - done;
-      put_block(expand_.expand(codes(at) + done, StoredScales{some}, bytes), to);
+      put_block(expand_.expand(codes(at) + done, StoredScales{some}, bytes), tile_row(buffer, row, range));
     }
   }
   DSV4_MEMBER static void put_block(const Block& w, bf16* to) {
@@ -310,20 +311,22 @@ class Kernel {
     const int64_t side = many_ ? index % sides_ : index / ranges_, range = many_ ? index / sides_ : index % ranges_;
     return {side_ + side, range == 0, range + 1 == ranges_, side, range * range_ / kBlock};
   }
-  // multiply(job, its weights) for every job in order.
+  // multiply(job, its weights) for every job in order. Of many rows the weights of two jobs would not fit the
+  // first-level cache, and expand before their job; of fewer beside the one before it.
   template <class Multiply>
   void pipeline(const Multiply& multiply) {
     const int64_t jobs = sides_ * ranges_;
-    begin(job(0), job(jobs > 1 ? 1 : 0), weights_);
-    expand(kAll);
-    for (int64_t j = 0; j < jobs; ++j) {
-      if (j + 1 < jobs) begin(job(j + 1), job(j + 2 < jobs ? j + 2 : j + 1), buffer(j + 1));
+    for (int64_t j = many_ ? 0 : -1; j < jobs; ++j) {
+      const int64_t next = many_ ? j : j + 1;
+      if (next < jobs) begin(job(next), job(next + 1 < jobs ? next + 1 : next), buffer(next));
+      if (many_ || j < 0) expand(kAll);
+      if (j < 0) continue;
       multiply(job(j), buffer(j));
       expand(kAll);  // what is left
     }
   }
-  static constexpr int64_t kAll = kSide * kManyInputs / kBlock;
-  bf16* buffer(int64_t job) const { return weights_ + job % 2 * kSide * range_; }
+  static constexpr int64_t kAll = kSide;
+  bf16* buffer(int64_t job) const { return weights_ + (many_ ? 0 : job % 2 * kSide * range_); }
 
   // A block of inputs of a side on its way to [output / 16][step][output % 16][32].
   struct Next {
@@ -346,9 +349,7 @@ class Kernel {
     return {out, block, ahead, out->count > kTileRows ? 8 : 4, to};
   }
   __attribute__((noinline)) void expand(const Next& e, int64_t step) const {
-    const int64_t row = step * e.share;
-    expand_rows<1>(*e.out, row, e.share, e.block, e.ahead,
-                   e.to + row / kTileRows * kTileRows * kBlock + row % kTileRows * kStep);
+    expand_rows<1>(*e.out, step * e.share, (step + 1) * e.share, e.block, e.ahead, e.to, kBlock);
   }
 
   // Up to 32 rows: a side after another, block by block over all inputs, while the next block expands.
@@ -389,14 +390,18 @@ class Kernel {
     const int64_t pairs = (last - first + kSide - 1) / kSide;
     const bool stay = pairs == 1 && !many_;
     pipeline([&](const Job& job, const bf16* weights) {
-      const int64_t rows = expansion_.rows;
+      const int64_t rows = expansion_.rows - expansion_.row;
       const Start start = job.first ? Start::kZero : stay ? Start::kGoOn : Start::kLoad;
       for (int64_t m = first; m < last; m += kSide) {
         Sums& sums = sums_[(many_ ? job.side * pairs : 0) + (m - first) / kSide];
         multiply(units, m, job, weights, (rows + pairs - 1) / pairs, start, job.last || !stay, sums);
-        if (job.last) write(m, *job.out, sums);
+        if (job.last && !many_) write(m, *job.out, sums);
       }
     });
+    if (!many_) return;
+    for (int64_t m = first; m < last; m += kSide) {
+      for (int64_t side = 0; side < sides_; ++side) write(m, side_[side], sums_[side * pairs + (m - first) / kSide]);
+    }
   }
 
   // A step's share of those of the next rows, into the first-level cache.
