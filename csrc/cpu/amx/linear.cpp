@@ -4,18 +4,22 @@
 // which are prepared once, have to be transposed into pairs. Up to 16 rows of those are the columns of a tile, which is
 // as wide as there are rows.
 //
-// A piece of work, some outputs, goes in jobs: a range of inputs of 32 outputs. While a job is multiplied with 32 rows
-// after another, 2 x 2 tiles of sums, the weights of the next one expand into a second buffer and those of the one
-// after it come from memory. 512 weights take some 50 cycles to expand and 16 for their products with 16 rows; the two
-// overlap, up to what the reorder buffer and the caches allow. Ranges have 256 inputs, so that both buffers stay in the
-// first-level cache (written to the second level they would cost four times as much), and follow each other along a
-// side of outputs: sums of up to 32 rows never leave the tile registers, of more they wait nearby without losing their
-// place in the order (sum = sum + 32 products, over all inputs). Where the activations do not fit the second-level
-// cache, 512 inputs of all outputs of a piece come first and then the next 512: each range of activations is then read
-// once a piece, and sums wait in the second-level cache.
+// Up to 32 rows: 32 outputs after another, their sums (2 x 1 or 2 x 2 tiles) in tile registers over all inputs. While
+// 128 inputs are multiplied, the weights of the next 128 expand into a second buffer, and those of three blocks later
+// come from memory. Buffers are 16 KiB together: rows of codes lie powers of two apart and share a few sets of the
+// first-level cache, out of which they would drive larger buffers.
 //
-// The limit: of few rows memory, with e2m1 the expansion; of many rows the second-level cache, which brings a tile of
-// activations for every two products (past the first level, where it would drive out weights), and the sums.
+// More rows: a job, a range of inputs of 32 outputs, is multiplied with 32 rows after another, and sums wait nearby
+// without losing their place in the order (sum = sum + 32 products, over all inputs). While the activations fit the
+// second-level cache, ranges have 256 inputs and follow each other along 32 outputs. Where they do not, 512 inputs of
+// all outputs of a piece come first and then the next 512: each range of activations is read once a piece, and sums
+// wait in the second-level cache. The weights of one job fill the first level then, so they expand before it; of e4m3
+// and plain ones of fewer rows those of the next job expand beside the products; e2m1 gains nothing by that, since
+// its tables and the tiles want the same load ports.
+//
+// The limit: of few rows memory with e4m3, with e2m1 the expansion and the loads of tiles, 43 and 20 cycles for 512
+// weights where memory takes 50; of many rows the second-level cache, which brings a tile of activations for every two
+// products (past the first level, where it would drive out weights), and the sums.
 //
 // Scales are e8m0 and go into the weights, exactly: 2^-63 to 1 with e4m3, 2^-63 to 2^63 with e2m1. 32 outputs with a
 // scale beyond are multiplied row by row as the experts' are (avx512/weight_rows.h), slowly; quantisers do not produce
@@ -36,7 +40,7 @@ constexpr int64_t kMostRows = 512;                      // whose sums wait in me
 constexpr int64_t kMostBytes = 5 << 18;                 // of activations that stay in the second-level cache, about
 constexpr int64_t kWide = 512;                          // outputs of a piece, at most
 constexpr int64_t kPieces = 4;                          // for each thread, at least
-constexpr int64_t kAheadBlocks = 3;  // of codes asked for before they expand, for few rows
+constexpr int64_t kAheadBlocks = 3;                     // of codes asked for before they expand, for few rows
 constexpr int64_t kGapBytes = 16 << 10;
 
 template <class Weights, bool kQuantise>
@@ -75,6 +79,7 @@ class Kernel {
         columns_(columns(p)),
         whole_(inputs_ / kBlock),
         many_(many(p)),
+        beside_(!many_ && Weights::kScales != 4),
         range_(inputs_of_job(p)),
         ranges_(inputs_ <= range_ ? 1 : (inputs_ + range_ - 1) / range_),
         unit_stride_(round_up(unit_bytes(p), 64)),
@@ -96,9 +101,12 @@ class Kernel {
     }
     if (sides_ == 0) return;
     configure();
-    if (rows_ <= kSide && !many_) multiply_few(units);
-    for (int64_t first = 0; first < rows_ && (rows_ > kSide || many_); first += kMostRows) {
-      multiply_rows(units, first, rows_ - first < kMostRows ? rows_ : first + kMostRows);
+    if (rows_ <= kSide && !many_) {
+      multiply_few(units);
+    } else {
+      for (int64_t first = 0; first < rows_; first += kMostRows) {
+        multiply_rows(units, first, rows_ - first < kMostRows ? rows_ : first + kMostRows);
+      }
     }
     tile_release();
   }
@@ -232,7 +240,8 @@ class Kernel {
   };
   void begin(const Job& job, const Job& after, bf16* to) {
     const int64_t blocks = steps(job) / kBlockSteps, rows = blocks == 0 ? 0 : round_up(job.out->count, kTileRows);
-    const int64_t ahead = codes(after.out->row) - codes(job.out->row) + (after.block - job.block) * Weights::kBlockBytes;
+    const int64_t ahead =
+        codes(after.out->row) - codes(job.out->row) + (after.block - job.block) * Weights::kBlockBytes;
     expansion_ = {job.out, job.block, blocks, ahead, 0, rows, to};
   }
   __attribute__((noinline)) void expand(int64_t rows) {
@@ -316,21 +325,21 @@ class Kernel {
   template <class Multiply>
   void pipeline(const Multiply& multiply) {
     const int64_t jobs = sides_ * ranges_;
-    for (int64_t j = many_ ? 0 : -1; j < jobs; ++j) {
-      const int64_t next = many_ ? j : j + 1;
-      if (next < jobs) begin(job(next), job(next + 1 < jobs ? next + 1 : next), buffer(next));
-      if (many_ || j < 0) expand(kAll);
+    for (int64_t j = beside_ ? -1 : 0; j < jobs; ++j) {
+      const int64_t coming = beside_ ? j + 1 : j;
+      if (coming < jobs) begin(job(coming), job(coming + 1 < jobs ? coming + 1 : coming), buffer(coming));
+      if (!beside_ || j < 0) expand(kAll);
       if (j < 0) continue;
       multiply(job(j), buffer(j));
       expand(kAll);  // what is left
     }
   }
   static constexpr int64_t kAll = kSide;
-  bf16* buffer(int64_t job) const { return weights_ + (many_ ? 0 : job % 2 * kSide * range_); }
+  bf16* buffer(int64_t job) const { return weights_ + (beside_ ? job % 2 * kSide * range_ : 0); }
 
   // A block of inputs of a side on its way to [output / 16][step][output % 16][32].
   struct Next {
-    const Outputs* out;  // null: there is none
+    const Outputs* out;           // null: there is none
     int64_t block, ahead, share;  // share: outputs to expand beside one of the four steps
     bf16* to;
   };
@@ -344,7 +353,8 @@ class Kernel {
     const int64_t later = block + kAheadBlocks;
     int64_t ahead = kAheadBlocks * Weights::kBlockBytes;
     if (later >= blocks) {
-      ahead = side + 1 < sides_ ? codes(out[1].row) - codes(out->row) + (later - blocks - block) * Weights::kBlockBytes : 0;
+      ahead =
+          side + 1 < sides_ ? codes(out[1].row) - codes(out->row) + (later - blocks - block) * Weights::kBlockBytes : 0;
     }
     return {out, block, ahead, out->count > kTileRows ? 8 : 4, to};
   }
@@ -376,7 +386,11 @@ class Kernel {
           const auto between = [&](int64_t s) __attribute__((always_inline)) {
             if (e.out != nullptr) expand(e, s);
           };
-          add_products<shape.kRows, shape.kColumns>(w, x, kBlockSteps, between);
+          if (columns_ == kUnit) {
+            add_products<shape.kRows, shape.kColumns, true>(w, x, kBlockSteps, between);
+          } else {
+            add_products<shape.kRows, shape.kColumns>(w, x, kBlockSteps, between);
+          }
         }
         store_sums<shape.kRows, shape.kColumns>(sums_[0]);
       });
@@ -384,17 +398,15 @@ class Kernel {
     }
   }
 
-  // Rows [first, last): sums of up to 32 stay in tile registers over all inputs, of more they wait in memory for the
-  // next range of them.
+  // Rows [first, last), whose sums wait in memory for the next range of inputs. Results of many rows, which lie pages
+  // apart, are written when all outputs of a row are there.
   void multiply_rows(const uint8_t* units, int64_t first, int64_t last) {
     const int64_t pairs = (last - first + kSide - 1) / kSide;
-    const bool stay = pairs == 1 && !many_;
     pipeline([&](const Job& job, const bf16* weights) {
       const int64_t rows = expansion_.rows - expansion_.row;
-      const Start start = job.first ? Start::kZero : stay ? Start::kGoOn : Start::kLoad;
       for (int64_t m = first; m < last; m += kSide) {
         Sums& sums = sums_[(many_ ? job.side * pairs : 0) + (m - first) / kSide];
-        multiply(units, m, job, weights, (rows + pairs - 1) / pairs, start, job.last || !stay, sums);
+        multiply(units, m, job, weights, (rows + pairs - 1) / pairs, sums);
         if (job.last && !many_) write(m, *job.out, sums);
       }
     });
@@ -411,11 +423,9 @@ class Kernel {
     for (int64_t at = 0; at < kShare; at += 64) _mm_prefetch(from + at, _MM_HINT_T0);
   }
 
-  enum class Start { kZero, kGoOn, kLoad };
-
   // A job with up to 32 rows of activations from m on, while `rows` of the next one's weights expand.
   DSV4_MEMBER void multiply(const uint8_t* units, int64_t m, const Job& job, const bf16* weights, int64_t rows,
-                            Start start, bool store, Sums& sums) {
+                            Sums& sums) {
     const int64_t count = steps(job), some = count == 0 ? 0 : (rows + count - 1) / count, tile = columns_ * kStep;
     const TileSteps w[2] = {{weights}, {weights + kTileRows * range_}};
     TileSteps x[2] = {};
@@ -424,8 +434,7 @@ class Kernel {
       x[i] = {unit(units, m + i * kUnit) + job.block * kBlockSteps * tile, tile, columns_ * 4};
     }
     with_shape(job.out->count > kTileRows, two, [&](auto shape) __attribute__((always_inline)) {
-      if (start == Start::kZero) zero_sums<shape.kRows, shape.kColumns>();
-      if (start == Start::kLoad) load_sums<shape.kRows, shape.kColumns>(sums);
+      job.first ? zero_sums<shape.kRows, shape.kColumns>() : load_sums<shape.kRows, shape.kColumns>(sums);
       const auto between = [&](int64_t s) __attribute__((always_inline)) {
         if (many_) ask_for_sums(&sums + 1, s);
         if (s * some < rows) expand(some);
@@ -435,7 +444,7 @@ class Kernel {
       } else {
         add_products<shape.kRows, shape.kColumns>(w, x, count, between);
       }
-      if (store) store_sums<shape.kRows, shape.kColumns>(sums);
+      store_sums<shape.kRows, shape.kColumns>(sums);
     });
   }
 
@@ -484,7 +493,8 @@ class Kernel {
       for (int64_t n = 0; n < out.count; ++n) {
         avx512::widen_scales(scale_row(out.row + n), p_.scale.size(1), padded, scales_);
         float sum;
-        avx512::dot_row<1, typename Weights::Rows>(expand_, codes(out.row + n), Weights::bytes(inputs_), scales_, row_, 0, &sum);
+        avx512::dot_row<1, typename Weights::Rows>(expand_, codes(out.row + n), Weights::bytes(inputs_), scales_, row_,
+                                                   0, &sum);
         if (p_.out.dtype == DType::kBFloat16) {
           *p_.out.as<bf16>().at(m, out.group, out.first + n) = bf16_from_float(sum);
         } else {
@@ -499,9 +509,9 @@ class Kernel {
   const LinearParams& p_;
   const Weights expand_{};
   int64_t inputs_, rows_, columns_, whole_;  // whole_: blocks of 128 inputs
-  bool many_;
-  int64_t range_, ranges_, unit_stride_;  // inputs of a job, and such ranges
-  bf16* weights_;                         // of two jobs
+  bool many_, beside_;                       // beside_: weights expand while those before them are multiplied
+  int64_t range_, ranges_, unit_stride_;     // inputs of a job, and such ranges
+  bf16* weights_;                            // of two jobs
   Sums* sums_;
   bf16* row_;
   float* scales_;

@@ -1,5 +1,5 @@
-// How the weights of the linear layers expand: 128 inputs of a row, with their scales, as four registers of 32 bfloat16,
-// each of them a row of a tile; and the order of inputs that goes with it.
+// How the weights of the linear layers expand: 128 inputs of a row, with their scales, as four registers of 32
+// bfloat16, each of them a row of a tile; and the order of inputs that goes with it.
 //
 // e2m1 takes the order in which a register holds one scale: 16 bytes of codes stand in all four lanes, lane l takes
 // nibble l of each of their 8 words, and that finds its value in the table of the scale. Three instructions for 32
@@ -60,9 +60,9 @@ struct Fp4Weights : avx512::Fp4Rows {
 #pragma GCC unroll 4
     for (int64_t j = 0; j < kBlockSteps; ++j) {
       const __m512i four = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + 16 * j)));
-      const __m512i index =
-          j % 2 == 0 ? _mm512_srlv_epi16(four, shifts_) : _mm512_multishift_epi64_epi8(fields_, four);
-      block.w[j] = _mm512_permutexvar_epi16(index, _mm512_load_si512(kE2m1Values.of[0] + (size_t{scales.first[j]} * kStep - kLeast * kStep)));
+      const __m512i index = j % 2 == 0 ? _mm512_srlv_epi16(four, shifts_) : _mm512_multishift_epi64_epi8(fields_, four);
+      block.w[j] = _mm512_permutexvar_epi16(
+          index, _mm512_load_si512(kE2m1Values.of[0] + (size_t{scales.first[j]} * kStep - kLeast * kStep)));
     }
     return block;
   }
