@@ -89,22 +89,14 @@ class Kernel {
         scales_(reinterpret_cast<float*>(reinterpret_cast<uint8_t*>(row_) + row_bytes(p))) {}
 
   void run(const uint8_t* units, int64_t group, int64_t begin, int64_t end) {
-    const int64_t row = group * p_.weight.size(0) / p_.x.size(1) + begin;
-    sides_ = 0;
-    for (int64_t side = 0; side * kSide < end - begin; ++side) {
-      const Outputs out = outputs(group, begin, end, row, side);
-      if (folds(out)) {
-        side_[sides_++] = out;
-      } else if constexpr (Weights::kScales > 0) {
-        multiply_and_scale(units, out);
-      }
-    }
-    if (sides_ == 0) return;
+    piece_ = {group, begin, end - begin, group * p_.weight.size(0) / p_.x.size(1) + begin};
+    sides_ = checked_ = 0;
     configure();
     if (rows_ <= kSide && !many_) {
       multiply_few(units);
     } else {
-      for (int64_t first = 0; first < rows_; first += kMostRows) {
+      find_sides(units, kWide / kSide);
+      for (int64_t first = 0; first < rows_ && sides_ > 0; first += kMostRows) {
         multiply_rows(units, first, rows_ - first < kMostRows ? rows_ : first + kMostRows);
       }
     }
@@ -115,13 +107,21 @@ class Kernel {
   using Sums = float[kSide][kSide];  // [output][row of activations]
   static constexpr int64_t kSumsBytes = sizeof(Sums);
 
-  // Outputs [first, first + count) of a group, whose weights begin at `row`; at most kSide.
+  // Outputs [first, first + count) of a group, whose weights begin at `row`: a piece, or a side of it, at most kSide.
   struct Outputs {
     int64_t group, first, count, row;
   };
-  static Outputs outputs(int64_t group, int64_t begin, int64_t end, int64_t row, int64_t side) {
-    const int64_t first = begin + side * kSide;
-    return {group, first, end - first < kSide ? end - first : kSide, row + side * kSide};
+  // Looks through the piece until there are `count` sides whose scales fold. Others are multiplied at once.
+  __attribute__((noinline)) void find_sides(const uint8_t* units, int64_t count) {
+    for (; sides_ < count && checked_ * kSide < piece_.count; ++checked_) {
+      const int64_t first = checked_ * kSide, left = piece_.count - first;
+      const Outputs out = {piece_.group, piece_.first + first, left < kSide ? left : kSide, piece_.row + first};
+      if (folds(out)) {
+        side_[sides_++] = out;
+      } else if constexpr (Weights::kScales > 0) {
+        multiply_and_scale(units, out);
+      }
+    }
   }
 
   static int64_t row_bytes(const LinearParams& p) {
@@ -362,17 +362,27 @@ class Kernel {
     expand_rows<1>(*e.out, step * e.share, (step + 1) * e.share, e.block, e.ahead, e.to, kBlock);
   }
 
+  // A block's share of those that are looked at after this side; of e4m3 there are few.
+  DSV4_MEMBER void ask_for_scales(int64_t block) const {
+    if constexpr (Weights::kScales == 4) {
+      avx512::ask(scale_row(piece_.row + checked_ * kSide) + block * kSide * Weights::kScales,
+                  kSide * Weights::kScales);
+    }
+  }
+
   // Up to 32 rows: a side after another, block by block over all inputs, while the next block expands.
   void multiply_few(const uint8_t* units) {
     const int64_t blocks = blocks_of(inputs_), tile = columns_ * kStep;
     const bool two = rows_ > kUnit;
     int64_t turn = 0;
     const auto buffer = [&] { return weights_ + turn * kSide * kBlock; };
-    if (blocks > 0) {
+    find_sides(units, 2);
+    if (blocks > 0 && sides_ > 0) {
       const Next e = next(0, 0, blocks, buffer());
       for (int64_t s = 0; s < kBlockSteps; ++s) expand(e, s);
     }
     for (int64_t side = 0; side < sides_; ++side) {
+      find_sides(units, side + 3);  // `next` looks at two more
       with_shape(side_[side].count > kTileRows, two, [&](auto shape) __attribute__((always_inline)) {
         zero_sums<shape.kRows, shape.kColumns>();
         for (int64_t block = 0; block < blocks; ++block) {
@@ -383,6 +393,7 @@ class Kernel {
           }
           turn = 1 - turn;
           const Next e = next(side, block + 1, blocks, buffer());
+          ask_for_scales(block);
           const auto between = [&](int64_t s) __attribute__((always_inline)) {
             if (e.out != nullptr) expand(e, s);
           };
@@ -515,8 +526,9 @@ class Kernel {
   Sums* sums_;
   bf16* row_;
   float* scales_;
-  Outputs side_[kWide / kSide];  // those whose scales fold
-  int64_t sides_ = 0;
+  Outputs piece_{};
+  Outputs side_[kWide / kSide];      // those whose scales fold, as far as they were looked for
+  int64_t sides_ = 0, checked_ = 0;  // checked_: of the piece's sides
   Expansion expansion_{};
 };
 

@@ -2,9 +2,8 @@
 // bfloat16, each of them a row of a tile; and the order of inputs that goes with it.
 //
 // e2m1 takes the order in which a register holds one scale: 16 bytes of codes stand in all four lanes, lane l takes
-// nibble l of each of their 8 words, and that finds its value in the table of the scale. Three instructions for 32
-// weights: the table's permutation needs both vector ports, shifts one of them and multishift the other, so the two
-// take turns.
+// nibble l of each of their 8 words, and that finds its value in the table of the scale: two vector instructions for 32
+// weights, where one table and the subtraction of a scale take five, most of them on the port that shifts.
 #pragma once
 
 #include "cpu/amx/tile.h"
@@ -47,11 +46,8 @@ struct Fp4Weights : avx512::Fp4Rows {
   static constexpr int kLeast = avx512::kLeastScale, kMost = kMostScale;
 
   Fp4Weights() {
-    alignas(64) uint16_t shifts[kStep];
     alignas(64) uint8_t fields[kTileBytes];
-    for (int i = 0; i < kStep; ++i) shifts[i] = static_cast<uint16_t>(i / 8 * 4);
     for (int i = 0; i < kTileBytes; ++i) fields[i] = static_cast<uint8_t>(i / 16 * 4 + i % 8 / 2 * 16);
-    shifts_ = _mm512_load_si512(shifts);
     fields_ = _mm512_load_si512(fields);
   }
 
@@ -60,7 +56,7 @@ struct Fp4Weights : avx512::Fp4Rows {
 #pragma GCC unroll 4
     for (int64_t j = 0; j < kBlockSteps; ++j) {
       const __m512i four = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + 16 * j)));
-      const __m512i index = j % 2 == 0 ? _mm512_srlv_epi16(four, shifts_) : _mm512_multishift_epi64_epi8(fields_, four);
+      const __m512i index = _mm512_multishift_epi64_epi8(fields_, four);
       block.w[j] = _mm512_permutexvar_epi16(
           index, _mm512_load_si512(kE2m1Values.of[0] + (size_t{scales.first[j]} * kStep - kLeast * kStep)));
     }
@@ -92,7 +88,7 @@ struct Fp4Weights : avx512::Fp4Rows {
   }
 
  private:
-  __m512i shifts_, fields_;
+  __m512i fields_;
 };
 
 struct PlainWeights {
