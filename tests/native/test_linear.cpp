@@ -353,6 +353,28 @@ TEST(scales_that_tiles_cannot_take_in) {
   }
 }
 
+// Pieces of work of five times 32 outputs, of which some in the middle, at the beginning or at the end go another way.
+TEST(pieces_of_many_outputs) {
+  for (const Implementation& implementation : kImplementations) {
+    if (!implementation.tiles || !usable(implementation)) continue;
+    for (const Form form : {Form::kFp8, Form::kFp4}) {
+      for (const int64_t inputs : {34, 258, 768}) {
+        for (const int64_t output : {0, 70, 159, 400, 699}) {
+          const Shape shape{form, 35, 1, inputs, 700};
+          Problem<bf16, uint8_t> problem(shape, 41);
+          problem.put_scale(form == Form::kFp4 ? output : output / 128, 0, 1);
+          check_error(implementation, shape, problem);
+          const std::vector<float> whole = problem.run(implementation, 1);
+          for (const int64_t count : {1, 8, 20}) {
+            const std::vector<float> some = problem.run(implementation, 1, 0, count);
+            CHECK(std::memcmp(some.data(), whole.data(), some.size() * sizeof(float)) == 0);
+          }
+        }
+      }
+    }
+  }
+}
+
 void expect(const LinearParams& p, Status (*run)(const LinearParams&, const Context&), const char* message) {
   ThreadPool pool(1);
   const Status status = run(p, pool.context());

@@ -4,70 +4,44 @@
 // which are prepared once, have to be transposed into pairs. Up to 16 rows of those are the columns of a tile, which is
 // as wide as there are rows.
 //
-// A piece of work, some outputs, goes in jobs: a range of inputs of 32 outputs. While a job is multiplied with 32 rows
-// after another, 2 x 2 tiles of sums, the weights of the next one expand into a second buffer and those of the one
-// after it come from memory. 512 weights take some 50 cycles to expand and 16 for their products with 16 rows; the two
-// overlap, up to what the reorder buffer and the caches allow. Ranges have 256 inputs, so that both buffers stay in the
-// first-level cache (written to the second level they would cost four times as much), and follow each other along a
-// side of outputs: sums of up to 32 rows never leave the tile registers, of more they wait nearby without losing their
-// place in the order (sum = sum + 32 products, over all inputs). Where the activations do not fit the second-level
-// cache, 512 inputs of all outputs of a piece come first and then the next 512: each range of activations is then read
-// once a piece, and sums wait in the second-level cache.
+// Up to 32 rows: 32 outputs after another, their sums (2 x 1 or 2 x 2 tiles) in tile registers over all inputs. While
+// 128 inputs are multiplied, the weights of the next 128 expand into a second buffer, and those of three blocks later
+// come from memory. Buffers are 16 KiB together: rows of codes lie powers of two apart and share a few sets of the
+// first-level cache, out of which they would drive larger buffers.
 //
-// The limit: of few rows memory, with e2m1 the expansion; of many rows the second-level cache, which brings a tile of
-// activations for every two products (past the first level, where it would drive out weights), and the sums.
+// More rows: a job, a range of inputs of 32 outputs, is multiplied with 32 rows after another, and sums wait nearby
+// without losing their place in the order (sum = sum + 32 products, over all inputs). While the activations fit the
+// second-level cache, ranges have 256 inputs and follow each other along 32 outputs. Where they do not, 512 inputs of
+// all outputs of a piece come first and then the next 512: each range of activations is read once a piece, and sums
+// wait in the second-level cache. The weights of one job fill the first level then, so they expand before it; of e4m3
+// and plain ones of fewer rows those of the next job expand beside the products; e2m1 gains nothing by that, since
+// its tables and the tiles want the same load ports.
+//
+// The limit: of few rows memory with e4m3, with e2m1 the expansion and the loads of tiles, 43 and 20 cycles for 512
+// weights where memory takes 50; of many rows the second-level cache, which brings a tile of activations for every two
+// products (past the first level, where it would drive out weights), and the sums.
 //
 // Scales are e8m0 and go into the weights, exactly: 2^-63 to 1 with e4m3, 2^-63 to 2^63 with e2m1. 32 outputs with a
 // scale beyond are multiplied row by row as the experts' are (avx512/weight_rows.h), slowly; quantisers do not produce
 // them.
 #include "cpu/linear.h"
 
+#include "cpu/amx/linear_weights.h"
 #include "cpu/amx/tile_product.h"
-#include "cpu/avx512/weight_rows.h"
 #include "cpu/linear_driver.h"
 
 namespace dsv4::DSV4_AMX_NAMESPACE {
 namespace {
 
-using avx512::Block, avx512::blocks_of, avx512::kBlock, avx512::kBlockSteps, avx512::kStep, avx512::StoredScales;
+using avx512::blocks_of;
 
 constexpr int64_t kFewInputs = 256, kManyInputs = 512;  // of a job
 constexpr int64_t kMostRows = 512;                      // whose sums wait in memory
 constexpr int64_t kMostBytes = 5 << 18;                 // of activations that stay in the second-level cache, about
-constexpr int64_t kWide = 256;                          // outputs of a piece, at most
+constexpr int64_t kWide = 512;                          // outputs of a piece, at most
 constexpr int64_t kPieces = 4;                          // for each thread, at least
+constexpr int64_t kAheadBlocks = 3;                     // of codes asked for before they expand, for few rows
 constexpr int64_t kGapBytes = 16 << 10;
-
-// Weights of a format: how 128 inputs of a row expand. kLeast to kMost are the scales that go into them.
-template <class Rows>
-struct Quantised : Rows {
-  using Element = uint8_t;
-  static constexpr int kLeast = avx512::kLeastScale, kMost = Rows::kMostScale;
-};
-using Fp8Weights = Quantised<avx512::Fp8Rows>;
-using Fp4Weights = Quantised<avx512::Fp4Rows>;
-
-struct PlainWeights {
-  using Element = bf16;
-  static constexpr int64_t kBlockBytes = kBlock * static_cast<int64_t>(sizeof(bf16)), kScales = 0;
-  static constexpr int kLeast = 0;
-  static constexpr int64_t bytes(int64_t inputs) { return inputs * static_cast<int64_t>(sizeof(bf16)); }
-
-  DSV4_MEMBER Block expand(const uint8_t* words, StoredScales) const {
-    Block block;
-    for (int64_t j = 0; j < kBlockSteps; ++j) block.w[j] = _mm512_loadu_si512(words + j * kTileBytes);
-    return block;
-  }
-  DSV4_MEMBER Block expand(const uint8_t* words, StoredScales, int64_t count) const {
-    Block block;
-    for (int64_t j = 0; j < kBlockSteps; ++j) {
-      block.w[j] = _mm512_maskz_loadu_epi8(avx512::mask64(count - j * kTileBytes), words + j * kTileBytes);
-    }
-    return block;
-  }
-  static void arrange(const bf16* x, bf16* to) { __builtin_memcpy(to, x, kBlock * sizeof(bf16)); }
-  static int64_t place(int64_t j, int64_t i) { return 16 * j + i; }
-};
 
 template <class Weights, bool kQuantise>
 class Kernel {
@@ -105,6 +79,7 @@ class Kernel {
         columns_(columns(p)),
         whole_(inputs_ / kBlock),
         many_(many(p)),
+        beside_(!many_ && Weights::kScales != 4),
         range_(inputs_of_job(p)),
         ranges_(inputs_ <= range_ ? 1 : (inputs_ + range_ - 1) / range_),
         unit_stride_(round_up(unit_bytes(p), 64)),
@@ -114,20 +89,16 @@ class Kernel {
         scales_(reinterpret_cast<float*>(reinterpret_cast<uint8_t*>(row_) + row_bytes(p))) {}
 
   void run(const uint8_t* units, int64_t group, int64_t begin, int64_t end) {
-    const int64_t row = group * p_.weight.size(0) / p_.x.size(1) + begin;
-    sides_ = 0;
-    for (int64_t side = 0; side * kSide < end - begin; ++side) {
-      const Outputs out = outputs(group, begin, end, row, side);
-      if (folds(out)) {
-        side_[sides_++] = out;
-      } else if constexpr (Weights::kScales > 0) {
-        multiply_and_scale(units, out);
-      }
-    }
-    if (sides_ == 0) return;
+    piece_ = {group, begin, end - begin, group * p_.weight.size(0) / p_.x.size(1) + begin};
+    sides_ = checked_ = 0;
     configure();
-    for (int64_t first = 0; first < rows_; first += kMostRows) {
-      multiply_rows(units, first, rows_ - first < kMostRows ? rows_ : first + kMostRows);
+    if (rows_ <= kSide && !many_) {
+      multiply_few(units);
+    } else {
+      find_sides(units, kWide / kSide);
+      for (int64_t first = 0; first < rows_ && sides_ > 0; first += kMostRows) {
+        multiply_rows(units, first, rows_ - first < kMostRows ? rows_ : first + kMostRows);
+      }
     }
     tile_release();
   }
@@ -136,13 +107,21 @@ class Kernel {
   using Sums = float[kSide][kSide];  // [output][row of activations]
   static constexpr int64_t kSumsBytes = sizeof(Sums);
 
-  // Outputs [first, first + count) of a group, whose weights begin at `row`; at most kSide.
+  // Outputs [first, first + count) of a group, whose weights begin at `row`: a piece, or a side of it, at most kSide.
   struct Outputs {
     int64_t group, first, count, row;
   };
-  static Outputs outputs(int64_t group, int64_t begin, int64_t end, int64_t row, int64_t side) {
-    const int64_t first = begin + side * kSide;
-    return {group, first, end - first < kSide ? end - first : kSide, row + side * kSide};
+  // Looks through the piece until there are `count` sides whose scales fold. Others are multiplied at once.
+  __attribute__((noinline)) void find_sides(const uint8_t* units, int64_t count) {
+    for (; sides_ < count && checked_ * kSide < piece_.count; ++checked_) {
+      const int64_t first = checked_ * kSide, left = piece_.count - first;
+      const Outputs out = {piece_.group, piece_.first + first, left < kSide ? left : kSide, piece_.row + first};
+      if (folds(out)) {
+        side_[sides_++] = out;
+      } else if constexpr (Weights::kScales > 0) {
+        multiply_and_scale(units, out);
+      }
+    }
   }
 
   static int64_t row_bytes(const LinearParams& p) {
@@ -250,12 +229,10 @@ class Kernel {
     const int64_t left = blocks_of(inputs_) - job.block, most = range_ / kBlock;
     return (left < most ? left : most) * kBlockSteps;
   }
-  const uint8_t* first_codes(const Job& job) const { return codes(job.out->row) + job.block * Weights::kBlockBytes; }
 
-  // The weights of a job on their way to [output / 16][step][output % 16][32], a row at a time. Beyond the last output
-  // it is there once more: nothing that memory might hold gets into a tile.
+  // The weights of a job on their way to [output / 16][step][output % 16][32], a row at a time.
   struct Expansion {
-    Outputs out;
+    const Outputs* out;
     int64_t block, blocks;  // the job's inputs
     int64_t ahead;          // bytes from its codes to those of the job after it
     int64_t row, rows;
@@ -263,53 +240,67 @@ class Kernel {
   };
   void begin(const Job& job, const Job& after, bf16* to) {
     const int64_t blocks = steps(job) / kBlockSteps, rows = blocks == 0 ? 0 : round_up(job.out->count, kTileRows);
-    expansion_ = {*job.out, job.block, blocks, first_codes(after) - first_codes(job), 0, rows, to};
+    const int64_t ahead =
+        codes(after.out->row) - codes(job.out->row) + (after.block - job.block) * Weights::kBlockBytes;
+    expansion_ = {job.out, job.block, blocks, ahead, 0, rows, to};
   }
   __attribute__((noinline)) void expand(int64_t rows) {
     const Expansion e = expansion_;
     const int64_t end = e.rows - e.row < rows ? e.rows : e.row + rows;
-    if (e.block + e.blocks > whole_) {
-      expand_rows<0>(e, end);
-    } else if (e.blocks == kFewInputs / kBlock) {
-      expand_rows<kFewInputs / kBlock>(e, end);
-    } else if (e.blocks == kManyInputs / kBlock) {
-      expand_rows<kManyInputs / kBlock>(e, end);
-    } else {
-      expand_rows<0>(e, end);
-    }
     expansion_.row = end;
-  }
-  // kBlocks: how many there are, all of them whole; or 0.
-  template <int64_t kBlocks>
-  DSV4_MEMBER void expand_rows(const Expansion& e, int64_t end) const {
-    for (int64_t i = e.row; i < end; ++i) {
-      const int64_t row = e.out.row + (i < e.out.count ? i : e.out.count - 1);
-      const uint8_t *from = codes(row) + e.block * Weights::kBlockBytes, *scales = nullptr;
-      if constexpr (Weights::kScales > 0) scales = scale_row(row) + e.block * Weights::kScales;
-      bf16* to = e.to + i / kTileRows * kTileRows * range_ + i % kTileRows * kStep;
-      if constexpr (kBlocks > 0) {
-#pragma GCC unroll 4
-        for (int64_t b = 0; b < kBlocks; ++b) expand_block(from, b, scales, e.ahead, to);
-      } else {
-        for (int64_t b = 0; b < e.blocks; ++b) expand_last(e, from, b, scales, to);
+    if (e.block + e.blocks <= whole_ && e.blocks == kFewInputs / kBlock) {
+      expand_rows<kFewInputs / kBlock>(*e.out, e.row, end, e.block, e.ahead, e.to, range_);
+    } else if (e.block + e.blocks <= whole_ && e.blocks == kManyInputs / kBlock) {
+      expand_rows<kManyInputs / kBlock>(*e.out, e.row, end, e.block, e.ahead, e.to, range_);
+    } else {
+      for (int64_t b = 0; b < e.blocks; ++b) {
+        expand_rows<1>(*e.out, e.row, end, e.block + b, e.ahead, e.to + b * kBlockSteps * kTileElements, range_);
       }
     }
   }
-  DSV4_MEMBER void expand_block(const uint8_t* from, int64_t b, const uint8_t* scales, int64_t ahead, bf16* to) const {
-    avx512::ask(from + b * Weights::kBlockBytes + ahead, Weights::kBlockBytes);
-    put_block(expand_.expand(from + b * Weights::kBlockBytes, StoredScales{scales + b * Weights::kScales}), b, to);
+  // Blocks of some outputs. Beyond the last output it is there once more: nothing that memory might hold gets into a
+  // tile.
+  template <int64_t kBlocks>
+  DSV4_MEMBER void expand_rows(const Outputs& out, int64_t row, int64_t end, int64_t block, int64_t ahead, bf16* buffer,
+                               int64_t range) const {
+    if (kBlocks == 1 && block >= whole_) return expand_last_rows(out, row, end, buffer, range);
+    const Weights expand = expand_;  // in registers
+    const int64_t stride = p_.weight.stride[0] * kElementBytes, scale_stride = p_.scale.stride[0];
+    const int64_t last = out.count - 1, first = out.row + (row < last ? row : last);
+    const uint8_t *from = codes(first) + block * Weights::kBlockBytes, *scales = nullptr;
+    if constexpr (Weights::kScales > 0) scales = scale_row(first) + block * Weights::kScales;
+    bf16* to = tile_row(buffer, row, range);
+    while (row < end) {
+#pragma GCC unroll 4
+      for (int64_t b = 0; b < kBlocks; ++b) {
+        avx512::ask(from + b * Weights::kBlockBytes + ahead, Weights::kBlockBytes);
+        put_block(expand.expand(from + b * Weights::kBlockBytes, StoredScales{scales + b * Weights::kScales}),
+                  to + b * kBlockSteps * kTileElements);
+      }
+      if (row < last) {
+        from += stride;
+        if (Weights::kScales == 4 || (Weights::kScales == 1 && (out.row + row + 1) % 128 == 0)) scales += scale_stride;
+      }
+      to += kStep;
+      if (++row == kTileRows) to = tile_row(buffer, row, range);
+    }
   }
-  // Where the last block of a row is among them and may not be whole.
-  void expand_last(const Expansion& e, const uint8_t* from, int64_t b, const uint8_t* scales, bf16* to) const {
-    if (e.block + b < whole_) return expand_block(from, b, scales, e.ahead, to);
-    uint8_t some[4] = {Weights::kLeast, Weights::kLeast, Weights::kLeast, Weights::kLeast};
-    for (int64_t i = 0; whole_ * Weights::kScales + i < p_.scale.size(1); ++i)
-      some[i] = scales[b * Weights::kScales + i];
-    const int64_t bytes = Weights::bytes(inputs_) - whole_ * Weights::kBlockBytes;
-    put_block(expand_.expand(from + b * Weights::kBlockBytes, StoredScales{some}, bytes), b, to);
+  static bf16* tile_row(bf16* buffer, int64_t row, int64_t range) {
+    return buffer + (row < kTileRows ? 0 : kTileRows * (range - kStep)) + row * kStep;
   }
-  DSV4_MEMBER void put_block(const Block& w, int64_t b, bf16* to) const {
-    for (int64_t j = 0; j < kBlockSteps; ++j) _mm512_store_si512(to + (b * kBlockSteps + j) * kTileElements, w.w[j]);
+  // Of the last block, where it is not whole.
+  __attribute__((noinline)) void expand_last_rows(const Outputs& out, int64_t row, int64_t end, bf16* buffer,
+                                                  int64_t range) const {
+    for (; row < end; ++row) {
+      const int64_t at = out.row + (row < out.count ? row : out.count - 1), first = whole_ * Weights::kScales;
+      uint8_t some[4] = {Weights::kLeast, Weights::kLeast, Weights::kLeast, Weights::kLeast};
+      for (int64_t n = 0; first + n < p_.scale.size(1); ++n) some[n] = scale_row(at)[first + n];
+      const int64_t done = whole_ * Weights::kBlockBytes, bytes = Weights::bytes(inputs_) - done;
+      put_block(expand_.expand(codes(at) + done, StoredScales{some}, bytes), tile_row(buffer, row, range));
+    }
+  }
+  DSV4_MEMBER static void put_block(const Block& w, bf16* to) {
+    for (int64_t j = 0; j < kBlockSteps; ++j) _mm512_store_si512(to + j * kTileElements, w.w[j]);
   }
 
   void configure() const {
@@ -329,33 +320,111 @@ class Kernel {
     const int64_t side = many_ ? index % sides_ : index / ranges_, range = many_ ? index / sides_ : index % ranges_;
     return {side_ + side, range == 0, range + 1 == ranges_, side, range * range_ / kBlock};
   }
-  // multiply(job, its weights) for every job in order.
+  // multiply(job, its weights) for every job in order. Of many rows the weights of two jobs would not fit the
+  // first-level cache, and expand before their job; of fewer beside the one before it.
   template <class Multiply>
   void pipeline(const Multiply& multiply) {
     const int64_t jobs = sides_ * ranges_;
-    begin(job(0), job(jobs > 1 ? 1 : 0), weights_);
-    expand(kSide);
-    for (int64_t j = 0; j < jobs; ++j) {
-      if (j + 1 < jobs) begin(job(j + 1), job(j + 2 < jobs ? j + 2 : j + 1), buffer(j + 1));
+    for (int64_t j = beside_ ? -1 : 0; j < jobs; ++j) {
+      const int64_t coming = beside_ ? j + 1 : j;
+      if (coming < jobs) begin(job(coming), job(coming + 1 < jobs ? coming + 1 : coming), buffer(coming));
+      if (!beside_ || j < 0) expand(kAll);
+      if (j < 0) continue;
       multiply(job(j), buffer(j));
-      expand(kSide);  // what is left
+      expand(kAll);  // what is left
     }
   }
-  bf16* buffer(int64_t job) const { return weights_ + job % 2 * kSide * range_; }
+  static constexpr int64_t kAll = kSide;
+  bf16* buffer(int64_t job) const { return weights_ + (beside_ ? job % 2 * kSide * range_ : 0); }
 
-  // Rows [first, last): sums of up to 32 stay in tile registers over all inputs, of more they wait in memory for the
-  // next range of them.
+  // A block of inputs of a side on its way to [output / 16][step][output % 16][32].
+  struct Next {
+    const Outputs* out;           // null: there is none
+    int64_t block, ahead, share;  // share: outputs to expand beside one of the four steps
+    bf16* to;
+  };
+  Next next(int64_t side, int64_t block, int64_t blocks, bf16* to) const {
+    if (block == blocks) {
+      ++side;
+      block = 0;
+    }
+    if (side >= sides_) return {};
+    const Outputs* out = side_ + side;
+    const int64_t later = block + kAheadBlocks;
+    int64_t ahead = kAheadBlocks * Weights::kBlockBytes;
+    if (later >= blocks) {
+      ahead =
+          side + 1 < sides_ ? codes(out[1].row) - codes(out->row) + (later - blocks - block) * Weights::kBlockBytes : 0;
+    }
+    return {out, block, ahead, out->count > kTileRows ? 8 : 4, to};
+  }
+  __attribute__((noinline)) void expand(const Next& e, int64_t step) const {
+    expand_rows<1>(*e.out, step * e.share, (step + 1) * e.share, e.block, e.ahead, e.to, kBlock);
+  }
+
+  // A block's share of those that are looked at after this side; of e4m3 there are few.
+  DSV4_MEMBER void ask_for_scales(int64_t block) const {
+    if constexpr (Weights::kScales == 4) {
+      avx512::ask(scale_row(piece_.row + checked_ * kSide) + block * kSide * Weights::kScales,
+                  kSide * Weights::kScales);
+    }
+  }
+
+  // Up to 32 rows: a side after another, block by block over all inputs, while the next block expands.
+  void multiply_few(const uint8_t* units) {
+    const int64_t blocks = blocks_of(inputs_), tile = columns_ * kStep;
+    const bool two = rows_ > kUnit;
+    int64_t turn = 0;
+    const auto buffer = [&] { return weights_ + turn * kSide * kBlock; };
+    find_sides(units, 2);
+    if (blocks > 0 && sides_ > 0) {
+      const Next e = next(0, 0, blocks, buffer());
+      for (int64_t s = 0; s < kBlockSteps; ++s) expand(e, s);
+    }
+    for (int64_t side = 0; side < sides_; ++side) {
+      find_sides(units, side + 3);  // `next` looks at two more
+      with_shape(side_[side].count > kTileRows, two, [&](auto shape) __attribute__((always_inline)) {
+        zero_sums<shape.kRows, shape.kColumns>();
+        for (int64_t block = 0; block < blocks; ++block) {
+          const TileSteps w[2] = {{buffer()}, {buffer() + kTileRows * kBlock}};
+          TileSteps x[2] = {};
+          for (int64_t i = 0; i < 1 + two; ++i) {
+            x[i] = {unit(units, i * kUnit) + block * kBlockSteps * tile, tile, columns_ * 4};
+          }
+          turn = 1 - turn;
+          const Next e = next(side, block + 1, blocks, buffer());
+          ask_for_scales(block);
+          const auto between = [&](int64_t s) __attribute__((always_inline)) {
+            if (e.out != nullptr) expand(e, s);
+          };
+          if (columns_ == kUnit) {
+            add_products<shape.kRows, shape.kColumns, true>(w, x, kBlockSteps, between);
+          } else {
+            add_products<shape.kRows, shape.kColumns>(w, x, kBlockSteps, between);
+          }
+        }
+        store_sums<shape.kRows, shape.kColumns>(sums_[0]);
+      });
+      write(0, side_[side], sums_[0]);
+    }
+  }
+
+  // Rows [first, last), whose sums wait in memory for the next range of inputs. Results of many rows, which lie pages
+  // apart, are written when all outputs of a row are there.
   void multiply_rows(const uint8_t* units, int64_t first, int64_t last) {
     const int64_t pairs = (last - first + kSide - 1) / kSide;
-    const bool stay = pairs == 1 && !many_;
     pipeline([&](const Job& job, const bf16* weights) {
-      const Start start = job.first ? Start::kZero : stay ? Start::kGoOn : Start::kLoad;
+      const int64_t rows = expansion_.rows - expansion_.row;
       for (int64_t m = first; m < last; m += kSide) {
         Sums& sums = sums_[(many_ ? job.side * pairs : 0) + (m - first) / kSide];
-        multiply(units, m, job, weights, (kSide + pairs - 1) / pairs, start, job.last || !stay, sums);
-        if (job.last) write(m, *job.out, sums);
+        multiply(units, m, job, weights, (rows + pairs - 1) / pairs, sums);
+        if (job.last && !many_) write(m, *job.out, sums);
       }
     });
+    if (!many_) return;
+    for (int64_t m = first; m < last; m += kSide) {
+      for (int64_t side = 0; side < sides_; ++side) write(m, side_[side], sums_[side * pairs + (m - first) / kSide]);
+    }
   }
 
   // A step's share of those of the next rows, into the first-level cache.
@@ -365,11 +434,9 @@ class Kernel {
     for (int64_t at = 0; at < kShare; at += 64) _mm_prefetch(from + at, _MM_HINT_T0);
   }
 
-  enum class Start { kZero, kGoOn, kLoad };
-
   // A job with up to 32 rows of activations from m on, while `rows` of the next one's weights expand.
   DSV4_MEMBER void multiply(const uint8_t* units, int64_t m, const Job& job, const bf16* weights, int64_t rows,
-                            Start start, bool store, Sums& sums) {
+                            Sums& sums) {
     const int64_t count = steps(job), some = count == 0 ? 0 : (rows + count - 1) / count, tile = columns_ * kStep;
     const TileSteps w[2] = {{weights}, {weights + kTileRows * range_}};
     TileSteps x[2] = {};
@@ -378,8 +445,7 @@ class Kernel {
       x[i] = {unit(units, m + i * kUnit) + job.block * kBlockSteps * tile, tile, columns_ * 4};
     }
     with_shape(job.out->count > kTileRows, two, [&](auto shape) __attribute__((always_inline)) {
-      if (start == Start::kZero) zero_sums<shape.kRows, shape.kColumns>();
-      if (start == Start::kLoad) load_sums<shape.kRows, shape.kColumns>(sums);
+      job.first ? zero_sums<shape.kRows, shape.kColumns>() : load_sums<shape.kRows, shape.kColumns>(sums);
       const auto between = [&](int64_t s) __attribute__((always_inline)) {
         if (many_) ask_for_sums(&sums + 1, s);
         if (s * some < rows) expand(some);
@@ -389,7 +455,7 @@ class Kernel {
       } else {
         add_products<shape.kRows, shape.kColumns>(w, x, count, between);
       }
-      if (store) store_sums<shape.kRows, shape.kColumns>(sums);
+      store_sums<shape.kRows, shape.kColumns>(sums);
     });
   }
 
@@ -434,10 +500,12 @@ class Kernel {
     for (int64_t m = 0; m < rows_; ++m) {
       const int64_t i = m % kUnit;
       for (int64_t k = 0; k < words; ++k) __builtin_memcpy(row_ + 2 * k, unit(units, m) + 2 * (k * columns_ + i), 4);
+      for (int64_t k = 0; k < words * 2; k += kBlock) Weights::restore(row_ + k);
       for (int64_t n = 0; n < out.count; ++n) {
         avx512::widen_scales(scale_row(out.row + n), p_.scale.size(1), padded, scales_);
         float sum;
-        avx512::dot_row<1>(expand_, codes(out.row + n), Weights::bytes(inputs_), scales_, row_, 0, &sum);
+        avx512::dot_row<1, typename Weights::Rows>(expand_, codes(out.row + n), Weights::bytes(inputs_), scales_, row_,
+                                                   0, &sum);
         if (p_.out.dtype == DType::kBFloat16) {
           *p_.out.as<bf16>().at(m, out.group, out.first + n) = bf16_from_float(sum);
         } else {
@@ -452,14 +520,15 @@ class Kernel {
   const LinearParams& p_;
   const Weights expand_{};
   int64_t inputs_, rows_, columns_, whole_;  // whole_: blocks of 128 inputs
-  bool many_;
-  int64_t range_, ranges_, unit_stride_;  // inputs of a job, and such ranges
-  bf16* weights_;                         // of two jobs
+  bool many_, beside_;                       // beside_: weights expand while those before them are multiplied
+  int64_t range_, ranges_, unit_stride_;     // inputs of a job, and such ranges
+  bf16* weights_;                            // of two jobs
   Sums* sums_;
   bf16* row_;
   float* scales_;
-  Outputs side_[kWide / kSide];  // those whose scales fold
-  int64_t sides_ = 0;
+  Outputs piece_{};
+  Outputs side_[kWide / kSide];      // those whose scales fold, as far as they were looked for
+  int64_t sides_ = 0, checked_ = 0;  // checked_: of the piece's sides
   Expansion expansion_{};
 };
 
