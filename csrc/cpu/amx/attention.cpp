@@ -54,11 +54,11 @@ DSV4_INLINE void multiply(Left left, Right right, int64_t steps, bool fresh, Sum
     if (kTwoLeft && kTwoRight) tile_load<3>(second + sums.right, kTileBytes);
   }
   const int64_t stride = left.row * 2, right_stride = right.row * 2;
-  for (int64_t step = 0; step < steps; ++step) {
+  for (int64_t step = 0; step < steps; ++step) {  // right operands come from the second-level cache, and do not stay
     tile_load<4>(left.data, stride);
-    tile_load<6>(right.data, right_stride);
+    tile_load_once<6>(right.data, right_stride);
     tile_dot<0, 4, 6>();
-    if (kTwoRight) tile_load<7>(right.data + right.second, right_stride);
+    if (kTwoRight) tile_load_once<7>(right.data + right.second, right_stride);
     if (kTwoRight) tile_dot<1, 4, 7>();
     if (kTwoLeft) tile_load<5>(left.data + left.second, stride);
     if (kTwoLeft) tile_dot<2, 5, 6>();
