@@ -5,7 +5,7 @@
 
 namespace dsv4 {
 
-inline constexpr int64_t kMhcKept = 32;  // tokens whose new streams mhc_post_pre keeps a thread, at most
+inline constexpr int64_t kMhcTokens = 32;  // that a thread takes together, at most
 
 // What the backward pass over the tokens leaves, behind the packed fn if there is one, for the sums over the tokens.
 struct MhcTokenGradient {

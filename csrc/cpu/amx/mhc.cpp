@@ -4,18 +4,17 @@
 // (mhc_head: 8 columns in one). Relative error of the products against float32 fn: 2.5e-6. Everything but the product
 // is the AVX-512 kernels'.
 //
-//   many tokens: 128 at a time pass slices of 2048 columns, so that fn's part of one, 768 KiB, comes to the
-//   second-level
-//                cache once for all of them. Their rows, 8 D bytes apart, would fall into one set of the first-level
-//                cache: 64 elements of each of 32 tokens are staged as tiles, squares summed on the way, a few rows
+//   many tokens: 32 at a time pass slices of 2048 columns, the last one first in every other block, since its part of
+//   fn,
+//                768 KiB, is still in the second-level cache. Rows, 8 D bytes apart, would fall into one set of the
+//                first-level cache: 64 elements of each are staged as tiles, squares summed on the way, a few rows
 //                after each load of a tile, so that the two overlap.
 //   few tokens:  fn is the left operand, as it lies but for its split, and the tokens are the columns; the sums are
 //                those of many tokens to the bit, since a product of tiles does not depend on which side is which.
 //
-// A token takes 3 D / 8 tile cycles, 10 D + 80 bytes from memory, 8 D again from the last-level cache for the weighted
-// sum, and 0.75 D of fn. What is read ahead is left to the processor: it does so for 32 rows at once, and fetching by
-// instruction cost more than it gained (docs/investigations/amx.md). One token splits fn for itself, which takes three
-// to four times as long as AVX-512's float32 products.
+// A token takes 3 D / 8 tile cycles, 10 D + 80 bytes from memory and, from two slices on, 24 D of fn from the
+// last-level cache (docs/investigations/amx.md). One token splits fn for itself, which takes three to four times as
+// long as AVX-512's float32 products.
 #include "cpu/mhc.h"
 
 #include "cpu/amx/tile.h"
@@ -33,17 +32,17 @@ using avx512::Slices;
 
 static_assert(avx512::kTile == kTileRows && 2 * kStep == kTileBytes);
 
-constexpr int kA = 4, kB = 6;        // tiles: 0 to 3 sums, 4 and 5 left operands, 6 and 7 right ones
-constexpr int kChunk = 2;            // steps staged at a time
-constexpr int kFewChunk = 4;         // the same of few tokens
-constexpr int kTileWords = 16 * 16;  // 32-bit words of a tile of fn: a pair of elements, a column
-constexpr int kMaxSlices = 8;
+constexpr int kA = 4, kB = 6;          // tiles: 0 to 3 sums, 4 and 5 left operands, 6 and 7 right ones
+constexpr int kChunk = 2;              // steps staged at a time
+constexpr int kFewChunk = 4;           // the same of few tokens
+constexpr int kTileWords = 16 * 16;    // 32-bit words of a tile of fn: a pair of elements, a column
+constexpr int64_t kFetched = 512;      // elements from what is staged to what is fetched
 constexpr int64_t kSliceWidth = 2048;  // 768 KiB of fn, beside 512 KiB of streams
 
 struct Product {
   static constexpr int kParts = 4 * kStreams;
-  static constexpr int kTokens = 32, kBlock = 128;
-  static constexpr bool kFetches = false;
+  static constexpr int kGroups = 2, kMaxSlices = 8;
+  static constexpr int64_t kAhead = 0;
 
   static Slices slices(int64_t hidden) {
     const int64_t count = (hidden + kSliceWidth - 1) / kSliceWidth;
@@ -136,7 +135,7 @@ struct Product {
 
   // A chunk of up to 32 tokens as tiles.
   struct Stage {
-    alignas(64) bf16 tiles[kTokens / kTileRows][kChunk][kTileRows][kStep];
+    alignas(64) bf16 tiles[kGroups][kChunk][kTileRows][kStep];
   };
 
   // A slice of one stream of some tokens on its way into stages, and past the caches to where it is to be written.
@@ -146,6 +145,13 @@ struct Product {
     X* write;  // null: nowhere
     int64_t token, write_token, tokens;
     __m512* squares;  // [token]
+    // What is fetched meanwhile: rows from `ahead` elements on, `after` where those end.
+    const X *rows, *after;
+    int64_t fetch_token, ahead, end;
+
+    __attribute__((always_inline)) const X* fetched(int64_t d) const {
+      return d + ahead < end ? rows + d + ahead : after + d + ahead - end;
+    }
 
     // Of up to 64 elements from d on.
     __attribute__((always_inline)) void part(int64_t d, int64_t left, Stage* to) const {
@@ -164,14 +170,16 @@ struct Product {
     __attribute__((always_inline)) void whole(int64_t d, int first, Stage* to) const {
       bf16* tile = to->tiles[first / kTileRows][0][first % kTileRows];
       const X* row = from + first * token + d;
+      const X* fetch = fetched(d) + first * fetch_token;
       X* past = kWrites ? write + first * write_token + d : nullptr;
 #pragma GCC unroll 4
-      for (int t = 0; t < kCount; ++t, row += token, tile += kStep) {
+      for (int t = 0; t < kCount; ++t, row += token, tile += kStep, fetch += fetch_token) {
         __m512 sum = squares[first + t];
 #pragma GCC unroll 2
         for (int s = 0; s < kChunk; ++s) {
           const __m512i words = read(row + s * kStep, kStep, &sum);
           _mm512_store_si512(tile + s * kTileRows * kStep, words);
+          avx512::prefetch(fetch + s * kStep);
           if (kWrites) _mm512_stream_si512(reinterpret_cast<__m512i*>(past + s * kStep), words);
         }
         squares[first + t] = sum;
@@ -261,12 +269,23 @@ struct Product {
     for (int s = 0; s < kStreams; ++s) {
       __m512 squares[kTokens];
       for (__m512& sum : squares) sum = _mm512_setzero_ps();
-      X* write = traffic.write == nullptr ? nullptr : traffic.write + s * traffic.write_stream;
-      const Stager<X> stager{rows.data + s * rows.stream, write, rows.token, traffic.write_token, rows.tokens, squares};
+      const X *from = rows.data + s * rows.stream, *next = from + rows.stream + slice.begin;
+      const bool made = traffic.fetch != nullptr;  // the streams were made just before, from what is fetched now
+      const Stager<X> stager{from,
+                             traffic.write == nullptr ? nullptr : traffic.write + s * traffic.write_stream,
+                             rows.token,
+                             traffic.write_token,
+                             rows.tokens,
+                             squares,
+                             made ? traffic.fetch + s * traffic.fetch_stream : from,
+                             s + 1 < kStreams ? next : rows.data + rows.tokens * rows.token + slice.begin,
+                             traffic.fetch_token,
+                             made ? 0 : kFetched,
+                             slice.end};
       const uint32_t* fn = packed + (s * steps(rows.hidden) + slice.begin / kStep) * tiles(kOutputs) * kTileWords;
       zero_sums<0, kOutputs>();
       if constexpr (kTokenGroups == 2) zero_sums<2, kOutputs>();
-      if (write == nullptr) {
+      if (stager.write == nullptr) {
         multiply_slice<kOutputs, kTokenGroups, false>(stager, slice, fn, stages);
       } else {
         multiply_slice<kOutputs, kTokenGroups, true>(stager, slice, fn, stages);

@@ -37,7 +37,7 @@ int64_t mhc_workspace_bytes(int64_t hidden, int mixes) { return Product::bytes(h
 
 int64_t mhc_kept_bytes(int64_t tokens, int64_t hidden, DType x, const Context& context) {
   const int64_t token = kStreams * hidden * (x == DType::kBFloat16 ? 2 : 4);
-  return tokens * token > kCachedBytes ? context.threads * kMhcKept * token : 0;
+  return tokens * token > kCachedBytes ? context.threads * kMhcTokens * token : 0;
 }
 
 Status mhc_post(const MhcPostParams& p, const Context& context) {

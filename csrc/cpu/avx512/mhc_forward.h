@@ -3,12 +3,13 @@
 //   slices(hidden)                            the slices of the hidden width that are summed by themselves
 //   pack<kOutputs>(fn, hidden, part, to)      packs one of kParts parts of fn
 //   many<X, kOutputs>(rows, packed, slice, traffic, out)
-//                                             the products and squares of up to kTokens tokens over a slice, fn packed
+//                                             the products and squares of up to kGroups kTile tokens over a slice, fn
+//                                             packed
 //   few<X, kOutputs>(rows, fn, context, out)  the same over all slices of up to kTile tokens that are all there are, fn
 //                                             as it is
-// A token's result must be the same either way, in any company. Many tokens go in blocks of up to kBlock: a slice's
-// part of fn stays in the second-level cache while the block passes, the block in the caches until the weighted sum.
-// kFetches: what the next block needs is fetched meanwhile; else that is left to the processor.
+// A token's result must be the same either way, in any company. Many tokens go in blocks of kGroups kTile, which stay
+// in the second-level cache between the product and the weighted sum. kAhead: tokens from what is weighted to what is
+// fetched meanwhile; 0: nothing.
 #pragma once
 
 #include <algorithm>
@@ -72,6 +73,9 @@ struct Traffic {
     return stream + 1 < kStreams ? rows.data + (stream + 1) * rows.stream : rows.data + rows.tokens * rows.token;
   }
 };
+
+template <class Product>
+inline constexpr int64_t kTokens = Product::kGroups * kTile;  // of a block
 
 // Where the work takes no longer than waking threads.
 DSV4_INLINE Context on_this_thread(Context context) {
@@ -311,34 +315,32 @@ void run_few(const Op& op, const Context& all_threads) {
   });
 }
 
-// A block of tokens on one thread, in rows that are there or will be made.
+// A block of tokens on one thread, in rows that are there or will be made. `backwards`: the last slice first, whose
+// part of fn the block before has left in the cache.
 template <class Product, class X, class Op>
-void run_block(const Op& op, int64_t first, const Rows<X>& rows) {
-  constexpr int64_t kTokens = Product::kTokens;
-  alignas(64) float sums[Product::kBlock][kSums] = {}, part[kTokens][kSums] = {};
+void run_block(const Op& op, int64_t first, const Rows<X>& rows, bool backwards) {
+  alignas(64) float sums[kTokens<Product>][kSums] = {}, parts[Product::kMaxSlices][kTokens<Product>][kSums];
   const Slices slices = Product::slices(rows.hidden);
-  for (int s = 0; s < slices.count; ++s) {
+  const Traffic<X> traffic = Op::template traffic<X>(op, first, first + rows.tokens);
+  for (int i = 0; i < slices.count; ++i) {
+    const int s = backwards ? slices.count - 1 - i : i;
     Op::make(op, first, rows, slices[s]);
-    for (int64_t t = 0; t < rows.tokens; t += kTokens) {
-      const int64_t count = std::min(kTokens, rows.tokens - t);
-      Product::template many<X, Op::kOutputs>(rows.part(t, count), op.p.workspace.data, slices[s],
-                                              Op::template traffic<X>(op, first + t, first + t + count), part);
-      add(part, count, s == 0, sums + t);
-    }
+    Product::template many<X, Op::kOutputs>(rows, op.p.workspace.data, slices[s], traffic, parts[s]);
   }
+  for (int s = 0; s < slices.count; ++s) add(parts[s], rows.tokens, s == 0, sums);
   for (int64_t t = 0; t < rows.tokens; t += kTile) {
     Op::weights(op, first + t, std::min<int64_t>(kTile, rows.tokens - t), sums + t);
   }
-  const int64_t ahead = Product::kFetches ? Product::kBlock * rows.token : 0;
   for (int64_t t = 0; t < rows.tokens; ++t) {
-    Op::finish(op, first + t, rows.data + t * rows.token, rows.stream, sums[t], ahead);
+    Op::finish(op, first + t, rows.data + t * rows.token, rows.stream, sums[t], Product::kAhead * rows.token);
   }
 }
 
 // Many tokens: every thread takes some blocks. Behind the packed fn, the workspace has room for the new streams of one.
 template <class Product, class X, class Op>
 void run_many(const Op& op, const Context& context) {
-  constexpr int64_t kTokens = Product::kTokens, kKept = std::min<int64_t>(Product::kBlock, kMhcKept);
+  constexpr int64_t kBlock = kTokens<Product>;
+  static_assert(kBlock <= kMhcTokens);
   const int64_t tokens = op.p.streams.shape[0], hidden = op.p.streams.shape[2];
   char* packed = static_cast<char*>(op.p.workspace.data);
   parallel(context, Product::kParts, [&](int64_t begin, int64_t end) {
@@ -346,14 +348,14 @@ void run_many(const Op& op, const Context& context) {
       Product::template pack<Op::kOutputs>(op.p.mixing.fn, hidden, part, packed);
     }
   });
-  const int64_t units = (tokens + kTokens - 1) / kTokens, pieces = std::min<int64_t>(units, context.threads);
-  const int64_t block = Op::keeps(op) ? kKept : Product::kBlock;
+  X* kept = reinterpret_cast<X*>(packed + Product::bytes(hidden, Op::kOutputs));
+  const int64_t blocks = (tokens + kBlock - 1) / kBlock, pieces = std::min<int64_t>(blocks, context.threads);
   parallel(context, pieces, [&](int64_t begin, int64_t end) {
     for (int64_t piece = begin; piece < end; ++piece) {
-      X* kept = reinterpret_cast<X*>(packed + Product::bytes(hidden, Op::kOutputs)) + piece * kKept * kStreams * hidden;
-      const int64_t last = std::min(tokens, units * (piece + 1) / pieces * kTokens);
-      for (int64_t first = units * piece / pieces * kTokens; first < last; first += block) {
-        run_block<Product, X>(op, first, Op::rows(op, first, std::min(block, last - first), kept));
+      for (int64_t block = blocks * piece / pieces; block < blocks * (piece + 1) / pieces; ++block) {
+        const int64_t first = block * kBlock, count = std::min(kBlock, tokens - first);
+        const Rows<X> rows = Op::rows(op, first, count, kept + piece * kBlock * kStreams * hidden);
+        run_block<Product>(op, first, rows, block % 2 == 1);
       }
     }
     _mm_sfence();  // after what was written past the caches

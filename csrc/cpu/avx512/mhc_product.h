@@ -18,8 +18,8 @@ constexpr int kChunk = 16;  // steps; 12 columns of fn take 24 KiB
 
 struct Product {
   static constexpr int kParts = 4 * kStreams;
-  static constexpr int kTokens = kTile, kBlock = kTile;
-  static constexpr bool kFetches = true;
+  static constexpr int kGroups = 1, kMaxSlices = 1;
+  static constexpr int64_t kAhead = kTile;
 
   static Slices slices(int64_t hidden) { return {hidden, 1}; }
 
