@@ -15,6 +15,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NoReturn
 
+from dsv4.checkpoint import memory
 from dsv4.checkpoint.memory import parse_size, size
 from dsv4.console import Run, end_tokens, say
 from dsv4.planner import format_context, parse_context
@@ -186,6 +187,7 @@ def _generate(options: argparse.Namespace) -> int:
             f"a prompt of {len(ids):,} tokens and --max-new-tokens {options.max_new_tokens:,} exceed the {most:,} "
             "positions of the model"
         )
+    memory.keep_freed()
     run = Run(model, tokenizer, ids)
     if model.note:
         say(f"note: {options.model} has {model.note}; its text means nothing")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import statistics
 import threading
 import time
@@ -15,11 +14,12 @@ import torch
 from torch import Tensor
 
 from dsv4 import _library
+from dsv4.checkpoint import memory
 
 Precision = Literal["float32", "bfloat16", "none"]
 
 # Larger than any cache, so that what a run finds in one is only what it put there itself.
-_FLUSH_BYTES = 256 << 20
+_FLUSH_BYTES = 512 << 20
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Clock:
     def __init__(self, device: torch.device, quick: bool):
         self.device, self.quick = device, quick
         if device.type == "cpu":
-            _keep_freed_memory()
+            memory.keep_freed()
         self._flush = torch.zeros(_FLUSH_BYTES // 4, dtype=torch.int32, device=device)
 
     def time(self, run: Callable[[], Any]) -> Timing:
@@ -104,21 +104,6 @@ class Clock:
         started = time.perf_counter()
         run()
         return (time.perf_counter() - started) * 1e6
-
-
-def _keep_freed_memory() -> None:
-    """Let the C library hand out freed memory again, as torch does on a GPU and a server's allocator everywhere.
-
-    Otherwise every large result is new memory, which the kernel clears page by page: for an op bound by bandwidth that
-    takes longer than the op, and longer still for eager torch with its temporaries.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):
-        return  # not glibc
-    m_trim_threshold, m_mmap_max = -1, -4
-    mallopt(m_mmap_max, 0)
-    mallopt(m_trim_threshold, 2**31 - 1)
 
 
 @dataclass(frozen=True)
