@@ -6,9 +6,9 @@ JOBS ?= 2
 BUILD := build/make
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-# Compiling is the package's own business; pip only starts it. -C build-dir keeps the objects for the next time.
+# Compiling is the package's own business; pip only starts it. build-dir keeps the objects for the next time.
 INSTALL := CMAKE_BUILD_PARALLEL_LEVEL=$(JOBS) PATH="$(abspath $(BIN)):$$PATH" $(PIP) install --quiet --no-build-isolation \
-	--no-deps --force-reinstall -C build-dir=$(BUILD) -C cmake.define.DSV4_CUDA=$(CUDA)
+	--no-deps --force-reinstall --config-settings=build-dir=$(BUILD) --config-settings=cmake.define.DSV4_CUDA=$(CUDA)
 
 .PHONY: demo test build-tests test-native test-python bench lint format wheel clean
 
@@ -20,7 +20,7 @@ test: test-native test-python
 
 # One build gives the installed package and the native programs.
 build-tests: $(VENV)/.test
-	$(INSTALL) -C cmake.define.DSV4_NATIVE=ON .
+	$(INSTALL) --config-settings=cmake.define.DSV4_NATIVE=ON .
 
 test-native: build-tests
 	$(BIN)/ctest --test-dir $(BUILD) --output-on-failure --no-tests=error -j $(JOBS)
@@ -46,13 +46,14 @@ format: $(VENV)/.lint
 	git ls-files -- '*.h' '*.cpp' '*.cu' | xargs $(BIN)/clang-format -i
 
 wheel: $(VENV)/.runtime
-	CMAKE_BUILD_PARALLEL_LEVEL=$(JOBS) $(PIP) wheel --no-build-isolation --no-deps -C build-dir=$(BUILD) -w dist .
+	CMAKE_BUILD_PARALLEL_LEVEL=$(JOBS) $(PIP) wheel --no-build-isolation --no-deps --config-settings=build-dir=$(BUILD) -w dist .
 
 clean:
 	rm -rf build dist
 
 $(VENV)/.runtime: constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet 'pip>=22.1'  # the first with --config-settings
 	$(PIP) install --quiet -c constraints.txt torch numpy safetensors tokenizers rich scikit-build-core pybind11 cmake ninja
 	touch $@
 
