@@ -53,7 +53,8 @@ has_package() { (cd / && "$PYTHON" -c 'import dsv4, sys; sys.exit("sm80" not in 
 
 if [ ! -x "$DEVICE_TESTS/device_test_ptx" ] || ! has_package; then
   step build 200 env CMAKE_BUILD_PARALLEL_LEVEL="$(nproc)" "$PYTHON" -m pip install --no-build-isolation --no-deps \
-    --force-reinstall --config-settings=build-dir="$BUILD" --config-settings=cmake.define.DSV4_CUDA=ON --config-settings=cmake.define.DSV4_NATIVE=ON .
+    --force-reinstall --config-settings=build-dir="$BUILD" --config-settings=cmake.define.DSV4_CUDA=ON \
+    --config-settings=cmake.define.DSV4_NATIVE=ON .
 fi
 
 # What there is: tests/cuda_host/device builds a program of every test.
