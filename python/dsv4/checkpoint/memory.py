@@ -1,4 +1,4 @@
-"""Memory of this process, as the kernel counts it."""
+"""Memory of this process: what the kernel counts, and what the C library does with freed memory."""
 
 from __future__ import annotations
 
