@@ -54,25 +54,36 @@ class PoolReader {
   DSV4_HOST_DEVICE void append(int64_t entry, Key* keys, int64_t& count) const {
     const int64_t block = entry / page_size_;
     if (block >= blocks_ || !stored(block)) return;
-    append_at(table_[block], entry - block * page_size_, keys, count);
+    keys[count++] = key_at(table_[block], entry - block * page_size_);
   }
 
-  // The same for all of [begin, end).
+  // Puts each of [begin, end) in its place; what is not stored has no data.
+  DSV4_HOST_DEVICE void place(int64_t begin, int64_t end, Key* keys) const {
+    for (int64_t entry = begin; entry < end;) {
+      const int64_t block = entry / page_size_, last = smaller(end, (block + 1) * page_size_);
+      const bool here = block < blocks_ && stored(block);
+      for (; entry < last; ++entry) {
+        *keys++ = here ? key_at(table_[block], entry - block * page_size_) : Key{nullptr, nullptr};
+      }
+    }
+  }
+
+  // Appends those of [begin, end) that are stored.
   DSV4_HOST_DEVICE void append_range(int64_t begin, int64_t end, Key* keys, int64_t& count) const {
     for (int64_t block = begin / page_size_; block < blocks_ && block * page_size_ < end; ++block) {
       if (!stored(block)) continue;
       const int64_t first = larger(begin - block * page_size_, 0), last = smaller(end - block * page_size_, page_size_);
-      for (int64_t offset = first; offset < last; ++offset) append_at(table_[block], offset, keys, count);
+      for (int64_t offset = first; offset < last; ++offset) keys[count++] = key_at(table_[block], offset);
     }
   }
 
  private:
   DSV4_HOST_DEVICE bool stored(int64_t block) const { return table_[block] >= 0 && table_[block] < pages_; }
 
-  DSV4_HOST_DEVICE void append_at(int64_t page, int64_t offset, Key* keys, int64_t& count) const {
+  DSV4_HOST_DEVICE Key key_at(int64_t page, int64_t offset) const {
     const uint8_t* data = data_ + page * page_stride_;
-    keys[count].data = data + offset * row_stride_;
-    keys[count++].scales = fp8_ ? data + fp8_scales_at(offset, page_size_, head_dim_, rope_dim_) : nullptr;
+    return {data + offset * row_stride_,
+            fp8_ ? data + fp8_scales_at(offset, page_size_, head_dim_, rope_dim_) : nullptr};
   }
 
   const int32_t* table_;

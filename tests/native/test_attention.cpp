@@ -3,6 +3,7 @@
 // validation messages. The AMX kernel runs through a C++ model of the tiles as well.
 #include <algorithm>
 #include <cmath>
+#include <memory>
 
 #include "common/hardware.h"
 #include "common/pages.h"
@@ -91,6 +92,19 @@ class Pool {
       }
     }
   }
+
+  // Makes the first dim of an entry NaN.
+  void spoil(int64_t entry) {
+    uint8_t* page = bytes_.data() + table_[entry / page_size_] * bytes_.size() / (blocks_ + 1);
+    const int64_t offset = entry % page_size_;
+    if (s_.pool == DType::kUInt8) {
+      page[fp8_row_at(offset, s_.dim, s_.rope)] = 0x7F;
+    } else {
+      std::memset(page + offset * s_.dim * (s_.pool == DType::kFloat32 ? 4 : 2), 0xFF, 4);
+    }
+  }
+  // Takes an entry's page away.
+  void remove(int64_t entry) { table_[entry / page_size_] = -1; }
 
   double value(int64_t entry, int64_t d) const {
     const uint8_t* page = bytes_.data() + table_[entry / page_size_] * bytes_.size() / (blocks_ + 1);
@@ -359,6 +373,57 @@ TEST(threads_and_company_do_not_matter) {
         }
         CHECK(alone.out.same_bits(expected.out) && alone.lse.same_bits(expected.lse));
       }
+    }
+  }
+}
+
+// Neighbouring rows that read the same keys, but for their windows: enough of them to begin and end anywhere among
+// those that a kernel takes together. Lists of keys that are kept decoded, and longer ones.
+const Shape kNeighbours[] = {
+    {75, 3, 32, 0, 5, 0, 0, 4, 4, DType::kBFloat16},        {70, 17, 64, 16, 33, 70, 0, 7, 5, DType::kUInt8},
+    {40, 4, 128, 64, 128, 600, 0, 256, 2, DType::kUInt8},   {37, 33, 96, 32, 225, 40, 0, 16, 16, DType::kUInt8},
+    {37, 2, 96, 32, 226, 40, 0, 16, 16, DType::kUInt8},     {12, 2, 512, 64, 128, 1101, 0, 256, 64, DType::kUInt8},
+    {10, 5, 512, 64, 17, 1600, 0, 16, 32, DType::kFloat32}, {9, 3, 544, 64, 20, 300, 0, 16, 32, DType::kUInt8},
+};
+
+// `change` prepares a case; the rows whose results are then those of one row at a time.
+template <class Change>
+void compare_company(const Implementation& implementation, const Shape& shape, const Change& change) {
+  const auto make = [&] {
+    auto c = std::make_unique<Case<bf16>>(shape, 5);
+    for (int64_t row = 0; row < shape.rows && shape.entries > 0; ++row) {
+      c->lengths[row] = static_cast<int32_t>(shape.entries);
+    }
+    change(*c);
+    return c;
+  };
+  ThreadPool one(1);
+  const auto alone = make();
+  for (int64_t row = 0; row < shape.rows; ++row) Case<bf16>::run(implementation, one.context(), one_row(*alone, row));
+  for (const int threads : {1, 2}) {
+    ThreadPool pool(threads);
+    const auto whole = make();
+    whole->run(implementation, pool.context());
+    CHECK(whole->out.same_bits(alone->out) && whole->lse.same_bits(alone->lse));
+  }
+}
+
+TEST(neighbours_do_not_matter) {
+  for (const Implementation& implementation : kOthers) {
+    if (!present(implementation)) continue;
+    for (const Shape& shape : kNeighbours) {
+      if (!takes(implementation, shape, true)) continue;
+      compare_company(implementation, shape, [](Case<bf16>&) {});
+      compare_company(implementation, shape, [&](Case<bf16>& c) { c.window.spoil(c.first + shape.rows - 1); });
+      compare_company(implementation, shape, [&](Case<bf16>& c) { c.window.spoil(c.first + shape.rows / 2); });
+      compare_company(implementation, shape, [&](Case<bf16>& c) { c.window.remove(c.first + shape.rows / 2); });
+      compare_company(implementation, shape, [&](Case<bf16>& c) {
+        for (int64_t at = 0; at < c.first + shape.rows / 2; ++at) c.window.remove(at);
+        if (shape.entries > 0) c.entries.remove(shape.entries / 3);
+      });
+      compare_company(implementation, shape, [&](Case<bf16>& c) {  // other positions, in another order
+        for (int64_t row = 0; row < shape.rows; ++row) c.position[row] -= static_cast<int32_t>(row % 3 * (row / 2));
+      });
     }
   }
 }

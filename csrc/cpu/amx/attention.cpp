@@ -11,392 +11,154 @@
 // of 1,024, whose pairs, scores and sums fill that cache, 232.
 #include "cpu/attention.h"
 
-#include "cpu/amx/attention_tiles.h"
+#include <optional>
+
+#include "cpu/amx/attention_row.h"
 
 namespace dsv4::DSV4_AMX_NAMESPACE {
 namespace {
 
-using avx512::Plan;
-
-// Tiles 0 to 3: sums, of the first left operand with both right ones, then of the second; 4, 5: left; 6, 7: right.
-DSV4_INLINE void configure() {
-  TileConfig config;
-  for (int tile = 0; tile < kTiles; ++tile) config.set(tile, kTileRows, kTileBytes);
-  tile_configure(config);
-}
-
-// Operands of 32 keys or dims a step; elements from a row, from the first tile and from a step to the next.
-struct Left {
-  const bf16* data;
-  int64_t row, second, step;
-};
-struct Right {
-  const bf16* data;
-  int64_t row, second, step;
-};
-// Four tiles of sums, floats from the first tile to those of the second left and of the second right operand.
-struct Sums {
-  float* data;
-  int64_t left, right;
-};
-
-// sums (+)= left right over `steps` steps, for one or two tiles of either, with a piece of other work beside each step.
-template <bool kTwoLeft, bool kTwoRight, class Beside>
-DSV4_INLINE void multiply(Left left, Right right, int64_t steps, bool fresh, Sums sums, Beside& beside) {
-  float* const second = sums.data + sums.left;
-  if (fresh) {
-    tile_zero<0>();
-    if (kTwoRight) tile_zero<1>();
-    if (kTwoLeft) tile_zero<2>();
-    if (kTwoLeft && kTwoRight) tile_zero<3>();
-  } else {
-    tile_load<0>(sums.data, kTileBytes);
-    if (kTwoRight) tile_load<1>(sums.data + sums.right, kTileBytes);
-    if (kTwoLeft) tile_load<2>(second, kTileBytes);
-    if (kTwoLeft && kTwoRight) tile_load<3>(second + sums.right, kTileBytes);
-  }
-  const int64_t stride = left.row * 2, right_stride = right.row * 2;
-  for (int64_t step = 0; step < steps; ++step) {  // right operands come from the second-level cache, and do not stay
-    tile_load<4>(left.data, stride);
-    tile_load_once<6>(right.data, right_stride);
-    tile_dot<0, 4, 6>();
-    if (kTwoRight) tile_load_once<7>(right.data + right.second, right_stride);
-    if (kTwoRight) tile_dot<1, 4, 7>();
-    if (kTwoLeft) tile_load<5>(left.data + left.second, stride);
-    if (kTwoLeft) tile_dot<2, 5, 6>();
-    if (kTwoLeft && kTwoRight) tile_dot<3, 5, 7>();
-    left.data += left.step;
-    right.data += right.step;
-    beside();
-  }
-  tile_store<0>(sums.data, kTileBytes);
-  if (kTwoRight) tile_store<1>(sums.data + sums.right, kTileBytes);
-  if (kTwoLeft) tile_store<2>(second, kTileBytes);
-  if (kTwoLeft && kTwoRight) tile_store<3>(second + sums.right, kTileBytes);
-}
-
-// Spreads pieces of work evenly over a number of steps.
-template <class Piece>
-struct Spread {
-  const Piece& piece;
-  int64_t pieces, steps, due, done;
-
-  void operator()() {
-    for (due += pieces; due >= steps; due -= steps) piece(done++);
-  }
-};
-
-constexpr int64_t kKeptBytes = 1 << 20;  // of decoded keys, of 2 MiB of second-level cache
-
-// What one row's work leaves between its steps. Heads are padded to whole tiles.
-struct RowMemory {
-  Key* keys;  // [most keys]
-  KeyCounts* count;
-  bf16* query;    // as pack_query leaves it
-  bf16* pairs;    // [keys kept / 32], pairs_stride apart
-  float* scores;  // [keys / 32][tile of heads][32 keys][16 heads]
-  float* maxima;  // [parts, H]
-  float* totals;  // [parts, H]
-  float* sums;    // [parts kept][tile of heads][tile of dims][16 heads][16 dims]
-  int64_t most_kept;
-
-  static int64_t bytes(const SparseAttentionParams& p, int64_t most, int64_t sums_kept) {
-    Arena arena{nullptr};
-    RowMemory(p, most, sums_kept, arena);
-    return arena.used;
-  }
-
-  RowMemory(const SparseAttentionParams& p, int64_t most, int64_t sums_kept, Arena& arena)
-      : most_kept(kKeptBytes / (p.query.size(2) * 2)) {
-    const int64_t heads = tiles_of(p.query.size(1)) * kTileRows, head_dim = p.query.size(2), parts = Plan(most).parts;
-    keys = arena.take<Key>(most);
-    count = arena.take<KeyCounts>(1);
-    query = arena.take<bf16>(heads * head_dim);
-    pairs = arena.take<bf16>(round_up(smaller(most, most_kept), kStepKeys) / kStepKeys * pairs_stride(head_dim));
-    scores = arena.take<float>(round_up(most, kStepKeys) * heads);
-    maxima = arena.take<float>(parts * heads);
-    totals = arena.take<float>(parts * heads);
-    sums = arena.take<float>(sums_kept * heads * head_dim);
-  }
-};
-
-// A thread's memory.
-struct Tiles {
-  bf16* rows[2];     // [32 keys, row_stride], of the products at hand and of the next
-  bf16* pairs;       // [keys of a part / 32], pairs_stride apart, where the row does not keep them
-  bf16* numerators;  // [tile of heads][keys of a part / 32][16 heads][32 keys]
-
-  static int64_t bytes(const SparseAttentionParams& p) {
-    Arena arena{nullptr};
-    Tiles(p, arena);
-    return arena.used;
-  }
-
-  Tiles(const SparseAttentionParams& p, Arena& arena) {
-    const int64_t keys = avx512::kMostPartKeys, head_dim = p.query.size(2);
-    for (bf16*& x : rows) x = arena.take<bf16>(kStepKeys * row_stride(smaller(head_dim, kSliceDims)));
-    pairs = arena.take<bf16>(keys / kStepKeys * pairs_stride(head_dim));
-    numerators = arena.take<bf16>(keys * tiles_of(p.query.size(1)) * kTileRows);
-  }
-};
-
-class RowWork {
+// Rows that have the same slots: every 32 keys are decoded once for all of them.
+class Block {
  public:
-  using Memory = RowMemory;
-  using Tiles = DSV4_AMX_NAMESPACE::Tiles;
+  static constexpr int64_t kMost = 8;
 
-  static int64_t row_bytes(const SparseAttentionParams& p, int64_t most, int64_t sums_kept) {
-    return Memory::bytes(p, most, sums_kept);
-  }
-  static Memory row_memory(const SparseAttentionParams& p, int64_t most, int64_t sums_kept, uint8_t* memory) {
-    Arena arena{memory};
-    return Memory(p, most, sums_kept, arena);
-  }
-  static int64_t tile_bytes(const SparseAttentionParams& p) { return Tiles::bytes(p); }
-  static Tiles tile_memory(const SparseAttentionParams& p, uint8_t* memory) {
-    Arena arena{memory};
-    return Tiles(p, arena);
+  static bool alike(const SparseAttentionParams& p, int64_t a, int64_t b) {
+    const auto sequence = p.sequence.as<const int32_t>(), position = p.position.as<const int32_t>();
+    return *sequence.at(a) == *sequence.at(b) && *position.at(a) >= 0 && *position.at(b) >= 0 &&
+           *position.at(a) / kStepKeys == *position.at(b) / kStepKeys && most_entries(p, a) == most_entries(p, b);
   }
 
-  RowWork(const SparseAttentionParams& p, const E4m3Table&, int64_t row, const Memory& memory)
-      : p_(p),
-        row_(row),
-        heads_(p.query.size(1)),
-        head_dim_(p.query.size(2)),
-        head_tiles_(tiles_of(heads_)),
-        memory_(memory),
-        plan_(memory.count->all),
-        kept_(plan_.keys <= memory.most_kept) {}
-
-  // The part of a row's work that is done once, before any part.
-  static void prepare(const SparseAttentionParams& p, int64_t row, const Memory& memory) {
-    *memory.count = list_keys(p, row, memory.keys);
-    const KeyRows keys(p, memory.keys, memory.count->all);
-    for (int64_t j = 0; j < smaller(kAhead, keys.end); ++j) KeyRows::prefetch(keys, j);
-    pack_query(p, row, memory.query);
+  // memory(i): of row first + i. Keys and pairs are in that of the first.
+  template <class MemoryOf>
+  Block(const SparseAttentionParams& p, int64_t first, int64_t end, const MemoryOf& memory, const RowWork::Tiles& tiles)
+      : p_(p), first_(first), count_(end - first), tiles_(tiles) {
+    for (int64_t i = 0; i < count_; ++i) memory_[i] = memory(i);
   }
 
-  int64_t parts() const { return plan_.parts; }
-
-  // For every 32 keys, for every slice of dims: adds to their scores, and decodes the next slice meanwhile.
-  void score(int64_t part, const Tiles& tiles) const {
-    const int64_t begin = plan_.begin(part), end = plan_.end(part), stride = rows_stride();
-    const KeyRows keys(p_, memory_.keys, end);
-    configure();
-    struct Slice {
-      int64_t key, first, last;
-      bf16 *rows, *pairs;
-    } next = {begin, 0, smaller(head_dim_, kSliceDims), tiles.rows[0], pairs_of(begin)};
-    const auto read = [&](int64_t i) {
-      const Slice s = next;
-      for (int64_t j = s.key + 2 * i + kAhead; s.first == 0 && j < smaller(s.key + 2 * i + kAhead + 2, plan_.keys);
-           ++j) {
-        KeyRows::prefetch(keys, j);
-      }
-      KeyRows::read<true>(keys, s.key + 2 * i, s.first, s.last, s.rows + 2 * i * stride, stride,
-                          pair_row(s.pairs, s.first, i));
+  // False where rows have to be taken singly: one has no keys, or a key that not all of them have is not finite, so
+  // that it would show in their products although its numerators are 0.
+  bool run(const E4m3Table& table) {
+    if (!prepare()) return false;
+    std::optional<RowWork> rows[kMost];
+    for (int64_t i = 0; i < count_; ++i) rows[i].emplace(p_, table, first_ + i, memory_[i]);
+    if (!score(rows)) return false;
+    const int64_t heads = p_.query.size(1), parts = slots_.parts;
+    const auto mix = [&](const RowWork& row, int64_t part, const bf16* pairs) {
+      row.mix(part, part == 0 ? 0 : 1, pairs, tiles_);
+      if (part > 0 && part + 1 < parts) row.add(1, 0, heads);
+      if (part + 1 == parts) row.finish(0, heads, smaller(parts, 2));
     };
-    for (int64_t i = 0; i < kTileRows; ++i) read(i);
-    while (next.key < end) {
-      const Slice now = next;
-      next.first = now.last;
-      if (next.first == head_dim_) {
-        next.first = 0;
-        next.key += kStepKeys;
-        next.pairs = pairs_of(next.key);
+    if (kept()) {
+      for (int64_t i = 0; i < count_; ++i) {
+        for (int64_t part = 0; part < parts; ++part) mix(*rows[i], part, rows[0]->values(part, tiles_));
       }
-      next.last = smaller(next.first + kSliceDims, head_dim_);
-      next.rows = now.rows == tiles.rows[0] ? tiles.rows[1] : tiles.rows[0];
-      const int64_t steps = (now.last - now.first) / kStepDims;
-      Spread<decltype(read)> other = {read, next.key < end ? kTileRows : 0, steps * ((head_tiles_ + 1) / 2), 0, 0};
-      score_slice(now.rows, now.first, steps, scores(now.key), other);
-      // Tiles that were just stored would have to be waited for.
-      if (now.first == 0 && now.key > begin) raise_maxima(part, now.key - kStepKeys);
-    }
-    tile_release();
-    raise_maxima(part, round_up(end, kStepKeys) - kStepKeys);
-  }
-
-  // After all parts have their scores. This part's sums go to place `place`.
-  void mix(int64_t part, int64_t place, const Tiles& tiles) const {
-    const int64_t begin = plan_.begin(part), end = plan_.end(part), steps = (end - begin + kStepKeys - 1) / kStepKeys;
-    const bf16* pairs = memory_.pairs + begin / kStepKeys * pairs_stride(head_dim_);
-    if (!kept_) {
-      const KeyRows keys(p_, memory_.keys, end);
-      for (int64_t i = 0; i < steps * kTileRows; ++i) {
-        const int64_t key = begin + 2 * i;
-        for (int64_t j = key + kAhead; j < smaller(key + kAhead + 2, end); ++j) KeyRows::prefetch(keys, j);
-        bf16* to = tiles.pairs + i / kTileRows * pairs_stride(head_dim_);
-        for (int64_t d = 0; d < head_dim_; d += kSliceDims) {
-          KeyRows::read<false>(keys, key, d, smaller(d + kSliceDims, head_dim_), tiles.rows[0], rows_stride(),
-                               pair_row(to, d, i % kTileRows));
-        }
-      }
-      pairs = tiles.pairs;
-    }
-    weigh_part(part, steps, tiles.numerators);
-    configure();
-    mix_steps(tiles.numerators, pairs, steps, memory_.sums + place * padded_heads() * head_dim_);
-    tile_release();
-  }
-
-  // Adds some heads' sums in a place to those in the first.
-  void add(int64_t place, int64_t first_head, int64_t end_head) const {
-    const int64_t count = round_up(end_head - first_head, kTileRows) * head_dim_;
-    float* to = memory_.sums + first_head * head_dim_;
-    avx512::add_all(to, to + place * padded_heads() * head_dim_, count);
-  }
-
-  // out and lse of some heads, from a multiple of 16 on, from the sums in some places.
-  void finish(int64_t first_head, int64_t end_head, int64_t places) const {
-    for (int64_t tile = first_head / kTileRows; tile < tiles_of(end_head); ++tile) {
-      alignas(64) float most[kTileRows], total[kTileRows], factor[kTileRows];
-      if (plan_.parts > 0) divide(tile, most, total, factor);
-      for (int64_t i = 0; i < smaller(kTileRows, end_head - tile * kTileRows); ++i) {
-        bf16* out = p_.out.as<bf16>().at(row_, tile * kTileRows + i);
-        float* lse = p_.lse.as<float>().at(row_, tile * kTileRows + i);
-        if (plan_.parts == 0) {
-          memset(out, 0, static_cast<size_t>(head_dim_) * sizeof(bf16));
-          *lse = __builtin_inff();
-          continue;
-        }
-        *lse = static_cast<float>(static_cast<double>(most[i]) + __builtin_log(static_cast<double>(total[i])));
-        write(memory_.sums + (tile * head_dim_ + i) * kTileRows, places, _mm512_set1_ps(factor[i]), out);
-        const int64_t width = 2 * p_.rope.size(1);
-        if (p_.rope.given()) avx512::rotate_back(out + head_dim_ - width, p_.rope.as<const float>().at(row_), width);
+    } else {
+      for (int64_t part = 0; part < parts; ++part) {
+        const bf16* pairs = rows[0]->values(part, tiles_);
+        for (int64_t i = 0; i < count_; ++i) mix(*rows[i], part, pairs);
       }
     }
+    return true;
   }
 
  private:
-  int64_t padded_heads() const { return head_tiles_ * kTileRows; }
-  float* scores(int64_t key) const { return memory_.scores + key * padded_heads(); }
+  bool kept() const { return slots_.keys <= memory_[0].most_kept; }
 
-  int64_t rows_stride() const { return row_stride(smaller(head_dim_, kSliceDims)); }
-  bf16* pairs_of(int64_t key) const {
-    return kept_ ? memory_.pairs + key / kStepKeys * pairs_stride(head_dim_) : nullptr;
-  }
-  // Of pair `i` from dim `d` on.
-  bf16* pair_row(bf16* pairs, int64_t d, int64_t i) const {
-    return pairs == nullptr ? nullptr : pairs + 2 * d + i * pair_stride(head_dim_);
-  }
-
-  // By 32 keys of the part.
-  void raise_maxima(int64_t part, int64_t key) const {
-    const __m512 scale = _mm512_set1_ps(p_.scale);
-    const int64_t keys = smaller(plan_.end(part) - key, kStepKeys);
-    float* maxima = memory_.maxima + part * padded_heads();
-    for (int64_t tile = 0; tile < head_tiles_; ++tile, maxima += kTileRows) {
-      const __m512 before = key == plan_.begin(part) ? _mm512_set1_ps(-__builtin_inff()) : _mm512_loadu_ps(maxima);
-      _mm512_storeu_ps(maxima, largest(scores(key) + tile * 2 * kTileSums, keys, scale, before));
+  bool prepare() {
+    const auto position = p_.position.as<const int32_t>();
+    int64_t least = *position.at(first_), most = least;
+    for (int64_t i = 1; i < count_; ++i) {
+      least = smaller(least, *position.at(first_ + i)), most = larger(most, *position.at(first_ + i));
     }
-  }
-
-  __m512 maxima(int64_t tile) const {
-    __m512 most = _mm512_loadu_ps(memory_.maxima + tile * kTileRows);
-    for (int64_t part = 1; part < plan_.parts; ++part) {
-      most = _mm512_max_ps(most, _mm512_loadu_ps(memory_.maxima + (part * head_tiles_ + tile) * kTileRows));
+    slots_ = shared_slots(p_, first_);
+    put_keys(p_, first_, slots_, least - p_.window + 1, most, memory_[0].keys);
+    const int64_t window = slots_.window / kStepKeys, words = (slots_.keys + kStepKeys - 1) / kStepKeys;
+    uint32_t* valid = memory_[0].valid;
+    mark_keys(memory_[0].keys, slots_.keys, valid);
+    uint32_t entries = 0;
+    for (int64_t i = window; i < words; ++i) entries |= valid[i];
+    for (int64_t i = count_ - 1; i >= 0; --i) {
+      const RowMemory& memory = memory_[i];
+      *memory.slots = slots_;
+      if (kept()) memory_[i].sums = memory_[0].sums;  // a row is finished before the next
+      if (i > 0) memcpy(memory.valid, valid, static_cast<size_t>(words) * sizeof(uint32_t));
+      if (!keep_window(p_, first_ + i, slots_, memory.valid) && entries == 0) return false;
+      pack_query(p_, first_ + i, memory.query);
     }
-    return most;
+    return true;
   }
 
-  // A tile of heads' maxima, totals, and reciprocals of the denominators.
-  void divide(int64_t tile, float* most, float* total, float* factor) const {
-    const __mmask16 given = avx512::low16(smaller(heads_ - tile * kTileRows, kTileRows));
-    __m512 sum = _mm512_setzero_ps();
-    for (int64_t part = 0; part < plan_.parts; ++part) {
-      sum = _mm512_add_ps(sum, _mm512_loadu_ps(memory_.totals + (part * head_tiles_ + tile) * kTileRows));
-    }
-    const __m512 largest = maxima(tile),
-                 sink = _mm512_maskz_loadu_ps(given, p_.sink.as<const float>().at(tile * kTileRows));
-    const __m512 whole = _mm512_add_ps(sum, avx512::exp(_mm512_sub_ps(sink, largest)));
-    _mm512_store_ps(most, largest);
-    _mm512_store_ps(total, sum);
-    _mm512_store_ps(factor, _mm512_div_ps(_mm512_set1_ps(1.f), whole));
-  }
-
-  // Numerators and totals of the keys of a part.
-  void weigh_part(int64_t part, int64_t steps, bf16* numerators) const {
-    const int64_t begin = plan_.begin(part), end = plan_.end(part);
-    for (int64_t tile = 0; tile < head_tiles_; ++tile) {
-      const __m512 none = _mm512_setzero_ps();
-      Softmax s = {_mm512_set1_ps(p_.scale), maxima(tile), {none, none}};
-      bf16* to = numerators + tile * steps * kTileElements;
-      for (int64_t key = begin; key < end; key += kStepKeys, to += kTileElements) {
-        const float* from = scores(key) + tile * 2 * kTileSums;
-        if (end - key >= kStepKeys) {
-          weigh<true>(from, kStepKeys, s, to);
-        } else {
-          weigh<false>(from, end - key, s, to);
-        }
+  bool score(const std::optional<RowWork>* rows) const {
+    const KeyRows keys(p_, memory_[0].keys, slots_.keys);
+    for (int64_t j = 0; j < smaller(kAhead, slots_.keys); ++j) KeyRows::prefetch(keys, j);
+    configure();
+    for (int64_t slot = 0; slot < slots_.keys; slot += kStepKeys) {
+      rows[0]->read(keys, slot, 0, p_.query.size(2), tiles_.rows);
+      if (slot < slots_.window && !are_finite(tiles_.rows, p_.query.size(2))) {
+        tile_release();
+        return false;
       }
-      _mm512_storeu_ps(memory_.totals + (part * head_tiles_ + tile) * kTileRows,
-                       _mm512_add_ps(s.totals[0], s.totals[1]));
-    }
-  }
-
-  // The output of a head from its first two tiles of sums.
-  void write(const float* sums, int64_t places, __m512 factor, bf16* out) const {
-    const int64_t apart = padded_heads() * head_dim_;
-    for (int64_t d = 0; d < head_dim_; d += kStepDims, sums += 2 * kTileSums) {
-      __m512 a = _mm512_loadu_ps(sums), b = _mm512_loadu_ps(sums + kTileSums);
-      for (int64_t place = 1; place < places; ++place) {
-        a = _mm512_add_ps(a, _mm512_loadu_ps(sums + place * apart));
-        b = _mm512_add_ps(b, _mm512_loadu_ps(sums + place * apart + kTileSums));
+      for (int64_t i = 0; i < count_; ++i) {
+        rows[i]->score_keys(slot, tiles_.rows);
+        // Tiles that were just stored would have to be waited for.
+        if (i > 0) rows[i - 1]->raise_maxima(slot);
       }
-      _mm512_storeu_si512(out + d, pack_sums(a, b, factor));
+      rows[count_ - 1]->raise_maxima(slot);
     }
+    tile_release();
+    return true;
   }
 
-  // Adds a slice of dims from `d` on to the scores of 32 keys.
-  template <class Beside>
-  void score_slice(const bf16* rows, int64_t d, int64_t steps, float* to, Beside& beside) const {
-    const int64_t stride = rows_stride();
-    const Left left = {rows, stride, kTileRows * stride, kStepDims};
-    const bf16* query = memory_.query + d * padded_heads();
-    for (int64_t tile = 0; tile < head_tiles_; tile += 2, to += 4 * kTileSums, query += 2 * steps * kTileElements) {
-      const Sums sums = {to, kTileSums, 2 * kTileSums};
-      if (tile + 1 < head_tiles_) {
-        multiply<true, true>(left, {query, kStepDims, kTileElements, 2 * kTileElements}, steps, d == 0, sums, beside);
-      } else {
-        multiply<true, false>(left, {query, kStepDims, 0, kTileElements}, steps, d == 0, sums, beside);
+  static bool are_finite(const bf16* rows, int64_t head_dim) {
+    __m512i most = _mm512_setzero_si512();
+    for (int64_t i = 0; i < kStepKeys; ++i, rows += row_stride(head_dim)) {
+      for (int64_t d = 0; d < head_dim; d += kStepDims) {
+        most = _mm512_max_epu16(most, _mm512_add_epi16(_mm512_loadu_si512(rows + d), _mm512_loadu_si512(rows + d)));
       }
     }
-  }
-
-  // sums = numerators * values. The numerators of two tiles of heads stay in the first-level cache.
-  void mix_steps(const bf16* numerators, const bf16* pairs, int64_t steps, float* sums) const {
-    const int64_t below = kTileRows * head_dim_, second = steps * kTileElements;
-    const auto nothing = [] {};
-    for (int64_t tile = 0; tile < head_tiles_; tile += 2, numerators += 2 * second, sums += 2 * below) {
-      const Left left = {numerators, kStepKeys, second, kTileElements};
-      for (int64_t d = 0; d < head_dim_; d += kStepDims) {
-        const Right right = {pairs + 2 * d, pair_stride(head_dim_), kStepDims, pairs_stride(head_dim_)};
-        const Sums to = {sums + d * kTileRows, below, kTileSums};
-        if (tile + 1 < head_tiles_) {
-          multiply<true, true>(left, right, steps, true, to, nothing);
-        } else {
-          multiply<false, true>(left, right, steps, true, to, nothing);
-        }
-      }
-    }
+    return _mm512_cmpge_epu16_mask(most, _mm512_set1_epi16(static_cast<int16_t>(0xFF00))) == 0;
   }
 
   const SparseAttentionParams& p_;
-  int64_t row_, heads_, head_dim_, head_tiles_;
-  Memory memory_;
-  Plan plan_;
-  bool kept_;
+  int64_t first_, count_;
+  const RowWork::Tiles& tiles_;
+  Slots slots_;
+  RowMemory memory_[kMost];
+};
+
+// What avx512::Call runs.
+struct Rows : RowWork {
+  using RowWork::RowWork;
+  static constexpr int64_t kTogether = Block::kMost;
+
+  template <class MemoryOf>
+  static void run_rows(const SparseAttentionParams& p, const E4m3Table& table, int64_t first, int64_t end,
+                       const MemoryOf& memory, const Tiles& tiles) {
+    const bool shares = shares_keys(p) && p.query.size(2) <= kSliceDims;
+    for (int64_t row = first; row < end;) {
+      int64_t next = row + 1;
+      while (shares && next < end && Block::alike(p, row, next)) ++next;
+      if (next - row > 1 && Block(p, row, next, memory, tiles).run(table)) {
+        row = next;
+        continue;
+      }
+      for (; row < next; ++row) {
+        prepare(p, row, memory(0));
+        avx512::run_row(RowWork(p, table, row, memory(0)), p.query.size(1), tiles);
+      }
+    }
+  }
 };
 
 }  // namespace
 
 int64_t sparse_attention_workspace_bytes(const SparseAttentionParams& p, const Context& context) {
-  return avx512::Call<RowWork>(p, context).bytes();
+  return avx512::Call<Rows>(p, context).bytes();
 }
 
 Status sparse_attention(const SparseAttentionParams& p, const Context& context) {
-  avx512::Call<RowWork>(p, context).run();
+  avx512::Call<Rows>(p, context).run();
   return Status::ok();
 }
 

@@ -50,7 +50,7 @@ DSV4_INLINE __m512i kept(__m512i x) {
 // The keys of a row, read in pairs, which is faster. All pools hold bfloat16 or FP8.
 struct KeyRows {
   const Key* keys;
-  int64_t end;  // keys from here on are zero
+  int64_t end;  // keys from here on, and those without data, are zero
   int64_t head_dim, codes;
   __m512i fields, magnitude, least;  // constants that the compiler is not to make again wherever it needs them
 
@@ -100,7 +100,7 @@ struct KeyRows {
     for (int64_t d = first; d < last; d += kStepDims) {
       for (int64_t i = 0; i < 2; ++i) {
         bf16* to = rows + i * stride + d - first;
-        if (j + i >= r.end) {
+        if (j + i >= r.end || r.keys[j + i].data == nullptr) {
           _mm512_storeu_si512(to, _mm512_setzero_si512());
         } else if (r.keys[j + i].scales == nullptr) {
           _mm512_storeu_si512(to, _mm512_loadu_si512(r.keys[j + i].data + 2 * d));
@@ -190,6 +190,7 @@ struct KeyRows {
   // Asks for a key's memory ahead of its use: rows lie scattered, so the processor does not foresee them.
   DSV4_INLINE void prefetch(const KeyRows& r, int64_t j) {
     const Key& key = r.keys[j];
+    if (key.data == nullptr) return;
     const int64_t bytes = key.scales != nullptr ? fp8_row_bytes(r.head_dim, r.head_dim - r.codes) : 2 * r.head_dim;
     for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(key.data + at, 0, 2);
     if (key.scales != nullptr) __builtin_prefetch(key.scales, 0, 2);
@@ -231,10 +232,17 @@ DSV4_INLINE __m512 exp_below_zero(__m512 x) {
   return _mm512_scalef_ps(p, n);
 }
 
-// The largest of the scaled scores [32 keys][16 heads] of the first `keys` keys, and `most`.
-DSV4_INLINE __m512 largest(const float* scores, int64_t keys, __m512 scale, __m512 most) {
-  for (int64_t key = 0; key < keys; ++key) {
-    most = _mm512_max_ps(most, _mm512_mul_ps(_mm512_loadu_ps(scores + key * kTileRows), scale));
+// The largest of the scaled scores [32 keys][16 heads] of the keys whose bits are set, and `most`.
+DSV4_INLINE __m512 largest(const float* scores, uint32_t valid, __m512 scale, __m512 most) {
+  if (valid == ~0u) {
+    for (int64_t key = 0; key < kStepKeys; ++key) {
+      most = _mm512_max_ps(most, _mm512_mul_ps(_mm512_loadu_ps(scores + key * kTileRows), scale));
+    }
+    return most;
+  }
+  for (; valid != 0; valid &= valid - 1) {
+    const float* score = scores + __builtin_ctz(valid) * kTileRows;
+    most = _mm512_max_ps(most, _mm512_mul_ps(_mm512_loadu_ps(score), scale));
   }
   return most;
 }
@@ -243,9 +251,9 @@ struct Softmax {
   __m512 scale, most, totals[2];  // of even and odd keys
 };
 
-// Numerators of the same scores as a left operand: [16 heads][32 keys], those after the last 0.
+// Numerators of the same scores as a left operand: [16 heads][32 keys], 0 where no bit is set.
 template <bool kWhole>
-DSV4_INLINE void weigh(const float* scores, int64_t keys, Softmax& s, bf16* to) {
+DSV4_INLINE void weigh(const float* scores, uint32_t valid, Softmax& s, bf16* to) {
   alignas(64) static const uint16_t kInterleave[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
                                                        8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
   const __m512i order = _mm512_load_si512(kInterleave);
@@ -258,7 +266,7 @@ DSV4_INLINE void weigh(const float* scores, int64_t keys, Softmax& s, bf16* to) 
       const int key = 2 * i + j;
       const __m512 score = _mm512_loadu_ps(scores + key * kTileRows);
       pair[j] = exp_below_zero(_mm512_fmsub_ps(score, s.scale, s.most));
-      if (!kWhole && key >= keys) pair[j] = _mm512_setzero_ps();
+      if (!kWhole && (valid >> key & 1) == 0) pair[j] = _mm512_setzero_ps();
       s.totals[j] = _mm512_add_ps(s.totals[j], pair[j]);
     }
     x[i] = _mm512_permutexvar_epi16(order, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(pair[1], pair[0])));

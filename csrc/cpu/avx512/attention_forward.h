@@ -128,12 +128,24 @@ DSV4_INLINE void add_all(float* to, const float* more, int64_t count) {
   }
 }
 
+// All of a row on one thread.
+template <class Work>
+void run_row(const Work& work, int64_t heads, const typename Work::Tiles& tiles) {
+  for (int64_t part = 0; part < work.parts(); ++part) work.score(part, tiles);
+  for (int64_t part = 0; part < work.parts(); ++part) {
+    work.mix(part, part == 0 ? 0 : 1, tiles);
+    if (part > 0 && part + 1 < work.parts()) work.add(1, 0, heads);
+  }
+  work.finish(0, heads, smaller(work.parts(), 2));
+}
+
 // One row of queries with elements of type X, multiplied as elements of type M.
 template <class Product, class X, class M>
 class RowWork {
  public:
   using Memory = RowMemory<M>;
   using Tiles = TileMemory<M>;
+  static constexpr int64_t kTogether = 1;
 
   static int64_t row_bytes(const SparseAttentionParams& p, int64_t most, int64_t sums_kept) {
     return Memory::bytes(p, most, Product::kKeptBytes, sums_kept);
@@ -142,6 +154,8 @@ class RowWork {
     Arena arena{memory};
     return Memory(p, most, Product::kKeptBytes, sums_kept, arena);
   }
+  static int64_t most_keys(const SparseAttentionParams& p) { return most_keys_of_any_row(p); }
+  static int64_t most_parts(const SparseAttentionParams&, int64_t most) { return Plan(most).parts; }
   static int64_t tile_bytes(const SparseAttentionParams& p) { return Tiles::bytes(p.query.size(2)); }
   static Tiles tile_memory(const SparseAttentionParams& p, uint8_t* memory) { return Tiles(memory, p.query.size(2)); }
 
@@ -172,6 +186,15 @@ class RowWork {
       }
     }
     *memory.count = list_keys(p, row, memory.keys);
+  }
+
+  template <class MemoryOf>
+  static void run_rows(const SparseAttentionParams& p, const E4m3Table& table, int64_t first, int64_t end,
+                       const MemoryOf& memory, const Tiles& tiles) {
+    for (int64_t row = first; row < end; ++row) {
+      prepare(p, row, memory(0));
+      run_row(RowWork(p, table, row, memory(0)), p.query.size(1), tiles);
+    }
   }
 
   int64_t parts() const { return plan_.parts; }
@@ -265,27 +288,31 @@ class RowWork {
 
 // How a call is spread over threads; results do not depend on it.
 struct Schedule {
-  int64_t most, slots;  // keys of a row; pieces of work at a time
-  bool by_parts;        // rows are cut into their parts; else each stays whole
+  int64_t most, parts, slots;  // keys and parts of a row, at most; pieces of work at a time
+  bool by_parts;               // rows are cut into their parts; else each stays whole
+  int64_t together;            // rows that one piece of work takes
 
-  Schedule(const SparseAttentionParams& p, const Context& context)
-      : most(most_keys_of_any_row(p)), slots(context.threads) {
-    const int64_t rows = p.query.size(0);
-    by_parts = slots > 1 && rows < 4 * slots && Plan(most).parts > 1;
-    if (!by_parts) slots = smaller(slots, rows);
+  Schedule(int64_t rows, int64_t most_keys, int64_t most_parts, int64_t most_together, const Context& context)
+      : most(most_keys), parts(most_parts), slots(context.threads), together(1) {
+    by_parts = slots > 1 && rows < 4 * slots && parts > 1;
+    if (by_parts) return;
+    slots = smaller(slots, rows);
+    together = larger(1, smaller(most_together, rows / larger(slots, 1)));
   }
-  int64_t row_memories(int64_t rows) const { return by_parts ? rows : slots; }
-  int64_t sums_kept() const { return by_parts ? Plan(most).parts : 2; }
+  int64_t row_memories(int64_t rows) const { return by_parts ? rows : slots * together; }
+  int64_t sums_kept() const { return by_parts ? parts : 2; }
 };
 
-// A call whose rows are the work of `Work`, in its memory of a row and of a thread.
+// A call whose rows are the work of `Work`, in its memory of a row and of a thread; up to kTogether rows are handed to
+// its run_rows at once, which may share what they have in common.
 template <class Work>
 class Call {
  public:
   Call(const SparseAttentionParams& p, const Context& context)
       : p_(p),
         context_(context),
-        schedule_(p, context),
+        schedule_(p.query.size(0), Work::most_keys(p), Work::most_parts(p, Work::most_keys(p)), Work::kTogether,
+                  context),
         row_bytes_(Work::row_bytes(p, schedule_.most, schedule_.sums_kept())),
         tile_bytes_(round_up(Work::tile_bytes(p), 64)),
         table_(e4m3_table()) {}
@@ -313,25 +340,18 @@ class Call {
   typename Work::Tiles tile_memory(int64_t slot) const { return Work::tile_memory(p_, base() + slot * tile_bytes_); }
 
   void run_rows() const {
-    const int64_t heads = p_.query.size(1);
-    spread(context_, schedule_.slots, p_.query.size(0), [&](int64_t slot, int64_t row) {
-      const typename Work::Memory memory = row_memory(slot);
-      const typename Work::Tiles tiles = tile_memory(slot);
-      Work::prepare(p_, row, memory);
-      const Work work(p_, table_, row, memory);
-      for (int64_t part = 0; part < work.parts(); ++part) work.score(part, tiles);
-      for (int64_t part = 0; part < work.parts(); ++part) {
-        work.mix(part, part == 0 ? 0 : 1, tiles);
-        if (part > 0 && part + 1 < work.parts()) work.add(1, 0, heads);
-      }
-      work.finish(0, heads, smaller(work.parts(), 2));
+    const int64_t rows = p_.query.size(0), together = schedule_.together;
+    spread(context_, schedule_.slots, (rows + together - 1) / together, [&](int64_t slot, int64_t item) {
+      const int64_t first = item * together;
+      const auto memory = [&](int64_t i) { return row_memory(slot * together + i); };
+      Work::run_rows(p_, table_, first, smaller(rows, first + together), memory, tile_memory(slot));
     });
   }
 
   // One parallel region: starting one takes as long as a part. The items of a stage wait for those of the stage before
   // it of their row. They are taken in order, so what is waited for is being run.
   void run_parts() const {
-    const int64_t rows = p_.query.size(0), heads = p_.query.size(1), parts = Plan(schedule_.most).parts,
+    const int64_t rows = p_.query.size(0), heads = p_.query.size(1), parts = schedule_.parts,
                   blocks = (heads + kFinishHeads - 1) / kFinishHeads;
     const int64_t scores = rows, mixes = scores + rows * parts, ends = mixes + rows * parts;
     for (int64_t i = 0; i < kStages * rows; ++i) done()[i] = 0;
