@@ -98,6 +98,16 @@ struct KeyCounts {
   int64_t window, all;  // the window's keys come first
 };
 
+// Appends a row's indices that are entries of its own.
+DSV4_HOST_DEVICE void list_indices(const SparseAttentionParams& p, int64_t row, Key* keys, int64_t& count) {
+  const PoolReader reader(p.compressed, *p.sequence.as<const int32_t>().at(row), p.query.size(2), p.rope_dim);
+  const int64_t length = *p.lengths.as<const int32_t>().at(row);
+  const int32_t* indices = p.indices.as<const int32_t>().at(row);
+  for (int64_t i = 0; i < p.indices.size(1); ++i) {
+    if (indices[i] >= 0 && indices[i] < length) reader.append(indices[i], keys, count);
+  }
+}
+
 // The keys of a row in the order of their positions, then of their indices; `keys` has room for the most of them.
 DSV4_HOST_DEVICE KeyCounts list_keys(const SparseAttentionParams& p, int64_t row, Key* keys) {
   const int64_t head_dim = p.query.size(2), sequence = *p.sequence.as<const int32_t>().at(row);
@@ -105,17 +115,11 @@ DSV4_HOST_DEVICE KeyCounts list_keys(const SparseAttentionParams& p, int64_t row
   int64_t count = 0;
   PoolReader(p.window_pool, sequence, head_dim, p.rope_dim).append_range(larger(end - p.window, 0), end, keys, count);
   const int64_t window = count;
-  if (p.compressed.given()) {
-    const PoolReader reader(p.compressed, sequence, head_dim, p.rope_dim);
+  if (p.compressed.given() && p.indices.given()) {
+    list_indices(p, row, keys, count);
+  } else if (p.compressed.given()) {
     const int64_t length = *p.lengths.as<const int32_t>().at(row);
-    if (!p.indices.given()) {
-      reader.append_range(0, length, keys, count);
-    } else {
-      const int32_t* indices = p.indices.as<const int32_t>().at(row);
-      for (int64_t i = 0; i < p.indices.size(1); ++i) {
-        if (indices[i] >= 0 && indices[i] < length) reader.append(indices[i], keys, count);
-      }
-    }
+    PoolReader(p.compressed, sequence, head_dim, p.rope_dim).append_range(0, length, keys, count);
   }
   return {window, count};
 }

@@ -380,10 +380,17 @@ TEST(threads_and_company_do_not_matter) {
 // Neighbouring rows that read the same keys, but for their windows: enough of them to begin and end anywhere among
 // those that a kernel takes together. Lists of keys that are kept decoded, and longer ones.
 const Shape kNeighbours[] = {
-    {75, 3, 32, 0, 5, 0, 0, 4, 4, DType::kBFloat16},        {70, 17, 64, 16, 33, 70, 0, 7, 5, DType::kUInt8},
-    {40, 4, 128, 64, 128, 600, 0, 256, 2, DType::kUInt8},   {37, 33, 96, 32, 225, 40, 0, 16, 16, DType::kUInt8},
-    {37, 2, 96, 32, 226, 40, 0, 16, 16, DType::kUInt8},     {12, 2, 512, 64, 128, 1101, 0, 256, 64, DType::kUInt8},
-    {10, 5, 512, 64, 17, 1600, 0, 16, 32, DType::kFloat32}, {9, 3, 544, 64, 20, 300, 0, 16, 32, DType::kUInt8},
+    {75, 3, 32, 0, 5, 0, 0, 4, 4, DType::kBFloat16},
+    {70, 17, 64, 16, 33, 70, 0, 7, 5, DType::kUInt8},
+    {40, 4, 128, 64, 128, 600, 0, 256, 2, DType::kUInt8},
+    {37, 33, 96, 32, 225, 40, 0, 16, 16, DType::kUInt8},
+    {37, 2, 96, 32, 226, 40, 0, 16, 16, DType::kUInt8},
+    {12, 2, 512, 64, 128, 1101, 0, 256, 64, DType::kUInt8},
+    {10, 5, 512, 64, 17, 1600, 0, 16, 32, DType::kFloat32},
+    {9, 3, 544, 64, 20, 300, 0, 16, 32, DType::kUInt8},
+    {70, 5, 64, 16, 40, 70, 33, 7, 5, DType::kUInt8},
+    {40, 18, 128, 64, 128, 600, 400, 256, 2, DType::kUInt8},
+    {11, 2, 512, 64, 128, 2000, 1500, 256, 64, DType::kBFloat16},
 };
 
 // `change` prepares a case; the rows whose results are then those of one row at a time.
@@ -393,6 +400,9 @@ void compare_company(const Implementation& implementation, const Shape& shape, c
     auto c = std::make_unique<Case<bf16>>(shape, 5);
     for (int64_t row = 0; row < shape.rows && shape.entries > 0; ++row) {
       c->lengths[row] = static_cast<int32_t>(shape.entries);
+    }
+    for (int64_t row = 0; row < shape.rows; ++row) {  // rows with fewer indices
+      for (int64_t i = 0; i < row * row % 97 && i < shape.selected; ++i) c->indices[row * shape.selected + i] = -1;
     }
     change(*c);
     return c;

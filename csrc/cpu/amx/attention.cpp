@@ -1,14 +1,14 @@
 // sparse_attention by AMX tiles, bfloat16, 2 x 2 tiles of sums, 32 dims or 32 keys a step. Scores: 32 keys, as they are
 // decoded, are the left operand, the queries, packed once a row, the right one; so a register holds the scores of 16
 // heads, and maxima and numerators need no sums across one. Values: the numerators, transposed, are the left operand,
-// pairs of keys, written when they were decoded, the right one. Two passes, as the AVX-512 kernel, whose plan of parts,
-// threads and the end of a row this one shares.
-// H D / 256 tile cycles a key, 128 at 64 heads of 512 dims, are the roof of prefill; a quarter of the tile rate is
-// reached. Products with all loads from the first-level cache run at the full rate, at 0.9 to 0.95 of it with half of
-// them from the second, and with 32 vector operations beside each of 16 cycles they take 21. What binds is decoding,
-// most of all its traffic with the second-level cache: a pair of keys of 512 dims takes 40 ns within the first level,
-// 95 where its pairs are written to the second, 105 to 140 in a row's place. A row of 512 keys takes 191 ns a key, one
-// of 1,024, whose pairs, scores and sums fill that cache, 232.
+// pairs of keys, written when they were decoded, the right one. Two passes, as the AVX-512 kernel, whose threads this
+// one shares. Up to 8 neighbouring rows are taken together where they read the same keys (attention_slots.h): of
+// entries without indices, and of the window, each is decoded once for all of them.
+// H D / 256 tile cycles a key, 128 at 64 heads of 512 dims, are the roof of prefill: 56 ns on one core of Emerald Rapids.
+// A row of 512 entries and a window, 672 slots, takes 106 us there: scores 25 and values 28, whose right operands come
+// from the second-level cache and would take 23 and 22 by themselves, numerators 14, decoding 12, the end 6, the
+// query 6. What is decoded for one row costs 60 ns a key; so 512 entries by indices take 149 us. A row of 8,192
+// entries takes 1.35 ms: its scores do not stay in the second-level cache, and keys are decoded again for the values.
 #include "cpu/attention.h"
 
 #include <optional>
@@ -18,18 +18,39 @@
 namespace dsv4::DSV4_AMX_NAMESPACE {
 namespace {
 
-// Rows that have the same slots: every 32 keys are decoded once for all of them.
+// The values of rows that have the same slots and all scores, and the ends of these rows. Kept pairs serve a row after
+// another; others are decoded part by part, for all rows.
+void mix_rows(const RowWork* const* rows, int64_t count, int64_t heads, const RowWork::Tiles& tiles) {
+  const RowWork& first = *rows[0];
+  const int64_t parts = first.parts();
+  const auto mix = [&](int64_t row, int64_t part, const bf16* pairs) {
+    rows[row]->mix_after(part, pairs, tiles);
+    if (part + 1 == parts) rows[row]->finish(0, heads, 1);
+  };
+  if (parts == 0) first.finish(0, heads, 0);
+  for (int64_t row = 0; first.kept() && row < count; ++row) {
+    for (int64_t part = 0; part < parts; ++part) mix(row, part, first.values(part, tiles));
+  }
+  for (int64_t part = 0; !first.kept() && part < parts; ++part) {
+    const bf16* pairs = first.values(part, tiles);
+    for (int64_t row = 0; row < count; ++row) mix(row, part, pairs);
+  }
+}
+
+// Rows that have the same window slots, and without indices the same entries: every 32 of them are decoded once for
+// all.
 class Block {
  public:
   static constexpr int64_t kMost = 8;
 
   static bool alike(const SparseAttentionParams& p, int64_t a, int64_t b) {
-    const auto sequence = p.sequence.as<const int32_t>(), position = p.position.as<const int32_t>();
-    return *sequence.at(a) == *sequence.at(b) && *position.at(a) >= 0 && *position.at(b) >= 0 &&
-           *position.at(a) / kStepKeys == *position.at(b) / kStepKeys && most_entries(p, a) == most_entries(p, b);
+    const auto sequence = p.sequence.as<const int32_t>();
+    return *sequence.at(a) == *sequence.at(b) && position_of(p, a) >= 0 && position_of(p, b) >= 0 &&
+           position_of(p, a) / kStepKeys == position_of(p, b) / kStepKeys &&
+           (p.indices.given() || most_entries(p, a) == most_entries(p, b));
   }
 
-  // memory(i): of row first + i. Keys and pairs are in that of the first.
+  // memory(i): of row first + i. Shared keys and all pairs are in that of the first.
   template <class MemoryOf>
   Block(const SparseAttentionParams& p, int64_t first, int64_t end, const MemoryOf& memory, const RowWork::Tiles& tiles)
       : p_(p), first_(first), count_(end - first), tiles_(tiles) {
@@ -40,71 +61,85 @@ class Block {
   // that it would show in their products although its numerators are 0.
   bool run(const E4m3Table& table) {
     if (!prepare()) return false;
-    std::optional<RowWork> rows[kMost];
-    for (int64_t i = 0; i < count_; ++i) rows[i].emplace(p_, table, first_ + i, memory_[i]);
+    std::optional<RowWork> made[kMost];
+    const RowWork* rows[kMost];
+    for (int64_t i = 0; i < count_; ++i) rows[i] = &made[i].emplace(p_, table, first_ + i, memory_[i]);
     if (!score(rows)) return false;
-    const int64_t heads = p_.query.size(1), parts = slots_.parts;
-    const auto mix = [&](const RowWork& row, int64_t part, const bf16* pairs) {
-      row.mix(part, part == 0 ? 0 : 1, pairs, tiles_);
-      if (part > 0 && part + 1 < parts) row.add(1, 0, heads);
-      if (part + 1 == parts) row.finish(0, heads, smaller(parts, 2));
-    };
-    if (kept()) {
-      for (int64_t i = 0; i < count_; ++i) {
-        for (int64_t part = 0; part < parts; ++part) mix(*rows[i], part, rows[0]->values(part, tiles_));
-      }
-    } else {
-      for (int64_t part = 0; part < parts; ++part) {
-        const bf16* pairs = rows[0]->values(part, tiles_);
-        for (int64_t i = 0; i < count_; ++i) mix(*rows[i], part, pairs);
-      }
+    const int64_t heads = p_.query.size(1);
+    if (!p_.indices.given()) {
+      mix_rows(rows, count_, heads, tiles_);
+      return true;
+    }
+    for (int64_t i = 0; i < count_; ++i) {
+      score_from(shared_, rows + i, 1, memory_[i].keys, memory_[i].slots->keys);
+      mix_rows(rows + i, 1, heads, tiles_);
     }
     return true;
   }
 
  private:
-  bool kept() const { return slots_.keys <= memory_[0].most_kept; }
-
   bool prepare() {
-    const auto position = p_.position.as<const int32_t>();
-    int64_t least = *position.at(first_), most = least;
+    int64_t least = position_of(p_, first_), most = least;
     for (int64_t i = 1; i < count_; ++i) {
-      least = smaller(least, *position.at(first_ + i)), most = larger(most, *position.at(first_ + i));
+      least = smaller(least, position_of(p_, first_ + i)), most = larger(most, position_of(p_, first_ + i));
     }
-    slots_ = shared_slots(p_, first_);
-    put_keys(p_, first_, slots_, least - p_.window + 1, most, memory_[0].keys);
-    const int64_t window = slots_.window / kStepKeys, words = (slots_.keys + kStepKeys - 1) / kStepKeys;
-    uint32_t* valid = memory_[0].valid;
-    mark_keys(memory_[0].keys, slots_.keys, valid);
-    uint32_t entries = 0;
-    for (int64_t i = window; i < words; ++i) entries |= valid[i];
-    for (int64_t i = count_ - 1; i >= 0; --i) {
+    const Slots window = slots_of(p_, least, 0);
+    window_ = window.window;
+    put_window(p_, first_, window, least - p_.window + 1, most, memory_[0].keys);
+    mark_keys(memory_[0].keys, window_, memory_[0].valid);
+    bool whole = true;
+    for (int64_t i = 0; i < count_; ++i) whole &= put_entries_of(i);
+    for (int64_t i = count_ - 1; i >= 0; --i) {  // the first, whose bits the others begin with, comes last
       const RowMemory& memory = memory_[i];
-      *memory.slots = slots_;
-      if (kept()) memory_[i].sums = memory_[0].sums;  // a row is finished before the next
-      if (i > 0) memcpy(memory.valid, valid, static_cast<size_t>(words) * sizeof(uint32_t));
-      if (!keep_window(p_, first_ + i, slots_, memory.valid) && entries == 0) return false;
-      pack_query(p_, first_ + i, memory.query);
+      const int64_t row = first_ + i, words = window_ / kStepKeys;
+      if (i > 0) memcpy(memory.valid, memory_[0].valid, static_cast<size_t>(words) * sizeof(uint32_t));
+      pack_query(p_, row, memory.query);
+      whole &= keep_window(*memory.slots, p_.window, position_of(p_, row), memory.valid) || has_entries_[i];
     }
-    return true;
+    shared_ = p_.indices.given() ? window_ : memory_[0].slots->keys;
+    return whole;
   }
 
-  bool score(const std::optional<RowWork>* rows) const {
-    const KeyRows keys(p_, memory_[0].keys, slots_.keys);
-    for (int64_t j = 0; j < smaller(kAhead, slots_.keys); ++j) KeyRows::prefetch(keys, j);
+  // False where the row is not to be kept as the first is.
+  bool put_entries_of(int64_t i) {
+    const RowMemory &shared = memory_[0], &memory = memory_[i];
+    const int64_t words = window_ / kStepKeys;
+    if (i == 0 || p_.indices.given()) {
+      const int64_t entries = put_entries(p_, first_ + i, memory.keys + window_);
+      *memory.slots = slots_of(p_, position_of(p_, first_ + i), entries);
+      has_entries_[i] = mark_keys(memory.keys + window_, entries, memory.valid + words);
+    } else {
+      *memory.slots = *shared.slots, has_entries_[i] = has_entries_[0];
+      const int64_t rest = (shared.slots->keys + kStepKeys - 1) / kStepKeys - words;
+      memcpy(memory.valid + words, shared.valid + words, static_cast<size_t>(rest) * sizeof(uint32_t));
+    }
+    if (i > 0) {
+      memcpy(memory.keys, shared.keys, static_cast<size_t>(window_) * sizeof(Key));
+      memory_[i].pairs = shared.pairs;
+      if (is_kept(i)) memory_[i].sums = shared.sums;  // a row is finished before the next
+    }
+    return is_kept(i) == is_kept(0);
+  }
+  bool is_kept(int64_t i) const { return memory_[i].slots->keys <= memory_[i].most_kept; }
+
+  // Shared slots. Their pairs are kept where each row keeps its own.
+  bool score(const RowWork* const* rows) const { return score_from(0, rows, count_, memory_[0].keys, shared_); }
+  bool score_from(int64_t first, const RowWork* const* rows, int64_t count, const Key* list, int64_t end) const {
+    const KeyRows keys(p_, list, end);
+    for (int64_t j = first; j < smaller(first + kAhead, end); ++j) KeyRows::prefetch(keys, j);
     configure();
-    for (int64_t slot = 0; slot < slots_.keys; slot += kStepKeys) {
+    for (int64_t slot = first; slot < end; slot += kStepKeys) {
       rows[0]->read(keys, slot, 0, p_.query.size(2), tiles_.rows);
-      if (slot < slots_.window && !are_finite(tiles_.rows, p_.query.size(2))) {
+      if (slot < window_ && !are_finite(tiles_.rows, p_.query.size(2))) {
         tile_release();
         return false;
       }
-      for (int64_t i = 0; i < count_; ++i) {
+      for (int64_t i = 0; i < count; ++i) {
         rows[i]->score_keys(slot, tiles_.rows);
         // Tiles that were just stored would have to be waited for.
         if (i > 0) rows[i - 1]->raise_maxima(slot);
       }
-      rows[count_ - 1]->raise_maxima(slot);
+      rows[count - 1]->raise_maxima(slot);
     }
     tile_release();
     return true;
@@ -123,8 +158,9 @@ class Block {
   const SparseAttentionParams& p_;
   int64_t first_, count_;
   const RowWork::Tiles& tiles_;
-  Slots slots_;
+  int64_t window_ = 0, shared_ = 0;  // slots
   RowMemory memory_[kMost];
+  bool has_entries_[kMost];
 };
 
 // What avx512::Call runs.
@@ -135,7 +171,7 @@ struct Rows : RowWork {
   template <class MemoryOf>
   static void run_rows(const SparseAttentionParams& p, const E4m3Table& table, int64_t first, int64_t end,
                        const MemoryOf& memory, const Tiles& tiles) {
-    const bool shares = shares_keys(p) && p.query.size(2) <= kSliceDims;
+    const bool shares = has_window_slots(p) && p.query.size(2) <= kSliceDims;
     for (int64_t row = first; row < end;) {
       int64_t next = row + 1;
       while (shares && next < end && Block::alike(p, row, next)) ++next;
@@ -145,7 +181,9 @@ struct Rows : RowWork {
       }
       for (; row < next; ++row) {
         prepare(p, row, memory(0));
-        avx512::run_row(RowWork(p, table, row, memory(0)), p.query.size(1), tiles);
+        const RowWork work(p, table, row, memory(0)), *one = &work;
+        for (int64_t part = 0; part < work.parts(); ++part) work.score(part, tiles);
+        mix_rows(&one, 1, p.query.size(1), tiles);
       }
     }
   }

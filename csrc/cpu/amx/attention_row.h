@@ -105,6 +105,7 @@ struct Tiles {
   bf16* rows;        // [32 keys, row_stride], a slice of their dims
   bf16* pairs;       // [keys of a part / 32], pairs_stride apart, where the row does not keep them
   bf16* numerators;  // [tile of heads][keys of a part / 32][16 heads][32 keys]
+  float* blocks[2];  // four tiles of sums, before they are added to those of other parts
 
   static int64_t bytes(const SparseAttentionParams& p) {
     Arena arena{nullptr};
@@ -117,6 +118,7 @@ struct Tiles {
     rows = arena.take<bf16>(kStepKeys * row_stride(smaller(head_dim, kSliceDims)));
     pairs = arena.take<bf16>(keys / kStepKeys * pairs_stride(head_dim));
     numerators = arena.take<bf16>(keys * tiles_of(p.query.size(1)) * kTileRows);
+    for (float*& x : blocks) x = arena.take<float>(4 * kTileSums);
   }
 };
 
@@ -154,10 +156,11 @@ class RowWork {
   // The part of a row's work that is done once, before any part.
   static void prepare(const SparseAttentionParams& p, int64_t row, const Memory& memory) {
     Slots slots;
-    if (shares_keys(p)) {
-      const int64_t position = *p.position.as<const int32_t>().at(row);
-      slots = shared_slots(p, row);
-      put_keys(p, row, slots, position - p.window + 1, position, memory.keys);
+    if (has_window_slots(p)) {
+      const int64_t position = position_of(p, row);
+      slots = slots_of(p, position, 0);
+      put_window(p, row, slots, position - p.window + 1, position, memory.keys);
+      slots = slots_of(p, position, put_entries(p, row, memory.keys + slots.window));
     } else {
       slots = listed_slots(list_keys(p, row, memory.keys).all);
     }
@@ -201,7 +204,18 @@ class RowWork {
   }
 
   // After all parts have their scores. This part's sums go to place `place`.
-  void mix(int64_t part, int64_t place, const Tiles& tiles) const { mix(part, place, values(part, tiles), tiles); }
+  void mix(int64_t part, int64_t place, const Tiles& tiles) const {
+    mix_steps<false>(part, values(part, tiles), memory_.sums + place * padded_heads() * head_dim_, tiles);
+  }
+  // The same, one part after another, each added to the sums of those before.
+  void mix_after(int64_t part, const bf16* pairs, const Tiles& tiles) const {
+    if (part == 0) {
+      mix_steps<false>(part, pairs, memory_.sums, tiles);
+    } else {
+      mix_steps<true>(part, pairs, memory_.sums, tiles);
+    }
+  }
+  bool kept() const { return kept_; }
 
   // The pairs of a part's keys: where they are kept, or decoded again.
   const bf16* values(int64_t part, const Tiles& tiles) const {
@@ -219,14 +233,6 @@ class RowWork {
     }
     return tiles.pairs;
   }
-  void mix(int64_t part, int64_t place, const bf16* pairs, const Tiles& tiles) const {
-    const int64_t steps = steps_of(part);
-    weigh_part(part, steps, tiles.numerators);
-    configure();
-    mix_steps(tiles.numerators, pairs, steps, memory_.sums + place * padded_heads() * head_dim_);
-    tile_release();
-  }
-
   // The scores of 32 keys whose rows are decoded in whole.
   void score_keys(int64_t slot, const bf16* rows) const { score_slice(rows, 0, head_dim_ / kStepDims, scores(slot)); }
   // Raises the maxima of their part by those scores.
@@ -239,13 +245,6 @@ class RowWork {
       const __m512 before = slot == slots_.begin(part) ? _mm512_set1_ps(-__builtin_inff()) : _mm512_loadu_ps(maxima);
       _mm512_storeu_ps(maxima, largest(scores(slot) + tile * 2 * kTileSums, valid, scale, before));
     }
-  }
-
-  // Adds some heads' sums in a place to those in the first.
-  void add(int64_t place, int64_t first_head, int64_t end_head) const {
-    const int64_t count = round_up(end_head - first_head, kTileRows) * head_dim_;
-    float* to = memory_.sums + first_head * head_dim_;
-    avx512::add_all(to, to + place * padded_heads() * head_dim_, count);
   }
 
   // out and lse of some heads, from a multiple of 16 on, from the sums in some places.
@@ -355,21 +354,40 @@ class RowWork {
     }
   }
 
-  // sums = numerators * values. The numerators of two tiles of heads stay in the first-level cache.
-  void mix_steps(const bf16* numerators, const bf16* pairs, int64_t steps, float* sums) const {
+  // sums (+)= numerators * values. The numerators of two tiles of heads stay in the first-level cache. What is added
+  // goes through a block of its own, so that a part's sums do not depend on those before; it is added one block later,
+  // since tiles that were just stored would have to be waited for.
+  template <bool kAdds>
+  void mix_steps(int64_t part, const bf16* pairs, float* sums, const Tiles& tiles) const {
+    const bf16* numerators = tiles.numerators;
+    const int64_t steps = steps_of(part);
+    weigh_part(part, steps, tiles.numerators);
+    configure();
     const int64_t below = kTileRows * head_dim_, second = steps * kTileElements;
+    float *to = nullptr, *block = tiles.blocks[0];
+    int64_t rows = 0;
+    const auto add = [&](const float* from) {
+      for (int64_t i = 0; i < rows; ++i) avx512::add_all(to + i * below, from + 2 * i * kTileSums, 2 * kTileSums);
+    };
     for (int64_t tile = 0; tile < head_tiles_; tile += 2, numerators += 2 * second, sums += 2 * below) {
       const Left left = {numerators, kStepKeys, second, kTileElements};
       for (int64_t d = 0; d < head_dim_; d += kStepDims) {
         const Right right = {pairs + 2 * d, pair_stride(head_dim_), kStepDims, pairs_stride(head_dim_)};
-        const Sums to = {sums + d * kTileRows, below, kTileSums};
+        float* const place = sums + d * kTileRows;
+        const Sums out = kAdds ? Sums{block, 2 * kTileSums, kTileSums} : Sums{place, below, kTileSums};
         if (tile + 1 < head_tiles_) {
-          multiply<true, true>(left, right, steps, true, to);
+          multiply<true, true>(left, right, steps, true, out);
         } else {
-          multiply<false, true>(left, right, steps, true, to);
+          multiply<false, true>(left, right, steps, true, out);
         }
+        if (!kAdds) continue;
+        block = block == tiles.blocks[0] ? tiles.blocks[1] : tiles.blocks[0];
+        add(block);
+        to = place, rows = smaller(2, head_tiles_ - tile);
       }
     }
+    tile_release();
+    if (kAdds) add(block == tiles.blocks[0] ? tiles.blocks[1] : tiles.blocks[0]);
   }
 
   const SparseAttentionParams& p_;

@@ -128,17 +128,6 @@ DSV4_INLINE void add_all(float* to, const float* more, int64_t count) {
   }
 }
 
-// All of a row on one thread.
-template <class Work>
-void run_row(const Work& work, int64_t heads, const typename Work::Tiles& tiles) {
-  for (int64_t part = 0; part < work.parts(); ++part) work.score(part, tiles);
-  for (int64_t part = 0; part < work.parts(); ++part) {
-    work.mix(part, part == 0 ? 0 : 1, tiles);
-    if (part > 0 && part + 1 < work.parts()) work.add(1, 0, heads);
-  }
-  work.finish(0, heads, smaller(work.parts(), 2));
-}
-
 // One row of queries with elements of type X, multiplied as elements of type M.
 template <class Product, class X, class M>
 class RowWork {
@@ -193,7 +182,13 @@ class RowWork {
                        const MemoryOf& memory, const Tiles& tiles) {
     for (int64_t row = first; row < end; ++row) {
       prepare(p, row, memory(0));
-      run_row(RowWork(p, table, row, memory(0)), p.query.size(1), tiles);
+      const RowWork work(p, table, row, memory(0));
+      for (int64_t part = 0; part < work.parts(); ++part) work.score(part, tiles);
+      for (int64_t part = 0; part < work.parts(); ++part) {
+        work.mix(part, part == 0 ? 0 : 1, tiles);
+        if (part > 0 && part + 1 < work.parts()) work.add(1, 0, p.query.size(1));
+      }
+      work.finish(0, p.query.size(1), smaller(work.parts(), 2));
     }
   }
 
