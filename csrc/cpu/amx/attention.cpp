@@ -4,10 +4,10 @@
 // pairs of keys, written when they were decoded, the right one. Two passes, as the AVX-512 kernel, whose threads this
 // one shares. Up to 8 neighbouring rows are taken together where they read the same keys (attention_slots.h): of
 // entries without indices, and of the window, each is decoded once for all of them.
-// H D / 256 tile cycles a key, 128 at 64 heads of 512 dims, are the roof of prefill: 56 ns on one core of Emerald Rapids.
-// A row of 512 entries and a window, 672 slots, takes 106 us there: scores 25 and values 28, whose right operands come
-// from the second-level cache and would take 23 and 22 by themselves, numerators 14, decoding 12, the end 6, the
-// query 6. What is decoded for one row costs 60 ns a key; so 512 entries by indices take 149 us. A row of 8,192
+// H D / 256 tile cycles a key, 128 at 64 heads of 512 dims, are the roof of prefill: 56 ns on one core of Emerald
+// Rapids. A row of 512 entries and a window, 672 slots, takes 106 us there: scores 25 and values 28, whose right
+// operands come from the second-level cache and would take 23 and 22 by themselves, numerators 14, decoding 12, the end
+// 6, the query 6. What is decoded for one row costs 60 ns a key; so 512 entries by indices take 149 us. A row of 8,192
 // entries takes 1.35 ms: its scores do not stay in the second-level cache, and keys are decoded again for the values.
 #include "cpu/attention.h"
 

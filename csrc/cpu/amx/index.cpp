@@ -55,16 +55,20 @@ class Kernel {
   int64_t together() const { return shape_.together; }
 
   void begin(int64_t row, int64_t end) {
-    TileConfig config;
-    for (int tile = 0; tile < kTiles; ++tile) config.set(tile, kTileRows, kTileBytes);
-    tile_configure(config);
     first_row_ = row;
     const int64_t sets = (end - row + shape_.together - 1) / shape_.together;
     for (int64_t set = 0; set < sets; ++set) arrange(set, row + set * shape_.together, end);
     const int64_t unit = unit_groups();
     alone_ = sets == 1;
+    narrow_ = end - row == 1 && shape_.columns == kNarrow && shape_.steps == 4;
+    TileConfig config;
+    for (int tile = 0; tile < kTiles; ++tile) {
+      const bool columns = tile < 4 || tile == 6;  // sums, and the query of run_narrow
+      config.set(tile, kTileRows, narrow_ && columns ? 4 * kNarrow : kTileBytes);
+    }
+    tile_configure(config);
     keys_.begin(alone_ ? 4 * unit : IndexRing::kGroups);
-    fetches_ = alone_ && shape_.tiles == 4 && shape_.steps == 4;
+    fetches_ = narrow_ || (alone_ && shape_.tiles == 4 && shape_.steps == 4);
     const int64_t passes = (shape_.tiles + 3) / 4;
     quota_ = (unit * kTileRows + sets * passes - 1) / (sets * passes);
   }
@@ -141,7 +145,9 @@ class Kernel {
 
   // `tiles` of heads are left to do of the block's keys.
   void run(const Block& block, int64_t tiles) {
-    if (shape_.tiles == 1) {
+    if (narrow_) {
+      run_narrow(block);
+    } else if (shape_.tiles == 1) {
       shape_.steps == 2 ? run<4, 1, 2>(block) : shape_.steps == 4 ? run<4, 1, 4>(block) : run<4, 1, 0>(block);
     } else if (shape_.tiles == 2) {
       shape_.steps == 4 ? run<2, 2, 4>(block) : run<2, 2, 0>(block);
@@ -156,7 +162,8 @@ class Kernel {
     }
   }
 
-  static constexpr int kHalves = 1;
+  static constexpr int kHalves = 1, kNarrowBlock = 2;  // kinds of blocks, besides those that code() numbers
+  static constexpr int kNarrow = 4;                    // columns of a row of few heads
   template <int kKeys, int kHeads>
   static constexpr int code() {
     return 8 * kKeys + kHeads;
@@ -172,6 +179,8 @@ class Kernel {
         return finish<1, 4>();
       case kHalves:
         return finish_halves();
+      case kNarrowBlock:
+        return finish_narrow();
       case code<1, 3>():
         return finish<1, 3>();
       case code<1, 2>():
@@ -271,6 +280,74 @@ class Kernel {
     tile_dot<kFirst, 4, 6>();
     tile_load<7>(query + 4 * kStepBytes, kTileBytes);
     tile_dot<kFirst + 1, 4, 7>();
+  }
+
+  // 64 keys of 128 dims with up to four heads of one row, whose products lie close together: [64 keys][4 heads]. Beside
+  // each step 16 other keys are decoded, and the scores of 16 keys of the block before are summed.
+  void run_narrow(const Block& block) {
+    const Block& before = blocks_[1 - turn_];
+    const uint8_t* keys[4];
+    for (int k = 0; k < 4; ++k) keys[k] = keys_.group(block.group + k);
+    tile_zero<0>();
+    tile_zero<1>();
+    tile_zero<2>();
+    tile_zero<3>();
+#pragma GCC unroll 4
+    for (int step = 0; step < 4; ++step) {
+      dot<4, 1>(keys, step * kStepBytes, block.query + step * kStepBytes, 0);
+      decode_group();
+      if (pending_ != 0) sum_narrow(before, step);
+    }
+    float* products = products_[turn_][0];
+    constexpr int64_t kStride = 4 * kNarrow;
+    tile_store<0>(products, kStride);
+    tile_store<1>(products + kTileRows * kNarrow, kStride);
+    tile_store<2>(products + 2 * kTileRows * kNarrow, kStride);
+    tile_store<3>(products + 3 * kTileRows * kNarrow, kStride);
+    pending_ = kNarrowBlock;
+  }
+  void finish_narrow() {
+    for (int group = 0; group < 4; ++group) sum_narrow(blocks_[1 - turn_], group);
+    pending_ = 0;
+  }
+  // The next 16 keys.
+  __attribute__((always_inline)) void decode_group() {
+    IndexRing::Run ahead = keys_.claim(kTileRows, limit_);
+    IndexRing::Whole whole;
+    const auto decode = [&](auto kind) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+      for (int i = 0; i < kTileRows; ++i) keys_.decode_one<decltype(kind)::value>(whole, i);
+      for (int i = 0; i < 4; ++i) keys_.fetch_four<decltype(kind)::value>();
+    };
+    switch (ahead.count > 0 ? keys_.whole(ahead, &whole) : IndexRing::Kind::kNone) {
+      case IndexRing::Kind::kFp4:
+        return decode(IndexRing::KindConstant<IndexRing::Kind::kFp4>{});
+      case IndexRing::Kind::kFp8:
+        return decode(IndexRing::KindConstant<IndexRing::Kind::kFp8>{});
+      default:
+        keys_.decode(&ahead, ahead.count);
+        keys_.fetch(kTileRows);
+    }
+  }
+  // The scores of 16 keys. The sum of four heads is (0 + 2) + (1 + 3), as in sum().
+  __attribute__((always_inline)) void sum_narrow(const Block& block, int group) {
+    const float* products = products_[1 - turn_][0] + group * kTileRows * kNarrow;
+    const __m512 weights = _mm512_broadcast_f32x4(_mm_load_ps(block.weights));
+    __m512 x[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {  // four keys
+      const __m512 product = _mm512_load_ps(products + 16 * i);
+      x[i] = _mm512_mul_ps(weights, _mm512_maskz_max_ps(last_, _mm512_setzero_ps(), product));
+    }
+    const auto halves = [](__m512 a, __m512 b) __attribute__((always_inline)) {
+      const __m512d c = _mm512_castps_pd(a), d = _mm512_castps_pd(b);
+      return _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(c, d)), _mm512_castpd_ps(_mm512_unpackhi_pd(c, d)));
+    };
+    const __m512 ab = halves(x[0], x[1]), cd = halves(x[2], x[3]);
+    const __m512 sums = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x88), _mm512_shuffle_ps(ab, cd, 0xDD));
+    // Key 4 i + l is element i of lane l.
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    store(block, group, 0, _mm512_permutexvar_ps(order, sums));
   }
 
   // Tiles: from 0 on the products, [keys][heads]; 4 and 5 keys, 6 and 7 the query. kSteps: how many, 0: any number.
@@ -424,7 +501,8 @@ class Kernel {
   __mmask16 last_;  // columns of the last tile that have a head
   int64_t first_row_ = 0, quota_ = 0, limit_ = 0;
   bool alone_ = false;    // one set of rows: keys are decoded shortly before they are multiplied
-  bool fetches_ = false;  // run_halves fetches keys
+  bool narrow_ = false;   // one row of up to four heads
+  bool fetches_ = false;  // run_halves and run_narrow fetch keys
   int pending_ = 0;       // which kind of block waits in products_, 0: none
   int turn_ = 0;
   Block blocks_[2];

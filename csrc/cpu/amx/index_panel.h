@@ -101,6 +101,10 @@ class IndexRing {
   // A group of 16 keys of 128 dims that lie side by side in one page, to be decoded key by key with decode_one. kNone:
   // keys that must be decoded as a run.
   enum class Kind : uint8_t { kNone, kFp4, kFp8 };
+  template <Kind kKind>
+  struct KindConstant {
+    static constexpr Kind value = kKind;
+  };
   struct Whole {
     const uint8_t *values, *scales;
     uint8_t* to;
