@@ -65,6 +65,10 @@ const Shape kShapes[] = {
     {150, 128, 32, 50, IndexKeyFormat::kFp4, {{500}, {390, 100}}},
     {8, 64, 16, 30, IndexKeyFormat::kFp8, {{700, 699, 64}}},
     {7, 128, 64, 30, IndexKeyFormat::kBFloat16, {{470, 469, 468}}},
+    {4, 128, 64, 512, IndexKeyFormat::kFp4, {{6000, 5000}, {2600}, {5, 64}}},
+    {3, 128, 16, 40, IndexKeyFormat::kFp8, {{700, 699, 64}, {385}}},
+    {1, 128, 5, 20, IndexKeyFormat::kBFloat16, {{500}, {130, 129}}},
+    {2, 128, 3, 20, IndexKeyFormat::kFp4, {{450, 383}, {17}}},
 };
 
 constexpr float kFp8Scales[] = {0.5f, 1, 2, -1, 3, 0};
