@@ -360,7 +360,7 @@ class TileProduct {
       const Part& p = parts_[i];
       for (int64_t r = 0; r < p.rows; r += kSide) {
         // The next 32 outputs are asked for in four runs side by side, in the order of memory each: the processor looks
-        // ahead of every run by itself, so that 8 to 12 % more arrive than of a single one.
+        // ahead of every run by itself, so that 6 to 12 % more arrive than of a single one.
         const uint8_t* ahead = r + kSide < p.rows ? codes(p, r + kSide)
                                : i + 1 < count_   ? codes(parts_[i + 1], 0)
                                                   : next_;
