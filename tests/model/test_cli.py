@@ -515,6 +515,21 @@ def test_contexts_unless_told_otherwise(run, fast_bench, monkeypatch, quick):
     assert asked == ([("nano", 3)] if quick else [("v4-flash", 7), ("v4-flash", 8)])
 
 
+@pytest.mark.parametrize(
+    ("op", "measured"),
+    [
+        ("sparse_attention", True), ("sparse_attention_backward", True), ("index_topk", False), ("compress", False),
+        ("moe_experts_backward", True),
+    ],
+)  # fmt: skip
+def test_bench_of_one_token(run, fast_bench, op, measured):
+    """Nothing is compressed yet: window alone, or nothing to measure."""
+    code, out, err = run("bench", "--op", op, "--shape", "nano", "--context", 1)
+    assert code == 0
+    assert any(line.startswith(f"{op} ") for line in out.splitlines()) == measured
+    assert (f"{op}: nothing to measure for nano at context 1" in err) != measured
+
+
 def case(result, eager, exact, floor=1e-6):
     outputs = [Comparison(torch.tensor(result), torch.tensor(eager), torch.tensor(exact, dtype=torch.float64))]
     return Case("mhc_post", "x", lambda: None, "eager", lambda: None, lambda: outputs, 1.0, 1.0, "float32", floor)

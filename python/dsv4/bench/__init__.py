@@ -12,6 +12,7 @@ import pkgutil
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from types import ModuleType
 from typing import Any, TextIO
 
@@ -68,22 +69,23 @@ def run(
         peaks = measure_peaks(clock)
         for result in _peak_results(peaks, place):
             _show(result, out)
+        measure = partial(_measure, clock=clock, peaks=peaks, out=out)
         for op in ops or known:
             family = known[op]
             for shape in shapes or (["nano"] if quick else ["v4-flash"]):
                 for context in contexts or (family.QUICK_CONTEXTS if quick else family.CONTEXTS):
-                    for case in family.cases(op, shape, context, place):
-                        result = _measure(case, clock, peaks)
-                        failed += result["us"] is None
-                        _show(result, out)
-                        del case  # its inputs may take gigabytes, as may those of the next
+                    # Not a loop, whose variable would keep a case's inputs while those of the next are made.
+                    results = list(map(measure, family.cases(op, shape, context, place)))
+                    failed += sum(result["us"] is None for result in results)
+                    if not results:
+                        print(f"{op}: nothing to measure for {shape} at context {context}", file=sys.stderr)
     if failed:
         print(f"{failed} failed their check", file=sys.stderr)
     return 1 if failed else 0
 
 
-def _measure(case: Case, clock: Clock, peaks: Peaks) -> dict[str, Any]:
-    """Checks first; a case that fails is given no time."""
+def _measure(case: Case, clock: Clock, peaks: Peaks, out: TextIO | None) -> dict[str, Any]:
+    """Checks first; a case that fails is given no time. Shows the result."""
     error, limit = judge(case)
     impl = _library.last_implementation(case.op, clock.device.type) if _has_kernels(case.op, clock) else "reference"
     result: dict[str, Any] = dict.fromkeys(KEYS)
@@ -96,6 +98,7 @@ def _measure(case: Case, clock: Clock, peaks: Peaks) -> dict[str, Any]:
         if case.run_baseline is not None:
             other = clock.time(case.run_baseline)
             result |= {"baseline_us": other.us, "ratio": other.us / own.us}
+    _show(result, out)
     return result
 
 

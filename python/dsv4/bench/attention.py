@@ -167,7 +167,7 @@ def _cases(name: str, config: Config, context: int, kind: str, step: str, device
     flops = 4.0 * config.head_dim * config.num_attention_heads * (config.sliding_window + entries)
     rows = prefill_rows(context, flops) if step == "prefill" else 1
     sequences = batch(context // ratio * config.head_dim * 4) if step == "batch" else 1
-    if step == "prefill" and rows == 1:
+    if (step == "prefill" and rows == 1) or (kind == "csa" and context < ratio):  # no entry to select yet
         return
     first_block = max(context - rows - config.sliding_window + 1, 0) // BLOCK
     tables = (shuffled_table(blocks, first_block, sequences), shuffled_table(blocks, 0, sequences))

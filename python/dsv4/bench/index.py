@@ -75,7 +75,7 @@ def _cases(name: str, config: Config, context: int, step: str, device: torch.dev
     key_bytes = dim // 2 + dim // FP4_BLOCK
     rows = prefill_rows(context, 2.0 * dim * heads * entries) if step == "prefill" else 1
     sequences = batch(entries * (key_bytes + 2 * dim)) if step == "batch" else 1
-    if step == "prefill" and rows == 1:
+    if (step == "prefill" and rows == 1) or entries == 0:
         return
     pages, table = key_pages(config, sequences * blocks, page_size), shuffled_table(blocks, 0, sequences)
     keys = [keys_of(config, pages, row, entries, page_size).to(device) for row in table.split(1)]
