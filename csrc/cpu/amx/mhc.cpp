@@ -5,9 +5,8 @@
 // is the AVX-512 kernels'.
 //
 //   many tokens: 32 at a time pass slices of 2048 columns, the last one first in every other block, since its part of
-//   fn,
-//                768 KiB, is still in the second-level cache. Rows, 8 D bytes apart, would fall into one set of the
-//                first-level cache: 64 elements of each are staged as tiles, squares summed on the way, a few rows
+//                fn, 768 KiB, may still be in the second-level cache. Rows, 8 D bytes apart, would fall into one set of
+//                the first-level cache: 64 elements of each are staged as tiles, squares summed on the way, a few rows
 //                after each load of a tile, so that the two overlap.
 //   few tokens:  fn is the left operand, as it lies but for its split, and the tokens are the columns; the sums are
 //                those of many tokens to the bit, since a product of tiles does not depend on which side is which.
