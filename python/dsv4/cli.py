@@ -494,6 +494,8 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="small shapes and few repeats, to see that it works")
     parser.add_argument("--million", action="store_true", help="prefill a million tokens in one process, and decode")
     parser.add_argument("--end-to-end", action="store_true", help="nano beside transformers and llama.cpp")
+    parser.add_argument("--beside", action="append", choices=("transformers", "llama.cpp"), metavar="NAME",
+                        help="with --end-to-end: only transformers or llama.cpp; may be repeated")  # fmt: skip
     parser.add_argument("--tokens", type=_context, metavar="N", help="with --million: so many tokens; default 1M")
     parser.add_argument("--resume", metavar="FOLDER", help="with --million: save there, continue from what is there")
     parser.add_argument("--layer", action="store_true",
@@ -513,6 +515,8 @@ def _bench(options: argparse.Namespace) -> int:
         return _bench_model(options)
     if options.tokens is not None or options.resume is not None:
         raise ValueError("--tokens and --resume belong to --million")
+    if options.beside:
+        raise ValueError("--beside belongs to --end-to-end")
     return bench.run(
         ops=options.op,
         shapes=options.shape,
@@ -529,19 +533,19 @@ def _bench_model(options: argparse.Namespace) -> int:
 
     other = options.op or options.shape or options.quick or options.device != "cpu"
     if options.million:
-        if other or options.context or options.end_to_end:
+        if other or options.context or options.end_to_end or options.beside:
             raise ValueError("--million takes --tokens, --resume and --json, and no other option")
         return million.run(options.tokens or million.TOKENS, options.resume, options.json)
     if other or options.tokens is not None or options.resume is not None:
-        raise ValueError("--end-to-end takes --context and --json, and no other option")
-    return end_to_end.run(options.context, options.json)
+        raise ValueError("--end-to-end takes --context, --beside and --json, and no other option")
+    return end_to_end.run(options.context, options.json, beside=options.beside)
 
 
 def _bench_layer(options: argparse.Namespace) -> int:
     from dsv4.bench import layer
 
-    others = options.op or options.context or options.million or options.end_to_end or options.tokens or options.resume
-    if others or options.device != "cpu" or len(options.shape or ()) > 1:
+    names = ("op", "context", "million", "end_to_end", "beside", "tokens", "resume")
+    if any(getattr(options, name) for name in names) or options.device != "cpu" or len(options.shape or ()) > 1:
         raise ValueError("--layer takes one --shape, --scratch, --quick and --json, and no other option")
     shape = options.shape[0] if options.shape else "v4-flash"
     return layer.run(shape, options.scratch, options.json, options.quick)

@@ -27,9 +27,10 @@ def small(monkeypatch):
 def run(capsys, tmp_path):
     """Runs it: (exit code, JSON objects, standard output)."""
 
-    def call(*contexts):
+    def call(*contexts, options=()):
         file = tmp_path / "results.jsonl"
-        code = cli.main(["bench", "--end-to-end", *(f"--context={n}" for n in contexts), "--json", str(file)])
+        lengths = [f"--context={n}" for n in contexts]
+        code = cli.main(["bench", "--end-to-end", *lengths, *options, "--json", str(file)])
         out, err = capsys.readouterr()
         return code, [json.loads(line) for line in file.read_text().splitlines()], out + err
 
@@ -208,4 +209,18 @@ def test_beside_llama(tmp_path):
 @pytest.mark.parametrize("option", ["--quick", "--op=mhc_pre", "--tokens=5", "--resume=x", "--shape=nano"])
 def test_options_that_do_not_apply(capsys, option):
     assert cli.main(["bench", "--end-to-end", option]) == 2
-    assert capsys.readouterr().err.endswith("--end-to-end takes --context and --json, and no other option\n")
+    assert capsys.readouterr().err.endswith("--end-to-end takes --context, --beside and --json, and no other option\n")
+
+
+@pytest.mark.parametrize("beside", [[], ["llama.cpp"], ["transformers"], ["llama.cpp", "transformers"]])
+def test_beside(run, monkeypatch, beside):
+    monkeypatch.setattr(end_to_end, "installed", lambda *packages: False)
+    code, results, _ = run(40, options=[f"--beside={name}" for name in beside])
+    assert code == 0
+    assert {result["engine"] for result in results} == {"dsv4", *(beside or end_to_end.PEERS)}
+
+
+@pytest.mark.parametrize("other", [["--op=mhc_pre"], ["--million"], ["--layer"], []])
+def test_beside_belongs_to_end_to_end(capsys, other):
+    assert cli.main(["bench", "--beside=llama.cpp", *other]) == 2
+    assert capsys.readouterr().err.count("\n") == 1

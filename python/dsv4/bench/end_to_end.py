@@ -36,6 +36,8 @@ from dsv4.planner import format_context
 
 CONTEXTS = (1024, 4096, 16384, 65536)
 NEW_TOKENS = 32
+#: The other programs.
+PEERS = ("transformers", "llama.cpp")
 #: Most seconds that a prompt may be expected to take, as the square of its length.
 MOST_SECONDS = 900.0
 LIMITS = {"float32": 0.05, "bfloat16": 0.15, "checkpoint": 0.4}
@@ -80,13 +82,19 @@ class OwnEngine:
         return tokens * self.model.config.num_hidden_layers * self.model.config.head_dim * 4
 
 
-def run(contexts: Sequence[int] | None = None, json_file: str | None = None, shape: str = "nano") -> int:
+def run(
+    contexts: Sequence[int] | None = None,
+    json_file: str | None = None,
+    shape: str = "nano",
+    beside: Sequence[str] | None = None,
+) -> int:
     """Run all programs that are installed; print a line a result, and write one JSON object a line to `json_file`.
 
     Args:
         contexts: lengths of the prompt; None: CONTEXTS.
         json_file: the file.
         shape: preset to run.
+        beside: which of PEERS to run; None: all.
     Returns: the exit code: 1 where logits were beyond their limit.
     Raises: ValueError, in one line: too little text. OSError: the file cannot be written.
     """
@@ -98,7 +106,7 @@ def run(contexts: Sequence[int] | None = None, json_file: str | None = None, sha
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         expected: dict[int, Tensor] = {}
         own: dict[tuple[str, int], dict[str, Any]] = {}
-        for make in _engines(config, folder, len(text) + _PROFILED):
+        for make in _engines(config, folder, len(text) + _PROFILED, beside or PEERS):
             engine, missing = make()
             for result in _not_run(missing, chosen) if engine is None else _results(engine, text, chosen, expected):
                 key = (result["what"], result["context"])
@@ -118,14 +126,14 @@ def run(contexts: Sequence[int] | None = None, json_file: str | None = None, sha
 _Made = tuple[Engine | None, tuple[str, str]]
 
 
-def _engines(config: Config, folder: Path, room: int) -> Iterator[Callable[[], _Made]]:
+def _engines(config: Config, folder: Path, room: int, beside: Sequence[str]) -> Iterator[Callable[[], _Made]]:
     """Each a function that makes an engine, or says which (name, precision) is not installed. Ours in float32 first."""
     for precision in ("float32", "checkpoint", "bfloat16"):
         yield partial(_make_own, config, precision, room)
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in (torch.float32, torch.bfloat16) if "transformers" in beside else ():
         for piece in (None, _PIECE):
             yield partial(_make_transformers, config, dtype, piece)
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in (torch.float32, torch.bfloat16) if "llama.cpp" in beside else ():
         yield partial(_make_llama, config, dtype, folder, room)
 
 
