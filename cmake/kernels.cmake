@@ -64,6 +64,8 @@ if(DSV4_WITH_CUDA)
     set(DSV4_CUDA_OBJECTS ${DSV4_CUDA_OBJECTS} $<TARGET_OBJECTS:dsv4_${name}> PARENT_SCOPE)
     set(DSV4_CUDA_DEFINITIONS ${DSV4_CUDA_DEFINITIONS} DSV4_WITH_${upper} PARENT_SCOPE)
   endfunction()
+  # Tables of rotary positions have the CPU's bits (common/turns.h), which contracts nothing.
+  set_source_files_properties("${DSV4_CSRC}/cuda/sm80/norm_rope.cu" PROPERTIES COMPILE_OPTIONS "-fmad=false")
   dsv4_add_cuda_set(sm80 "${DSV4_SM80_ARCHITECTURES}")
   dsv4_add_cuda_set(sm90 "${DSV4_SM90_ARCHITECTURES}")
 

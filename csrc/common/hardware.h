@@ -2,6 +2,7 @@
 #pragma once
 
 #include "common/context.h"
+#include "common/status.h"
 
 namespace dsv4 {
 
@@ -11,8 +12,9 @@ const char* isa_name(Isa isa);
 // those, AMX tiles with BF16 and INT8, and the kernel's permission to use them, which the first call asks for.
 Isa cpu_isa();
 
-// The best instruction set of a CUDA device, kScalar where there is none. Only in builds with CUDA.
-Isa cuda_isa(int device_index);
+// The best instruction set of a CUDA device, kScalar where it has no kernels here; an error, with what CUDA says and
+// the driver it needs, where the device does not answer. Only in builds with CUDA.
+Status cuda_isa(int device_index, Isa* isa);
 int cuda_device_count();
 
 // `best`, lowered to the limit in the environment variable DSV4_MAX_ISA, read at each call. scalar, avx512 and amx

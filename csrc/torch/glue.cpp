@@ -193,7 +193,9 @@ Context Check::context(const Tensor& on) const {
 #elif defined(DSV4_TORCH_CUDA)
   context.device = Device::kCuda;
   context.device_index = on.get_device_index();
-  context.best = limited(cuda_isa(context.device_index));
+  Isa isa = Isa::kScalar;
+  raise(cuda_isa(context.device_index, &isa));
+  context.best = limited(isa);
   require(aoti_torch_get_current_cuda_stream != nullptr, "this torch has no CUDA: install a CUDA build of torch");
   aoti_torch_get_current_cuda_stream(context.device_index, &context.stream);
 #else

@@ -18,7 +18,8 @@ std::string library_info() {
   const Isa isa = Isa::kSm80;
 #elif defined(DSV4_TORCH_CUDA)
   const int devices = cuda_device_count();
-  const Isa isa = devices > 0 ? cuda_isa(0) : Isa::kScalar;
+  Isa isa = Isa::kScalar;
+  if (devices > 0 && !cuda_isa(0, &isa).is_ok()) isa = Isa::kScalar;
 #else
   const int devices = 1;
   const Isa isa = cpu_isa();

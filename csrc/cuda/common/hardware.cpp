@@ -13,15 +13,20 @@ int cuda_device_count() {
   return count;
 }
 
-Isa cuda_isa(int device_index) {
+Status cuda_isa(int device_index, Isa* isa) {
   int major = 0;
-  if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device_index) != cudaSuccess) {
+  const cudaError_t error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device_index);
+  if (error != cudaSuccess) {
     cudaGetLastError();
-    return Isa::kScalar;
+    int driver = 0;
+    cudaDriverGetVersion(&driver);
+    return Status::error("CUDA device %d: %s (dsv4 was built with CUDA %d.%d, the driver is for %d.%d)", device_index,
+                         cudaGetErrorString(error), CUDART_VERSION / 1000, CUDART_VERSION % 1000 / 10, driver / 1000,
+                         driver % 1000 / 10);
   }
   // sm_90a code runs on compute capability 9 alone; newer GPUs run the sm80 kernels.
-  if (major == 9) return Isa::kSm90;
-  return major >= 8 ? Isa::kSm80 : Isa::kScalar;
+  *isa = major == 9 ? Isa::kSm90 : major >= 8 ? Isa::kSm80 : Isa::kScalar;
+  return Status::ok();
 }
 
 }  // namespace dsv4

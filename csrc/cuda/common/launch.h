@@ -39,8 +39,9 @@ Status launch(const char* name, void (*kernel)(Arguments), const LaunchShape& sh
               const Arguments& arguments) {
 #if defined(__CUDACC__)
   cudaError_t error = cudaSetDevice(context.device_index);
+  // The limit is the kernel's, for all threads that launch it, so it is the same for every size.
   if (error == cudaSuccess && shape.shared_bytes > 48 * 1024) {
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shape.shared_bytes);
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxSharedBytes);
   }
   if (error == cudaSuccess) {
     cudaLaunchConfig_t config = {};
