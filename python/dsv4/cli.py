@@ -7,13 +7,13 @@ exit code 2; an interrupt leaves what was produced and exits with 130.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from dsv4.checkpoint import memory
 from dsv4.checkpoint.memory import parse_size, size
@@ -53,23 +53,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = argparse.Namespace(command="")
     try:
         options = _parser().parse_args(arguments)
-        return options.run(options) or 0
+        code = options.run(options) or 0
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
         return _INTERRUPTED
-    except BrokenPipeError:
-        # The reader has left; nothing more may be written, not even at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader has left
         return 0
     except (ValueError, OSError) as error:
-        print(f"dsv4 {options.command}: {_one_line(_reason(error))}", file=sys.stderr)
+        with contextlib.suppress(OSError):
+            print(f"dsv4 {options.command}: {_one_line(_reason(error))}", file=sys.stderr)
         return _BAD_INPUT
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            _give_up(stream)
+
+
+def _give_up(stream: TextIO) -> None:
+    """What cannot be written now must not be tried again at exit, where Python would complain."""
+    try:
+        stream.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _reason(error: Exception) -> str:
     """What went wrong, without the number that the system gives a failed call."""
     if not isinstance(error, OSError) or error.strerror is None:
         return str(error)
-    return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}; name another place"
+    if error.filename is None:
+        return error.strerror
+    mend = "allow it" if isinstance(error, PermissionError) else "name another place"
+    return f"{error.filename}: {error.strerror}; {mend}"
 
 
 def _one_line(text: str) -> str:
@@ -207,6 +222,8 @@ def _generate(options: argparse.Namespace) -> int:
 
 
 def _read_text(name: str) -> str:
+    if name == "-" and sys.stdin is None:
+        raise ValueError("standard input is closed; name a file")
     try:
         data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
         return data.decode("utf-8")
@@ -405,7 +422,7 @@ def _check_layers(options: argparse.Namespace) -> int:
     check = checking.LayerCheck(options.model, options.layers, options.tokens or checking.TOKENS, options.memory)
     faults: list[str] = []
     done: list[int] = []
-    with ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
         out = stack.enter_context(open(options.json, "w", encoding="utf-8")) if options.json else None
         print("\n".join(checking.heading(check)), flush=True)
         try:
@@ -488,8 +505,8 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shape", action="append", metavar="NAME", choices=("nano", "v4-flash", "v4-pro"),
                         help="nano, v4-flash, v4-pro; may be repeated; default v4-flash")  # fmt: skip
     parser.add_argument("--context", action="append", type=_context, metavar="N",
-                        help="tokens of the sequence for attention, rows at once for others; may be repeated; default: "
-                        "several, as the op needs")  # fmt: skip
+                        help="tokens of the sequence for attention, rows at once for others (4096 at most); may be "
+                        "repeated; default: several, as the op needs")  # fmt: skip
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument("--quick", action="store_true", help="small shapes and few repeats, to see that it works")
     parser.add_argument("--million", action="store_true", help="prefill a million tokens in one process, and decode")
@@ -547,7 +564,7 @@ def _bench_layer(options: argparse.Namespace) -> int:
     names = ("op", "context", "million", "end_to_end", "beside", "tokens", "resume")
     if any(getattr(options, name) for name in names) or options.device != "cpu" or len(options.shape or ()) > 1:
         raise ValueError("--layer takes one --shape, --scratch, --quick and --json, and no other option")
-    shape = options.shape[0] if options.shape else "v4-flash"
+    shape = options.shape[0] if options.shape else "nano" if options.quick else "v4-flash"
     return layer.run(shape, options.scratch, options.json, options.quick)
 
 

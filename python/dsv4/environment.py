@@ -15,6 +15,8 @@ from dsv4 import _library, ops
 
 #: The one environment variable that changes results: it holds every op to a lower instruction set, for comparisons.
 VARIABLE = "DSV4_MAX_ISA"
+#: Its values, of the CPU and of the GPU.
+LIMITS = ("scalar", "avx512", "amx", "sm80", "sm90")
 
 
 def environment() -> dict[str, Any]:
@@ -99,7 +101,7 @@ def environment_lines(found: dict[str, Any]) -> list[str]:
         f"threads    {hardware['torch threads']} of torch",
         f"cpu ops    {_library_line(libraries.get('cpu', {}), True)}",
         f"cuda ops   {_library_line(libraries.get('cuda', {}), bool(hardware['gpus']))}",
-        f"{VARIABLE}  {found[VARIABLE] or 'not set'}",
+        f"{VARIABLE}  {_limit(found[VARIABLE])}",
     ]
     if not hardware["gpus"]:
         lines.insert(4, "gpu        none" if versions["cuda of torch"] else "gpu        none (torch is a CPU build)")
@@ -107,6 +109,12 @@ def environment_lines(found: dict[str, Any]) -> list[str]:
         kind = f"sm_{gpu['capability'].replace('.', '')}"
         lines.insert(4, f"gpu        {gpu['name']}, {kind}, {gpu['memory bytes'] / 2**30:.0f} GiB")
     return lines
+
+
+def _limit(name: str | None) -> str:
+    if not name:
+        return "not set"
+    return name if name in LIMITS else f"{name}: unknown, limits nothing; there are {', '.join(LIMITS)}"
 
 
 def _library_line(library: dict[str, Any], present: bool) -> str:

@@ -317,7 +317,7 @@ def parse_context(text: str) -> int:
     scale = {"k": 1 << 10, "m": 1 << 20}.get(cleaned[-1:], 1)
     digits = cleaned if scale == 1 else cleaned[:-1]
     try:
-        if not digits.replace(".", "", 1).isdecimal() or not digits.isascii():
+        if not digits.replace(".", "", 1).isdecimal() or not digits.isascii() or len(digits) > 100:
             raise ValueError
         tokens = float(digits) * scale
     except ValueError:

@@ -46,6 +46,13 @@ def refused(folder: Path, *fragments: str, **options: Any) -> CheckpointError:
 # ---- folders and config.json
 
 
+def test_link_to_nothing(tmp_path: Path) -> None:
+    write(tmp_path, STATE)
+    (tmp_path / MODEL).rename(tmp_path / "elsewhere")
+    (tmp_path / MODEL).symlink_to(tmp_path / "nowhere")
+    refused(tmp_path, f"{MODEL}: ")
+
+
 def nothing(folder: Path) -> None:
     shutil.rmtree(folder)
 

@@ -107,6 +107,9 @@ def test_note_is_kept(tmp_path: Path) -> None:
     assert load(tmp_path / "b").note == "trained on nothing"
     save_released(model, tmp_path / "c", note="")
     assert load(tmp_path / "c").note == ""
+    config = tmp_path / "c" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"dsv4_note": None}))
+    assert load(tmp_path / "c").note == ""
 
 
 def test_refuses_to_overwrite(tmp_path: Path) -> None:

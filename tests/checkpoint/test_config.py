@@ -196,7 +196,16 @@ INVALID: dict[str, tuple[dict[str, Any], str]] = {
     "two shared experts": ({"n_shared_experts": 2}, "n_shared_experts must be 1, got 2"),
     "other stream count": ({"hc_mult": 2}, "hc_mult must be 4, got 2"),
     "eps of zero": ({"hc_eps": 0}, "hc_eps must be a positive number"),
-    "infinite theta": ({"rope_theta": float("inf")}, "rope_theta must be a positive number"),
+    "infinite theta": ({"rope_theta": float("inf")}, "rope_theta must be a number above 1"),
+    "theta of one": ({"compress_rope_theta": 1.0}, "compress_rope_theta must be a number above 1"),
+    "beyond float32": ({"rms_norm_eps": 1e299}, "rms_norm_eps must be a positive number"),
+    "clamp beyond float32": ({"swiglu_limit": 1e299}, "swiglu_limit must be a number >= 0"),
+    "yarn beta of nothing": (
+        {"rope_scaling": {"type": "yarn", "factor": 4, "original_max_position_embeddings": 8, "beta_slow": 1e-320}},
+        "beta_slow must be a positive number"),
+    "yarn of endless positions": (
+        {"rope_scaling": {"type": "yarn", "factor": 4, "original_max_position_embeddings": 10**400}},
+        "original_max_position_embeddings must be"),
     "negative clamp": ({"swiglu_limit": -1}, "swiglu_limit must be a number >= 0"),
     "unknown expert format": ({"expert_dtype": "int4"}, "expert_dtype must be 'fp4', 'fp8' or 'bf16'"),
     "token beyond the vocabulary": ({"eos_token_id": 129280}, "eos_token_id must be null or a token below"),

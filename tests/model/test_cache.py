@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -431,6 +432,21 @@ def test_crop_refuses(target: int | list[int]) -> None:
     with pytest.raises(ValueError, match="crop"):
         made.crop(target)
     assert made.lengths == (10, 10)
+
+
+@pytest.mark.parametrize("number", [np.int64, lambda n: torch.tensor([n]), torch.tensor])
+def test_numbers_of_other_kinds(number: Any) -> None:
+    made = toy_cache(CONFIGS["all kinds"], batch_size=2)
+    run(made, [tokens(10), tokens(10)])
+    length = number(7)
+    made.crop(length)
+    if isinstance(length, torch.Tensor):
+        length += 2
+    assert made.lengths == (7, 7)
+    assert all(type(length) is int for length in made.lengths)
+    made.crop([number(5), number(3)])
+    assert made.fork(number(1)).lengths == (3,)
+    assert made.fork([number(1), number(0)]).lengths == (3, 5)
 
 
 def test_fork_refuses() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 from dataclasses import replace
 from pathlib import Path
@@ -102,6 +103,13 @@ def _edit(path: Path, change: dict[str, str | None], tensor: str | None = None, 
         ({"config": "no json"}, "damaged"),
         ({"config_hash": "0"}, "damaged"),
         ({"dtype": "no_such"}, "damaged"),
+        ({"dtype": "nn"}, "damaged"),
+        ({"dtype": "float8_e4m3fn"}, "damaged"),
+        ({"sequences": "[[270, Infinity, 0]]"}, "damaged"),
+        ({"sequences": "[[270.5, 271, 0]]"}, "damaged"),
+        ({"sequences": "[[270, 270, 5000]]"}, "damaged"),
+        ({"config": "[" * 100000}, "damaged"),
+        ({"rollback": str(10**13)}, "no such cache can be made on cpu"),
         ({"dtype": "float32"}, "must be F32"),
         ({"quantization": "other"}, "quantization"),
         ({"rollback": None}, "damaged"),
@@ -160,6 +168,22 @@ def _refused(path: Path, message: str, config: Config | None = None) -> None:
         KVCache.load(path, config)
     assert "\n" not in str(error.value)
     assert str(path) in str(error.value) or "quantization" in message
+
+
+def test_save_keeps_links_and_permissions(saved: Path, tmp_path: Path) -> None:
+    cache = KVCache.load(saved)
+    link = tmp_path / "link"
+    link.symlink_to(saved)
+    saved.chmod(0o600)
+    cache.save(link)
+    assert link.is_symlink() and saved.stat().st_mode & 0o777 == 0o600
+    assert KVCache.load(link).lengths == cache.lengths
+    os.mkfifo(tmp_path / "pipe")
+    for other in (tmp_path / "pipe", tmp_path):
+        with pytest.raises(FileExistsError, match="is there and no file"):
+            cache.save(other)
+    with pytest.raises(ValueError, match="not a cache file"):
+        KVCache.load(tmp_path)
 
 
 def test_failed_save_leaves_the_old_file(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:

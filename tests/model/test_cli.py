@@ -124,6 +124,13 @@ def test_env_as_json(run, monkeypatch):
     assert values["implementations"] == dsv4.ops.implementations()
 
 
+def test_env_knows_the_instruction_sets(run, monkeypatch):
+    monkeypatch.setenv("DSV4_MAX_ISA", "SCALAR")
+    assert "SCALAR: unknown, limits nothing; there are scalar, avx512, amx, sm80, sm90" in run("env")[1]
+    monkeypatch.setenv("DSV4_MAX_ISA", "scalar")
+    assert "unknown" not in run("env")[1]
+
+
 def test_inspect(run, folder):
     code, out, err = run("inspect", folder)
     assert (code, err) == (0, "")
@@ -261,6 +268,12 @@ def test_no_tokenizer(run, folder, tmp_path):
         (["generate", "nano", "--prompt-file", "nowhere.txt"], "cannot read nowhere.txt: No such file"),
         (["plan", "v5"], "no preset 'v5'; there are v4-flash, v4-pro, nano"),
         (["plan", "v4-pro", "--context", "1G"], "'1G' is no number of tokens; write 131072, 64K or 1M"),
+        (["plan", "v4-pro", "--context", "9" * 5000], "is no number of tokens"),
+        (["inspect", "nano", "--check-layers", "--memory", "9" * 5000], "is no amount of memory"),
+        (
+            ["bench", "--layer", "--shape", "nano", "--json", "/nowhere/r.jsonl"],
+            "bench: /nowhere/r.jsonl: No such file",
+        ),
         (["plan", "v4-pro", "--context", "0"], "'0' must be a whole number of tokens from 1"),
         (["plan", "v4-pro", "--plot", "/nowhere/plan.png"], "/nowhere/plan.png"),
         (["inspect", "nowhere"], "nowhere: no such folder"),

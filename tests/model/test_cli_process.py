@@ -61,3 +61,25 @@ def test_streams_that_are_closed_or_full(command):
         err = process.communicate(timeout=120)[1].decode()
     assert process.returncode == 2
     assert err.splitlines()[-1] == f"dsv4 {command[0]}: No space left on device"
+
+
+@pytest.mark.parametrize("command", ["plan", "inspect", "env"])
+def test_what_is_still_in_a_buffer_at_the_end(command):
+    """Short output reaches a stream that is full, or that nobody reads, only when it is flushed."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    arguments = (command, *(() if command == "env" else ("nano",)))
+    with open("/dev/full", "wb") as full:
+        process = start(*arguments, stdout=full, env=environment)
+        err = process.communicate(timeout=120)[1].decode()
+    assert (process.returncode, err) == (2, f"dsv4 {command}: No space left on device\n")
+    process = start(*arguments, env=environment)
+    process.stdout.close()
+    err = process.stderr.read()
+    process.stderr.close()
+    assert (process.wait(timeout=120), err) == (0, b"")
+
+
+def test_standard_input_that_is_closed():
+    process = start("generate", "nano", "--prompt-file", "-", preexec_fn=lambda: os.close(0))
+    err = process.communicate(timeout=120)[1].decode()
+    assert (process.returncode, err) == (2, "dsv4 generate: standard input is closed; name a file\n")

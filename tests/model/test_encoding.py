@@ -140,3 +140,17 @@ def test_malformed_tool_block(old, new, words):
     with pytest.raises(EncodingError) as caught:
         parse_completion(text.replace(old, new, 1))
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"content": 5}, {"content": ["hi"]}, {"tools": [{"type": "function"}]}, {"tools": 3}, {"tools": ["f"]},
+        {"tool_calls": [{"id": "1"}]}, {"tool_calls": [{"function": {"name": "f"}}]},
+    ],
+)  # fmt: skip
+def test_fields_of_another_form(fields):
+    role = "assistant" if "tool_calls" in fields else "system" if "tools" in fields else "user"
+    with pytest.raises(EncodingError, match=r"^message 1: ") as caught:
+        encode_messages([USER, {"role": role, "content": "x", **fields}], "chat")
+    assert "\n" not in str(caught.value)

@@ -4,6 +4,7 @@ import math
 import random
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -96,6 +97,13 @@ def test_nothing_is_fed_before_the_first_token_is_asked_for():
     assert model.caches[0].length == 0
     next(tokens)
     assert model.caches[0].length == 2
+
+
+def test_numbers_of_other_kinds():
+    model = dsv4.load("nano")
+    first, second = generate(model, [1], np.int64(2))
+    assert list(generate(model, [1], 30, stop_tokens=first)) == [first]
+    assert first != second
 
 
 def test_stop_tokens_are_given_and_end_the_sequence():

@@ -151,6 +151,8 @@ def test_model_arguments() -> None:
         r"num_tokens must be 1 counts of 0 to 4, got \[5\]": lambda: model(ids, cache=cache, num_tokens=[5]),
         r"num_tokens must be 1 counts of 0 to 4, got \[1, 1\]": lambda: model(ids, cache=cache, num_tokens=[1, 1]),
         r"max_seq_len": lambda: model(ids.repeat(1, 2), cache=cache),
+        r"input_ids must be integer \[batch, seq\], got torch.complex64 \[1, 4\]": lambda: model(ids.cfloat()),
+        r"logits_to_keep must be 0 \(all\) or a number of columns, got -1": lambda: model(ids, logits_to_keep=-1),
         r"the cache belongs to another model: make one with this model's new_cache": lambda: other(ids, cache=cache),
         r"the model has 0 multi-token prediction blocks, asked for number 0": lambda: model.predict_next(
             model.hidden_streams(ids), ids
@@ -162,3 +164,65 @@ def test_model_arguments() -> None:
         assert cache.length == 4
     assert model(ids, cache=cache).shape == (1, 4, vocab)
     assert model(ids[:, :0]).shape == (1, 0, vocab)
+
+
+def test_a_cache_has_no_gradient() -> None:
+    """It is written in place: logits that came through it say so, instead of leaving parts of the gradient out."""
+    model = dsv4.init(replace(CONFIG, num_hidden_layers=2, compress_ratios=(0, 4), num_hash_layers=0), 0, "off")
+    ids = torch.arange(20).unsqueeze(0)
+    assert model(ids).requires_grad
+    assert not model(ids, cache=model.new_cache(1, 20)).requires_grad
+
+
+@pytest.mark.parametrize("tokens", [3, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_changes_nothing(tokens: int, dtype: torch.dtype) -> None:
+    config = replace(CONFIG, num_hidden_layers=3, compress_ratios=(0, 4, 8), num_hash_layers=1)
+    model = dsv4.init(config, 0, "off", dtype)
+    ids = torch.arange(tokens).unsqueeze(0)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model(ids)
+    assert torch.equal(found, model(ids))
+
+
+def test_other_dtypes() -> None:
+    """Mode "off" follows `to`; codes have no other dtype, and a model that was refused is as before."""
+    config = replace(CONFIG, num_hidden_layers=2, compress_ratios=(0, 4), num_hash_layers=0)
+    ids = torch.arange(20).unsqueeze(0)
+    plain = dsv4.init(config, 0, "off", torch.float32).to(torch.bfloat16)
+    assert (plain.dtype, plain(ids).isfinite().all().item()) == (torch.bfloat16, True)
+    experts = build("MoE", torch.float32).to(torch.bfloat16)
+    assert experts(torch.ones(20, CONFIG.hidden_size).bfloat16()).dtype == torch.bfloat16
+    for module in (build(kind, torch.bfloat16, "checkpoint") for kind in ("SWA", "CSA", "HCA", "MoE")):
+        before = {name: value.dtype for name, value in module.state_dict().items()}
+        with pytest.raises(ValueError, match="weights as stored have no other dtype"):
+            module.float()
+        assert {name: value.dtype for name, value in module.state_dict().items()} == before
+        assert module.to("cpu") is module
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_wide_activations_of_stored_weights(dtype: torch.dtype) -> None:
+    model = dsv4.load("nano", dtype=dtype)
+    ids = torch.arange(150).unsqueeze(0)
+    found = model(ids)
+    assert found.dtype == dtype
+    assert torch.equal(model(ids, cache=model.new_cache(1, 150)), found)
+    with dsv4.ops.use_reference():
+        expected = model(ids)
+    assert (found - expected).square().mean() < 0.1 * expected.square().mean()
+
+
+def test_attention_alone_takes_batches() -> None:
+    swa = build("SWA", torch.float32)
+    for shape in ((5, CONFIG.hidden_size), (0, 5, CONFIG.hidden_size)):
+        with pytest.raises(ValueError, match=r"attention: x must be \[batch, length, hidden\], batch from 1 on"):
+            swa(torch.zeros(shape))
+
+
+def test_widths_of_stored_experts() -> None:
+    """Any even width, the last group of 32 scaled by itself."""
+    config = replace(CONFIG, hidden_size=200, moe_intermediate_size=34)
+    assert build("MoE", torch.bfloat16, "checkpoint", config)(torch.ones(3, 200).bfloat16()).shape == (3, 200)
+    with pytest.raises(ValueError, match="FP4 experts need even widths, got 35; use quantization='off'"):
+        build("MoE", torch.bfloat16, "checkpoint", replace(config, moe_intermediate_size=35))

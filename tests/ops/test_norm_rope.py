@@ -527,3 +527,26 @@ BAD = {
 )
 def test_bad_arguments(op, changes, message):
     assert_rejects(getattr(ops, op), BAD[op][0], f"{op}: {message}", **changes)
+
+
+@pytest.mark.parametrize("op", ["rms_norm", "query_norm_rope", "kv_norm_rope", "compress_entries"])
+def test_second_derivatives(op):
+    """A gradient that is to have one itself does, also where a tensor is passed twice."""
+    generator = torch.Generator().manual_seed(0)
+
+    def leaf(*size):
+        return torch.randn(*size, generator=generator, dtype=torch.float64).requires_grad_()
+
+    turns = ops.rope_rows_reference(torch.arange(8), ops.rope_frequencies(4, 100.0)).double()
+    if op == "rms_norm":
+        function, leaves = (lambda x, w: ops.rms_norm(x * x, w, 1e-6)), (leaf(3, 8), leaf(8))
+        same = leaf(3, 3)
+        assert torch.autograd.gradgradcheck(lambda x: ops.rms_norm(x, x[0], 1e-6), (same,))
+    elif op == "query_norm_rope":
+        function, leaves = (lambda q: ops.query_norm_rope(q, turns[:2], 1e-6)), (leaf(2, 2, 8),)
+    elif op == "kv_norm_rope":
+        function, leaves = (lambda x, w: ops.kv_norm_rope(x, w, turns[:2], 1e-6)), (leaf(2, 8), leaf(8))
+    else:
+        function = lambda *tensors: ops.compress_entries(*tensors, turns[:2], 2)  # noqa: E731
+        leaves = (leaf(4, 8), leaf(4, 8), leaf(2, 8), leaf(8))
+    assert torch.autograd.gradgradcheck(function, leaves)

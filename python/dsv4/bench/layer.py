@@ -245,18 +245,20 @@ def run(shape: str = "v4-flash", scratch: str | None = None, json_file: str | No
     """
     source = RandomSource(layer_config(shape))
     needed = int(1.02 * sum(map(source.nbytes, source.ordered_keys())))
-    with tempfile.TemporaryDirectory(prefix="dsv4-layer-", dir=scratch) as folder:
+    with contextlib.ExitStack() as stack:
+        out = stack.enter_context(open(json_file, "w", encoding="utf-8")) if json_file else None
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="dsv4-layer-", dir=scratch))
         free = shutil.disk_usage(folder).free
         if needed > free:
             raise OSError(f"{folder}: the layer takes {size(needed)}, {size(free)} are free; use --scratch")
         result = measure(shape, Path(folder) / "layer", quick)
-    result["within_limit"] = not result["faults"] and (
-        result["loaded_bytes"] <= result["loaded_limit_bytes"]
-        and result["activation_bytes"] <= result["activation_limit_bytes"]
-    )
-    print("\n".join(lines(result)), flush=True)
-    if json_file:
-        Path(json_file).write_text(json.dumps(result) + "\n", encoding="utf-8")
+        result["within_limit"] = not result["faults"] and (
+            result["loaded_bytes"] <= result["loaded_limit_bytes"]
+            and result["activation_bytes"] <= result["activation_limit_bytes"]
+        )
+        print("\n".join(lines(result)), flush=True)
+        if out is not None:
+            out.write(json.dumps(result) + "\n")
     return 0 if result["within_limit"] else 1
 
 

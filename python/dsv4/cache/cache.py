@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import operator
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +23,14 @@ REPLAY_ROWS = 1024
 """Rows of one step of a replay."""
 
 _Function = TypeVar("_Function", bound=Callable)
+
+
+def _integer(value: Any) -> int | None:
+    """A number as a plain int, also NumPy's or a tensor's; None: a sequence."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
 
 
 def _plain_tensors(function: _Function) -> _Function:
@@ -341,7 +350,8 @@ class KVCache:
         Raises:
             ValueError: no such sequence, or none at all.
         """
-        chosen = [self._slot(s) for s in ([sequence] if isinstance(sequence, int) else sequence)]
+        one = _integer(sequence)
+        chosen = [self._slot(operator.index(s)) for s in (sequence if one is None else [one])]  # type: ignore[union-attr]
         if not chosen:
             raise ValueError("cache: fork needs at least one sequence")
         copy = KVCache.__new__(KVCache)
@@ -370,12 +380,13 @@ class KVCache:
                 as before.
         """
         lengths = self.lengths
-        if isinstance(length, int):
-            if not 0 <= length <= self.length:
-                raise ValueError(f"cache: crop to {length}, but lengths go from 0 to {self.length}")
-            targets = [min(length, current) for current in lengths]
+        one = _integer(length)
+        if one is not None:
+            if not 0 <= one <= self.length:
+                raise ValueError(f"cache: crop to {one}, but lengths go from 0 to {self.length}")
+            targets = [min(one, current) for current in lengths]
         else:
-            targets = list(length)
+            targets = [operator.index(target) for target in length]  # type: ignore[union-attr]
             if len(targets) != self.batch_size:
                 raise ValueError(f"cache: crop needs {self.batch_size} lengths, got {len(targets)}")
             for sequence, (target, current) in enumerate(zip(targets, lengths, strict=True)):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import operator
 import os
+import stat
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -33,6 +35,7 @@ _DTYPES = {
     torch.float32: "F32",
     torch.float64: "F64",
 }
+_ROW_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _DTYPES if dtype.is_floating_point}
 _TABLES = ("window_table", "compressed_table")
 # Values of config.json that neither shape the state nor change what is in it.
 _FREE = ("architectures", "bos_token_id", "eos_token_id", "max_position_embeddings", "torch_dtype")
@@ -67,7 +70,9 @@ class _Entry:
 
 def save_cache(cache: KVCache, path: str | Path) -> None:
     """Writes the committed state of all sequences; see `KVCache.save`."""
-    path = Path(path)
+    path = Path(os.path.realpath(path))  # what a link names is replaced, not the link
+    if path.exists() and not path.is_file():
+        raise FileExistsError(f"{path} is there and no file")
     entries = _entries(cache)
     config = _fingerprint_fields(cache.config)
     metadata = {
@@ -104,6 +109,8 @@ def save_cache(cache: KVCache, path: str | Path) -> None:
                     file.write(chunk.view(-1).view(torch.uint8).numpy().data)
             file.flush()
             os.fsync(file.fileno())
+        if path.exists():
+            os.chmod(temporary, stat.S_IMODE(path.stat().st_mode))
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):
@@ -145,6 +152,8 @@ def load_cache(
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such cache file")
+    if not path.is_file():
+        raise ValueError(f"{path}: not a cache file; KVCache.save writes one")
     try:
         with safe_open(str(path), framework="pt") as file:
             return _read(kind, path, file, config, device, max_seq_len)
@@ -223,14 +232,15 @@ def _empty_cache(
         fields = _fingerprint_fields(saved)
         if metadata["config_hash"] != _fingerprint(fields):
             raise ValueError("config_hash does not fit config")
-        dtype = getattr(torch, metadata["dtype"])
-        progress = [(int(length), int(high), int(floor)) for length, high, floor in json.loads(metadata["sequences"])]
+        dtype, sequences = _ROW_DTYPES[metadata["dtype"]], json.loads(metadata["sequences"])
+        index = operator.index
+        progress = [(index(length), index(high), index(floor)) for length, high, floor in sequences]
         longest = max(length for length, _, _ in progress)
         settings = (metadata["quantization"], dtype, device, metadata["index_format"], int(metadata["rollback"]))
         room = int(metadata["max_seq_len"]) if max_seq_len is None else max_seq_len
-        if any(min(entry) < 0 or entry[1] < entry[0] for entry in progress):
+        if any(not (0 <= length <= high and 0 <= floor <= high) for length, high, floor in progress):
             raise ValueError("impossible lengths")
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError, RecursionError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path}: the description of the cache is damaged ({reason}); save it again") from None
     if longest > room:
@@ -242,7 +252,10 @@ def _empty_cache(
             raise ValueError(
                 f"{path}: made for another model ({', '.join(differing)} differ); load it with the model that made it"
             )
-    return kind(saved if config is None else config, len(progress), room, *settings), progress
+    try:
+        return kind(saved if config is None else config, len(progress), room, *settings), progress
+    except (ValueError, RuntimeError, AssertionError) as error:  # no memory, no such device
+        raise ValueError(f"{path}: no such cache can be made on {device} ({str(error).splitlines()[0]})") from None
 
 
 def _check_tables(path: Path, cache: KVCache, tables: list[Tensor], progress: list[tuple[int, int, int]]) -> None:

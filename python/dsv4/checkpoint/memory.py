@@ -72,7 +72,7 @@ def parse_size(text: str) -> int:
 
     Raises: ValueError for anything else, or less than one byte.
     """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([kmgt]?)(?:i?b)?", text.strip().lower(), re.ASCII)
+    found = re.fullmatch(r"(\d{1,100}(?:\.\d{1,100})?)([kmgt]?)(?:i?b)?", text.strip().lower(), re.ASCII)
     count = int(float(found.group(1)) * (1 << 10 * " kmgt".index(found.group(2) or " "))) if found else 0
     if count < 1:
         raise ValueError(f"{text!r} is no amount of memory; write 8G or 512M")

@@ -65,7 +65,7 @@ class Checkpoint:
         """Reads config.json and all headers. CheckpointError: no checkpoint, a damaged file, an impossible config."""
         self.folder = _folder(Path(path))
         values, config = _config(self.folder)
-        self.note = str(values.get(NOTE, ""))
+        self.note = str(values.get(NOTE) or "")
         self._faults: list[str] = []
         self.files, found = self._headers()
         self.layout = "transformers" if names.is_transformers(list(found)) else "released"
@@ -87,10 +87,10 @@ class Checkpoint:
 
     def _headers(self) -> tuple[list[Path], dict[str, Entry]]:
         index = self.folder / INDEX
-        if index.exists():
+        if index.exists() or index.is_symlink():
             return self._sharded(index)
         single = self.folder / SINGLE
-        if single.exists():
+        if single.exists() or single.is_symlink():
             return [single], dict(read_header(single))
         shards = sorted(file.name for file in self.folder.glob("*.safetensors"))
         if shards:

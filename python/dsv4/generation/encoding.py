@@ -170,6 +170,7 @@ def _merge(messages: Sequence[Mapping[str, Any]]) -> list[_Turn]:
         task = message.get("task")
         if task is not None and task not in TASKS:
             raise EncodingError(f"message {number}: unknown task {task!r}; known: {', '.join(TASKS)}")
+        _check_form(number, message)
         if role not in ("user", "tool"):
             turns.append(_Turn(role, message))
             continue
@@ -183,6 +184,22 @@ def _merge(messages: Sequence[Mapping[str, Any]]) -> list[_Turn]:
         turn.parts.append((part, str(message.get("tool_call_id") or "")))
         turn.is_result.append(is_result)
     return turns
+
+
+def _check_form(number: int, message: Mapping[str, Any]) -> None:
+    content = message.get("content")
+    if not (content is None or isinstance(content, str) or _are_mappings(content)):
+        raise EncodingError(f"message {number}: content must be text or a list of blocks, got {content!r}")
+    for name, keys in (("tools", ()), ("tool_calls", ("name", "arguments"))):
+        for entry in message.get(name) or () if _are_mappings(message.get(name) or ()) else (None,):
+            function = entry.get("function") if entry is not None else None
+            if not isinstance(function, Mapping) or any(key not in function for key in keys):
+                wanted = f" with {' and '.join(keys)}" if keys else ""
+                raise EncodingError(f"message {number}: each of {name} needs a function{wanted}, got {entry!r}")
+
+
+def _are_mappings(value: Any) -> bool:
+    return isinstance(value, Sequence) and all(isinstance(entry, Mapping) for entry in value)
 
 
 def _content_text(content: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Collection, Iterator, Sequence
 
 import torch
@@ -19,7 +20,7 @@ def generate(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
-    stop_tokens: Collection[int] = (),
+    stop_tokens: int | Collection[int] = (),
     cache: KVCache | None = None,
     prefill_chunk: int = 2048,
     progress: Callable[[int, int], None] | None = None,
@@ -36,8 +37,8 @@ def generate(
         max_new_tokens: the most tokens to give.
         temperature, top_p: of `dsv4.generation.sample`; temperature 0 is greedy.
         seed: of the random numbers; the same seed gives the same tokens.
-        stop_tokens: the sequence ends with the first of these, which is given too. The end-of-sentence token counts
-            only when it is named here.
+        stop_tokens: one token or several: the sequence ends with the first of these, which is given too. The
+            end-of-sentence token counts only when it is named here.
         cache: continues the one sequence it holds. None: a new cache of the size needed.
         prefill_chunk: the prompt is fed this many tokens at a time.
         progress: called with (tokens fed, tokens of the prompt) after every chunk of the prompt.
@@ -47,8 +48,9 @@ def generate(
     prompt = _prompt(input_ids, model.config.vocab_size)
     check_sampling(temperature, top_p)
     for name, value, least in (("max_new_tokens", max_new_tokens, 0), ("prefill_chunk", prefill_chunk, 1)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        if isinstance(value, bool) or not hasattr(value, "__index__") or value < least:
             raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
+    max_new_tokens, prefill_chunk = operator.index(max_new_tokens), operator.index(prefill_chunk)
     needed = len(prompt) + max(max_new_tokens - 1, 0)
     if cache is None:
         cache = model.new_cache(batch_size=1, max_seq_len=needed)
@@ -64,7 +66,8 @@ def generate(
     def choose(logits: torch.Tensor) -> int:
         return sample(logits[0, -1], temperature, top_p, generator)
 
-    return _tokens(model, prompt, cache, choose, max_new_tokens, frozenset(stop_tokens), prefill_chunk, progress)
+    stop = frozenset([stop_tokens] if isinstance(stop_tokens, int) else stop_tokens)
+    return _tokens(model, prompt, cache, choose, max_new_tokens, stop, prefill_chunk, progress)
 
 
 def _prompt(input_ids: torch.Tensor | Sequence[int], vocab_size: int) -> torch.Tensor:

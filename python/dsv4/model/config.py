@@ -35,6 +35,7 @@ _POSITIVE = (
 # Far above any model, low enough that sizes computed from them stay in int64 and tables stay in memory.
 _LIMITS = {"num_hidden_layers": 4096, "n_routed_experts": 1 << 16, "num_nextn_predict_layers": 64}
 _MAX_SIZE = 1 << 31
+_MAX_FLOAT32 = 3.4028234663852886e38
 
 
 @dataclass(frozen=True)
@@ -53,13 +54,14 @@ class Yarn:
     def __post_init__(self) -> None:
         for name in ("factor", "beta_fast", "beta_slow", "attention_factor"):
             value = getattr(self, name)
-            if not _is_real(value) or not value > 0:
+            if not _is_real(value) or not 1 / _MAX_FLOAT32 <= value <= _MAX_FLOAT32:
                 raise ValueError(f"config: rope_scaling.{name} must be a positive number, got {value!r}")
             object.__setattr__(self, name, float(value))
-        if not _is_integer(self.original_max_position_embeddings) or self.original_max_position_embeddings < 1:
+        longest = self.original_max_position_embeddings
+        if not _is_integer(longest) or not 1 <= longest <= _MAX_SIZE:
             raise ValueError(
-                "config: rope_scaling.original_max_position_embeddings must be a positive integer, "
-                f"got {self.original_max_position_embeddings!r}"
+                "config: rope_scaling.original_max_position_embeddings must be a positive integer up to 2^31, "
+                f"got {longest if not _is_integer(longest) or abs(longest) < 1 << 64 else 'a larger one'}"
             )
         if self.beta_fast <= self.beta_slow:
             raise ValueError(
@@ -118,10 +120,12 @@ class Config:
             self._check_integer(name, 0, _LIMITS.get(name, _MAX_SIZE))
         for name in ("rope_theta", "compress_rope_theta", "routed_scaling_factor", "hc_eps", "rms_norm_eps"):
             value = getattr(self, name)
-            if not _is_real(value) or not value > 0:
-                raise ValueError(f"config: {name} must be a positive number, got {value!r}")
+            least = 1 if name.endswith("theta") else 0
+            if not _is_real(value) or not least < value <= _MAX_FLOAT32:
+                kind = f"number above {least}" if least else "positive number"
+                raise ValueError(f"config: {name} must be a {kind}, got {value!r}")
             object.__setattr__(self, name, float(value))
-        if not _is_real(self.swiglu_limit) or self.swiglu_limit < 0:
+        if not _is_real(self.swiglu_limit) or not 0 <= self.swiglu_limit <= _MAX_FLOAT32:
             raise ValueError(f"config: swiglu_limit must be a number >= 0 (0 = no clamp), got {self.swiglu_limit!r}")
         object.__setattr__(self, "swiglu_limit", float(self.swiglu_limit))
         self._check_relations()

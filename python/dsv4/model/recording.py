@@ -7,6 +7,7 @@ kernels are run again: what a CUDA graph is to a GPU.
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -233,13 +234,20 @@ class RecordedModel:
         self._storage: Sequence[LayerCache] = ()
         self._recording: Recording | None = None
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> RecordedModel:
+        """A recording knows its tensors by their memory, which is not the copy's."""
+        return RecordedModel(copy.deepcopy(self.model, memo))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(RecordedModel(self.model))
+
     def __call__(self, input_ids: Tensor, cache: KVCache, *, logits_to_keep: int = 0) -> Tensor:
         """Arguments, result and errors are those of `Transformer.forward`."""
         few = 0 < input_ids.numel() <= MOST_ROWS
         under_a_mode = torch.is_grad_enabled() or torch._C._len_torch_dispatch_stack() > 0
         if not few or under_a_mode or not self._recordable:
             return self.model(input_ids, cache, logits_to_keep=logits_to_keep)
-        ids, counts = self.model.check_ids(input_ids, cache, None)
+        ids, counts = self.model.check_ids(input_ids, cache, logits_to_keep=logits_to_keep)
         step = self.model.begin(ids, counts, cache)
         with torch.inference_mode():
             logits = self._run(step, cache.layers, ids.shape, logits_to_keep)

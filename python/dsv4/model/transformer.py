@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,11 +13,13 @@ from dsv4.cache import KVCache, LayerCache, Step
 from dsv4.model.block import Block
 from dsv4.model.config import Config
 from dsv4.nn.hyper_connection import STREAMS, MixingSettings, add_mixing_parameters, mixing_weights
-from dsv4.nn.linear import Linear, RMSNorm, check_quantization, empty_parameter, linear
+from dsv4.nn.linear import Linear, RMSNorm, StoredWeights, check_quantization, empty_parameter, linear
 from dsv4.nn.rows import RopeFrequencies, Rows
 
+_ID_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
-class Transformer(nn.Module):
+
+class Transformer(StoredWeights):
     """DeepSeek-V4: embedding, layers over 4 residual streams, head, and the multi-token prediction blocks.
 
     Args:
@@ -36,7 +37,8 @@ class Transformer(nn.Module):
         super().__init__()
         exact = check_quantization(quantization) == "checkpoint"
         trainable = not exact
-        self.config, self.quantization, self.dtype = config, quantization, dtype
+        self.config, self.quantization = config, quantization
+        self._activations = dtype
         self.frequencies = RopeFrequencies(config)
         self.mixing = MixingSettings.of(config)
         self.embed = Embedding(config.vocab_size, config.hidden_size, dtype, trainable)
@@ -52,6 +54,11 @@ class Transformer(nn.Module):
             MultiTokenPrediction(config, config.layer_ratio(config.num_hidden_layers + index), quantization, dtype)
             for index in range(config.num_nextn_predict_layers)
         )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of activations; in mode "off" also of weights and cache, so `to` changes it."""
+        return self.embed.weight.dtype if self.quantization == "off" else self._activations
 
     @property
     def device(self) -> torch.device:
@@ -85,18 +92,21 @@ class Transformer(nn.Module):
             num_tokens: how many tokens of each row count, from its left (for sequences of different lengths); the rest
                 is padding, neither stored nor seen, and its logits are 0. None: all.
             logits_to_keep: compute logits for the last so many columns alone; 0: for all.
-        Returns: float32 [batch, seq or logits_to_keep, vocab] (float64 where the model is).
+        Returns: float32 [batch, seq or logits_to_keep, vocab] (float64 where the model is). Differentiable in mode
+            "off" without a cache; a cache is written in place, so with one the logits have no gradient.
         Raises:
-            ValueError: ids not integer [batch, seq] or out of range; batch or num_tokens not fitting; past max_seq_len.
+            ValueError: ids not integer [batch, seq] or out of range; batch or num_tokens not fitting; past max_seq_len;
+                logits_to_keep below 0.
         """
-        ids, counts = self.check_ids(input_ids, cache, num_tokens)
+        ids, counts = self.check_ids(input_ids, cache, num_tokens, logits_to_keep)
         if cache is None:
             flat = self._layers(self._whole_sequences(ids), None)  # padding stands to the right, where nothing sees it
             if any(count < ids.shape[1] for count in counts):
                 flat = flat[_used(counts, ids.shape[1]).flatten().nonzero().squeeze(1).to(flat.device)]
             return self._logits(flat, counts, ids.shape, logits_to_keep)
-        step = self.begin(ids, counts, cache)
-        return self._logits(self._run(step, cache), counts, ids.shape, logits_to_keep)
+        with torch.no_grad():
+            step = self.begin(ids, counts, cache)
+            return self._logits(self._run(step, cache), counts, ids.shape, logits_to_keep)
 
     def begin(self, ids: Tensor, counts: Sequence[int], cache: KVCache) -> Step:
         """The step that feeds checked ids to the cache, after any steps that the cache needs first."""
@@ -105,8 +115,7 @@ class Transformer(nn.Module):
         return cache.begin([row[:count] for row, count in zip(ids, counts, strict=True)])
 
     def _run(self, step: Step, cache: KVCache) -> Tensor:
-        # Where nothing is differentiated, the dispatcher need not ask every op for its gradient.
-        with torch.inference_mode() if not torch.is_grad_enabled() else contextlib.nullcontext():
+        with torch.inference_mode():  # the dispatcher need not ask every op for its gradient
             streams = self._layers(Rows(self.frequencies, *step.tensors()), cache.layers)
         cache.commit(step)
         return streams
@@ -147,7 +156,7 @@ class Transformer(nn.Module):
 
     def hidden_streams(self, input_ids: Tensor) -> Tensor:
         """Residual streams after the last layer, [batch, seq, 4, hidden]: what multi-token prediction starts from."""
-        ids, _ = self.check_ids(input_ids, None, None)
+        ids, _ = self.check_ids(input_ids, None)
         return self._layers(self._whole_sequences(ids), None).unflatten(0, ids.shape)
 
     def predict_next(self, streams: Tensor, next_ids: Tensor, block: int = 0) -> Tensor:
@@ -161,7 +170,7 @@ class Transformer(nn.Module):
         """
         if not 0 <= block < len(self.mtp):
             raise ValueError(f"the model has {len(self.mtp)} multi-token prediction blocks, asked for number {block}")
-        ids, _ = self.check_ids(next_ids, None, None)
+        ids, _ = self.check_ids(next_ids, None)
         module = self.mtp[block]
         assert isinstance(module, MultiTokenPrediction)
         hidden = module(streams.flatten(0, 1), self._embed(ids.flatten()), self._whole_sequences(ids))
@@ -179,10 +188,16 @@ class Transformer(nn.Module):
             raise ValueError(f"the cache is on {cache.device}, the model on {self.device}: load it with device=")
 
     def check_ids(
-        self, input_ids: Tensor, cache: KVCache | None, num_tokens: Sequence[int] | None
+        self,
+        input_ids: Tensor,
+        cache: KVCache | None,
+        num_tokens: Sequence[int] | None = None,
+        logits_to_keep: int = 0,
     ) -> tuple[Tensor, list[int]]:
         """(ids int64, in host memory for a cache; how many of each row count), or ValueError as `forward` says."""
-        if input_ids.dim() != 2 or input_ids.dtype.is_floating_point or input_ids.dtype == torch.bool:
+        if logits_to_keep < 0:
+            raise ValueError(f"logits_to_keep must be 0 (all) or a number of columns, got {logits_to_keep}")
+        if input_ids.dim() != 2 or input_ids.dtype not in _ID_DTYPES:
             raise ValueError(f"input_ids must be integer [batch, seq], got {input_ids.dtype} {list(input_ids.shape)}")
         ids = input_ids.to(device=self.device if cache is None else "cpu", dtype=torch.int64)
         low, high = (int(end) for end in ids.aminmax()) if ids.numel() else (0, 0)

@@ -10,11 +10,11 @@ from dsv4 import ops
 from dsv4.cache import BLOCK, LayerCache, entries_per_page
 from dsv4.model.config import Config
 from dsv4.nn.compressor import Compressor, Indexer
-from dsv4.nn.linear import GroupedLinear, RMSNorm, check_quantization, empty_parameter, linear
+from dsv4.nn.linear import GroupedLinear, RMSNorm, StoredWeights, check_quantization, empty_parameter, linear
 from dsv4.nn.rows import RopeFrequencies, Rows
 
 
-class Attention(nn.Module):
+class Attention(StoredWeights):
     """Multi-query attention over a window of tokens and, where `ratio` is not 0, compressed entries, in one softmax.
 
     One row a token serves as key and value of all heads. Queries and outputs go through low-rank projections; an
@@ -66,6 +66,8 @@ class Attention(nn.Module):
         Returns: the shape of x.
         """
         if rows is None:
+            if x.dim() != 3 or x.shape[0] == 0:
+                raise ValueError(f"attention: x must be [batch, length, hidden], batch from 1 on, got {list(x.shape)}")
             batch, length = x.shape[:2]
             rows = Rows.whole_sequences(batch, length, RopeFrequencies(self.config), x.device)
             return self(x.flatten(0, 1), rows).unflatten(0, (batch, length))
@@ -74,7 +76,8 @@ class Attention(nn.Module):
         query = ops.query_norm_rope(query, rows.rope(self.ratio > 0), self.eps)
         if layer is None and self.quantized:
             table = rows.window_table
-            layer = LayerCache.allocate(self.config, self.ratio, table.shape[0], table.numel(), device=x.device)
+            pages = table.shape[0], table.numel()
+            layer = LayerCache.allocate(self.config, self.ratio, *pages, dtype=x.dtype, device=x.device)
         window_pages, compressed_pages, indices = (
             self._append(x, query_latent, rows, layer) if layer else self._rows_alone(x, query_latent, rows)
         )

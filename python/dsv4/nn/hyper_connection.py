@@ -49,7 +49,7 @@ class MixingSettings:
         self, streams: Tensor, weights: MixingWeights, norm_weight: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         op = ops.mhc_pre_reference if streams.dtype == torch.float64 else ops.mhc_pre
-        return op(streams, *weights, norm_weight, **self._pre_options())
+        return op(streams, *weights, _norm_weight(norm_weight, streams), **self._pre_options())
 
     def post(self, sublayer: Tensor, streams: Tensor, post: Tensor, comb: Tensor) -> Tensor:
         op = ops.mhc_post_reference if streams.dtype == torch.float64 else ops.mhc_post
@@ -65,11 +65,17 @@ class MixingSettings:
         norm_weight: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         op = ops.mhc_post_pre_reference if streams.dtype == torch.float64 else ops.mhc_post_pre
+        norm_weight = _norm_weight(norm_weight, streams)
         return op(sublayer, streams, post, comb, *weights, norm_weight, **self._pre_options())
 
     def head(self, streams: Tensor, weights: MixingWeights) -> Tensor:
         op = ops.mhc_head_reference if streams.dtype == torch.float64 else ops.mhc_head
         return op(streams, *weights, norm_eps=self.norm_eps, hc_eps=self.hc_eps)
+
+
+def _norm_weight(weight: Tensor | None, streams: Tensor) -> Tensor | None:
+    """As the ops take it; a checkpoint's bfloat16 one may meet wider streams."""
+    return weight if weight is None or weight.dtype == torch.float32 else weight.to(streams.dtype)
 
 
 def add_mixing_parameters(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +43,21 @@ def fill_fp8(weight: Tensor, scale: Tensor) -> None:
     scale.copy_(torch.full(scale.shape, 2.0**exponent, device=scale.device))
 
 
+_STORED = (torch.float8_e4m3fn, torch.float8_e8m0fnu)
+
+
+class StoredWeights(nn.Module):
+    """A module some of whose weights may be codes and their scales, which mean nothing in another dtype."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StoredWeights:
+        codes = next((p for p in self.parameters() if p.dtype in _STORED), None)
+        if codes is not None and fn(codes.detach()[:0]).dtype != codes.dtype:
+            raise ValueError(
+                "weights as stored have no other dtype: load or make the model with dtype=, or in mode 'off'"
+            )
+        return super()._apply(fn, recurse)
+
+
 class Linear(nn.Module):
     """`y = x W^T` with a plain weight, in the input's dtype.
 
@@ -72,10 +88,11 @@ class Linear(nn.Module):
         dtype = torch.promote_types(x.dtype, torch.float32) if self.wide else x.dtype
         if self.exact or few_rows(x, x.shape[:-1].numel()):
             return ops.dense_linear(x, self.weight, dtype)
-        return F.linear(x.to(dtype), self.weight.to(dtype))
+        with torch.autocast(x.device.type, enabled=False):  # the result has the dtype that the ops after it take
+            return F.linear(x.to(dtype), self.weight.to(dtype))
 
 
-class Fp8Linear(nn.Module):
+class Fp8Linear(StoredWeights):
     """`y = quantize(x) dequantize(W)^T`: weight e4m3 [out, in] with one scale per 128 x 128 block, as released."""
 
     def __init__(self, in_features: int, out_features: int, scale_dtype: torch.dtype = torch.float8_e8m0fnu):
@@ -89,7 +106,7 @@ class Fp8Linear(nn.Module):
         return ops.fp8_linear(x, self.weight, self.scale)
 
 
-class GroupedLinear(nn.Module):
+class GroupedLinear(StoredWeights):
     """One weight a group of heads: x [tokens, groups, in] -> [tokens, groups, out]. Activations are never quantised."""
 
     def __init__(self, groups: int, in_features: int, out_features: int, quantization: str, dtype: torch.dtype):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dsv4 import ops
 from dsv4.model.config import Config
-from dsv4.nn.linear import FP8_BLOCK, check_quantization, empty_parameter, fill_normal, linear
+from dsv4.nn.linear import FP8_BLOCK, StoredWeights, check_quantization, empty_parameter, fill_normal, linear
 
 FP4_BLOCK = 32
 _MATRICES = ("w1", "w3", "w2")  # gate, up, down
@@ -48,7 +48,7 @@ class Router(nn.Module):
             x,
             self.weight,
             self.top_k,
-            bias=self.bias,
+            bias=None if self.bias is None else self.bias.to(torch.promote_types(x.dtype, torch.float32)),
             token_ids=token_ids if self.tid2eid is not None else None,
             tid2eid=self.tid2eid,
             route_scale=self.route_scale,
@@ -70,8 +70,10 @@ class Experts(nn.Module):
             if quantization == "off" or config.expert_dtype == "bf16":
                 self._add(name, (experts, rows, columns), dtype)
             elif config.expert_dtype == "fp4":
+                if columns % 2:
+                    raise ValueError(f"FP4 experts need even widths, got {columns}; use quantization='off'")
                 self._add(name, (experts, rows, columns // 2), torch.int8)
-                self._add(name + "_scale", (experts, rows, columns // FP4_BLOCK), torch.float8_e8m0fnu)
+                self._add(name + "_scale", (experts, rows, -(-columns // FP4_BLOCK)), torch.float8_e8m0fnu)
             else:
                 blocks = (experts, -(-rows // FP8_BLOCK), -(-columns // FP8_BLOCK))
                 self._add(name, (experts, rows, columns), torch.float8_e4m3fn)
@@ -116,7 +118,7 @@ class SharedExpert(nn.Module):
         return tuple(tensors)
 
 
-class MixtureOfExperts(nn.Module):
+class MixtureOfExperts(StoredWeights):
     """Routed experts, each w2(silu(gate) * up * weight) with a clamp on gate and up, plus the shared expert.
 
     Source: DeepSeek-V4 report, 2.1; the official inference code.

@@ -75,7 +75,8 @@ def register(
             for first in checks:
                 if first is not None:
                     first(*args, **kwargs)
-            return function(*args, **kwargs)
+            with torch._C._DisableAutocast():  # the definition says which dtype a product has
+                return function(*args, **kwargs)
 
         return run
 
@@ -165,7 +166,8 @@ def _for_passed_arguments(backward: Callable[..., Any]) -> Callable[..., Any]:
     call, shows them to setup_context all the same, and then counts what backward returns against the call."""
 
     def run(ctx: Any, *grads: Any) -> Any:
-        result = backward(ctx, *grads)
+        with torch._C._DisableAutocast():
+            result = backward(ctx, *grads)
         return result[: len(ctx.needs_input_grad)] if isinstance(result, tuple) else result
 
     return run
@@ -183,18 +185,21 @@ def _recompute_backward(reference: Callable[..., Any]) -> Callable[..., Any]:
         arguments: list[Any] = []
         wanted: list[Tensor] = []
         needs_input_grad = (*ctx.needs_input_grad, *[False] * (len(ctx.others) - len(ctx.needs_input_grad)))
-        for is_tensor, other, needs_grad in zip(ctx.is_tensor, ctx.others, needs_input_grad, strict=True):
-            value = next(tensors).detach() if is_tensor else other
-            if needs_grad:
-                value = value.requires_grad_()
-                wanted.append(value)
-            arguments.append(value)
+        twice = torch.is_grad_enabled()  # the gradient is to have one itself
         with torch.enable_grad():
+            for is_tensor, other, needs_grad in zip(ctx.is_tensor, ctx.others, needs_input_grad, strict=True):
+                value = next(tensors) if is_tensor else other
+                if needs_grad:  # a tensor of its own, also where one is passed twice
+                    value = value.view_as(value) if twice else value.detach().requires_grad_()
+                    wanted.append(value)
+                arguments.append(value)
             result = reference(*arguments)
         results = result if isinstance(result, tuple) else (result,)
         pairs = [(r, g) for r, g in zip(results, grads, strict=True) if r.requires_grad and g is not None]
         found = iter(
-            torch.autograd.grad([r for r, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True)
+            torch.autograd.grad(
+                [r for r, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True, create_graph=twice
+            )
             if pairs
             else [None] * len(wanted)
         )
