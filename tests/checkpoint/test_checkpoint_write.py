@@ -112,6 +112,12 @@ def test_note_is_kept(tmp_path: Path) -> None:
     assert load(tmp_path / "c").note == ""
 
 
+def test_a_dtype_without_a_name_makes_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="torch.float64, which a checkpoint cannot hold"):
+        save_released(init(TINY, quantization="off", dtype=torch.float64), tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
 def test_refuses_to_overwrite(tmp_path: Path) -> None:
     save_released(init(TINY), tmp_path)
     before = (tmp_path / "model.safetensors").read_bytes()

@@ -138,6 +138,8 @@ def test_model_arguments() -> None:
     """What a call refuses, and that a refused call leaves the cache as it was."""
     model = dsv4.init(replace(CONFIG, num_hidden_layers=1, compress_ratios=(0,), num_hash_layers=0), 0, "off")
     other = dsv4.init(replace(CONFIG, num_hidden_layers=2, compress_ratios=(0, 4), num_hash_layers=0), 0, "off")
+    one = replace(CONFIG, num_hidden_layers=1, compress_ratios=(0, 0), num_hash_layers=0, num_nextn_predict_layers=1)
+    predicting = dsv4.init(one, 0, "off")
     cache = model.new_cache(1, 8)
     ids = torch.zeros(1, 4, dtype=torch.long)
     model(ids, cache=cache)
@@ -156,6 +158,9 @@ def test_model_arguments() -> None:
         r"the cache belongs to another model: make one with this model's new_cache": lambda: other(ids, cache=cache),
         r"the model has 0 multi-token prediction blocks, asked for number 0": lambda: model.predict_next(
             model.hidden_streams(ids), ids
+        ),
+        r"next_ids must be \[1, 4\] like the streams, got \[1, 3\]": lambda: predicting.predict_next(
+            predicting.hidden_streams(ids), ids[:, :3]
         ),
     }
     for message, call in refused.items():

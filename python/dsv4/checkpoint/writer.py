@@ -51,7 +51,6 @@ def save_released(
         raise ValueError("save_released: a state dict needs config=, the Config of its model")
     if shard_bytes < 1:
         raise ValueError(f"save_released: shard_bytes must be positive, got {shard_bytes}")
-    folder.mkdir(parents=True, exist_ok=True)
     if (folder / INDEX).exists() or any(folder.glob("*.safetensors")):
         raise ValueError(f"{folder}: holds a checkpoint already; choose an empty folder")
     state = model.state_dict() if isinstance(model, nn.Module) else model
@@ -61,6 +60,7 @@ def save_released(
             raise ValueError(f"save_released: {key} is {tensor.dtype}, which a checkpoint cannot hold")
     if not any(tensor.dtype == torch.float8_e4m3fn for tensor in tensors.values()):
         config = dataclasses.replace(config, expert_dtype="bf16")
+    folder.mkdir(parents=True, exist_ok=True)
     shards = list(_shards(tensors, shard_bytes))
     names = [SINGLE] if len(shards) == 1 else [_shard_name(i, len(shards)) for i in range(len(shards))]
     total = sum(tensor.nbytes for tensor in tensors.values())

@@ -171,6 +171,8 @@ class Transformer(StoredWeights):
         if not 0 <= block < len(self.mtp):
             raise ValueError(f"the model has {len(self.mtp)} multi-token prediction blocks, asked for number {block}")
         ids, _ = self.check_ids(next_ids, None)
+        if streams.shape[:2] != ids.shape:
+            raise ValueError(f"next_ids must be {list(streams.shape[:2])} like the streams, got {list(ids.shape)}")
         module = self.mtp[block]
         assert isinstance(module, MultiTokenPrediction)
         hidden = module(streams.flatten(0, 1), self._embed(ids.flatten()), self._whole_sequences(ids))
