@@ -113,7 +113,7 @@ def test_note_is_kept(tmp_path: Path) -> None:
 
 
 def test_a_dtype_without_a_name_makes_no_folder(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="torch.float64, which a checkpoint cannot hold"):
+    with pytest.raises(ValueError, match=r"torch\.float64, which a checkpoint cannot hold"):
         save_released(init(TINY, quantization="off", dtype=torch.float64), tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
