@@ -83,7 +83,7 @@ def _reason(error: Exception) -> str:
         return str(error)
     if error.filename is None:
         return error.strerror
-    mend = "allow it" if isinstance(error, PermissionError) else "name another place"
+    mend = "check its permissions" if isinstance(error, PermissionError) else "name another place"
     return f"{error.filename}: {error.strerror}; {mend}"
 
 

@@ -145,7 +145,8 @@ def test_malformed_tool_block(old, new, words):
 @pytest.mark.parametrize(
     "fields",
     [
-        {"content": 5}, {"content": ["hi"]}, {"tools": [{"type": "function"}]}, {"tools": 3}, {"tools": ["f"]},
+        {"content": 5}, {"content": ["hi"]}, {"content": [{"type": "text", "text": 5}]},
+        {"tools": [{"type": "function"}]}, {"tools": 3}, {"tools": ["f"]},
         {"tool_calls": [{"id": "1"}]}, {"tool_calls": [{"function": {"name": "f"}}]},
     ],
 )  # fmt: skip

@@ -215,7 +215,8 @@ def test_wide_activations_of_stored_weights(dtype: torch.dtype) -> None:
     assert torch.equal(model(ids, cache=model.new_cache(1, 150)), found)
     with dsv4.ops.use_reference():
         expected = model(ids)
-    assert (found - expected).square().mean() < 0.1 * expected.square().mean()
+    # float64 has references alone; in float32 a choice that changes moves random weights' logits, by 4 %.
+    assert (found - expected).square().mean() <= (0 if dtype == torch.float64 else 0.01) * expected.square().mean()
 
 
 def test_attention_alone_takes_batches() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -257,15 +258,13 @@ def test_calls_outside_of_a_tape() -> None:
         ops._cpu_tape_run(tape, 0, 1)
 
 
-@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
-def test_a_copy_records_for_itself(model: dsv4.Transformer, how: str) -> None:
+@pytest.mark.parametrize("how", [copy.copy, copy.deepcopy])
+def test_a_copy_records_for_itself(model: dsv4.Transformer, how: Callable[..., Any]) -> None:
     recorded, cache = RecordedModel(model), filled(model, [140])
     decode(recorded, cache, 4)
     assert recorded._recording is not None
-    copied = copy.deepcopy(recorded) if how == "deepcopy" else RecordedModel.__new__(RecordedModel)
-    if how == "pickle":
-        copied.__dict__.update(recorded.__getstate__())
+    copied, its_cache = how(recorded), copy.deepcopy(cache)
     assert copied._recording is None
     expected = decode(model, cache.snapshot(), 5, first=8)
-    assert torch.equal(decode(copied, cache.snapshot(), 5, first=8), expected)
+    assert torch.equal(decode(copied, its_cache, 5, first=8), expected)
     assert torch.equal(decode(recorded, cache, 5, first=8), expected)

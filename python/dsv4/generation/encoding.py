@@ -187,15 +187,16 @@ def _merge(messages: Sequence[Mapping[str, Any]]) -> list[_Turn]:
 
 
 def _check_form(number: int, message: Mapping[str, Any]) -> None:
-    content = message.get("content")
-    if not (content is None or isinstance(content, str) or _are_mappings(content)):
+    content: Any = message.get("content")
+    is_text = content is None or isinstance(content, str)
+    if not is_text and not (_are_mappings(content) and all(isinstance(b.get("text", ""), str) for b in content)):
         raise EncodingError(f"message {number}: content must be text or a list of blocks, got {content!r}")
-    for name, keys in (("tools", ()), ("tool_calls", ("name", "arguments"))):
-        for entry in message.get(name) or () if _are_mappings(message.get(name) or ()) else (None,):
-            function = entry.get("function") if entry is not None else None
-            if not isinstance(function, Mapping) or any(key not in function for key in keys):
-                wanted = f" with {' and '.join(keys)}" if keys else ""
-                raise EncodingError(f"message {number}: each of {name} needs a function{wanted}, got {entry!r}")
+    for name, keys in (("tools", set()), ("tool_calls", {"name", "arguments"})):
+        entries = message.get(name) or ()
+        functions = [entry.get("function") for entry in entries] if _are_mappings(entries) else [None]
+        if not all(isinstance(function, Mapping) and keys <= function.keys() for function in functions):
+            wanted = f" with {' and '.join(sorted(keys, reverse=True))}" if keys else ""
+            raise EncodingError(f"message {number}: {name} must be a list, a function{wanted} in each, got {entries!r}")
 
 
 def _are_mappings(value: Any) -> bool:
