@@ -155,12 +155,9 @@ struct Cost {
   double flops, bytes, bytes_more;
   bool tiles;  // has an AMX implementation
 };
-constexpr Cost kOps[] = {{"mhc_pre", 208, 10, 80, true},
-                         {"mhc_post", 40, 18, 80, false},
-                         {"mhc_post_pre", 248, 20, 160, true},
-                         {"mhc_head", 48, 10, 0, true},
-                         {"mhc_pre_backward", 608, 18, 160, false},
-                         {"mhc_post_backward", 80, 28, 160, false}};
+constexpr Cost kOps[] = {{"mhc_pre", 208, 10, 80, true},           {"mhc_post", 40, 18, 80, false},
+                         {"mhc_post_pre", 248, 20, 160, true},     {"mhc_head", 48, 10, 0, true},
+                         {"mhc_pre_backward", 608, 18, 160, true}, {"mhc_post_backward", 80, 28, 160, false}};
 
 void measure(bench::Bench& bench, const Cost& cost, const char* shape, int64_t tokens, int64_t hidden, Isa isa) {
   Context context = bench.pool().context();

@@ -39,6 +39,7 @@ constexpr Candidate<MhcHeadParams> kMhcHead[] = {
     {"scalar", Isa::kScalar, DSV4_SCALAR(scalar::mhc_head)},
 };
 constexpr Candidate<MhcPreBackwardParams> kMhcPreBackward[] = {
+    {"amx", Isa::kAmx, DSV4_AMX(amx::mhc_pre_backward), has_bf16_streams<MhcPreBackwardParams>},
     {"avx512", Isa::kAvx512, DSV4_AVX512(avx512::mhc_pre_backward)},
     {"scalar", Isa::kScalar, DSV4_SCALAR(scalar::mhc_pre_backward)},
 };
@@ -47,6 +48,7 @@ constexpr Candidate<MhcPostBackwardParams> kMhcPostBackward[] = {
     {"scalar", Isa::kScalar, DSV4_SCALAR(scalar::mhc_post_backward)},
 };
 constexpr Candidate<MhcHeadBackwardParams> kMhcHeadBackward[] = {
+    {"amx", Isa::kAmx, DSV4_AMX(amx::mhc_head_backward), has_bf16_streams<MhcHeadBackwardParams>},
     {"avx512", Isa::kAvx512, DSV4_AVX512(avx512::mhc_head_backward)},
     {"scalar", Isa::kScalar, DSV4_SCALAR(scalar::mhc_head_backward)},
 };
@@ -210,7 +212,18 @@ int64_t forward_workspace(int64_t tokens, int64_t hidden, int mixes, const Conte
   return bytes;
 }
 
-int64_t backward_workspace(int64_t tokens) { return tokens * static_cast<int64_t>(sizeof(MhcTokenGradient)); }
+int64_t backward_workspace(int64_t tokens, int64_t hidden, int mixes, const Context& context) {
+  int64_t bytes = tokens * static_cast<int64_t>(sizeof(MhcTokenGradient));
+  const auto at_least = [&](int64_t needed) { bytes = needed > bytes ? needed : bytes; };
+  (void)hidden, (void)mixes, (void)context, (void)at_least;
+#if defined(DSV4_WITH_AVX512)
+  if (context.best >= Isa::kAvx512) at_least(avx512::mhc_backward_bytes(tokens, hidden, mixes, context));
+#endif
+#if defined(DSV4_WITH_AMX)
+  if (context.best >= Isa::kAmx) at_least(amx::mhc_backward_bytes(tokens, hidden, mixes, context));
+#endif
+  return bytes;
+}
 
 }  // namespace
 
@@ -230,11 +243,11 @@ int64_t mhc_head_workspace_bytes(int64_t tokens, int64_t hidden, DType, const Co
 }
 
 int64_t mhc_pre_backward_workspace_bytes(int64_t tokens, int64_t hidden, DType, const Context& context) {
-  return forward_workspace(tokens, hidden, kMixes, context) + backward_workspace(tokens);
+  return backward_workspace(tokens, hidden, kMixes, context);
 }
 
 int64_t mhc_head_backward_workspace_bytes(int64_t tokens, int64_t hidden, DType, const Context& context) {
-  return forward_workspace(tokens, hidden, kStreams, context) + backward_workspace(tokens);
+  return backward_workspace(tokens, hidden, kStreams, context);
 }
 
 Status mhc_post(const MhcPostParams& p, const Context& c) { return mhc_post_op.run(validate(p), p, c); }

@@ -26,6 +26,8 @@ def native_gradients(op, implementation, made, settings=()):
         actual = [gradients(lambda *v: getattr(ops, op)(*v, *settings), p.values, p.grads) for p in made]
         # mhc_post_pre leaves its own streams' gradient to the op of the half it came through last
         backward = {"mhc_post_pre": "mhc_post"}.get(op, op) + "_backward"
+        if implementation == "amx" and (backward == "mhc_post_backward" or made[0].values[0].dtype == torch.float32):
+            implementation = "avx512"  # tiles multiply bfloat16, and mhc_post has no product
         assert _library.last_implementation(backward) == implementation
     return actual
 
@@ -47,7 +49,7 @@ def check_gradients(op, implementation, case, norm=None, settings=()):
         relative(grads, p) for p, grads in zip(made, native_gradients(op, implementation, made, settings), strict=True)
     ]
     made = [p._replace(eager=relative(p.eager, p), exact=relative(p.exact, p)) for p in made]
-    assert_as_accurate_as_torch(implementation, made, actual)
+    assert_as_accurate_as_torch(implementation, made, actual, 6e-6)
 
 
 GRADIENT_CASES = grid(
@@ -90,7 +92,7 @@ def test_gradients_of_scale_and_base(hidden, dtype, op, norm, implementation):
             eager, exact, own = (torch.cat(g[first : first + 2]) / tokens**0.5 for g in (p.eager, p.exact, native))
             made.append(p._replace(eager=(eager,), exact=(exact,)))
             actual.append((own,))
-    assert_as_accurate_as_torch(implementation, made, actual)
+    assert_as_accurate_as_torch(implementation, made, actual, 6e-6)
 
 
 @pytest.mark.parametrize("norm", NORMS)
