@@ -159,7 +159,7 @@ def _backward_case(op: str, entry: _Entry, name: str, data: _Inputs) -> Case:
 
     return Case(
         op, _shape(name, data), gradients(call, arguments), "eager autograd", gradients(eager, arguments), compare,
-        entry.flops * data.hidden * data.tokens, _bytes(entry, data) + weights, "float32", _GRADIENT__FLOOR,
+        entry.flops * data.hidden * data.tokens, _bytes(entry, data) + weights, "float32", _GRADIENT_FLOOR,
     )  # fmt: skip
 
 
