@@ -484,6 +484,7 @@ def test_hash_table_beyond_the_experts(value: int, tmp_path: Path) -> None:
         ({"dtype": torch.float16}, "dtype must be one of"),
         ({"device": "cup"}, "'cup' is not a device"),
         ({"device": "cuda:64"}, "'cuda:64' is not there"),
+        ({"device": "meta"}, "'meta' holds no weights"),
     ],
 )
 def test_impossible_arguments(options: dict[str, Any], fragment: str, tmp_path: Path) -> None:

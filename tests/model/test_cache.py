@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import pickle
+import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -247,13 +251,35 @@ def test_copies_go_their_own_ways(name: str) -> None:
                 assert np.array_equal(got[place], expected(config, rows[place])[-count:])
 
 
+@pytest.mark.parametrize("how", [copy.copy, copy.deepcopy])
+def test_the_copy_module_makes_snapshots(how: Callable[[KVCache], KVCache]) -> None:
+    config, ids = CONFIGS["all kinds"], tokens(300)
+    made = filled(config, ids)
+    window, compressed = made._tables.pools
+    before = (window.used, compressed.used)
+    other = how(made)
+    assert (window.used, compressed.used) == before
+    assert np.array_equal(run(other, [[5, 6]])[0], expected(config, [*ids, 5, 6])[300:])
+    del other
+    gc.collect()
+    assert (window.used, compressed.used) == before
+    assert np.array_equal(run(made, [[1, 2]])[0], expected(config, [*ids, 1, 2])[300:])
+
+
+def test_pickle_is_refused() -> None:
+    with pytest.raises(
+        TypeError, match=re.escape("cannot be pickled; write it with save and read it with KVCache.load")
+    ):
+        pickle.dumps(filled(CONFIGS["all kinds"], tokens(10)))
+
+
 def test_copies_keep_their_ids() -> None:
     made = filled(CONFIGS["all kinds"], tokens(700))
-    copy = made.snapshot()
-    copy.crop(695)
-    run(copy, [[1, 2, 3]])
+    other = made.snapshot()
+    other.crop(695)
+    run(other, [[1, 2, 3]])
     assert made.token_ids().tolist() == tokens(700)
-    assert copy.token_ids().tolist() == [*tokens(695), 1, 2, 3]
+    assert other.token_ids().tolist() == [*tokens(695), 1, 2, 3]
 
 
 @pytest.mark.parametrize("ran", [False, True])
@@ -264,13 +290,13 @@ def test_snapshot_during_a_step(ran: bool) -> None:
     step = made.begin([torch.tensor(new)])
     if ran:
         run_step(made, step)
-    copy = made.snapshot()
-    assert copy.nbytes == before
+    other = made.snapshot()
+    assert other.nbytes == before
     if not ran:
         run_step(made, step)
     made.commit(step)
-    assert copy.lengths == (700,)
-    assert np.array_equal(run(copy, [[5, 6]])[0], expected(config, [*ids, 5, 6])[700:])
+    assert other.lengths == (700,)
+    assert np.array_equal(run(other, [[5, 6]])[0], expected(config, [*ids, 5, 6])[700:])
     assert np.array_equal(run(made, [[5]])[0], expected(config, [*ids, *new, 5])[900:])
 
 
@@ -475,9 +501,9 @@ def test_inference_mode_does_not_stick() -> None:
     config, ids = CONFIGS["all kinds"], tokens(300)
     with torch.inference_mode():
         made = filled(config, ids)
-        copy = made.snapshot()
-        copy.crop(295)
-    for cache, length in ((made, 300), (copy, 295)):
+        other = made.snapshot()
+        other.crop(295)
+    for cache, length in ((made, 300), (other, 295)):
         with torch.no_grad():
             step = cache.begin([torch.tensor([1])])
             for layer in cache.layers:

@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 import torch
@@ -340,8 +340,18 @@ class KVCache:
     # Copies and cuts
 
     def snapshot(self) -> KVCache:
-        """An independent copy of all sequences; pages are shared until one of the two writes to them."""
+        """An independent copy of all sequences; pages are shared until one of the two writes to them. `copy.copy` and
+        `copy.deepcopy` make one too."""
         return self.fork(range(self.batch_size))
+
+    def __copy__(self) -> KVCache:
+        return self.snapshot()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> KVCache:
+        return self.snapshot()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("cache: a KVCache cannot be pickled; write it with save and read it with KVCache.load")
 
     @_plain_tensors
     def fork(self, sequence: int | Sequence[int]) -> KVCache:

@@ -112,6 +112,8 @@ def _device(name: str | torch.device) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise ValueError(f"{name!r} is not a device; use 'cpu', 'cuda' or 'cuda:N'") from None
+    if device.type == "meta":
+        raise ValueError("'meta' holds no weights; a model without them is made by Transformer(config) on that device")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"{str(device)!r} is not there: torch sees {torch.cuda.device_count()} CUDA devices")
     return device
