@@ -258,7 +258,6 @@ def test_the_copy_module_makes_snapshots(how: Callable[[KVCache], KVCache]) -> N
     window, compressed = made._tables.pools
     before = (window.used, compressed.used)
     other = how(made)
-    assert (window.used, compressed.used) == before
     assert np.array_equal(run(other, [[5, 6]])[0], expected(config, [*ids, 5, 6])[300:])
     del other
     gc.collect()

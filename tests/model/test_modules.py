@@ -221,9 +221,23 @@ def test_wide_activations_of_stored_weights(dtype: torch.dtype) -> None:
 
 def test_attention_alone_takes_batches() -> None:
     swa = build("SWA", torch.float32)
-    for shape in ((5, CONFIG.hidden_size), (0, 5, CONFIG.hidden_size)):
-        with pytest.raises(ValueError, match=r"attention: x must be \[batch, length, hidden\], batch from 1 on"):
+    for shape in ((5, CONFIG.hidden_size), (0, 5, CONFIG.hidden_size), (2, 5, CONFIG.hidden_size + 1)):
+        with pytest.raises(ValueError, match=r"attention: x must be \[batch, length, hidden 48\], batch from 1 on"):
             swa(torch.zeros(shape))
+    with pytest.raises(ValueError, match=r"attention: x must be torch.float32 as the weights are, got torch.bfloat16"):
+        swa(torch.zeros(1, 5, CONFIG.hidden_size, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("ratio", [-1, 0, CONFIG.csa_ratio])
+def test_ratios_that_are_not_heavy(ratio: int) -> None:
+    with pytest.raises(ValueError, match=f"HCA's ratio must be from 1 on and not CSA's 4, got {ratio}"):
+        dsv4.nn.HeavilyCompressedAttention(CONFIG, ratio=ratio)
+
+
+def test_streams_of_another_shape() -> None:
+    connection = dsv4.nn.HyperConnection(CONFIG)
+    with pytest.raises(ValueError, match=r"streams must be \[\.\.\., 4, hidden\], got \[3, 2, 48\]"):
+        connection(torch.zeros(3, 2, CONFIG.hidden_size), lambda x: x)
 
 
 def test_widths_of_stored_experts() -> None:

@@ -190,11 +190,10 @@ void token_gradients(const BackwardProblem<X>& p, int64_t first, int64_t count, 
   }
 }
 
-// The rows of up to kFew tokens over a run, the gradient of their input before its norm, and the sums over them of d
-// norm_weight. The rows that come next are fetched.
+// The gradient of the input of up to kFew tokens before its norm over a run, and the sums over them of d norm_weight.
 template <class X>
-void hold(const BackwardProblem<X>& p, const MhcTokenGradient* tokens, int64_t first, int64_t count, Steps run,
-          int64_t at, const Held<X>& held) {
+void input_gradients(const BackwardProblem<X>& p, const MhcTokenGradient* tokens, int64_t first, int64_t count,
+                     Steps run, const Held<X>& held) {
   const bool norm = p.norm_weight.given();
   if (norm) memset(held.norm_few, 0, sizeof(float) * kRun);
   for (int64_t t = 0; t < count; ++t) {
@@ -203,14 +202,10 @@ void hold(const BackwardProblem<X>& p, const MhcTokenGradient* tokens, int64_t f
     const auto step = [&](int64_t d, int64_t left, auto part) __attribute__((always_inline)) {
       constexpr bool kPart = decltype(part)::value;
       const int64_t to = d - run.begin * kStep;
-      Pair r[kStreams];
-      for (int i = 0; i < kStreams; ++i) {
-        const X* from = p.r(token, i) + d;
-        copy<kPart>(from, held.rows[i][at + t] + to, left);
-        if (norm) r[i] = get<false>(held.rows[i][at + t] + to);
-      }
       Pair grad = get<kPart>(p.grad(token) + d, left);
       if (norm) {
+        Pair r[kStreams];
+        for (int i = 0; i < kStreams; ++i) r[i] = get<kPart>(p.r(token, i) + d, left);
         const Pair u = mixed<X>(r, tokens[token].pre);
         store(held.norm_few + to, fma(times(u, grad), rms, load(held.norm_few + to)));
         grad = fma(u, along, scaled(times(grad, norm_weight<kPart, X>(p.norm_weight, d, left)), rms));
@@ -229,22 +224,24 @@ void hold(const BackwardProblem<X>& p, const MhcTokenGradient* tokens, int64_t f
   for (int64_t d = 0; norm && d < kRun; ++d) held.norm[d] += held.norm_few[d];
 }
 
-// A token's d streams over a run, one stream: what they are made of beside fn^T dz, and where they go.
+// A token's d streams over a run, one stream: what they are made of beside fn^T dz, and where they go. `held` becomes a
+// copy of the row.
 template <class X, Store kStore>
 struct StreamRow {
-  const X *r, *next;                  // next: in memory, of the token that has this place later
+  const X *r, *next;                  // next: of the token that has this place later, fetched
   const X *residual, *next_residual;  // or null
   const float* grad;
-  X* out;
+  X *held, *out;
   float along, pre;
 
   __attribute__((always_inline)) StreamRow(const BackwardProblem<X>& p, const MhcTokenGradient* tokens, int64_t token,
-                                           int stream, Steps run, const X* held, const float* held_grad)
-      : r(held),
-        next(p.r(token + kFew, stream) + run.begin * kStep),
+                                           int stream, Steps run, X* held_row, const float* held_grad)
+      : r(p.r(token, stream) + run.begin * kStep),
+        next(r + kFew * p.streams.token),
         residual(nullptr),
         next_residual(nullptr),
         grad(held_grad),
+        held(held_row),
         along(-tokens[token].along),
         pre(tokens[token].pre[stream]) {
     const AnyView<3>&more = p.grad_residual, &to = p.grad_streams;
@@ -260,13 +257,14 @@ struct StreamRow {
   __attribute__((always_inline)) void put_step(int64_t d, int64_t count, Pair sum) const {
     constexpr bool kPart = kTo == Store::kPart;
     prefetch(next + d);
+    const Pair x = copy<kPart>(r + d, held + d, count);
     // The largest terms come last: they would round the small ones.
-    sum = fma(get<false>(r + d), _mm512_set1_ps(along), sum);
+    sum = fma(x, _mm512_set1_ps(along), sum);
     sum = fma(load(grad + d), _mm512_set1_ps(pre), sum);
     if (residual != nullptr) {
       prefetch(next_residual + d);
-      const Pair x = get<kPart>(residual + d, count);
-      sum = {_mm512_add_ps(sum.a, x.a), _mm512_add_ps(sum.b, x.b)};
+      const Pair more = get<kPart>(residual + d, count);
+      sum = {_mm512_add_ps(sum.a, more.a), _mm512_add_ps(sum.b, more.b)};
     }
     put<kTo>(out + d, sum, count);
   }
@@ -294,7 +292,7 @@ void run_gradients(const BackwardProblem<X>& p, const MhcTokenGradient* tokens, 
     Gradient::template prepare<kOutputs>(tokens + first, count, &factors);
     for (int64_t at = 0; at < count; at += kFew) {
       const int64_t few = std::min<int64_t>(kFew, count - at);
-      hold(p, tokens, first + at, few, run, at, held);
+      input_gradients(p, tokens, first + at, few, run, held);
       const auto row = [&](int stream, int64_t t) __attribute__((always_inline)) {
         return StreamRow<X, kStore>(p, tokens, first + at + t, stream, run, held.rows[stream][at + t], held.grad[t]);
       };

@@ -53,14 +53,18 @@ DSV4_INLINE void put(float* p, Pair value, int64_t count = kStep) {
   }
 }
 
-// A step, zeros behind its `count` elements if kPart.
+// A step, zeros behind its `count` elements if kPart; returns it.
 template <bool kPart>
-DSV4_INLINE void copy(const bf16* from, bf16* to, int64_t count) {
-  _mm512_storeu_si512(to, kPart ? _mm512_maskz_loadu_epi16(mask32(count), from) : _mm512_loadu_si512(from));
+DSV4_INLINE Pair copy(const bf16* from, bf16* to, int64_t count) {
+  const __m512i words = kPart ? _mm512_maskz_loadu_epi16(mask32(count), from) : _mm512_loadu_si512(from);
+  _mm512_storeu_si512(to, words);
+  return widen(words);
 }
 template <bool kPart>
-DSV4_INLINE void copy(const float* from, float* to, int64_t count) {
-  store(to, get<kPart>(from, count));
+DSV4_INLINE Pair copy(const float* from, float* to, int64_t count) {
+  const Pair x = get<kPart>(from, count);
+  store(to, x);
+  return x;
 }
 
 DSV4_INLINE void copy_past_caches(const bf16* from, bf16* to) {

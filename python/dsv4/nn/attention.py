@@ -62,12 +62,19 @@ class Attention(StoredWeights):
 
         Args:
             x: [tokens, hidden] with `rows` and `layer`; or alone, [batch, length, hidden], whole sequences from
-                position 0 without a cache (differentiable in mode "off").
-        Returns: the shape of x.
+                position 0 without a cache (differentiable in mode "off"). bfloat16 or float32; in mode "off" the dtype
+                of the weights.
+        Returns: the shape and dtype of x.
+        Raises:
+            ValueError: without `rows`: another shape, or in mode "off" another dtype.
         """
         if rows is None:
-            if x.dim() != 3 or x.shape[0] == 0:
-                raise ValueError(f"attention: x must be [batch, length, hidden], batch from 1 on, got {list(x.shape)}")
+            if x.dim() != 3 or x.shape[0] == 0 or x.shape[2] != self.config.hidden_size:
+                wanted = f"[batch, length, hidden {self.config.hidden_size}], batch from 1 on"
+                raise ValueError(f"attention: x must be {wanted}, got {list(x.shape)}")
+            own = self.attn_sink.dtype
+            if not self.quantized and x.dtype != own and not torch.is_autocast_enabled(x.device.type):
+                raise ValueError(f"attention: x must be {own} as the weights are, got {x.dtype}")
             batch, length = x.shape[:2]
             rows = Rows.whole_sequences(batch, length, RopeFrequencies(self.config), x.device)
             return self(x.flatten(0, 1), rows).unflatten(0, (batch, length))
@@ -146,21 +153,28 @@ def _to_pages(entries: Tensor, rows: Rows, page_size: int) -> Tensor:
 
 
 class SlidingWindowAttention(Attention):
-    """Attention over the last `sliding_window` tokens alone (`ratio` 0)."""
+    """Attention over the last `sliding_window` tokens alone (`ratio` 0). Arguments as `Attention`'s."""
 
     def __init__(self, config: Config, quantization: str = "checkpoint", dtype: torch.dtype = torch.bfloat16):
         super().__init__(config, 0, quantization, dtype)
 
 
 class CompressedSparseAttention(Attention):
-    """CSA: every `csa_ratio` (4) tokens make one entry, an indexer picks `index_topk` of them for each query."""
+    """CSA: every `csa_ratio` (4) tokens make one entry, an indexer picks `index_topk` of them for each query. Arguments
+    as `Attention`'s; the ratio is the configuration's."""
 
     def __init__(self, config: Config, quantization: str = "checkpoint", dtype: torch.dtype = torch.bfloat16):
         super().__init__(config, config.csa_ratio, quantization, dtype)
 
 
 class HeavilyCompressedAttention(Attention):
-    """HCA: every `ratio` tokens (128 in the release) make one entry; a query attends to all of them."""
+    """HCA: every `ratio` tokens (128 in the release) make one entry; a query attends to all of them.
+
+    Args:
+        ratio: from 1 on, but not `config.csa_ratio`, which makes CSA; the others as `Attention`'s.
+    Raises:
+        ValueError: another ratio.
+    """
 
     def __init__(
         self,
@@ -169,6 +183,8 @@ class HeavilyCompressedAttention(Attention):
         quantization: str = "checkpoint",
         dtype: torch.dtype = torch.bfloat16,
     ):
+        if ratio < 1 or ratio == config.csa_ratio:
+            raise ValueError(f"attention: HCA's ratio must be from 1 on and not CSA's {config.csa_ratio}, got {ratio}")
         super().__init__(config, ratio, quantization, dtype)
 
 

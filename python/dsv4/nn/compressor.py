@@ -81,6 +81,11 @@ class Indexer(nn.Module):
     score[t, j] = sum_h weights[t, h] * relu(query[t, h] . key[j]). Queries and keys are rotated by RoPE and, in mode
     `checkpoint`, by a Hadamard transform and rounded to FP4.
     Source: DeepSeek-V4 report, 2.3.1; the official inference code.
+
+    Args:
+        config: of the model (`index_n_heads`, `index_head_dim`, `index_topk`, `q_lora_rank`, `csa_ratio`).
+        quantization: "checkpoint" or "off".
+        dtype: of activations and, in mode "off", of the weights.
     """
 
     def __init__(self, config: Config, *, quantization: str, dtype: torch.dtype):

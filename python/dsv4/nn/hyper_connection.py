@@ -102,6 +102,7 @@ def mixing_weights(module: nn.Module, site: str, streams: torch.dtype) -> Mixing
 class HyperConnection(nn.Module):
     """Wraps a sublayer: its input is a mix of 4 residual streams, its output is mixed back into them.
 
+    V4 normalises the input of each of its sublayers: `connection(streams, lambda x: sublayer(norm(x)))`.
     Source: DeepSeek-V4 report, 2.2; arXiv 2512.24880; the official inference code.
 
     Args:
@@ -115,7 +116,13 @@ class HyperConnection(nn.Module):
         add_mixing_parameters(self, "hc", config.hidden_size, MIXES, 3, dtype, True)
 
     def forward(self, streams: Tensor, sublayer: Callable[[Tensor], Tensor]) -> Tensor:
-        """streams [..., 4, hidden]; sublayer maps [..., hidden] to [..., hidden]. Returns the new streams."""
+        """streams [..., 4, hidden]; sublayer maps [..., hidden] to [..., hidden]. Returns the new streams.
+
+        Raises:
+            ValueError: streams of another shape.
+        """
+        if streams.dim() < 2 or streams.shape[-2] != STREAMS:
+            raise ValueError(f"hyper_connection: streams must be [..., {STREAMS}, hidden], got {list(streams.shape)}")
         flat = streams.reshape(-1, STREAMS, streams.shape[-1])
         mixed, post, comb = self.settings.pre(flat, mixing_weights(self, "hc", streams.dtype))
         out = sublayer(mixed.view(*streams.shape[:-2], streams.shape[-1]))

@@ -93,7 +93,12 @@ class Linear(nn.Module):
 
 
 class Fp8Linear(StoredWeights):
-    """`y = quantize(x) dequantize(W)^T`: weight e4m3 [out, in] with one scale per 128 x 128 block, as released."""
+    """`y = quantize(x) dequantize(W)^T`: weight e4m3 [out, in] with one scale per 128 x 128 block, as released.
+
+    Args:
+        in_features, out_features: widths; the last blocks may be partial.
+        scale_dtype: float8_e8m0fnu, as released, or float32.
+    """
 
     def __init__(self, in_features: int, out_features: int, scale_dtype: torch.dtype = torch.float8_e8m0fnu):
         super().__init__()
@@ -107,7 +112,13 @@ class Fp8Linear(StoredWeights):
 
 
 class GroupedLinear(StoredWeights):
-    """One weight a group of heads: x [tokens, groups, in] -> [tokens, groups, out]. Activations are never quantised."""
+    """One weight a group of heads: x [tokens, groups, in] -> [tokens, groups, out]. Activations are never quantised.
+
+    Args:
+        groups, in_features, out_features: the weight is [groups * out_features, in_features].
+        quantization: "checkpoint" (FP8 codes with scales of 128 x 128 blocks) or "off".
+        dtype: of the weight in mode "off".
+    """
 
     def __init__(self, groups: int, in_features: int, out_features: int, quantization: str, dtype: torch.dtype):
         super().__init__()
@@ -135,7 +146,14 @@ def linear(in_features: int, out_features: int, quantization: str, dtype: torch.
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm with a weight, computed in float32."""
+    """Root-mean-square norm with a weight over the last axis, computed in float32.
+
+    Args:
+        width: of the last axis.
+        eps: added to the mean of the squares.
+        dtype: of the weight.
+        trainable: whether it has a gradient.
+    """
 
     def __init__(self, width: int, eps: float, dtype: torch.dtype, trainable: bool = True):
         super().__init__()
