@@ -28,7 +28,7 @@ _EXAMPLES = """examples:
   dsv4 plan v4-pro --context 1M                     KV bytes, FLOPs and weights next to DeepSeek-V3.2
   dsv4 plan v4-flash --plot plan.svg                the same over the context length, drawn
   dsv4 inspect ./DeepSeek-V4-Flash                  what a checkpoint holds, without loading it
-  dsv4 inspect ./DeepSeek-V4-Flash --check-layers   runs it layer by layer, in the memory of one
+  dsv4 inspect ./DeepSeek-V4-Flash --check-layers   runs it layer by layer, with memory for one
   dsv4 generate nano --prompt "Hello" --stats       the bundled model (random weights)
   dsv4 generate ./DeepSeek-V4-Flash --prompt-file question.txt --thinking --temperature 0.6 --top-p 0.95
   dsv4 bench --op mhc_post --json results.jsonl     an op against eager torch and the machine's own peaks
@@ -163,7 +163,8 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
                         help="the prompt as token numbers (1,2,3); gives numbers, needs no tokenizer")  # fmt: skip
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--chat", dest="mode", action="store_const", const="chat", help="answer directly (default)")
-    mode.add_argument("--thinking", dest="mode", action="store_const", const="thinking", help="reason first")
+    mode.add_argument("--thinking", dest="mode", action="store_const", const="thinking",
+                      help="let the model reason before it answers")  # fmt: skip
     mode.add_argument("--raw", dest="mode", action="store_const", const="raw", help="continue the text as it is")
     parser.add_argument("--system", metavar="TEXT", help="system message (not with --raw)")
     count = _number(int, 1, 1 << 40, "a whole number from 1 on")
@@ -171,16 +172,16 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=_number(float, 0, 1e6, "a number from 0 on"), default=0.0, metavar="T",
                         help="0 takes the likeliest token (default)")  # fmt: skip
     parser.add_argument("--top-p", type=_number(float, 1e-9, 1, "above 0 and at most 1"), default=1.0, metavar="P",
-                        help="draw from the likeliest tokens that sum to P; default 1")  # fmt: skip
+                        help="draw from the likeliest that sum to P; default 1; no effect at temperature 0")  # fmt: skip
     parser.add_argument("--seed", type=_number(int, 0, 2**63 - 1, "a whole number from 0 on"), default=0, metavar="N",
-                        help="of the random draws; default 0")  # fmt: skip
+                        help="of the random draws; default 0; no effect at temperature 0")  # fmt: skip
     parser.add_argument("--ignore-eos", action="store_true", help="go on past the end-of-sentence token")
     parser.add_argument(
         "--prefill-chunk", type=count, default=2048, metavar="N", help="prompt tokens a step; default 2048"
     )
-    parser.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1 ...")
+    parser.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1; cuda has not run on a GPU")
     parser.add_argument("--quantization", choices=("checkpoint", "off"), default="checkpoint",
-                        help="off: plain weights and cache, as transformers runs it")  # fmt: skip
+                        help="checkpoint (default): as stored, FP8 and FP4; off: plain weights and cache")  # fmt: skip
     parser.add_argument("--dtype", choices=_DTYPES, default="bfloat16", help="of activations; default bfloat16")
     parser.add_argument("--stats", action="store_true", help="tokens/s, cache bytes, and what DeepSeek-V3.2 would hold")
     parser.set_defaults(mode="chat")
@@ -412,7 +413,9 @@ def _add_inspect(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--memory", type=_size, metavar="BYTES",
                         help="what the process may take: 8G, 512M; default: what is free")  # fmt: skip
     parser.add_argument("--layers", metavar="LIST", help="only these: 0-3,7; default all")
-    parser.add_argument("--tokens", type=_context, metavar="N", help="length of the one sequence; default 512")
+    parser.add_argument(
+        "--tokens", type=_context, metavar="N", help="length of the sequence of random ids; default 512"
+    )
     parser.add_argument("--json", metavar="FILE", help="write one JSON object a layer, as it is done")
 
 
@@ -497,7 +500,9 @@ examples:
 from what it finds.
 
 --end-to-end: nano, prompts of 1K, 4K, 16K and 64K tokens and decoding after them, beside transformers and llama.cpp
-with the same weights (pip install 'dsv4[peers]'), logits compared."""
+with the same weights (in a clone: pip install '.[peers]'), logits compared.
+
+--layer, --million and --end-to-end are runs of their own, without --op."""
 
 
 def _add_bench(parser: argparse.ArgumentParser) -> None:
@@ -517,7 +522,9 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resume", metavar="FOLDER", help="with --million: save there, continue from what is there")
     parser.add_argument("--layer", action="store_true",
                         help="write, load and run one full layer (v4-flash: 3.4 GiB of disk, 5 of memory)")  # fmt: skip
-    parser.add_argument("--scratch", metavar="FOLDER", help="with --layer: where to write it; default the system's")
+    parser.add_argument(
+        "--scratch", metavar="FOLDER", help="with --layer: an existing folder to write it in; default the system's"
+    )
     parser.add_argument("--json", metavar="FILE", help="write one JSON object a line")
 
 

@@ -83,7 +83,9 @@ class Run:
             lines.append(f"generated  {self.tokens} token")
         equal = baseline(length).kv_bytes
         lines.append(f"cache      {size(self.cache.nbytes)} ({self.cache.nbytes:,} bytes) for {length:,} tokens")
-        lines.append(f"V3.2       would hold {size(equal)} for as many: {equal / self.cache.nbytes:.1f} x")
+        lines.append(
+            f"V3.2       would hold {size(equal)} at its full size for as many: {equal / self.cache.nbytes:.1f} x"
+        )
         return lines
 
 

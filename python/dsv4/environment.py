@@ -120,7 +120,8 @@ def _limit(name: str | None) -> str:
 def _library_line(library: dict[str, Any], present: bool) -> str:
     if not library:
         return "no library: every op runs its reference"
-    parts = [f"{len(library['built'])} ops, built by {library['compiler']}"]
+    kernels = sum(1 for names in library["built"].values() if names)
+    parts = [f"kernels of {kernels} ops, built by {library['compiler']}"]
     if present:
         parts.insert(0, f"instruction set {library['isa']}")
         if library["limit"] != library["isa"]:
@@ -145,4 +146,5 @@ def implementation_lines(found: dict[str, Any]) -> list[str]:
             cells.append(f"- (built: {', '.join(built[op])})" if built.get(op) else "-")
         rows.append((op, *cells))
     widths = [max(len(row[column]) for row in rows) for column in range(2)]
-    return [f"{op:<{widths[0]}}  {cpu:<{widths[1]}}  {cuda}" for op, cpu, cuda in rows]
+    lines = [f"{op:<{widths[0]}}  {cpu:<{widths[1]}}  {cuda}" for op, cpu, cuda in rows]
+    return [*lines, "", "what a call runs (what else is there); reference: plain torch; -: no kernel that can run here"]

@@ -339,7 +339,7 @@ def plot(models: Sequence[tuple[str, Config]], file: str | Path, longest: int = 
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise ValueError("drawing needs matplotlib: pip install matplotlib (or 'dsv4[plot]')") from None
+        raise ValueError("drawing needs matplotlib: pip install matplotlib") from None
     contexts = [1 << 10]
     while contexts[-1] * 2 < longest:
         contexts.append(contexts[-1] * 2)

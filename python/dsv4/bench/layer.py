@@ -247,6 +247,8 @@ def run(shape: str = "v4-flash", scratch: str | None = None, json_file: str | No
     needed = int(1.02 * sum(map(source.nbytes, source.ordered_keys())))
     with contextlib.ExitStack() as stack:
         out = stack.enter_context(open(json_file, "w", encoding="utf-8")) if json_file else None
+        if scratch is not None and not Path(scratch).is_dir():
+            raise FileNotFoundError(f"{scratch}: no such folder; make it, or name another with --scratch")
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="dsv4-layer-", dir=scratch))
         free = shutil.disk_usage(folder).free
         if needed > free:

@@ -380,7 +380,7 @@ class KVCache:
         """Cuts sequences back to earlier lengths.
 
         Within `rollback` tokens of the longest length since, that is all. Further back, the model runs part of the
-        sequence again before the next step (see `pending`): up to 136 + layers * (window - 1) tokens or so, fewer
+        sequence again before the next step (see `pending`): up to rollback + layers * (window - 1) tokens, fewer
         where window rows are still stored.
 
         Args:

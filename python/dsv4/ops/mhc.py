@@ -73,7 +73,8 @@ def mhc_pre(
         comb = sinkhorn(logits[8:24] as [4, 4]):    softmax over the last axis + hc_eps, then columns / (sum + hc_eps);
                                                     (sinkhorn_iterations - 1) more rounds of rows, then columns, alike.
 
-    A column is summed over the first axis of comb. Column sums come out at 1 within about 1e-6; row sums do not.
+    A column is summed over the first axis of comb. Column sums come out at 1 within about 1e-6; row sums as far as the
+    rounds have converged.
 
     Args:
         streams: [tokens, 4, hidden] bfloat16 or float32.

@@ -56,8 +56,7 @@ def rope_frequencies(rope_dim: int, theta: float, yarn: Yarn | None = None) -> T
 
     YaRN divides by `factor` the frequencies that turn fewer than `beta_slow` times within
     `original_max_position_embeddings`, keeps those that turn more than `beta_fast` times, and blends linearly between.
-    Its
-    attention factor is not applied: V4 has none.
+    Its attention factor is not applied: V4 has none.
 
     Raises: ValueError when rope_dim is not even and positive.
     Source: YaRN (Peng et al., 2023), as in the official inference code.
