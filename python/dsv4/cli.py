@@ -172,7 +172,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=_number(float, 0, 1e6, "a number from 0 on"), default=0.0, metavar="T",
                         help="0 takes the likeliest token (default)")  # fmt: skip
     parser.add_argument("--top-p", type=_number(float, 1e-9, 1, "above 0 and at most 1"), default=1.0, metavar="P",
-                        help="draw from the likeliest that sum to P; default 1; no effect at temperature 0")  # fmt: skip
+                        help="draw from the likeliest that sum to P; default 1; not at temperature 0")  # fmt: skip
     parser.add_argument("--seed", type=_number(int, 0, 2**63 - 1, "a whole number from 0 on"), default=0, metavar="N",
                         help="of the random draws; default 0; no effect at temperature 0")  # fmt: skip
     parser.add_argument("--ignore-eos", action="store_true", help="go on past the end-of-sentence token")
