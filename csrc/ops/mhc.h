@@ -11,6 +11,7 @@ namespace dsv4 {
 
 inline constexpr int kStreams = 4;
 inline constexpr int kMixes = 24;  // rows of fn: 4 pre, 4 post, 16 comb
+inline constexpr int kMostSinkhornIterations = 1 << 20;
 
 // result[t, o] = post[t, o] * sublayer[t] + sum_i comb[t, i, o] * streams[t, i]
 struct MhcPostParams {
@@ -32,7 +33,7 @@ struct MhcMixing {
   View<const float, 1> base;   // [24]       (mhc_head: [4])
   float norm_eps;              // >= 0
   float hc_eps;                // >= 0
-  int sinkhorn_iterations;     // >= 1; not read by mhc_head
+  int sinkhorn_iterations;     // from 1 to kMostSinkhornIterations; not read by mhc_head
 };
 
 // The weights of this sublayer from the streams before it, and the sublayer's input.
@@ -54,6 +55,7 @@ struct MhcPostPreParams {
   MhcPostParams post;
   MhcPreParams pre;  // pre.streams is post.result
 };
+inline Workspace& workspace_of(MhcPostPreParams& p) { return p.pre.workspace; }
 
 // Collapses the streams before the output head: pre weights alone, no Sinkhorn.
 struct MhcHeadParams {

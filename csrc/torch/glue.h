@@ -31,6 +31,12 @@ inline constexpr int64_t kAny = -1;  // a size that may be anything
 
 DType dtype_of(const Tensor& tensor);
 
+// Where an op's parameters have their scratch memory; contracts that have it elsewhere say so by an overload.
+template <class Params>
+Workspace& workspace_of(Params& params) {
+  return params.workspace;
+}
+
 // What a message says a tensor must be, where that is more than its sizes and dtypes: the dtypes, including those that
 // only Python's formulas take, and a label for each axis (null: the size).
 struct Words {
@@ -78,7 +84,7 @@ class Check {
   void run(Status (*op)(const Params&, const Context&), int64_t (*bytes)(const Params&, const Context&), Params params,
            const Tensor& on) const {
     auto call = [op, bytes, params](const Context& context, Scratch& scratch) mutable {
-      params.workspace = scratch.at_least(bytes(params, context));
+      workspace_of(params) = scratch.at_least(bytes(params, context));
       return op(params, context);
     };
     Scratch scratch(on);
@@ -95,10 +101,8 @@ class Check {
     raise(body(context(on)));
   }
 
-  // Where `run` runs; for the size of a workspace.
-  Context context(const Tensor& on) const;
-
  private:
+  Context context(const Tensor& on) const;  // where `run` runs
   void raise(const Status& status) const;
   void same_device(const char* name, const Tensor& tensor);
 

@@ -57,15 +57,14 @@ struct Mixing {
   }
 };
 
-// Scratch memory whose size the sizes of the tensors and the number of threads decide.
-class Memory {
- public:
-  Memory(int64_t bytes, const Tensor& on) : bytes_(empty({bytes}, ScalarType::Byte, on)) {}
-  operator Workspace() const { return {bytes_.mutable_data_ptr(), bytes_.numel()}; }
-
- private:
-  Tensor bytes_;
-};
+// An op's need of scratch memory, as Check::run asks for it.
+template <int64_t (*kBytes)(int64_t, int64_t, DType, const Context&), class Params>
+int64_t scratch_bytes(const Params& p, const Context& context) {
+  return kBytes(p.streams.size(0), p.streams.size(2), p.streams.dtype, context);
+}
+int64_t post_pre_scratch_bytes(const MhcPostPreParams& p, const Context& context) {
+  return scratch_bytes<mhc_pre_workspace_bytes>(p.pre, context);
+}
 
 void check_norm(Check& check, const std::optional<Tensor>& weight, const Sizes& s) {
   if (!weight.has_value()) return;
@@ -104,13 +103,11 @@ std::tuple<Tensor, Tensor, Tensor> mhc_pre(const Tensor& streams_, const Tensor&
   Tensor input = empty({s.tokens, s.hidden}, s.x, streams);
   Tensor post = float_tensor({s.tokens, kStreams}, streams),
          comb = float_tensor({s.tokens, kStreams, kStreams}, streams);
-  const Memory scratch(dsv4::mhc_pre_workspace_bytes(s.tokens, s.hidden, dtype_of(streams), check.context(streams)),
-                       streams);
   const MhcPreParams params{view(streams),       mixing,
                             view(norm_weight),   static_cast<float>(rms_eps),
                             mutable_view(input), mutable_view(post),
-                            mutable_view(comb),  scratch};
-  check.run(dsv4::mhc_pre, params, streams);
+                            mutable_view(comb),  {}};
+  check.run(dsv4::mhc_pre, scratch_bytes<mhc_pre_workspace_bytes>, params, streams);
   return {input, post, comb};
 }
 DSV4_OP(
@@ -133,12 +130,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mhc_post_pre(const Tensor& sublayer_,
   Tensor input = empty({s.tokens, s.hidden}, s.x, streams);
   Tensor next_post = float_tensor({s.tokens, kStreams}, streams);
   Tensor next_comb = float_tensor({s.tokens, kStreams, kStreams}, streams);
-  const Memory scratch(dsv4::mhc_pre_workspace_bytes(s.tokens, s.hidden, dtype_of(streams), check.context(streams)),
-                       streams);
   const MhcPostPreParams params{{view(sublayer), view(streams), view(post), view(comb), mutable_view(result)},
-                                {view(result), mixing, view(norm_weight), static_cast<float>(rms_eps),
-                                 mutable_view(input), mutable_view(next_post), mutable_view(next_comb), scratch}};
-  check.run(dsv4::mhc_post_pre, params, streams);
+                                {view(result),
+                                 mixing,
+                                 view(norm_weight),
+                                 static_cast<float>(rms_eps),
+                                 mutable_view(input),
+                                 mutable_view(next_post),
+                                 mutable_view(next_comb),
+                                 {}}};
+  check.run(dsv4::mhc_post_pre, post_pre_scratch_bytes, params, streams);
   return {result, input, next_post, next_comb};
 }
 DSV4_OP(
@@ -154,10 +155,8 @@ Tensor mhc_head(const Tensor& streams_, const Tensor& fn, const Tensor& scale, c
   const Mixing mixing(check, s.hidden, fn, scale, base, norm_eps, hc_eps, 0, true);
   const Tensor streams = dense(streams_);
   Tensor output = empty({s.tokens, s.hidden}, s.x, streams);
-  const Memory scratch(dsv4::mhc_head_workspace_bytes(s.tokens, s.hidden, dtype_of(streams), check.context(streams)),
-                       streams);
-  const MhcHeadParams params{view(streams), mixing, mutable_view(output), scratch};
-  check.run(dsv4::mhc_head, params, streams);
+  const MhcHeadParams params{view(streams), mixing, mutable_view(output), {}};
+  check.run(dsv4::mhc_head, scratch_bytes<mhc_head_workspace_bytes>, params, streams);
   return output;
 }
 DSV4_OP(
@@ -218,8 +217,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mhc_pre_backward(
   Tensor grad_fn = float_tensor({kMixes, kStreams * s.hidden}, streams);
   Tensor grad_scale = float_tensor({3}, streams), grad_base = float_tensor({kMixes}, streams);
   Tensor grad_norm_weight = float_tensor({norm_weight.has_value() ? s.hidden : 0}, streams);
-  const Memory scratch(
-      dsv4::mhc_pre_backward_workspace_bytes(s.tokens, s.hidden, dtype_of(streams), check.context(streams)), streams);
   const MhcPreBackwardParams params{view(grad_input),
                                     view(grad_post),
                                     view(grad_comb),
@@ -233,8 +230,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mhc_pre_backward(
                                     mutable_view(grad_scale),
                                     mutable_view(grad_base),
                                     mutable_view(grad_norm_weight),
-                                    scratch};
-  check.run(dsv4::mhc_pre_backward, params, streams);
+                                    {}};
+  check.run(dsv4::mhc_pre_backward, scratch_bytes<mhc_pre_backward_workspace_bytes>, params, streams);
   return {grad_streams, grad_fn, grad_scale, grad_base, grad_norm_weight};
 }
 DSV4_OP(
@@ -254,12 +251,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mhc_head_backward(const Tensor& grad_
   Tensor grad_streams = empty({s.tokens, kStreams, s.hidden}, s.x, streams);
   Tensor grad_fn = float_tensor({kStreams, kStreams * s.hidden}, streams);
   Tensor grad_scale = float_tensor({1}, streams), grad_base = float_tensor({kStreams}, streams);
-  const Memory scratch(
-      dsv4::mhc_head_backward_workspace_bytes(s.tokens, s.hidden, dtype_of(streams), check.context(streams)), streams);
   const MhcHeadBackwardParams params{
       view(grad_output),        view(streams),           mixing, mutable_view(grad_streams), mutable_view(grad_fn),
-      mutable_view(grad_scale), mutable_view(grad_base), scratch};
-  check.run(dsv4::mhc_head_backward, params, streams);
+      mutable_view(grad_scale), mutable_view(grad_base), {}};
+  check.run(dsv4::mhc_head_backward, scratch_bytes<mhc_head_backward_workspace_bytes>, params, streams);
   return {grad_streams, grad_fn, grad_scale, grad_base};
 }
 DSV4_OP(

@@ -13,6 +13,7 @@ from torch import Tensor
 import dsv4
 from dsv4.model import recording as module
 from dsv4.model.recording import MOST_ROWS, NotRecordable, RecordedModel, Recording
+from dsv4.testing import max_isa
 
 CONSTANT = torch.ones(3)
 
@@ -256,6 +257,15 @@ def test_calls_outside_of_a_tape() -> None:
     ops._cpu_tape_free(tape)
     with pytest.raises(RuntimeError, match="there is no tape"):
         ops._cpu_tape_run(tape, 0, 1)
+
+
+def test_the_instruction_set_may_change(model: dsv4.Transformer) -> None:
+    """Scratch memory is measured at each replay: what ran without may need some now."""
+    recorded, cache, plain = RecordedModel(model), filled(model, [140]), filled(model, [140])
+    with max_isa("scalar"):
+        assert torch.equal(decode(recorded, cache, 3), decode(model, plain, 3))
+    decode(recorded, cache, 3, first=3)
+    assert cache.length == 146
 
 
 @pytest.mark.parametrize("how", [copy.copy, copy.deepcopy])

@@ -540,7 +540,7 @@ TEST(validation_names_what_is_wrong) {
     return message(mhc_pre(bad, context));
   };
   CHECK(pre_message([](auto& q) { q.mixing.sinkhorn_iterations = 0; }) ==
-        "mhc_pre: sinkhorn_iterations must be at least 1, got 0");
+        "mhc_pre: sinkhorn_iterations must be from 1 to 1048576, got 0");
   CHECK(pre_message([](auto& q) { q.mixing.hc_eps = -1; }) ==
         "mhc_pre: hc_eps must be finite and not negative, got -1");
   CHECK(pre_message([](auto& q) { q.mixing.fn.shape[1] = 31; }) ==

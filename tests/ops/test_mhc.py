@@ -266,7 +266,8 @@ def bad_mixing(op):
 def bad_norm(op):
     return [
         ({"norm_weight": torch.rand(9)}, f"{op}: norm_weight must be bfloat16 or float32 [8], got float32 [9]"),
-        ({"sinkhorn_iterations": 0}, f"{op}: sinkhorn_iterations must be at least 1, got 0"),
+        ({"sinkhorn_iterations": 0}, f"{op}: sinkhorn_iterations must be from 1 to 1048576, got 0"),
+        ({"sinkhorn_iterations": 2**20 + 1}, f"{op}: sinkhorn_iterations must be from 1 to 1048576, got 1048577"),
         ({"rms_eps": -2.5}, f"{op}: rms_eps must be finite and not negative, got -2.5"),
     ]
 

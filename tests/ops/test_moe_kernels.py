@@ -124,6 +124,31 @@ def test_float32_scales(implementation: str, dtype: torch.dtype, form: str) -> N
     assert_as_defined(implementation, problem(form=form, dtype=dtype, scale_dtype=torch.float32, tokens=30))
 
 
+@pytest.mark.parametrize("tokens", [1, 5, 40, 100])
+@pytest.mark.parametrize("form", ["fp4", "fp8", "plain"])
+@experts
+def test_experts_without_inner_width(implementation: str, form: str, tokens: int) -> None:
+    """Sums of nothing are zero, whatever the memory held before."""
+    a = problem(tokens=tokens, form=form, inter=0, shared=None)
+    torch.full((1 << 20,), torch.nan)  # freed: the next workspace may lie there
+    assert not run(implementation, a).any()
+    empty = [torch.zeros(0, 160), torch.zeros(0, 160), torch.zeros(160, 0)]
+    a = problem(tokens=tokens, form=form, shared=None)
+    alone = run(implementation, a)
+    assert_same_bits(run(implementation, {**a, "shared": [m.to(torch.bfloat16) for m in empty]}), alone)
+
+
+@pytest.mark.parametrize("tokens", [1, 40])
+@gates
+def test_gate_without_inputs(implementation: str, tokens: int) -> None:
+    bias = torch.randn(48)
+    torch.full((1 << 20,), torch.nan)
+    with max_isa(implementation):
+        weights, indices = ops.moe_gate(torch.zeros(tokens, 0).bfloat16(), torch.zeros(48, 0).bfloat16(), 4, bias)
+    assert_same_bits(indices, bias.topk(4).indices.int().expand(tokens, 4).contiguous())
+    torch.testing.assert_close(weights, torch.full((tokens, 4), 0.25))
+
+
 @pytest.mark.parametrize("tokens", [7, 8, 9, 12, 63, 64, 65, 131])
 @pytest.mark.parametrize("form", ["fp4", "fp8", "plain"])
 @experts

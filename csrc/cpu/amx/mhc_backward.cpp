@@ -2,7 +2,8 @@
 //   d streams   fn^T dz, 32 tokens x 32 elements: dz and fn as bfloat16 high + low, three products (what the low parts
 //               have in common is below 2^-16 of the result, which is rounded to bfloat16)
 //   d fn        dz r^T, 24 rows of fn x 32 elements over 128 tokens: dz as the sum of three bfloat16 numbers, so that
-//               nothing but the order of the sum differs from float32 FMA
+//               nothing but the order of the sum differs from float32 FMA (where dz is above 2^-103: of smaller ones
+//               the last part is lost, since tiles take denormal numbers as zero)
 // 12 and 10 products for 32 tokens x 32 elements; fn r takes 6 of the same size.
 #include "cpu/avx512/mhc_backward.h"
 

@@ -414,6 +414,15 @@ class TileProduct {
     store_sums<kRows, kColumns>(sums_of(p, 0, r));
   }
 
+  // Without inputs.
+  void zero() const {
+    for (int i = 0; i < count_; ++i) {
+      for (int64_t side = 0; side * kSide < x_.count; ++side) {
+        memset(sums_of(parts_[i], side, 0), 0, static_cast<size_t>(parts_[i].rows) * kSide * sizeof(float));
+      }
+    }
+  }
+
   // A panel: 32 outputs and 512 inputs.
   struct Panel {
     const Part* part = nullptr;
@@ -456,6 +465,7 @@ class TileProduct {
   }
 
   void many() const {
+    if (blocks_ == 0) return zero();
     const Weights weights;
     const int64_t all = panels() * ((blocks_ + kPanelBlocks - 1) / kPanelBlocks);
     const int64_t sides = (x_.count + kSide - 1) / kSide;

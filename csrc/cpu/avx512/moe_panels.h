@@ -108,7 +108,7 @@ static __attribute__((noinline)) void dot_codes(const Panel& panel, const uint8_
   constexpr int64_t kBytes = Panel::Rows::kBlockBytes;
   const uint8_t *row0 = codes[0], *row1 = codes[1], *row2 = codes[2], *row3 = codes[3];
   bool first = true;
-  for (int64_t left = bytes; left > 0; left -= kChunkBlocks * kBytes, first = false) {
+  for (int64_t left = bytes; first || left > 0; left -= kChunkBlocks * kBytes, first = false) {
     __m512 sum[kM * kColumns];
 #pragma GCC unroll 32
     for (int i = 0; i < kM * kColumns; ++i) sum[i] = _mm512_setzero_ps();

@@ -215,7 +215,7 @@ class Product {
 
   void many() const {
     const int64_t blocks = blocks_of(in_);
-    for (int64_t first = 0; first < blocks; first += kChunkBlocks) {
+    for (int64_t first = 0; first == 0 || first < blocks; first += kChunkBlocks) {
       const int64_t some = blocks - first < kChunkBlocks ? blocks - first : kChunkBlocks, steps = some * kBlockSteps;
       expand(first, some);
       for (int64_t m = 0; m < count_;) {

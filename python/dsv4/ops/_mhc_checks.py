@@ -55,7 +55,10 @@ def _check_norm(
 ) -> None:
     dtypes = _F32 if streams.dtype == torch.float32 else (streams.dtype, torch.float32)
     check.optional("norm_weight", norm_weight, dtypes, (streams.shape[2],))
-    check.that(sinkhorn_iterations >= 1, f"sinkhorn_iterations must be at least 1, got {sinkhorn_iterations}")
+    most = 1 << 20
+    check.that(
+        1 <= sinkhorn_iterations <= most, f"sinkhorn_iterations must be from 1 to {most}, got {sinkhorn_iterations}"
+    )
     _check_eps(check, "rms_eps", rms_eps)
 
 
