@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
+from dsv4 import __version__
 from dsv4.checkpoint import memory
 from dsv4.checkpoint.memory import parse_size, size
 from dsv4.console import Run, end_tokens, say
@@ -94,6 +95,7 @@ def _one_line(text: str) -> str:
 def _parser() -> argparse.ArgumentParser:
     plain = argparse.RawDescriptionHelpFormatter
     parser = _Parser("dsv4", description="DeepSeek-V4 models and ops.", epilog=_EXAMPLES, formatter_class=plain)
+    parser.add_argument("--version", action="version", version=f"dsv4 {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
     def command(name: str, run: Callable[[argparse.Namespace], int | None], text: str, more: str = "") -> _Parser:
@@ -382,6 +384,7 @@ def plan_lines(name: str, found: Any) -> list[str]:
         row("weights", size(found.weight_bytes)),
         row("parameters", f"{found.parameters / giga:,.3f} B"),
         row("  used by one token", f"{found.active_parameters / giga:,.3f} B"),
+        "(parameters count the block of multi-token prediction, which the release's own figure leaves out)",
     ]  # fmt: skip
     return lines
 

@@ -54,6 +54,10 @@ def test_help_of_every_command(run, command):
     assert f"dsv4 {command}" in run("--help")[1] or command == "demo"
 
 
+def test_version(run):
+    assert run("--version") == (0, f"dsv4 {dsv4.__version__}\n", "")
+
+
 @pytest.mark.parametrize("command", ["generate", "plan", "bench"])
 def test_help_teaches_by_example(run, command):
     assert re.search(rf"examples:\n( .*\n)*.*dsv4 {command} ", run(command, "--help")[1])

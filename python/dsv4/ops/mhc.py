@@ -84,7 +84,7 @@ def mhc_pre(
     Returns:
         input [tokens, hidden] in the dtype of the streams, post [tokens, 4] float32, comb [tokens, 4, 4] float32.
     Raises:
-        RuntimeError: a shape, dtype or device does not fit, an eps is negative, sinkhorn_iterations is not in [1, 2^20].
+        RuntimeError: a shape, dtype or device does not fit, an eps is negative, sinkhorn_iterations not in [1, 2^20].
 
     Differentiable in all tensor arguments. A token's result does not depend on the tokens beside it.
     float64 streams: mhc_pre_reference.
