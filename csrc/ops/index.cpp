@@ -14,8 +14,7 @@ namespace {
 
 // The tile kernel multiplies bfloat16.
 [[maybe_unused]] bool in_bf16(const IndexTopkParams& p) {
-  return whole_steps(p) && p.query.size(1) > 0 && p.query.dtype == DType::kBFloat16 &&
-         p.plain.dtype != DType::kFloat32;
+  return whole_steps(p) && p.query.size(1) > 0 && p.query.dtype == DType::kBFloat16 && p.plain.dtype != DType::kFloat32;
 }
 
 [[maybe_unused]] bool whole_heads(const IndexQueryParams& p) {

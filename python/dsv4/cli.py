@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
-from dsv4 import __version__
+import dsv4
 from dsv4.checkpoint import memory
 from dsv4.checkpoint.memory import parse_size, size
 from dsv4.console import Run, end_tokens, say
@@ -95,7 +95,7 @@ def _one_line(text: str) -> str:
 def _parser() -> argparse.ArgumentParser:
     plain = argparse.RawDescriptionHelpFormatter
     parser = _Parser("dsv4", description="DeepSeek-V4 models and ops.", epilog=_EXAMPLES, formatter_class=plain)
-    parser.add_argument("--version", action="version", version=f"dsv4 {__version__}")
+    parser.add_argument("--version", action="version", version=f"dsv4 {dsv4.__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
     def command(name: str, run: Callable[[argparse.Namespace], int | None], text: str, more: str = "") -> _Parser:
