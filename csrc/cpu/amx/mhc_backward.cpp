@@ -1,21 +1,24 @@
-// The gradients of mhc_pre and mhc_head with bfloat16 streams, in AMX tiles: fn r as in the forward pass, and
-//   d streams   fn^T dz, 32 tokens x 32 elements: dz and fn as bfloat16 high + low, three products (what the low parts
+// The gradients of mhc_pre and mhc_head with bfloat16 streams. fn r is AVX-512's, in float32: from the forward pass's
+// two parts of fn the gradients would have four times the error of eager torch. In AMX tiles:
+//   d streams   fn^T dz, 16 tokens x 16 elements: dz and fn as bfloat16 high + low, three products (what the low parts
 //               have in common is below 2^-16 of the result, which is rounded to bfloat16)
 //   d fn        dz r^T, 24 rows of fn x 32 elements over 128 tokens: dz as the sum of three bfloat16 numbers, so that
 //               nothing but the order of the sum differs from float32 FMA (where dz is above 2^-103: of smaller ones
 //               the last part is lost, since tiles take denormal numbers as zero)
-// 12 and 10 products for 32 tokens x 32 elements; fn r takes 6 of the same size.
+// 12 and 10 products for 32 tokens x 32 elements.
 #include "cpu/avx512/mhc_backward.h"
 
 #include "cpu/amx/mhc_product.h"
+#include "cpu/avx512/mhc_product.h"
 #include "cpu/mhc.h"
 
 namespace dsv4::DSV4_AMX_NAMESPACE {
 namespace {
 
 using avx512::kBlock;
-constexpr int kDepth = kStep;  // tokens of a tile of d fn
 using avx512::kRun;
+
+constexpr int kDepth = kStep;  // tokens of a tile of d fn
 
 static_assert(avx512::kFew % kTileRows == 0);
 
@@ -258,15 +261,15 @@ struct Gradient {
 }  // namespace
 
 int64_t mhc_backward_bytes(int64_t tokens, int64_t hidden, int mixes, const Context& context) {
-  return avx512::backward_bytes<Product, Gradient, bf16>(tokens, hidden, mixes, context);
+  return avx512::backward_bytes<avx512::Product, Gradient, bf16>(tokens, hidden, mixes, context);
 }
 
 Status mhc_pre_backward(const MhcPreBackwardParams& a, const Context& context) {
-  return avx512::pre_backward<Product, Gradient, bf16>(a, context);
+  return avx512::pre_backward<avx512::Product, Gradient, bf16>(a, context);
 }
 
 Status mhc_head_backward(const MhcHeadBackwardParams& a, const Context& context) {
-  return avx512::head_backward<Product, Gradient, bf16>(a, context);
+  return avx512::head_backward<avx512::Product, Gradient, bf16>(a, context);
 }
 
 }  // namespace dsv4::DSV4_AMX_NAMESPACE
