@@ -9,17 +9,20 @@
 // No cut can show in a result: a kernel's sums depend on their own rows alone, in the order of those.
 //
 // A kernel has, besides the functions that cpu/moe_driver.h asks for, for tensors of type X:
-//   int64_t product_memory()                        scratch memory of the two products, bytes
-//   void accumulate<X>(const MoeRows<const X>& a, int64_t count, int64_t inputs, const X* b, int64_t b_stride, int64_t
-//   n,
-//                      bool first, const MoeRows<float>& c, uint8_t* memory)
-//       the first n <= kMoeOutputs elements of c's rows = (first) or += a b; a [count, inputs], b [inputs, n]
+//   kOutputs, kRows                                 outputs of a piece; activation rows of a group, at most
+//   int64_t product_memory(int64_t inputs)          scratch memory of any of the products, bytes
+//   void gate_up<X>(const ExpertMatrix (&w)[2], int64_t expert, int64_t row, int64_t rows, int64_t inputs,
+//                   const uint8_t* const* x, int64_t count, float* const (&out)[2], uint8_t* memory)
+//       out[i][c * kOutputs + r]: outputs [row, row + rows <= kOutputs) of w[i] for `count` prepared rows x[c], as in
+//       the forward pass
+//   void accumulate<X>(const MoeRows<const X>& a, int64_t count, int64_t inputs, const X* b, int64_t b_stride,
+//                      int64_t n, bool first, const MoeRows<float>& c, uint8_t* memory)
+//       the first n <= kOutputs elements of c's rows = (first) or += a b; a [count, inputs], b [inputs, n]
 //   void outer<X>(const MoeRows<const X>& a, const MoeRows<const X>& b, int64_t count, int64_t m, int64_t n, X* out,
 //                 int64_t out_stride, uint8_t* memory)
-//       out [m <= kMoeOutputs, n <= kMoeColumns] = a^T b; a [count, m], b [count, n]
+//       out [m <= kOutputs, n <= kMoeColumns] = a^T b; a [count, m], b [count, n]
 //   float activate_backward<X>(const float* gate, const float* up, const float* grad, float weight, float limit,
-//   int64_t n,
-//                              const MoeInner<X>& to)
+//                              int64_t n, const MoeInner<X>& to)
 //       returns the sum of grad * silu(gate) * up
 #pragma once
 
@@ -45,8 +48,24 @@ struct MoeInner {
   X *hidden, *grad_gate, *grad_up;
 };
 
+// What kernels share whose products of gate and of up have nothing in common.
+template <class Kernel>
+struct MoeSingly : Kernel {
+  static constexpr int64_t kOutputs = kMoeOutputs, kRows = kMoeRows;
+
+  template <class X>
+  static void gate_up(const ExpertMatrix (&w)[2], int64_t expert, int64_t row, int64_t rows, int64_t inputs,
+                      const uint8_t* const* x, int64_t count, float* const (&out)[2], uint8_t* memory) {
+    for (int i = 0; i < 2; ++i) {
+      Kernel::template project<X>(w[i], expert, row, rows, inputs, x, count, out[i], memory);
+    }
+  }
+};
+
 template <class Kernel, class X>
 class MoeBackwardCall {
+  static constexpr int64_t kOutputs = Kernel::kOutputs, kRows = Kernel::kRows;
+
  public:
   MoeBackwardCall(const MoeExpertsBackwardParams& p, const Context& context)
       : p_(p),
@@ -61,7 +80,7 @@ class MoeBackwardCall {
     widest_ = inter > own ? inter : own;
     const int64_t pairs = tokens_ * top_k_, shared = has_shared_ ? tokens_ : 0;
     most_ = larger(pairs, shared);  // rows of a batch: of one group, or few
-    most_ = larger(most_, smaller(pairs + shared, slots_ * kMoeRows));
+    most_ = larger(most_, smaller(pairs + shared, slots_ * kRows));
     start_ = take<int64_t>(experts_ + 1);
     order_ = take<int64_t>(pairs);
     token_ = take<int64_t>(pairs);
@@ -69,11 +88,11 @@ class MoeBackwardCall {
     input_ = take<uint8_t>(tokens_ * input_bytes_);
     row_ = round_up(widest_, 32);
     inner_ = take<X>(most_ * row_ * 3);
-    blocks_ = pieces(widest_, kMoeOutputs);
+    blocks_ = pieces(widest_, kOutputs);
     parts_ = take<float>(most_ * blocks_);
     sums_ = take<float>(kNarrow ? tokens_ * hidden_ : 0);
-    group_ = smaller(most_, kMoeRows);
-    memory_bytes_ = round_up(larger(Kernel::memory(hidden_), Kernel::product_memory()), 64);
+    group_ = smaller(most_, kRows);
+    memory_bytes_ = round_up(Kernel::product_memory(hidden_), 64);
     slot_bytes_ = 3 * tile_bytes() + round_up(group_ * static_cast<int64_t>(sizeof(void*)), 64) + memory_bytes_;
     slot_memory_ = take<uint8_t>(slots_ * slot_bytes_);
   }
@@ -89,7 +108,7 @@ class MoeBackwardCall {
       int64_t end = first, rows = 0;
       do {
         rows += expert(end++).count;
-      } while (end < groups && rows + expert(end).count <= slots_ * kMoeRows);
+      } while (end < groups && rows + expert(end).count <= slots_ * kRows);
       batch(first, end - first, rows);
       first = end;
     }
@@ -103,7 +122,7 @@ class MoeBackwardCall {
   static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
   static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
   static int64_t pieces(int64_t size, int64_t piece) { return (size + piece - 1) / piece; }
-  int64_t tile_bytes() const { return group_ * kMoeOutputs * static_cast<int64_t>(sizeof(float)); }
+  int64_t tile_bytes() const { return group_ * kOutputs * static_cast<int64_t>(sizeof(float)); }
 
   template <class T>
   T* take(int64_t count) {
@@ -179,7 +198,7 @@ class MoeBackwardCall {
     first_row_ = expert(first).first;
     const int64_t most = rows * hidden_ * widest_ * 3 / kMoeShare, slots = smaller(most, slots_);
     const int64_t wide = pieces(hidden_, kMoeColumns), up = blocks_ * wide,
-                  down = pieces(hidden_, kMoeOutputs) * pieces(widest_, kMoeColumns);
+                  down = pieces(hidden_, kOutputs) * pieces(widest_, kMoeColumns);
     if (rows > 0) {
       moe_spread(context_, slots, blocks_ * groups,
                  [&](int64_t s, int64_t i) { inner_piece(slot(s), expert(first + i % groups), i / groups); });
@@ -196,8 +215,10 @@ class MoeBackwardCall {
       }
     });
     if (rows == 0) return;
-    moe_spread(context_, slots, pieces(hidden_, kMoeOutputs), [&](int64_t s, int64_t block) {
-      for (int64_t i = 0; i < groups; ++i) input_piece(slot(s), expert(first + i), block);
+    // Experts follow one another, so narrower pieces are what gives every thread some.
+    const int64_t width = smaller(kOutputs, round_up(pieces(hidden_, 4 * larger(slots, 1)), kMoeOutputs));
+    moe_spread(context_, slots, pieces(hidden_, width), [&](int64_t s, int64_t piece) {
+      for (int64_t i = 0; i < groups; ++i) input_piece(slot(s), expert(first + i), piece * width, width);
     });
     for (int64_t i = 0; i < groups; ++i) grad_weights(expert(first + i));
   }
@@ -205,9 +226,9 @@ class MoeBackwardCall {
   // Where the expert's rows lie among those of the batch.
   int64_t place(const Expert& e) const { return e.first - first_row_; }
 
-  // kMoeOutputs inner values of all rows of the expert.
+  // kOutputs inner values of all rows of the expert.
   void inner_piece(const Slot& s, const Expert& e, int64_t block) const {
-    const int64_t column = block * kMoeOutputs, n = smaller(e.inter - column, kMoeOutputs);
+    const int64_t column = block * kOutputs, n = smaller(e.inter - column, kOutputs);
     if (n <= 0) return;
     const AnyView<3>& w2 = e.matrices[2];
     for (int64_t from = 0; from < e.count; from += group_) {
@@ -215,26 +236,19 @@ class MoeBackwardCall {
       for (int64_t i = 0; i < count; ++i) {
         s.rows[i] = input_ + (e.shared ? from + i : token_[e.first + from + i]) * input_bytes_;
       }
-      project(s, e, e.matrices[0], column, n, count, s.gate);
-      project(s, e, e.matrices[1], column, n, count, s.up);
+      ExpertMatrix w[2];
+      for (int i = 0; i < 2; ++i) w[i].format = WeightFormat::kPlain, w[i].data = e.matrices[i];
+      Kernel::template gate_up<X>(w, e.index, column, n, hidden_, s.rows, count, {s.gate, s.up}, s.memory);
       Kernel::template accumulate<X>(of_tokens(p_.grad, e, from, 0), count, hidden_,
                                      w2.as<const X>().at(e.index, 0, column), w2.stride[1], n, true,
-                                     MoeRows<float>{s.grad, kMoeOutputs, nullptr}, s.memory);
+                                     MoeRows<float>{s.grad, kOutputs, nullptr}, s.memory);
       for (int64_t i = 0; i < count; ++i) {
-        const int64_t row = place(e) + from + i, at = i * kMoeOutputs;
+        const int64_t row = place(e) + from + i, at = i * kOutputs;
         const MoeInner<X> to{inner(row, 0, column), inner(row, 1, column), inner(row, 2, column)};
         parts_[row * blocks_ + block] = Kernel::template activate_backward<X>(
             s.gate + at, s.up + at, s.grad + at, weight(e, from + i), p_.swiglu_limit, n, to);
       }
     }
-  }
-
-  void project(const Slot& s, const Expert& e, const AnyView<3>& matrix, int64_t row, int64_t rows, int64_t count,
-               float* out) const {
-    ExpertMatrix w;
-    w.format = WeightFormat::kPlain;
-    w.data = matrix;
-    Kernel::template project<X>(w, e.index, row, rows, hidden_, s.rows, count, out, s.memory);
   }
 
   float weight(const Expert& e, int64_t row) const {
@@ -243,28 +257,28 @@ class MoeBackwardCall {
     return *p_.weights.at(pair / top_k_, pair % top_k_);
   }
 
-  // kMoeOutputs rows and kMoeColumns columns of the gradient of w1 (kind 0) or w3 (1).
+  // kOutputs rows and kMoeColumns columns of the gradient of w1 (kind 0) or w3 (1).
   void up_piece(const Slot& s, const Expert& e, int kind, int64_t row_block, int64_t column_block) const {
-    const int64_t row = row_block * kMoeOutputs, column = column_block * kMoeColumns;
+    const int64_t row = row_block * kOutputs, column = column_block * kMoeColumns;
     outer(s, e, e.grads[kind], inner_rows(place(e), 1 + kind, row), of_tokens(p_.x, e, 0, column), row, e.inter - row,
           column, hidden_ - column);
   }
   // The same of w2.
   void down_piece(const Slot& s, const Expert& e, int64_t row_block, int64_t column_block) const {
-    const int64_t row = row_block * kMoeOutputs, column = column_block * kMoeColumns;
+    const int64_t row = row_block * kOutputs, column = column_block * kMoeColumns;
     outer(s, e, e.grads[2], of_tokens(p_.grad, e, 0, row), inner_rows(place(e), 0, column), row, hidden_ - row, column,
           e.inter - column);
   }
   void outer(const Slot& s, const Expert& e, const AnyView<3>& to, const MoeRows<const X>& a, const MoeRows<const X>& b,
              int64_t row, int64_t rows, int64_t column, int64_t columns) const {
     if (rows <= 0 || columns <= 0) return;
-    Kernel::template outer<X>(a, b, e.count, smaller(rows, kMoeOutputs), smaller(columns, kMoeColumns),
+    Kernel::template outer<X>(a, b, e.count, smaller(rows, kOutputs), smaller(columns, kMoeColumns),
                               to.as<X>().at(e.index, row, column), to.stride[1], s.memory);
   }
 
-  // kMoeOutputs columns of the sums of all tokens of the expert.
-  void input_piece(const Slot& s, const Expert& e, int64_t block) const {
-    const int64_t column = block * kMoeOutputs, n = smaller(hidden_ - column, kMoeOutputs);
+  // Some columns, `width` at most, of the sums of all tokens of the expert.
+  void input_piece(const Slot& s, const Expert& e, int64_t column, int64_t width) const {
+    const int64_t n = smaller(hidden_ - column, width);
     const MoeRows<float> to = of_tokens(sums(0), sums_stride(), e, 0, column);
     for (int kind = 0; kind < 2; ++kind) {
       const AnyView<3>& w = e.matrices[kind];
@@ -277,7 +291,7 @@ class MoeBackwardCall {
     for (int64_t row = 0; row < (e.shared ? 0 : e.count); ++row) {
       const float* parts = parts_ + (place(e) + row) * blocks_;
       double sum = 0;
-      for (int64_t i = 0; i < pieces(e.inter, kMoeOutputs); ++i) sum += parts[i];
+      for (int64_t i = 0; i < pieces(e.inter, kOutputs); ++i) sum += parts[i];
       const int64_t pair = order_[e.first + row];
       *p_.grad_weights.at(pair / top_k_, pair % top_k_) = static_cast<float>(sum);
     }

@@ -137,7 +137,7 @@ static void pack_panels(const MoeRows<const X>& from, int64_t first, int64_t row
 }
 
 struct OuterProduct {
-  static int64_t product_memory() {
+  static int64_t outer_memory() {
     const int64_t words = kOuterSteps * (kMoeColumns + kMoeOutputs) + kMoeOutputs * kMoeColumns;
     return words * static_cast<int64_t>(sizeof(uint32_t));
   }

@@ -6,8 +6,11 @@
 namespace dsv4::scalar {
 namespace {
 
-struct Kernel : ExpertKernel {
-  static int64_t product_memory() { return kMoeColumns * static_cast<int64_t>(sizeof(double)); }
+struct Kernel : MoeSingly<ExpertKernel> {
+  static int64_t product_memory(int64_t inputs) {
+    const int64_t sums = kMoeColumns * static_cast<int64_t>(sizeof(double)), forward = memory(inputs);
+    return sums > forward ? sums : forward;
+  }
 
   // total[j] = sum of factor(i) b[i][j] over the rows of b.
   template <class X, class Factor>
