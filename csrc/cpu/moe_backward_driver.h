@@ -9,7 +9,7 @@
 // No cut can show in a result: a kernel's sums depend on their own rows alone, in the order of those.
 //
 // A kernel has, besides the functions that cpu/moe_driver.h asks for, for tensors of type X:
-//   kOutputs, kRows                                 outputs of a piece; activation rows of a group, at most
+//   kOutputs, kColumns, kRows                       of a piece: outputs, and columns; activation rows of a group
 //   int64_t product_memory(int64_t inputs)          scratch memory of any of the products, bytes
 //   void gate_up<X>(const ExpertMatrix (&w)[2], int64_t expert, int64_t row, int64_t rows, int64_t inputs,
 //                   const uint8_t* const* x, int64_t count, float* const (&out)[2], uint8_t* memory)
@@ -20,7 +20,7 @@
 //       the first n <= kOutputs elements of c's rows = (first) or += a b; a [count, inputs], b [inputs, n]
 //   void outer<X>(const MoeRows<const X>& a, const MoeRows<const X>& b, int64_t count, int64_t m, int64_t n, X* out,
 //                 int64_t out_stride, uint8_t* memory)
-//       out [m <= kOutputs, n <= kMoeColumns] = a^T b; a [count, m], b [count, n]
+//       out [m <= kOutputs, n <= kColumns] = a^T b; a [count, m], b [count, n]
 //   float activate_backward<X>(const float* gate, const float* up, const float* grad, float weight, float limit,
 //                              int64_t n, const MoeInner<X>& to)
 //       returns the sum of grad * silu(gate) * up
@@ -31,7 +31,7 @@
 namespace dsv4 {
 namespace {
 
-inline constexpr int64_t kMoeColumns = 512;
+inline constexpr int64_t kMoeColumns = 512;  // of a piece, where a kernel does not say otherwise
 
 // Rows of a matrix, or those that an index names.
 template <class T>
@@ -51,7 +51,7 @@ struct MoeInner {
 // What kernels share whose products of gate and of up have nothing in common.
 template <class Kernel>
 struct MoeSingly : Kernel {
-  static constexpr int64_t kOutputs = kMoeOutputs, kRows = kMoeRows;
+  static constexpr int64_t kOutputs = kMoeOutputs, kColumns = kMoeColumns, kRows = kMoeRows;
 
   template <class X>
   static void gate_up(const ExpertMatrix (&w)[2], int64_t expert, int64_t row, int64_t rows, int64_t inputs,
@@ -64,7 +64,7 @@ struct MoeSingly : Kernel {
 
 template <class Kernel, class X>
 class MoeBackwardCall {
-  static constexpr int64_t kOutputs = Kernel::kOutputs, kRows = Kernel::kRows;
+  static constexpr int64_t kOutputs = Kernel::kOutputs, kColumns = Kernel::kColumns, kRows = Kernel::kRows;
 
  public:
   MoeBackwardCall(const MoeExpertsBackwardParams& p, const Context& context)
@@ -86,11 +86,11 @@ class MoeBackwardCall {
     token_ = take<int64_t>(pairs);
     input_bytes_ = round_up(Kernel::template row_bytes<X>(WeightFormat::kPlain, hidden_), 64);
     input_ = take<uint8_t>(tokens_ * input_bytes_);
-    row_ = round_up(widest_, 32);
+    row_ = round_up(widest_, 32) + 32;  // rows in different sets of the caches
     inner_ = take<X>(most_ * row_ * 3);
     blocks_ = pieces(widest_, kOutputs);
     parts_ = take<float>(most_ * blocks_);
-    sums_ = take<float>(kNarrow ? tokens_ * hidden_ : 0);
+    sums_ = take<float>(kNarrow ? tokens_ * sums_stride() : 0);
     group_ = smaller(most_, kRows);
     memory_bytes_ = round_up(Kernel::product_memory(hidden_), 64);
     slot_bytes_ = 3 * tile_bytes() + round_up(group_ * static_cast<int64_t>(sizeof(void*)), 64) + memory_bytes_;
@@ -172,9 +172,9 @@ class MoeBackwardCall {
   }
 
   float* sums(int64_t token) const {
-    return kNarrow ? sums_ + token * hidden_ : reinterpret_cast<float*>(p_.grad_x.template as<X>().at(token));
+    return kNarrow ? sums_ + token * sums_stride() : reinterpret_cast<float*>(p_.grad_x.template as<X>().at(token));
   }
-  int64_t sums_stride() const { return kNarrow ? hidden_ : p_.grad_x.stride[0]; }
+  int64_t sums_stride() const { return kNarrow ? round_up(hidden_, 16) + 16 : p_.grad_x.stride[0]; }
 
   int64_t row_slots() const { return smaller(tokens_ * hidden_ / (kMoeShare / 16), slots_); }
 
@@ -197,8 +197,8 @@ class MoeBackwardCall {
   void batch(int64_t first, int64_t groups, int64_t rows) {
     first_row_ = expert(first).first;
     const int64_t most = rows * hidden_ * widest_ * 3 / kMoeShare, slots = smaller(most, slots_);
-    const int64_t wide = pieces(hidden_, kMoeColumns), up = blocks_ * wide,
-                  down = pieces(hidden_, kOutputs) * pieces(widest_, kMoeColumns);
+    const int64_t wide = pieces(hidden_, kColumns), up = blocks_ * wide,
+                  down = pieces(hidden_, kOutputs) * pieces(widest_, kColumns);
     if (rows > 0) {
       moe_spread(context_, slots, blocks_ * groups,
                  [&](int64_t s, int64_t i) { inner_piece(slot(s), expert(first + i % groups), i / groups); });
@@ -210,13 +210,14 @@ class MoeBackwardCall {
         const int kind = piece < up ? 0 : 1;
         up_piece(slot(s), e, kind, piece % up / wide, piece % wide);
       } else {
-        const int64_t columns = pieces(widest_, kMoeColumns);
+        const int64_t columns = pieces(widest_, kColumns);
         down_piece(slot(s), e, (piece - 2 * up) / columns, (piece - 2 * up) % columns);
       }
     });
     if (rows == 0) return;
     // Experts follow one another, so narrower pieces are what gives every thread some.
-    const int64_t width = smaller(kOutputs, round_up(pieces(hidden_, 4 * larger(slots, 1)), kMoeOutputs));
+    const int64_t share = larger(pieces(hidden_, 4 * larger(slots, 1)), 1);
+    const int64_t width = smaller(kOutputs, round_up(share, kMoeOutputs));
     moe_spread(context_, slots, pieces(hidden_, width), [&](int64_t s, int64_t piece) {
       for (int64_t i = 0; i < groups; ++i) input_piece(slot(s), expert(first + i), piece * width, width);
     });
@@ -257,22 +258,22 @@ class MoeBackwardCall {
     return *p_.weights.at(pair / top_k_, pair % top_k_);
   }
 
-  // kOutputs rows and kMoeColumns columns of the gradient of w1 (kind 0) or w3 (1).
+  // kOutputs rows and kColumns columns of the gradient of w1 (kind 0) or w3 (1).
   void up_piece(const Slot& s, const Expert& e, int kind, int64_t row_block, int64_t column_block) const {
-    const int64_t row = row_block * kOutputs, column = column_block * kMoeColumns;
+    const int64_t row = row_block * kOutputs, column = column_block * kColumns;
     outer(s, e, e.grads[kind], inner_rows(place(e), 1 + kind, row), of_tokens(p_.x, e, 0, column), row, e.inter - row,
           column, hidden_ - column);
   }
   // The same of w2.
   void down_piece(const Slot& s, const Expert& e, int64_t row_block, int64_t column_block) const {
-    const int64_t row = row_block * kOutputs, column = column_block * kMoeColumns;
+    const int64_t row = row_block * kOutputs, column = column_block * kColumns;
     outer(s, e, e.grads[2], of_tokens(p_.grad, e, 0, row), inner_rows(place(e), 0, column), row, hidden_ - row, column,
           e.inter - column);
   }
   void outer(const Slot& s, const Expert& e, const AnyView<3>& to, const MoeRows<const X>& a, const MoeRows<const X>& b,
              int64_t row, int64_t rows, int64_t column, int64_t columns) const {
     if (rows <= 0 || columns <= 0) return;
-    Kernel::template outer<X>(a, b, e.count, smaller(rows, kOutputs), smaller(columns, kMoeColumns),
+    Kernel::template outer<X>(a, b, e.count, smaller(rows, kOutputs), smaller(columns, kColumns),
                               to.as<X>().at(e.index, row, column), to.stride[1], s.memory);
   }
 

@@ -22,8 +22,15 @@ from dsv4.testing import (
     strided,
 )
 
-experts = pytest.mark.parametrize("implementation", implementation_cases("moe_experts_backward"))
-dtypes = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+CASES = implementation_cases("moe_experts_backward")
+experts = pytest.mark.parametrize("implementation", CASES)
+TYPED = [
+    pytest.param(*case.values, dtype, marks=case.marks)
+    for dtype in (torch.bfloat16, torch.float32)
+    for case in CASES
+    if case.values[0] != "amx" or dtype == torch.bfloat16  # tiles take no float32
+]
+typed_experts = pytest.mark.parametrize(("implementation", "dtype"), TYPED)
 PAIRS = 60  # of a token and an expert, at least, from as many draws as it takes: a few errors alone say little
 
 
@@ -52,8 +59,7 @@ def assert_no_worse_than_formula(implementation: str, **sizes: Any) -> None:
     "case",
     grid(tokens=[0, 1, 5, 19], hidden=[1, 33, 64, 131], inter=[1, 31, 64, 129]),
 )
-@dtypes
-@experts
+@typed_experts
 def test_no_worse_than_the_formula(implementation: str, dtype: torch.dtype, case: dict[str, Any]) -> None:
     odd = case["hidden"] % 2 == 1
     assert_no_worse_than_formula(implementation, dtype=dtype, shared=odd, limit=0.7 if odd else 0.0, **case)
@@ -68,6 +74,8 @@ def test_no_worse_than_the_formula(implementation: str, dtype: torch.dtype, case
         {"tokens": 66, "count": 2, "top_k": 1, "hidden": 513, "inter": 130},
         {"tokens": 130, "count": 3, "top_k": 3, "hidden": 127, "inter": 260, "limit": 1.0},
         {"tokens": 9, "count": 257, "top_k": 6, "hidden": 40, "inter": 24},
+        {"tokens": 6, "count": 2, "top_k": 1, "hidden": 1060, "inter": 70},
+        {"tokens": 3, "count": 1, "top_k": 1, "hidden": 70, "inter": 2100},
         {"tokens": 7, "count": 3, "top_k": 0, "shared": True},
         {"tokens": 7, "count": 0, "top_k": 2, "shared": True},
         {"tokens": 4, "inter": 0},
@@ -75,25 +83,23 @@ def test_no_worse_than_the_formula(implementation: str, dtype: torch.dtype, case
     ],
     ids=str,
 )
-@dtypes
-@experts
+@typed_experts
 def test_sizes_of_every_kind(implementation: str, dtype: torch.dtype, case: dict[str, Any]) -> None:
-    """A chunk of sums is 64 or 128 long, a piece 128 by 512, a tile 6 by 64."""
+    """A chunk of sums is 64, 128 or 512 long, a piece 128 by 512 or 512 by 2,048, a tile 6 by 64 or 32 by 32."""
     assert_no_worse_than_formula(implementation, dtype=dtype, **case)
 
 
-@dtypes
-@experts
+@typed_experts
 def test_thousands_of_tokens_and_one_expert_with_most_of_them(implementation: str, dtype: torch.dtype) -> None:
     a = problem(tokens=2300, hidden=40, inter=24, count=5, dtype=dtype, shared=True)
     a["indices"][:2000, 0] = 3
     assert_no_worse_than(formula, [a], [run(implementation, a)], [formula(wide(a))])
 
 
-@experts
-def test_an_expert_without_tokens_has_gradient_zero(implementation: str) -> None:
+@typed_experts
+def test_an_expert_without_tokens_has_gradient_zero(implementation: str, dtype: torch.dtype) -> None:
     """Whatever its weights and the memory that the result takes."""
-    a = problem(tokens=6, count=5, top_k=1)
+    a = problem(tokens=6, count=5, top_k=1, dtype=dtype)
     a["indices"][:] = torch.tensor([1, 3, 1, 1, -1, 3]).view(-1, 1)
     for name in ("w1", "w3", "w2"):
         a[name][[0, 2, 4]] = torch.nan
@@ -105,8 +111,7 @@ def test_an_expert_without_tokens_has_gradient_zero(implementation: str) -> None
     assert not found[0][4].any() and not found[1][4].any()
 
 
-@dtypes
-@experts
+@typed_experts
 def test_nan_where_nobody_reads(implementation: str, dtype: torch.dtype) -> None:
     """Rows of tokens that no expert takes; memory before and behind every operand."""
     a = problem(tokens=9, hidden=35, inter=37, dtype=dtype)
@@ -121,9 +126,9 @@ def test_nan_where_nobody_reads(implementation: str, dtype: torch.dtype) -> None
         assert_same_bits(value, other)
 
 
-@experts
-def test_nan_reaches_its_own_alone(implementation: str) -> None:
-    a = problem(tokens=12, top_k=1, count=3)
+@typed_experts
+def test_nan_reaches_its_own_alone(implementation: str, dtype: torch.dtype) -> None:
+    a = problem(tokens=12, top_k=1, count=3, dtype=dtype)
     a["indices"][:] = torch.tensor([0, 2] * 6).view(-1, 1)
     a["w1"][2, 3, 5] = torch.nan
     x, weights, *matrices = run(implementation, a)
@@ -133,8 +138,7 @@ def test_nan_reaches_its_own_alone(implementation: str) -> None:
         assert matrix[0].isfinite().all() and not matrix[1].any() and matrix[2].isnan().any()
 
 
-@dtypes
-@experts
+@typed_experts
 def test_clamped_values_have_a_gradient_at_the_limit_and_none_beyond(implementation: str, dtype: torch.dtype) -> None:
     """One input, one inner value, one output: gate = w1, up = w3."""
     edge = torch.tensor(0.7, dtype=dtype)
@@ -156,29 +160,29 @@ def test_clamped_values_have_a_gradient_at_the_limit_and_none_beyond(implementat
         torch.testing.assert_close(value, other, **tolerance)
 
 
-@experts
-def test_each_matrix_gets_its_own_gradient(implementation: str) -> None:
+@typed_experts
+def test_each_matrix_gets_its_own_gradient(implementation: str, dtype: torch.dtype) -> None:
     """By hand: with x, grad, routing weight 1, 2, 0.5 and one value of each matrix, silu' and the products."""
-    a = problem(tokens=1, hidden=1, inter=1, count=2, top_k=2)
+    a = problem(tokens=1, hidden=1, inter=1, count=2, top_k=2, dtype=dtype)
     a["x"][:], a["grad"][:], a["weights"] = 1, 2, torch.tensor([[0.5, 0.25]])
     a["indices"] = torch.tensor([[1, 0]])
-    a["w1"], a["w3"], a["w2"] = (torch.tensor(v).view(2, 1, 1) for v in ([0.3, -1.1], [0.7, 2.0], [1.5, -0.4]))
+    a["w1"], a["w3"], a["w2"] = (torch.tensor(v, dtype=dtype).view(2, 1, 1) for v in ([0.3, -1.1], [0.7, 2.0], [1.5, -0.4]))
     x, weights, w1, w3, w2 = (value.double() for value in run(implementation, a))
     d_x = 0.0
+    near = {"rtol": 1e-6 if dtype == torch.float32 else 2**-6, "atol": 0.0}
     for expert, slot, weight in ((0, 1, 0.25), (1, 0, 0.5)):
         gate, up, down = (float(a[name][expert]) for name in ("w1", "w3", "w2"))
         s = 1 / (1 + torch.tensor(-gate, dtype=torch.float64).exp().item())
         silu, slope = gate * s, s * (1 + gate * (1 - s))
-        torch.testing.assert_close(weights[0, slot].item(), 2 * down * silu * up, rtol=1e-6, atol=0)
-        torch.testing.assert_close(w1[expert].item(), 2 * down * weight * up * slope, rtol=1e-6, atol=0)
-        torch.testing.assert_close(w3[expert].item(), 2 * down * weight * silu, rtol=1e-6, atol=0)
-        torch.testing.assert_close(w2[expert].item(), 2 * silu * up * weight, rtol=1e-6, atol=0)
+        torch.testing.assert_close(weights[0, slot].item(), 2 * down * silu * up, **near)
+        torch.testing.assert_close(w1[expert].item(), 2 * down * weight * up * slope, **near)
+        torch.testing.assert_close(w3[expert].item(), 2 * down * weight * silu, **near)
+        torch.testing.assert_close(w2[expert].item(), 2 * silu * up * weight, **near)
         d_x += 2 * down * weight * (up * slope * gate + silu * up)
-    torch.testing.assert_close(x.item(), d_x, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(x.item(), d_x, **{**near, "atol": 1e-7})
 
 
-@dtypes
-@experts
+@typed_experts
 def test_rows_alone_and_in_company(implementation: str, dtype: torch.dtype) -> None:
     """Gradients of a token's x and routing weights do not depend on the tokens beside it."""
     a = problem(tokens=45, hidden=136, inter=200, count=3, top_k=2, dtype=dtype, limit=1.0, shared=True)
@@ -189,20 +193,20 @@ def test_rows_alone_and_in_company(implementation: str, dtype: torch.dtype) -> N
     )
 
 
-@dtypes
-@experts
+@typed_experts
 def test_an_expert_taken_twice_more_rows_than_a_group_has(implementation: str, dtype: torch.dtype) -> None:
-    """The same token in places 255 and 256 of its expert, or alone: the same sums in the same order."""
-    a = problem(tokens=140, hidden=72, inter=200, count=1, top_k=2, dtype=dtype)
+    """The same token in places 255 and 256 of its expert (another in 511 and 512), or alone: the same sums in the same
+    order."""
+    a = problem(tokens=270, hidden=72, inter=200, count=1, top_k=2, dtype=dtype)
     a["indices"][:] = 0
     a["indices"][0, 1] = -1
     whole = run(implementation, a)
-    one = {**a, **{name: a[name][128:129] for name in ("grad", "x", "weights", "indices")}}
-    assert_same_bits(run(implementation, one)[0][0], whole[0][128])
+    for token in (128, 256):
+        one = {**a, **{name: a[name][token : token + 1] for name in ("grad", "x", "weights", "indices")}}
+        assert_same_bits(run(implementation, one)[0][0], whole[0][token])
 
 
-@dtypes
-@experts
+@typed_experts
 def test_the_order_of_slots_does_not_matter(implementation: str, dtype: torch.dtype) -> None:
     a = problem(tokens=40, hidden=64, inter=96, count=8, top_k=6, dtype=dtype, shared=True)
     a["indices"][1:3] = a["indices"][3]
@@ -214,8 +218,7 @@ def test_the_order_of_slots_does_not_matter(implementation: str, dtype: torch.dt
         assert_same_bits(value, other)
 
 
-@dtypes
-@experts
+@typed_experts
 def test_threads_and_layout_do_not_matter(implementation: str, dtype: torch.dtype) -> None:
     a = problem(tokens=330, hidden=260, inter=300, count=3, dtype=dtype, shared=True, limit=1.0)
     expected = run(implementation, a)
@@ -240,9 +243,9 @@ def test_threads_and_layout_do_not_matter(implementation: str, dtype: torch.dtyp
         assert_same_bits(value, other)
 
 
-@experts
-def test_operands_stay_as_they_are(implementation: str) -> None:
-    a = problem(tokens=7, hidden=50, inter=30)
+@typed_experts
+def test_operands_stay_as_they_are(implementation: str, dtype: torch.dtype) -> None:
+    a = problem(tokens=7, hidden=50, inter=30, dtype=dtype)
     guarded = {name: Guarded(value) for name, value in a.items() if isinstance(value, Tensor)}
     run(implementation, {**a, **{name: value.tensor for name, value in guarded.items()}})
     for name, value in guarded.items():
@@ -250,9 +253,9 @@ def test_operands_stay_as_they_are(implementation: str) -> None:
         assert_same_bits(value.tensor, a[name])
 
 
-@experts
-def test_indices_out_of_range_and_wide(implementation: str) -> None:
-    a = problem(tokens=6, top_k=3, count=4)
+@typed_experts
+def test_indices_out_of_range_and_wide(implementation: str, dtype: torch.dtype) -> None:
+    a = problem(tokens=6, top_k=3, count=4, dtype=dtype)
     a["indices"] = torch.tensor([[2, -1, 3], [4, 1 << 20, -7], [0, 0, 1], [3, 2, 0], [1, 3, 1], [-1, -1, 2]]).int()
     expected = run(implementation, a)
     outside = (a["indices"] < 0) | (a["indices"] >= 4)
@@ -262,6 +265,12 @@ def test_indices_out_of_range_and_wide(implementation: str) -> None:
     for indices in (a["indices"].long(), far):
         for value, other in zip(run(implementation, {**a, "indices": indices}), expected, strict=True):
             assert_same_bits(value, other)
+
+
+def test_float32_goes_to_the_vectors() -> None:
+    calls = _library.calls()["moe_experts_backward"].get("amx", 0)
+    torch.ops.dsv4.moe_experts_backward(**problem())
+    assert _library.calls()["moe_experts_backward"].get("amx", 0) == calls
 
 
 def test_float64_and_second_derivatives() -> None:
@@ -326,8 +335,7 @@ def test_rejects_a_limit_below_zero(implementation: str) -> None:
         torch.ops.dsv4.moe_experts_backward(**problem(limit=float("inf")))
 
 
-@dtypes
-@experts
+@typed_experts
 def test_opcheck(implementation: str, dtype: torch.dtype) -> None:
     with max_isa(implementation):
         for shared in (False, True):

@@ -11,7 +11,7 @@ namespace dsv4::DSV4_AMX_NAMESPACE {
 namespace {
 
 struct Kernel : OuterProduct {
-  static constexpr int64_t kOutputs = kWidth, kRows = 512;
+  static constexpr int64_t kOutputs = kWidth, kColumns = 4 * kWidth, kRows = 512;
   static constexpr int64_t kSumsBytes = kRows * kMoeOutputs * static_cast<int64_t>(sizeof(float));
 
   static int64_t product_memory(int64_t inputs) {

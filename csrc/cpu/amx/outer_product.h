@@ -16,13 +16,12 @@ namespace dsv4::DSV4_AMX_NAMESPACE {
 namespace {
 
 struct OuterProduct {
-  static constexpr int64_t kDepth = 512;   // steps of a sum
-  static constexpr int64_t kWidth = 512;   // rows of a^T, columns of b
+  static constexpr int64_t kWidth = 512;  // rows of a^T, and columns of b, that are copied together
+  static constexpr int64_t kDepth = 512;  // steps of a sum
   static constexpr int64_t kStep = avx512::kStep;
-  static_assert(kMoeColumns <= kWidth);
 
   static int64_t outer_memory() {
-    return (kWidth * kDepth + kWidth * kDepth) * static_cast<int64_t>(sizeof(bf16)) +
+    return 2 * kWidth * kDepth * static_cast<int64_t>(sizeof(bf16)) +
            kWidth * kWidth * static_cast<int64_t>(sizeof(float));
   }
 
@@ -34,7 +33,7 @@ struct OuterProduct {
     int64_t at = 0;
     do {  // once even of no inputs: the first sums are stored
       const int64_t depth = smaller(inputs - at, kDepth), steps = (depth + kStep - 1) / kStep;
-      pack_pairs({b, b_stride, nullptr}, at, depth, n, steps, right);
+      pack<false>({b, b_stride, nullptr}, at, depth, inputs, n, steps, right);
       const bool fresh = first && at == 0;
       Blocks blocks([&](int64_t m, int64_t j, const float (*sums)[kSide]) __attribute__((always_inline)) {
         for (int64_t i = 0; i < smaller(count - m, kSide); ++i) put(sums[i], c.at(m + i) + j, n - j, fresh);
@@ -52,14 +51,27 @@ struct OuterProduct {
   template <class X>
   static void outer(const MoeRows<const X>& a, const MoeRows<const X>& b, int64_t count, int64_t m, int64_t n, X* out,
                     int64_t out_stride, uint8_t* memory) {
+    configure();
+    for (int64_t column = 0; column < n; column += kWidth) {
+      const MoeRows<const X> some{b.data + column, b.stride, b.index};
+      outer_columns(a, some, count, m, smaller(n - column, kWidth), column > 0, out + column, out_stride, memory);
+    }
+    tile_release();
+    _mm_sfence();
+  }
+
+ private:
+  // kept: memory holds a^T of the columns before, if it has room for all its rows.
+  template <class X>
+  static void outer_columns(const MoeRows<const X>& a, const MoeRows<const X>& b, int64_t count, int64_t m, int64_t n,
+                            bool kept, X* out, int64_t out_stride, uint8_t* memory) {
     bf16 *left = reinterpret_cast<bf16*>(memory), *right = left + kWidth * kDepth;
     float* totals = reinterpret_cast<float*>(right + kWidth * kDepth);
-    configure();
     int64_t at = 0;
     do {  // once even of no rows: the gradient is zero
       const int64_t depth = smaller(count - at, kDepth), steps = (depth + kStep - 1) / kStep;
-      pack_transposed(a, at, depth, m, steps, left);
-      pack_pairs(b, at, depth, n, steps, right);
+      if (!kept || count > kDepth) pack<true>(a, at, depth, count, m, steps, left);
+      pack<false>(b, at, depth, count, n, steps, right);
       const bool fresh = at == 0, last = at + depth >= count;
       Blocks blocks([&](int64_t row, int64_t j, const float (*sums)[kSide]) __attribute__((always_inline)) {
         for (int64_t i = 0; i < smaller(m - row, kSide); ++i) {
@@ -77,10 +89,8 @@ struct OuterProduct {
       blocks.finish();
       at += depth;
     } while (at < count);
-    tile_release();
   }
 
- private:
   static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
   static void configure() {
@@ -116,7 +126,7 @@ struct OuterProduct {
     template <int kRows>
     void sum(const TileSteps (&rows)[2], const TileSteps (&columns)[2], int64_t steps) {
       zero_sums<kRows, 2>();
-      add_products<kRows, 2>(rows, columns, steps);
+      add_products<kRows, 2, true>(rows, columns, steps, [](int64_t) {});
       store_sums<kRows, 2>(sums_[next_]);
     }
 
@@ -141,7 +151,11 @@ struct OuterProduct {
     const int64_t count = smaller(left, kSide);
     const Pair x = total(sums, c, count, first);
     const __m512i words = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(x.b, x.a));
-    _mm512_mask_storeu_epi16(out, avx512::mask32(count), words);
+    if (count == kSide && reinterpret_cast<uintptr_t>(out) % 64 == 0) {
+      _mm512_stream_si512(reinterpret_cast<__m512i*>(out), words);  // a line as a whole: need not be read before
+    } else {
+      _mm512_mask_storeu_epi16(out, avx512::mask32(count), words);
+    }
   }
 
   DSV4_INLINE __m512i load(const bf16* from, int64_t count) {
@@ -162,46 +176,45 @@ struct OuterProduct {
     }
   }
 
-  // Columns [0, n) of rows [at, at + depth), zero beyond: [tile of columns][step][pair of rows][16][2], two tiles of 32
-  // columns by fours.
-  static void pack_pairs(const MoeRows<const bf16>& b, int64_t at, int64_t depth, int64_t n, int64_t steps, bf16* to) {
-    for (int64_t r = 0; r < steps * kStep; r += 2) {
-      const bf16* row = r < depth ? b.at(at + r) : nullptr;
-      const bf16* next = r + 1 < depth ? b.at(at + r + 1) : nullptr;
-      bf16* tile = to + r / kStep * kTileElements + r % kStep / 2 * kStep;
-      for (int64_t j = 0; j < n; j += kSide, tile += 2 * steps * kTileElements) {
-        const __m512i x = row == nullptr ? _mm512_setzero_si512() : load(row + j, n - j);
-        const __m512i y = next == nullptr ? _mm512_setzero_si512() : load(next + j, n - j);
-        const Pairs pairs = interleave_fours(x, y);
-        _mm512_store_si512(tile, pairs.first);
-        _mm512_store_si512(tile + steps * kTileElements, pairs.second);
+  // Columns [0, n) of rows [at, at + depth) of `all`, zero beyond, as right operands [tile of columns][step][pair of
+  // rows][16][2], two tiles of 32 columns by fours; or transposed, as left ones [tile of columns][step][column][32
+  // rows]. Rows that come later are asked for.
+  template <bool kTransposed>
+  static void pack(const MoeRows<const bf16>& from, int64_t at, int64_t depth, int64_t all, int64_t n, int64_t steps,
+                   bf16* to) {
+    for (int64_t s = 0; s < steps; ++s) {
+      const bf16* rows[kStep];
+      for (int64_t i = 0; i < kStep; ++i) rows[i] = s * kStep + i < depth ? from.at(at + s * kStep + i) : nullptr;
+      for (int64_t j = 0; j < n; j += kSide) {
+        for (int64_t i = at + (s + 1) * kStep; i < smaller(at + (s + 2) * kStep, all); ++i) {
+          __builtin_prefetch(from.at(i) + j, 0, 2);
+        }
+        bf16* const tile = to + (j / kTileRows * steps + s) * kTileElements;
+        __m512i first[kTileRows], second[kTileRows];
+        for (int64_t i = 0; i < kTileRows; ++i) {
+          const Pairs pairs = interleave_fours(load(rows[2 * i], j, n), load(rows[2 * i + 1], j, n));
+          first[i] = pairs.first, second[i] = pairs.second;
+        }
+        if constexpr (kTransposed) {
+          avx512::transpose(first);
+          avx512::transpose(second);
+        }
+        for (int64_t i = 0; i < kTileRows; ++i) {
+          if constexpr (kTransposed) {
+            const int64_t column = i / 4 * 8 + i % 4;  // and the one four further
+            bf16* line = tile + column / kTileRows * steps * kTileElements + column % kTileRows * kStep;
+            _mm512_store_si512(line, first[i]);
+            _mm512_store_si512(line + 4 * kStep, second[i]);
+          } else {
+            _mm512_store_si512(tile + i * kStep, first[i]);
+            _mm512_store_si512(tile + steps * kTileElements + i * kStep, second[i]);
+          }
+        }
       }
     }
   }
-
-  // The same of columns [0, m) as rows of left operands: [tile of columns][step][column][32 rows].
-  static void pack_transposed(const MoeRows<const bf16>& a, int64_t at, int64_t depth, int64_t m, int64_t steps,
-                              bf16* to) {
-    for (int64_t s = 0; s < steps; ++s) {
-      for (int64_t j = 0; j < m; j += kSide) {
-        __m512i first[kTileRows], second[kTileRows];
-        for (int64_t i = 0; i < kTileRows; ++i) {
-          const int64_t r = s * kStep + 2 * i;
-          const __m512i x = r < depth ? load(a.at(at + r) + j, m - j) : _mm512_setzero_si512();
-          const __m512i y = r + 1 < depth ? load(a.at(at + r + 1) + j, m - j) : _mm512_setzero_si512();
-          const Pairs pairs = interleave_fours(x, y);
-          first[i] = pairs.first, second[i] = pairs.second;
-        }
-        avx512::transpose(first);
-        avx512::transpose(second);
-        for (int64_t i = 0; i < kTileRows; ++i) {
-          const int64_t column = i / 4 * 8 + i % 4;  // and the one four further
-          bf16* tile = to + ((j + column) / kTileRows * steps + s) * kTileElements + column % kTileRows * kStep;
-          _mm512_store_si512(tile, first[i]);
-          _mm512_store_si512(tile + 4 * kStep, second[i]);
-        }
-      }
-    }
+  DSV4_INLINE __m512i load(const bf16* row, int64_t j, int64_t n) {
+    return row == nullptr ? _mm512_setzero_si512() : load(row + j, n - j);
   }
 };
 
