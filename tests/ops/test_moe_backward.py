@@ -25,8 +25,8 @@ from dsv4.testing import (
 CASES = implementation_cases("moe_experts_backward")
 experts = pytest.mark.parametrize("implementation", CASES)
 TYPED = [
-    pytest.param(*case.values, dtype, marks=case.marks)
-    for dtype in (torch.bfloat16, torch.float32)
+    pytest.param(*case.values, dtype, marks=case.marks, id=f"{case.values[0]}-dtype{i}")
+    for i, dtype in enumerate((torch.bfloat16, torch.float32))
     for case in CASES
     if case.values[0] != "amx" or dtype == torch.bfloat16  # tiles take no float32
 ]
