@@ -26,8 +26,10 @@ constexpr Candidate<SparseAttentionParams> kSparseAttention[] = {
 const Op sparse_attention_op("sparse_attention", kSparseAttention);
 
 bool whole_steps_backward(const SparseAttentionBackwardParams& p) { return whole_steps(p.forward); }
+bool in_bf16_backward(const SparseAttentionBackwardParams& p) { return in_bf16(p.forward); }
 
 constexpr Candidate<SparseAttentionBackwardParams> kSparseAttentionBackward[] = {
+    {"amx", Isa::kAmx, DSV4_AMX(amx::sparse_attention_backward), in_bf16_backward},
     {"avx512", Isa::kAvx512, DSV4_AVX512(avx512::sparse_attention_backward), whole_steps_backward},
     {"scalar", Isa::kScalar, DSV4_SCALAR(scalar::sparse_attention_backward)},
 };
@@ -139,13 +141,18 @@ int64_t sparse_attention_backward_workspace_bytes(const SparseAttentionBackwardP
   validate_arguments(v, p.forward);
   int64_t bytes = 0;
   if (!v.status().is_ok() || context.device != Device::kCpu) return bytes;
+  [[maybe_unused]] const auto at_least = [&](int64_t needed) { bytes = needed > bytes ? needed : bytes; };
 #if defined(DSV4_WITH_CPU)
-  bytes = scalar::sparse_attention_backward_workspace_bytes(p, context);
+  at_least(scalar::sparse_attention_backward_workspace_bytes(p, context));
 #endif
 #if defined(DSV4_WITH_AVX512)
   if (context.best >= Isa::kAvx512 && whole_steps(p.forward)) {
-    const int64_t needed = avx512::sparse_attention_backward_workspace_bytes(p, context);
-    bytes = needed > bytes ? needed : bytes;
+    at_least(avx512::sparse_attention_backward_workspace_bytes(p, context));
+  }
+#endif
+#if defined(DSV4_WITH_AMX)
+  if (context.best >= Isa::kAmx && in_bf16(p.forward)) {
+    at_least(amx::sparse_attention_backward_workspace_bytes(p, context));
   }
 #endif
   return bytes;

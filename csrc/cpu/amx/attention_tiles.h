@@ -20,10 +20,10 @@ inline constexpr int64_t kAhead = 48;       // keys between a request for memory
 
 constexpr int64_t tiles_of(int64_t count) { return (count + kTileRows - 1) / kTileRows; }
 
-// Queries as right operands: [slice][two tiles of heads][32 dims][tile][pair of dims][16 heads][2], heads after the
-// last zero.
-DSV4_INLINE void pack_query(const SparseAttentionParams& p, int64_t row, bf16* to) {
-  const int64_t heads = p.query.size(1), head_dim = p.query.size(2), tiles = tiles_of(heads);
+// Heads as right operands: [slice][two tiles of heads][32 dims][tile][pair of dims][16 heads][2], heads after the last
+// zero.
+DSV4_INLINE void pack_heads(const bf16* from, int64_t stride, int64_t heads, int64_t head_dim, bf16* to) {
+  const int64_t tiles = tiles_of(heads);
   for (int64_t first = 0; first < head_dim; first += kSliceDims) {
     for (int64_t tile = 0; tile < tiles; tile += 2) {
       for (int64_t d = first; d < smaller(first + kSliceDims, head_dim); d += kStepDims) {
@@ -31,7 +31,7 @@ DSV4_INLINE void pack_query(const SparseAttentionParams& p, int64_t row, bf16* t
           __m512i x[kTileRows];
           for (int i = 0; i < kTileRows; ++i) {
             const int64_t h = t * kTileRows + i;
-            x[i] = h < heads ? _mm512_loadu_si512(p.query.as<const bf16>().at(row, h) + d) : _mm512_setzero_si512();
+            x[i] = h < heads ? _mm512_loadu_si512(from + h * stride + d) : _mm512_setzero_si512();
           }
           avx512::transpose(x);
           for (int i = 0; i < kTileRows; ++i) _mm512_storeu_si512(to + i * kStepDims, x[i]);
@@ -39,6 +39,9 @@ DSV4_INLINE void pack_query(const SparseAttentionParams& p, int64_t row, bf16* t
       }
     }
   }
+}
+DSV4_INLINE void pack_query(const SparseAttentionParams& p, int64_t row, bf16* to) {
+  pack_heads(p.query.as<const bf16>().at(row), p.query.stride[1], p.query.size(1), p.query.size(2), to);
 }
 
 // A constant that the compiler does not compute again wherever it is used.

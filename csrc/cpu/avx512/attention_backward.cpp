@@ -8,6 +8,7 @@
 #include "cpu/attention.h"
 #include "cpu/attention_backward_driver.h"
 #include "cpu/avx512/attention_forward.h"
+#include "cpu/avx512/attention_gradient.h"
 #include "cpu/avx512/attention_product.h"
 
 namespace dsv4::avx512 {
@@ -16,30 +17,6 @@ namespace {
 // Of bfloat16 one word has a head's weights of query and G; of float32 they are two words, of neighbouring rows.
 template <class M>
 constexpr int64_t kWeightWords = sizeof(M) == 4 ? 2 : 1;
-
-// Turns pairs at the end of a head, as for a query; rounded to X.
-template <class X, class M>
-DSV4_INLINE void rotate(const X* x, const float* rope, int64_t width, M* to) {
-  const bf16* kPairs = nullptr;  // even and odd elements apart
-  for (int64_t d = 0; d < width; d += kStep) {
-    const int64_t count = smaller(width - d, kStep);
-    const Pair turn = arrange(load(rope + d, count), kPairs);
-    Pair value = load(x + d, count);
-    if constexpr (sizeof(X) == 4) value = arrange(value, kPairs);
-    Pair turned = {_mm512_fmsub_ps(value.a, turn.a, _mm512_mul_ps(value.b, turn.b)),
-                   _mm512_fmadd_ps(value.b, turn.a, _mm512_mul_ps(value.a, turn.b))};
-    if constexpr (sizeof(M) == 4) turned = natural(rounded(turned, static_cast<const X*>(nullptr)), kPairs);
-    store(to + d, turned, count);
-  }
-}
-
-DSV4_INLINE void copy(const bf16* from, int64_t count, bf16* to) {
-  memcpy(to, from, static_cast<size_t>(count) * sizeof(bf16));
-}
-DSV4_INLINE void copy(const float* from, int64_t count, float* to) {
-  memcpy(to, from, static_cast<size_t>(count) * sizeof(float));
-}
-DSV4_INLINE void copy(const bf16* from, int64_t count, float* to) { widen(from, count, to); }
 
 // sums[i][at : at + 32] += sum over words of left[word][i] * right[word][0:32].
 template <class M, int kCount>
@@ -205,16 +182,12 @@ class BackwardRow {
 
   // What is done once, before any key: G, and query where it is wanted wider.
   void prepare(int64_t row) {
-    const int64_t width = p_.rope.given() ? 2 * p_.rope.size(1) : 0, still = head_dim_ - width;
-    for (int64_t h = 0; h < heads_; ++h) {
-      if constexpr (sizeof(X) != sizeof(M)) {
+    if constexpr (sizeof(X) != sizeof(M)) {
+      for (int64_t h = 0; h < heads_; ++h) {
         widen(p_.query.as<const X>().at(row, h), head_dim_, kept_.query + h * head_dim_);
       }
-      const X* grad_out = grads_.grad_out.template as<const X>().at(row, h);
-      M* grad = kept_.grad + h * head_dim_;
-      copy(grad_out, still, grad);
-      if (width > 0) rotate(grad_out + still, p_.rope.as<const float>().at(row), width, grad + still);
     }
+    turn_gradient<X>(grads_, row, kept_.grad);
   }
 
   // From the scores of a head to its weights; those of the keys after the last are 0. Returns delta (1 - g).
