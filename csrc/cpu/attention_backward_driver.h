@@ -7,6 +7,7 @@
 //
 // A kernel is a class with
 //   using Constants, and static Constants constants()   whatever it looks up
+//   kBlockBytes   memory of the rows that a thread keeps at a time: a share of its second-level cache
 //   static int64_t row_bytes(p, most_keys), slot_bytes(p, most_keys)   memory of a row between the steps; of
 //   a thread
 //   Kernel(p, constants, row_memory, most_keys, slot_memory)   64-byte aligned
@@ -22,8 +23,6 @@ namespace dsv4 {
 namespace {
 
 inline constexpr int64_t kSliceDims = 32;
-// Memory of the rows that a thread keeps at a time: a share of its second-level cache.
-inline constexpr int64_t kBlockBytes = 256 << 10;
 inline constexpr int64_t kMostBlockRows = 32;
 
 // Where the gradients of a pool's rows are summed, [rows of the pool, D]; null: the pool takes none.
@@ -76,7 +75,7 @@ class AttentionBackward {
         most_(most_keys_of_any_row(p.forward)),
         slots_(larger(1, context.threads)),
         row_bytes_(larger(64, Kernel::row_bytes(p, most_))),
-        block_(smaller(rows_, slots_ * larger(1, smaller(kMostBlockRows, kBlockBytes / row_bytes_)))),
+        block_(smaller(rows_, slots_ * larger(1, smaller(kMostBlockRows, Kernel::kBlockBytes / row_bytes_)))),
         constants_(Kernel::constants()) {}
 
   int64_t bytes() const {

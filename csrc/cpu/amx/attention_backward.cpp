@@ -18,6 +18,7 @@ constexpr int64_t kChunk = 1024;  // keys whose pairs lie in memory at a time
 
 class BackwardRow {
  public:
+  static constexpr int64_t kBlockBytes = 1 << 20;
   struct Constants {};
   static Constants constants() { return {}; }
 

@@ -136,17 +136,25 @@ struct KeyRows {
                                         _mm256_set1_epi32(static_cast<int>(kMostScale - kLeastScale)));
   }
 
-  // The same for up to 512 dims from a multiple of 64 on, fast where both keys are FP8 and their codes normal numbers.
+  // The same for up to 512 dims from a multiple of 64 on, fast where both keys are bfloat16, or FP8 and
+  // their codes normal numbers.
   // Without kRows, rows may be overwritten or not. Pairs, if wanted, become rows of right operands of values; elements
   // unpack within lanes, so the 32 dims of two tiles come in the order that pack_sums knows.
   template <bool kRows>
   DSV4_INLINE void read(const KeyRows& r, int64_t j, int64_t first, int64_t last, bf16* rows, int64_t stride,
                         bf16* pairs) {
     const int64_t coded = smaller(last, r.codes);
-    if (j + 1 >= r.end || r.keys[j].scales == nullptr || r.keys[j + 1].scales == nullptr || coded % kRowBlock != 0) {
+    if (j + 1 >= r.end) return read_any(r, j, first, last, rows, stride, pairs);
+    const Key a = r.keys[j], b = r.keys[j + 1];
+    if (a.scales == nullptr && b.scales == nullptr && a.data != nullptr && b.data != nullptr) {
+      for (int64_t d = first; d < last; d += kStepDims, rows += kStepDims) {
+        put<kRows>(_mm512_loadu_si512(a.data + 2 * d), _mm512_loadu_si512(b.data + 2 * d), rows, stride, pairs);
+      }
+      return;
+    }
+    if (a.scales == nullptr || b.scales == nullptr || coded % kRowBlock != 0) {
       return read_any(r, j, first, last, rows, stride, pairs);
     }
-    const Key a = r.keys[j], b = r.keys[j + 1];
     uint32_t shift_a[8], shift_b[8];
     const int64_t blocks = larger(coded - first, 0) / kRowBlock;
     const unsigned extreme = put_shifts(a.scales + first / kRowBlock, blocks, shift_a) |

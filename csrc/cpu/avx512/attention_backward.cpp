@@ -46,6 +46,7 @@ static __attribute__((noinline)) void add_products(const uint32_t* left, int64_t
 template <class X, class M>
 class BackwardRow {
  public:
+  static constexpr int64_t kBlockBytes = 256 << 10;
   using Constants = E4m3Table;
   static Constants constants() { return e4m3_table(); }
 

@@ -25,6 +25,7 @@ void rotate(float* grad, int64_t head_dim, const float* rope, int64_t pairs) {
 template <class X>
 class BackwardRow {
  public:
+  static constexpr int64_t kBlockBytes = 256 << 10;
   struct Constants {};
   static Constants constants() { return {}; }
 
