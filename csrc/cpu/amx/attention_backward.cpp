@@ -185,8 +185,7 @@ class BackwardRow {
     }
   }
 
-  // From the scores of 16 heads to their weights, and to scale d s as a left operand; those of keys after the last are
-  // 0. gates[head] = delta (1 - g).
+  // From the scores of 16 heads to their weights, and to scale d s as a left operand. gates[head] = delta (1 - g).
   void weigh(int64_t row, int64_t tile, int64_t keys, float* gates) const {
     const __mmask16 given = avx512::low16(smaller(heads_ - tile * kTileRows, kTileRows));
     const auto of_heads = [&](const float* at) { return _mm512_maskz_loadu_ps(given, at + tile * kTileRows); };
@@ -211,12 +210,12 @@ class BackwardRow {
     bf16* to = passing_.slopes + tile * steps_of(keys) * kTileElements;
     for (int64_t key = 0; key < keys; key += kStepKeys, to += kTileElements) {
       const int64_t at = (key / kStepKeys * head_tiles_ + tile) * 2 * kTileSums;
-      put_weights(kept_.scores + at, passing_.reach + at, keys - key, once, kept, base, to);
+      put_weights(kept_.scores + at, passing_.reach + at, once, kept, base, to);
     }
   }
 
-  // Of 32 keys, whose probabilities become the words of their weights.
-  void put_weights(float* p, const float* reach, int64_t left, __m512 once, __m512 kept, __m512 base, bf16* to) const {
+  // Of 32 keys, whose probabilities become the words of their weights. Keys after the last have scores of 0.
+  void put_weights(float* p, const float* reach, __m512 once, __m512 kept, __m512 base, bf16* to) const {
     alignas(64) static const uint16_t kInterleave[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
                                                          8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
     const __m512i order = _mm512_load_si512(kInterleave);
@@ -225,13 +224,8 @@ class BackwardRow {
     for (int64_t i = 0; i < kTileRows; ++i) {
       __m512 slope[2];
       for (int64_t j = 0; j < 2; ++j, p += kTileRows, reach += kTileRows) {
-        slope[j] = _mm512_setzero_ps();
-        __m512 at_grad = slope[j];
-        if (2 * i + j < left) {
-          const __m512 mine = _mm512_mul_ps(_mm512_loadu_ps(p), once);
-          slope[j] = _mm512_mul_ps(mine, _mm512_mul_ps(_mm512_fmadd_ps(kept, _mm512_loadu_ps(reach), base), scale));
-          at_grad = _mm512_mul_ps(mine, kept);
-        }
+        const __m512 mine = _mm512_mul_ps(_mm512_loadu_ps(p), once), at_grad = _mm512_mul_ps(mine, kept);
+        slope[j] = _mm512_mul_ps(mine, _mm512_mul_ps(_mm512_fmadd_ps(kept, _mm512_loadu_ps(reach), base), scale));
         _mm512_storeu_si512(p, avx512::pack({slope[j], at_grad}));
       }
       slopes[i] = _mm512_permutexvar_epi16(order, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(slope[1], slope[0])));
