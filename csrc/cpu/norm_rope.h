@@ -23,6 +23,7 @@ DSV4_HOST_DEVICE int64_t row_workspace_bytes(int64_t rows, int64_t floats, const
 namespace dsv4::scalar {
 Status rms_norm(const RmsNormParams&, const Context&);
 Status query_norm_rope(const QueryNormRopeParams&, const Context&);
+Status query_norm_rope_backward(const QueryNormRopeBackwardParams&, const Context&);
 Status kv_norm_rope(const KvNormRopeParams&, const Context&);
 Status apply_rope(const ApplyRopeParams&, const Context&);
 Status rope_rows(const RopeRowsParams&, const Context&);
@@ -33,6 +34,7 @@ Status store_window(const StoreWindowParams&, const Context&);
 namespace dsv4::avx512 {
 Status rms_norm(const RmsNormParams&, const Context&);
 Status query_norm_rope(const QueryNormRopeParams&, const Context&);
+Status query_norm_rope_backward(const QueryNormRopeBackwardParams&, const Context&);
 Status kv_norm_rope(const KvNormRopeParams&, const Context&);
 Status apply_rope(const ApplyRopeParams&, const Context&);
 Status rope_rows(const RopeRowsParams&, const Context&);

@@ -39,6 +39,15 @@ constexpr Candidate<QueryNormRopeParams> kQueryNormRope[] = {
 };
 const Op query_norm_rope_op("query_norm_rope", kQueryNormRope);
 
+[[maybe_unused]] bool whole_heads_backward(const QueryNormRopeBackwardParams& p) {
+  return p.query.size(2) % 32 == 0 && p.rope.size(1) % 16 == 0;
+}
+constexpr Candidate<QueryNormRopeBackwardParams> kQueryNormRopeBackward[] = {
+    {"avx512", Isa::kAvx512, DSV4_AVX512(avx512::query_norm_rope_backward), whole_heads_backward},
+    {"scalar", Isa::kScalar, DSV4_SCALAR(scalar::query_norm_rope_backward)},
+};
+const Op query_norm_rope_backward_op("query_norm_rope_backward", kQueryNormRopeBackward);
+
 [[maybe_unused]] bool whole_kv(const KvNormRopeParams& p) { return p.kv.size(1) % 32 == 0 && p.rope.size(1) % 16 == 0; }
 [[maybe_unused]] bool whole_turns(const ApplyRopeParams& p) { return p.rope.size(1) % 16 == 0; }
 [[maybe_unused]] bool whole_tables(const RopeRowsParams& p) { return p.frequency.size(0) % 16 == 0; }
@@ -86,6 +95,16 @@ Status validate(const QueryNormRopeParams& p) {
   Validator v("query_norm_rope");
   const int64_t tokens = p.query.size(0), heads = p.query.size(1), head_dim = p.query.size(2);
   v.floats("q", p.query, {Validator::kAny, Validator::kAny, Validator::kAny});
+  v.rope(p.rope, tokens, head_dim);
+  v.view("result", p.result, p.query.dtype, {tokens, heads, head_dim});
+  return v.status();
+}
+
+Status validate(const QueryNormRopeBackwardParams& p) {
+  Validator v("query_norm_rope_backward");
+  const int64_t tokens = p.query.size(0), heads = p.query.size(1), head_dim = p.query.size(2);
+  v.floats("q", p.query, {Validator::kAny, Validator::kAny, Validator::kAny});
+  v.view("grad", p.grad, p.query.dtype, {tokens, heads, head_dim});
   v.rope(p.rope, tokens, head_dim);
   v.view("result", p.result, p.query.dtype, {tokens, heads, head_dim});
   return v.status();
@@ -143,6 +162,10 @@ Status rms_norm(const RmsNormParams& p, const Context& c) { return rms_norm_op.r
 
 Status query_norm_rope(const QueryNormRopeParams& p, const Context& c) {
   return query_norm_rope_op.run(validate(p), p, c);
+}
+
+Status query_norm_rope_backward(const QueryNormRopeBackwardParams& p, const Context& c) {
+  return query_norm_rope_backward_op.run(validate(p), p, c);
 }
 
 Status kv_norm_rope(const KvNormRopeParams& p, const Context& c) { return kv_norm_rope_op.run(validate(p), p, c); }

@@ -56,6 +56,17 @@ struct QueryNormRopeParams {
 };
 Status query_norm_rope(const QueryNormRopeParams&, const Context&);
 
+// The gradient of that call, for which every rounding is the identity. With m the rounded mean + eps, r its rounded
+// inverse root, and G grad rotated back: G r - q m^-1.5 mean(G q), rounded once.
+struct QueryNormRopeBackwardParams {
+  AnyView<3> grad;   // X [T, H, D]
+  AnyView<3> query;  // X [T, H, D]
+  AnyView<3> rope;   // float32 [T, R / 2, 2]
+  double eps;
+  AnyView<3> result;  // X [T, H, D]
+};
+Status query_norm_rope_backward(const QueryNormRopeBackwardParams&, const Context&);
+
 // kv / sqrt(mean(kv^2) + eps) * weight rounded to X, the last R dims rotated and rounded to X, written to row
 // position[t] of sequence[t]. FP8 rows: the dims before the last R in blocks of 64, each with the scale
 // 2^ceil(log2(max(amax, 1e-4) / 448)). What the table does not store is dropped.

@@ -19,6 +19,24 @@ Tensor query_norm_rope(const Tensor& q_, const Tensor& rope_, double eps) {
 }
 DSV4_OP("query_norm_rope(Tensor q, Tensor rope, float eps=1e-06) -> Tensor", query_norm_rope)
 
+#if !defined(DSV4_TORCH_CUDA)  // the gradient has kernels for the CPU only; elsewhere Python's formula runs
+
+Tensor query_norm_rope_backward(const Tensor& grad_, const Tensor& q_, const Tensor& rope_, double eps) {
+  Check check("query_norm_rope_backward");
+  const auto sizes = check.tensor("q", q_, {kAny, kAny, kAny}, {ScalarType::BFloat16, ScalarType::Float},
+                                  {kFloats, {"tokens", "heads", "head_dim"}});
+  check.tensor("grad", grad_, {sizes[0], sizes[1], sizes[2]}, {q_.scalar_type()});
+  check.rope(rope_, sizes[0], sizes[2]);
+  const Tensor grad = dense(grad_), q = dense(q_), rope = dense(rope_, 2);
+  Tensor result = empty({sizes[0], sizes[1], sizes[2]}, q.scalar_type(), q);
+  check.run(dsv4::query_norm_rope_backward, {view(grad), view(q), view(rope), eps, mutable_view(result)}, q);
+  return result;
+}
+DSV4_OP("query_norm_rope_backward(Tensor grad, Tensor q, Tensor rope, float eps=1e-06) -> Tensor",
+        query_norm_rope_backward)
+
+#endif
+
 void store_window(const Tensor& kv_, const Tensor& weight_, const Tensor& rope_, const Tensor& pages,
                   const Tensor& table, const Tensor& sequence_, const Tensor& position_, double eps,
                   int64_t page_size) {

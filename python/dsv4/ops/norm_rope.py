@@ -8,6 +8,7 @@ each row: [tokens, rope_dim / 2, 2].
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -24,6 +25,7 @@ __all__ = [
     "kv_norm_rope",
     "kv_norm_rope_reference",
     "query_norm_rope",
+    "query_norm_rope_backward_reference",
     "query_norm_rope_reference",
     "rms_norm",
     "rms_norm_reference",
@@ -202,6 +204,26 @@ def _check_query_norm_rope(q: Tensor, rope: Tensor, eps: float = 1e-6) -> None:
     check_rope(check, rope, tokens, head_dim)
 
 
+def query_norm_rope_backward_reference(grad: Tensor, q: Tensor, rope: Tensor, eps: float = 1e-6) -> Tensor:
+    """The gradient of query_norm_rope, for which every rounding is the identity."""
+
+    def rounded(value: Tensor) -> Tensor:
+        return value.to(q.dtype).double()
+
+    wide = q.double()
+    mean = rounded(rounded(rounded(wide.square()).mean(-1, keepdim=True)) + eps)
+    turned = apply_rope_reference(grad.double(), rope, inverse=True)
+    along = (turned * wide).mean(-1, keepdim=True) * mean.pow(-1.5)
+    return (turned * rounded(mean.rsqrt()) - wide * along).to(q.dtype)
+
+
+def _check_query_norm_rope_backward(grad: Tensor, q: Tensor, rope: Tensor, eps: float = 1e-6) -> None:
+    check = Check("query_norm_rope_backward")
+    tokens, heads, head_dim = check.tensor("q", q, WIDE_FLOATS, ("tokens", "heads", "head_dim"))
+    check.tensor("grad", grad, (q.dtype,), (tokens, heads, head_dim))
+    check_rope(check, rope, tokens, head_dim)
+
+
 def kv_norm_rope(kv: Tensor, weight: Tensor, rope: Tensor, eps: float = 1e-6) -> Tensor:
     """RMS norm with a weight, rounded to the dtype of kv, then the rotary embedding: the rows that attention reads.
 
@@ -314,6 +336,15 @@ def check_rope(check: Check, rope: Tensor, tokens: int, head_dim: int) -> None:
     check.that(2 * pairs <= head_dim, f"rope must have at most {head_dim // 2} pairs, got {pairs}")
 
 
+def _query_backward(op: str, ctx, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[no-untyped-def]
+    return getattr(torch.ops.dsv4, op)(grad, *ctx.saved_tensors, ctx.eps), None, None
+
+
+def _query_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    q, rope, ctx.eps = inputs
+    ctx.save_for_backward(q, rope)
+
+
 def _apply_rope_backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[no-untyped-def]
     (rope,) = ctx.saved_tensors
     return apply_rope(grad, rope, not ctx.inverse), None, None
@@ -348,6 +379,13 @@ for _prefix, _suffix in (("", ""), ("_", "_reference")):  # the second takes flo
         f"{_prefix}query_norm_rope{_suffix}(Tensor q, Tensor rope, float eps=1e-06) -> Tensor",
         query_norm_rope_reference,
         check=_check_query_norm_rope,
+        backward=partial(_query_backward, f"{_prefix}query_norm_rope_backward{_suffix}"),
+        setup_context=_query_context,
+    )
+    register(
+        f"{_prefix}query_norm_rope_backward{_suffix}(Tensor grad, Tensor q, Tensor rope, float eps=1e-06) -> Tensor",
+        query_norm_rope_backward_reference,
+        check=_check_query_norm_rope_backward,
         recompute=True,
     )
     register(
