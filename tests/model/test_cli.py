@@ -373,7 +373,7 @@ SHAPES = {
     "moe_map": ["tokens=33 experts=16 top_k=2"],
     "moe_experts": ["tokens=33 hidden=256 inter=128 experts=16 top_k=2 fp4"] * 3,
     "moe_experts_backward": ["tokens=33 hidden=256 inter=128 experts=16 top_k=2 bf16"],
-    "query_norm_rope": ["rows=33 heads=8 head_dim=128 bf16"],
+    **{op: ["rows=33 heads=8 head_dim=128 bf16"] for op in ("query_norm_rope", "query_norm_rope_backward")},
     "store_window": ["rows=33 head_dim=128 fp8"],
     "compress": ["csa rows=33 ratio=4 head_dim=128 fp8"],
     "rms_norm": ["rows=33 hidden=256 bf16"],

@@ -166,7 +166,8 @@ def test_each_matrix_gets_its_own_gradient(implementation: str, dtype: torch.dty
     a = problem(tokens=1, hidden=1, inter=1, count=2, top_k=2, dtype=dtype)
     a["x"][:], a["grad"][:], a["weights"] = 1, 2, torch.tensor([[0.5, 0.25]])
     a["indices"] = torch.tensor([[1, 0]])
-    a["w1"], a["w3"], a["w2"] = (torch.tensor(v, dtype=dtype).view(2, 1, 1) for v in ([0.3, -1.1], [0.7, 2.0], [1.5, -0.4]))
+    values = ([0.3, -1.1], [0.7, 2.0], [1.5, -0.4])
+    a["w1"], a["w3"], a["w2"] = (torch.tensor(v, dtype=dtype).view(2, 1, 1) for v in values)
     x, weights, w1, w3, w2 = (value.double() for value in run(implementation, a))
     d_x = 0.0
     near = {"rtol": 1e-6 if dtype == torch.float32 else 2**-6, "atol": 0.0}

@@ -20,7 +20,7 @@ from dsv4.model.config import Config
 from dsv4.ops.layout import ROW_BLOCK, allocate_pages, locate, row_bytes, row_scale_bytes
 
 #: Ops of this family, and the rows at once unless told otherwise.
-OPS = ("query_norm_rope", "store_window", "compress")
+OPS = ("query_norm_rope", "query_norm_rope_backward", "store_window", "compress")
 CONTEXTS = (4096,)
 QUICK_CONTEXTS = (256,)
 
@@ -81,6 +81,31 @@ def _query_case(name: str, config: Config, tokens: int, device: torch.device) ->
         "query_norm_rope", f"{name} rows={tokens} heads={heads} head_dim={head_dim} bf16",
         lambda: ops.query_norm_rope(query, rope), "eager torch bf16", lambda: eager_norm_rope(query, None, rope),
         compare, 4.0 * query.numel(), 2.0 * query.nbytes + rope.nbytes, "none",
+    )  # fmt: skip
+
+
+def _query_gradient_case(name: str, config: Config, tokens: int, device: torch.device) -> Case:
+    heads, head_dim = config.num_attention_heads, config.head_dim
+    query, grad = (torch.randn(tokens, heads, head_dim).bfloat16().to(device) for _ in range(2))
+    rope = _rope(config, torch.arange(tokens)).to(device)
+
+    def gradient(function: Callable[[Tensor, Tensor], Tensor], rows: int, dtype: torch.dtype) -> Callable[[], Tensor]:
+        """The backward pass of one forward pass, to be run any number of times."""
+        leaf = query[:rows].to(dtype).detach().requires_grad_()
+        out, seed = function(leaf, rope[:rows]), grad[:rows].to(dtype)
+        return lambda: torch.autograd.grad(out, leaf, seed, retain_graph=True)[0]
+
+    def eager(x: Tensor, turns: Tensor) -> Tensor:
+        return eager_norm_rope(x, None, turns.to(x.dtype))
+
+    def compare() -> list[Comparison]:
+        found, other = (gradient(f, _CHECKED_ROWS, torch.bfloat16)() for f in (ops.query_norm_rope, eager))
+        return [Comparison(found, other, gradient(eager, _CHECKED_ROWS, torch.float64)())]
+
+    return Case(
+        "query_norm_rope_backward", f"{name} rows={tokens} heads={heads} head_dim={head_dim} bf16",
+        gradient(ops.query_norm_rope, tokens, torch.bfloat16), "eager autograd bf16",
+        gradient(eager, tokens, torch.bfloat16), compare, 8.0 * query.numel(), 3.0 * query.nbytes + rope.nbytes, "none",
     )  # fmt: skip
 
 
@@ -176,6 +201,8 @@ def cases(op: str, shape: str, context: int, device: torch.device) -> Iterator[C
     config, tokens = Config.preset(shape), min(context, _MOST_ROWS)
     if op == "query_norm_rope":
         yield _query_case(shape, config, tokens, device)
+    elif op == "query_norm_rope_backward":
+        yield _query_gradient_case(shape, config, tokens, device)
     elif op == "store_window":
         yield _window_case(shape, config, tokens, device)
     else:
