@@ -8,7 +8,7 @@
 //   inputs    grad_gate w1 + grad_up w3, added to the tokens' float32 sums, experts ascending
 // No cut can show in a result: a kernel's sums depend on their own rows alone, in the order of those.
 //
-// A kernel has, besides the functions that cpu/moe_driver.h asks for, for tensors of type X:
+// A kernel has, besides row_bytes and prepare as cpu/moe_driver.h asks for them, for tensors of type X:
 //   kOutputs, kColumns, kRows                       of a piece: outputs, and columns; activation rows of a group
 //   int64_t product_memory(int64_t inputs)          scratch memory of any of the products, bytes
 //   void gate_up<X>(const ExpertMatrix (&w)[2], int64_t expert, int64_t row, int64_t rows, int64_t inputs,

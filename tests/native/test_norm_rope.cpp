@@ -1,5 +1,6 @@
-// query_norm_rope, store_window and hadamard without torch: the vector kernels against the scalar ones bit for bit, on
-// several numbers of threads, between guard bands; the encoders against all codes; the validation messages.
+// query_norm_rope, its gradient, store_window and hadamard without torch: the vector kernels against the scalar ones
+// bit for bit, on several numbers of threads, between guard bands; the encoders against all codes; the validation
+// messages.
 #include <cmath>
 #include <cstring>
 #include <string>
@@ -50,6 +51,53 @@ TEST(query_norm_rope_of_every_shape) {
       for (const int64_t rope_dim : {int64_t{0}, int64_t{32}, dim}) {
         queries<bf16>(tokens, 3, dim, rope_dim);
         queries<float>(tokens, 3, dim, rope_dim);
+      }
+    }
+  }
+}
+
+// The sums of a head go in another order in vectors, so that a result may differ by a rounding; threads change nothing.
+template <class X>
+void gradients(int64_t tokens, int64_t heads, int64_t dim, int64_t rope_dim) {
+  Random random(static_cast<uint64_t>(tokens * 1000 + dim));
+  Guarded<X> grad({tokens, heads, dim}), q({tokens, heads, dim});
+  Guarded<float> rope({tokens, rope_dim / 2, 2});
+  grad.fill(random, -1, 1);
+  q.fill(random, -4, 4);
+  fill_rope(rope, random);
+  const auto run = [&](Isa isa, int threads) {
+    ThreadPool pool(threads);
+    Guarded<X> result({tokens, heads, dim});
+    const Status status = query_norm_rope_backward(
+        {grad.template any<3>(), q.template any<3>(), rope.any<3>(), 1e-6, result.template any<3>()},
+        testing::context_of(pool, isa));
+    CHECK_MESSAGE(status.is_ok() && result.intact(), status.message());
+    return result;
+  };
+  const Guarded<X> expected = run(Isa::kScalar, 1);
+  for (const Isa isa : {Isa::kScalar, Isa::kAvx512}) {
+    if (isa > cpu_isa()) {
+      testing::not_run("this machine has no AVX-512");
+      continue;
+    }
+    const Guarded<X> found = run(isa, 1);
+    for (const int threads : {2, 3}) CHECK(run(isa, threads).same_bits(found));
+    for (int64_t i = 0; i < found.size(); ++i) {
+      const float a = to_float(found[i]), e = to_float(expected[i]), close = sizeof(X) == 2 ? 1.0f / 128 : 2e-6f;
+      if (!(std::fabs(a - e) <= close * std::fabs(e) + 1e-6f)) {
+        CHECK_MESSAGE(false, std::to_string(a) + ", expected " + std::to_string(e));
+      }
+    }
+  }
+  CHECK(grad.intact() && q.intact() && rope.intact());
+}
+
+TEST(query_norm_rope_backward_of_every_shape) {
+  for (const int64_t tokens : {0, 1, 7}) {
+    for (const int64_t dim : {31, 32, 64, 512}) {
+      for (const int64_t rope_dim : {int64_t{0}, dim / 32 * 32, dim / 2 * 2}) {
+        gradients<bf16>(tokens, 3, dim, rope_dim);
+        gradients<float>(tokens, 3, dim, rope_dim);
       }
     }
   }
@@ -257,6 +305,11 @@ TEST(messages) {
   CHECK_MESSAGE(
       std::string(status.message()) == "query_norm_rope: rope must be float32 [2, *, 2], got float32 [1, 8, 2]",
       status.message());
+  Guarded<float> grad({1, 2, 32});
+  status = query_norm_rope_backward({grad.any<3>(), q.any<3>(), rope.any<3>(), 1e-6, result.any<3>()}, pool.context());
+  CHECK_MESSAGE(std::string(status.message()) ==
+                    "query_norm_rope_backward: grad must be float32 [2, 2, 32], got float32 [1, 2, 32]",
+                status.message());
   status = hadamard({x.any<2>(), x.any<2>(), {}}, pool.context());
   CHECK_MESSAGE(std::string(status.message()) == "hadamard: the last dimension of x must be a power of two, got 12",
                 status.message());

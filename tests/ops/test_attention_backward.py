@@ -70,7 +70,7 @@ def test_every_width(gradient: Gradient, head_dim: int, dtype: torch.dtype) -> N
     assert_one_draw(a, gradient(a))
 
 
-@pytest.mark.parametrize("heads", [2, 3, 4, 7, 8, 9, 12, 17, 63])
+@pytest.mark.parametrize("heads", [2, 3, 4, 7, 8, 9, 12, 15, 17, 31, 32, 33, 47, 48, 49, 63, 64, 65])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_block_of_heads(gradient: Gradient, heads: int, dtype: torch.dtype) -> None:
     a = make(heads=heads, head_dim=64, dtype=dtype, runs=((30, 4),), window=9)
@@ -87,8 +87,10 @@ def test_other_widths_are_left_to_the_scalar_kernel(head_dim: int) -> None:
     assert _library.last_implementation("sparse_attention_backward") == "scalar"
 
 
-# Multiples of a group (32) and of a tile (128) of keys, and their neighbours.
-@pytest.mark.parametrize("keys", [1, 2, 3, 4, 7, 8, 9, 31, 32, 33, 127, 128, 129, 255, 256, 257])
+# Multiples of a group (32), of a tile (128) and of a chunk (1,024) of keys, and their neighbours.
+@pytest.mark.parametrize(
+    "keys", [1, 2, 3, 4, 7, 8, 9, 15, 16, 17, 31, 32, 33, 127, 128, 129, 255, 256, 257, 1023, 1024, 1025]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_number_of_keys(gradient: Gradient, keys: int, dtype: torch.dtype) -> None:
     a = make(heads=5, runs=((keys - 1, 1),), window=keys, window_page_size=50, source="window", rope_dim=8, dtype=dtype)
@@ -321,6 +323,18 @@ def test_pools_of_any_two_formats(gradient: Gradient, query: torch.dtype, window
     got = gradient(a)
     assert set(got) == set(wanted(a))
     assert_one_draw(plain, got)
+
+
+def test_fp8_rows_of_over_a_thousand_keys(gradient: Gradient) -> None:
+    """Such rows are decoded again for the second step."""
+    a = make(dtype=torch.bfloat16, source="lengths", heads=5, head_dim=160, rope_dim=32, runs=((4700, 2),), window=20)
+    plain = dict(a)
+    for name, size in (("window_pages", 16), ("compressed_pages", 4)):
+        where = torch.arange(len(a[name]) * size)
+        a[name], rows = allocate_pages(len(a[name]), size, 160, 32, "fp8"), a[name].nan_to_num(0.5).flatten(0, 1)
+        write_rows(a[name], rows, where // size, where % size, size, 32)
+        plain[name] = read_rows(a[name], where // size, where % size, size, 160, 32, torch.float32).view(-1, size, 160)
+    assert_one_draw(plain, gradient(a))
 
 
 def test_inputs_with_gaps(gradient: Gradient) -> None:

@@ -76,6 +76,7 @@ def test_no_worse_than_the_formula(implementation: str, dtype: torch.dtype, case
         {"tokens": 9, "count": 257, "top_k": 6, "hidden": 40, "inter": 24},
         {"tokens": 6, "count": 2, "top_k": 1, "hidden": 1060, "inter": 70},
         {"tokens": 3, "count": 1, "top_k": 1, "hidden": 70, "inter": 2100},
+        {"tokens": 3, "count": 1, "top_k": 1, "hidden": 2100, "inter": 70},
         {"tokens": 7, "count": 3, "top_k": 0, "shared": True},
         {"tokens": 7, "count": 0, "top_k": 2, "shared": True},
         {"tokens": 4, "inter": 0},

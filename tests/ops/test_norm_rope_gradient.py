@@ -88,7 +88,7 @@ def test_reached_through_autograd(implementation: str, dtype: torch.dtype) -> No
 
 
 def test_no_gradient_of_a_gradient_is_lost() -> None:
-    grad, q, rope = (t[:2, :1] if t.dim() == 3 and t.shape[1] == 2 else t[:2] for t in draw(2, 2, (8, 4), NARROW[1]))
+    grad, q, rope = draw(2, 1, (8, 4), torch.float32)
     found = []
     for dtype in (torch.float32, torch.float64):
         leaf = q.to(dtype).requires_grad_()
@@ -96,6 +96,15 @@ def test_no_gradient_of_a_gradient_is_lost() -> None:
         (first,) = torch.autograd.grad(y, leaf, grad.to(dtype), create_graph=True)
         found.append(torch.autograd.grad(first.square().sum(), leaf)[0])
     torch.testing.assert_close(found[0], found[1].float(), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("op", ["query_norm_rope", "apply_rope"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_gradient_of_rope_is_refused(op: str, dtype: torch.dtype) -> None:
+    _, q, rope = draw(2, 1, (8, 4), dtype)
+    y = getattr(ops, op)(q, rope.requires_grad_())
+    with pytest.raises(RuntimeError, match=f"^{op}: rope has no gradient; detach it$"):
+        y.sum().backward()
 
 
 @kernels

@@ -66,6 +66,7 @@ class BackwardRow {
 
   void add_to_keys(int64_t row, int64_t first_dim, int64_t end_dim) {
     const int64_t keys = kept_.keys.count->all;
+    if (keys == 0) return;
     pair_heads(row, first_dim, end_dim);
     configure();
     Block before{0, 0, 0}, next;

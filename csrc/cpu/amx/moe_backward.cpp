@@ -1,8 +1,6 @@
 // Gradients of plain experts of bfloat16 in AMX tiles. gate and up are the forward pass's own products
 // (amx/moe_product.h), so that both passes clamp alike; the other six products of a row, of which weights or rows are
 // read across, are those of amx/outer_product.h. 16 hidden inter FLOPs a row of an expert.
-#include <algorithm>
-
 #include "cpu/amx/moe_rows.h"
 #include "cpu/amx/outer_product.h"
 #include "cpu/avx512/expert_gradient.h"
@@ -16,7 +14,8 @@ struct Kernel : OuterProduct {
 
   static int64_t product_memory(int64_t inputs) {
     const int64_t forward = kStrips * kSumsBytes + round_up(TileProduct<PlainTiles>::memory(inputs), 64);
-    return std::max(kRows * moe_row_bytes(inputs) + kTileBytes + forward, outer_memory());
+    const int64_t both = kRows * moe_row_bytes(inputs) + kTileBytes + forward, others = outer_memory();
+    return both > others ? both : others;
   }
 
   template <class X>
@@ -33,21 +32,23 @@ struct Kernel : OuterProduct {
                       const uint8_t* const* x, int64_t count, float* const (&out)[2], uint8_t* memory) {
     const int64_t width = moe_row_bytes(inputs);
     for (int64_t m = 0; m < count; m += kUnit) {
-      gather_unit(reinterpret_cast<const bf16* const*>(x + m), std::min(count - m, kUnit), inputs,
-                  reinterpret_cast<bf16*>(memory + m * width));
+      const int64_t some = smaller(count - m, kUnit);
+      const bf16* unit[kUnit];
+      for (int64_t i = 0; i < some; ++i) unit[i] = reinterpret_cast<const bf16*>(x[m + i]);
+      gather_unit(unit, some, inputs, reinterpret_cast<bf16*>(memory + m * width));
     }
     uint8_t* sums = memory + kRows * width + kTileBytes;
     configure_tiles(count);
     for (int64_t r = 0; r < rows; r += kMoeOutputs) {
       Strip strips[kStrips];
       for (int i = 0; i < kStrips; ++i) {
-        strips[i] = {&w[i], row + r, std::min(rows - r, kMoeOutputs), reinterpret_cast<float*>(sums + i * kSumsBytes)};
+        strips[i] = {&w[i], row + r, smaller(rows - r, kMoeOutputs), reinterpret_cast<float*>(sums + i * kSumsBytes)};
       }
       TileProduct<PlainTiles>(expert, inputs, {memory, width, count}, sums + kStrips * kSumsBytes)
           .run(strips, kStrips, {row_codes(w[0], expert, row + r + kMoeOutputs), {}});
       for (int i = 0; i < kStrips; ++i) {
         for (int64_t m = 0; m < count; m += kUnit) {
-          put_unit(sums_of_unit(strips[i].sums, m / kUnit), std::min(count - m, kUnit), strips[i].rows,
+          put_unit(sums_of_unit(strips[i].sums, m / kUnit), smaller(count - m, kUnit), strips[i].rows,
                    out[i] + m * kOutputs + r, kOutputs);
         }
       }

@@ -2,8 +2,6 @@
 // passes clamp alike; the other six products of a row, of which weights or rows are read across, are those of
 // avx512/outer_product.h. 16 hidden inter FLOPs a row of an expert. Many rows: the limit is the rate of vdpbf16ps or
 // FMA. Few: reading each weight and writing its gradient once, 4 bytes in bfloat16 and 8 in float32.
-#include <algorithm>
-
 #include "cpu/avx512/expert_gradient.h"
 #include "cpu/avx512/moe_product.h"
 #include "cpu/avx512/outer_product.h"
@@ -12,7 +10,10 @@ namespace dsv4::avx512 {
 namespace {
 
 struct Kernel : MoeSingly<MoeKernel<Product>>, OuterProduct {
-  static int64_t product_memory(int64_t inputs) { return std::max(memory(inputs), outer_memory()); }
+  static int64_t product_memory(int64_t inputs) {
+    const int64_t forward = memory(inputs), others = outer_memory();
+    return forward > others ? forward : others;
+  }
 
   template <class X>
   static float activate_backward(const float* gate, const float* up, const float* grad, float weight, float limit,

@@ -142,7 +142,7 @@ def apply_rope(x: Tensor, rope: Tensor, inverse: bool = False) -> Tensor:
         rope:    [tokens, rope_dim / 2, 2] float32 or float64, (cos, sin).
         inverse: rotate back.
     Returns: like x, rounded once. Differentiable in x.
-    Raises: RuntimeError where a shape, dtype or device differs from the above.
+    Raises: RuntimeError where a shape, dtype or device differs from the above, or a gradient of rope is wanted.
     """
     kernel = x.dtype in _KERNEL_FLOATS and rope.dtype == torch.float32 and x.dim() in (2, 3)
     op = torch.ops.dsv4.apply_rope if kernel else torch.ops.dsv4._apply_rope_reference
@@ -180,7 +180,7 @@ def query_norm_rope(q: Tensor, rope: Tensor, eps: float = 1e-6) -> Tensor:
         q:    [tokens, heads, head_dim] bfloat16, float32 or float64.
         rope: [tokens, rope_dim / 2, 2] float32 or float64, (cos, sin).
     Returns: like q. Differentiable in q.
-    Raises: RuntimeError where a shape, dtype or device differs from the above.
+    Raises: RuntimeError where a shape, dtype or device differs from the above, or a gradient of rope is wanted.
     Source: the official inference code.
     """
     if q.dtype in _KERNEL_FLOATS and rope.dtype == torch.float32:
@@ -336,7 +336,13 @@ def check_rope(check: Check, rope: Tensor, tokens: int, head_dim: int) -> None:
     check.that(2 * pairs <= head_dim, f"rope must have at most {head_dim // 2} pairs, got {pairs}")
 
 
+def _refuse_rope(op: str, ctx) -> None:  # type: ignore[no-untyped-def]
+    if len(ctx.needs_input_grad) > 1 and ctx.needs_input_grad[1]:
+        raise RuntimeError(f"{op}: rope has no gradient; detach it")
+
+
 def _query_backward(op: str, ctx, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[no-untyped-def]
+    _refuse_rope("query_norm_rope", ctx)
     return getattr(torch.ops.dsv4, op)(grad, *ctx.saved_tensors, ctx.eps), None, None
 
 
@@ -346,6 +352,7 @@ def _query_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 
 def _apply_rope_backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[no-untyped-def]
+    _refuse_rope("apply_rope", ctx)
     (rope,) = ctx.saved_tensors
     return apply_rope(grad, rope, not ctx.inverse), None, None
 
