@@ -63,6 +63,15 @@ struct TargetKeys {
   }
 };
 
+// A row without keys: nothing goes back.
+template <class X>
+void clear_row(const SparseAttentionBackwardParams& p, int64_t row, float* gates) {
+  for (int64_t h = 0; h < p.forward.query.size(1); ++h) {
+    gates[h] = 0;
+    memset(p.grad_query.as<X>().at(row, h), 0, static_cast<size_t>(p.forward.query.size(2)) * sizeof(X));
+  }
+}
+
 template <class Kernel>
 class AttentionBackward {
  public:

@@ -9,7 +9,8 @@ namespace dsv4 {
 namespace {
 
 // The vector kernels work on 32 dims at a time.
-[[maybe_unused]] bool whole_heads(const QueryNormRopeParams& p) {
+template <class Params>
+bool whole_heads(const Params& p) {
   return p.query.size(2) % 32 == 0 && p.rope.size(1) % 16 == 0;
 }
 [[maybe_unused]] bool whole_rows(const StoreWindowParams& p) {
@@ -34,16 +35,13 @@ const Op rms_norm_op("rms_norm", kRmsNorm);
 
 constexpr Candidate<QueryNormRopeParams> kQueryNormRope[] = {
     {"sm80", Isa::kSm80, DSV4_SM80(sm80::query_norm_rope), countable},
-    {"avx512", Isa::kAvx512, DSV4_AVX512(avx512::query_norm_rope), whole_heads},
+    {"avx512", Isa::kAvx512, DSV4_AVX512(avx512::query_norm_rope), whole_heads<QueryNormRopeParams>},
     {"scalar", Isa::kScalar, DSV4_SCALAR(scalar::query_norm_rope)},
 };
 const Op query_norm_rope_op("query_norm_rope", kQueryNormRope);
 
-[[maybe_unused]] bool whole_heads_backward(const QueryNormRopeBackwardParams& p) {
-  return p.query.size(2) % 32 == 0 && p.rope.size(1) % 16 == 0;
-}
 constexpr Candidate<QueryNormRopeBackwardParams> kQueryNormRopeBackward[] = {
-    {"avx512", Isa::kAvx512, DSV4_AVX512(avx512::query_norm_rope_backward), whole_heads_backward},
+    {"avx512", Isa::kAvx512, DSV4_AVX512(avx512::query_norm_rope_backward), whole_heads<QueryNormRopeBackwardParams>},
     {"scalar", Isa::kScalar, DSV4_SCALAR(scalar::query_norm_rope_backward)},
 };
 const Op query_norm_rope_backward_op("query_norm_rope_backward", kQueryNormRopeBackward);

@@ -48,13 +48,7 @@ class BackwardRow {
   void differentiate(int64_t row, const KeySums& key_sums, float* gates) {
     kept_.keys.list(p_, row, key_sums);
     const int64_t keys = kept_.keys.count->all;
-    if (keys == 0) {
-      for (int64_t h = 0; h < heads_; ++h) {
-        gates[h] = 0;
-        memset(grads_.grad_query.as<bf16>().at(row, h), 0, static_cast<size_t>(head_dim_) * sizeof(bf16));
-      }
-      return;
-    }
+    if (keys == 0) return clear_row<bf16>(grads_, row, gates);
     avx512::turn_gradient<bf16>(grads_, row, kept_.grad);
     pack_query(p_, row, passing_.query);
     pack_heads(kept_.grad, head_dim_, heads_, head_dim_, passing_.grad);
@@ -217,9 +211,6 @@ class BackwardRow {
 
   // Of 32 keys, whose probabilities become the words of their weights. Keys after the last have scores of 0.
   void put_weights(float* p, const float* reach, __m512 once, __m512 kept, __m512 base, bf16* to) const {
-    alignas(64) static const uint16_t kInterleave[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-                                                         8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-    const __m512i order = _mm512_load_si512(kInterleave);
     const __m512 scale = _mm512_set1_ps(p_.scale);
     __m512i slopes[kTileRows];
     for (int64_t i = 0; i < kTileRows; ++i) {
@@ -229,7 +220,7 @@ class BackwardRow {
         slope[j] = _mm512_mul_ps(mine, _mm512_mul_ps(_mm512_fmadd_ps(kept, _mm512_loadu_ps(reach), base), scale));
         _mm512_storeu_si512(p, avx512::pack({slope[j], at_grad}));
       }
-      slopes[i] = _mm512_permutexvar_epi16(order, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(slope[1], slope[0])));
+      slopes[i] = avx512::pack({slope[0], slope[1]});
     }
     avx512::transpose(slopes);
     for (int64_t i = 0; i < kTileRows; ++i) _mm512_storeu_si512(to + i * kStepKeys, slopes[i]);

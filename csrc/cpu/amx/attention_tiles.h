@@ -265,9 +265,6 @@ struct Softmax {
 // Numerators of the same scores as a left operand: [16 heads][32 keys], 0 where no bit is set.
 template <bool kWhole>
 DSV4_INLINE void weigh(const float* scores, uint32_t valid, Softmax& s, bf16* to) {
-  alignas(64) static const uint16_t kInterleave[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-                                                       8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-  const __m512i order = _mm512_load_si512(kInterleave);
   __m512i x[kTileRows];
 #pragma GCC unroll 4
   for (int i = 0; i < kTileRows; ++i) {
@@ -280,7 +277,7 @@ DSV4_INLINE void weigh(const float* scores, uint32_t valid, Softmax& s, bf16* to
       if (!kWhole && (valid >> key & 1) == 0) pair[j] = _mm512_setzero_ps();
       s.totals[j] = _mm512_add_ps(s.totals[j], pair[j]);
     }
-    x[i] = _mm512_permutexvar_epi16(order, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(pair[1], pair[0])));
+    x[i] = avx512::pack({pair[0], pair[1]});
   }
   avx512::transpose(x);
   for (int i = 0; i < kTileRows; ++i) _mm512_storeu_si512(to + i * kStepKeys, x[i]);

@@ -77,13 +77,7 @@ class BackwardRow {
   void differentiate(int64_t row, const KeySums& key_sums, float* gates) {
     kept_.keys.list(p_, row, key_sums);
     const KeyCounts count = *kept_.keys.count;
-    if (count.all == 0) {
-      for (int64_t h = 0; h < heads_; ++h) {
-        gates[h] = 0;
-        memset(grads_.grad_query.template as<X>().at(row, h), 0, static_cast<size_t>(head_dim_) * sizeof(X));
-      }
-      return;
-    }
+    if (count.all == 0) return clear_row<X>(grads_, row, gates);
     prepare(row);
     const KeyReader<M> reader(p_, table_, kept_.keys.keys, count, nullptr);
     const TileMemory<M> tiles(passing_.tiles, head_dim_);
