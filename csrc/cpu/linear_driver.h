@@ -4,11 +4,12 @@
 //   static constexpr int64_t kUnit                   rows of activations that are prepared together
 //   static int64_t unit_bytes(const LinearParams&)   of such rows, prepared
 //   static int64_t panel(const LinearParams&, int64_t threads)    weight rows of a piece of work
+//   static int64_t rows(const LinearParams&)        rows of activations of one, at most; a multiple of kUnit, or
+//                                                   kAllRows
 //   static int64_t memory(const LinearParams&)                    scratch memory of one, bytes
 //   static void prepare(const LinearParams&, int64_t token, int64_t group, uint8_t* to)   a unit from `token` on
 //   Kernel(const LinearParams&, uint8_t* memory)
-//   void run(const uint8_t* units, int64_t group, int64_t begin, int64_t end)   outputs [begin, end) of the group, for
-//       its prepared units, one after another
+//   void run(const uint8_t* units, const LinearPiece&)   the prepared units of its rows lie one after another
 #pragma once
 
 #include "common/pages.h"
@@ -18,6 +19,13 @@ namespace dsv4 {
 namespace {
 
 inline constexpr int64_t kLinearPanel = 32;  // weight rows of the kernels without tiles
+
+inline constexpr int64_t kAllRows = int64_t{1} << 62;
+
+// Outputs [begin, end) of a group for rows [row, row + rows) of activations.
+struct LinearPiece {
+  int64_t group, begin, end, row, rows;
+};
 
 // Products below which one thread is done before a second one has woken.
 inline constexpr int64_t kAloneProducts = 1 << 18;
@@ -53,8 +61,10 @@ class LinearCall {
         panel_(Kernel::panel(p, context.threads > 1 ? context.threads : 1)),
         panels_((outputs_ + panel_ - 1) / panel_),
         unit_bytes_(round_up(Kernel::unit_bytes(p), 64)),
+        rows_(Kernel::rows(p)),
+        chunks_((p.x.size(0) + rows_ - 1) / rows_),
         slot_bytes_(round_up(Kernel::memory(p), 64)),
-        slots_(groups_ * panels_ < context.threads ? groups_ * panels_ : context.threads) {}
+        slots_(pieces() < context.threads ? pieces() : context.threads) {}
 
   int64_t bytes() const { return units_ == 0 ? 0 : units_ * groups_ * unit_bytes_ + slots_ * slot_bytes_; }
 
@@ -72,20 +82,24 @@ class LinearCall {
     const auto work = [&](int64_t slot, const auto& next) {
       Kernel kernel(p_, unit(units_ * groups_) + slot * slot_bytes_);
       for (int64_t item = next(); item >= 0; item = next()) {
-        const int64_t group = item / panels_, first = item % panels_ * panel_;
-        kernel.run(unit(group * units_), group, first, first + panel_ < outputs_ ? first + panel_ : outputs_);
+        // All outputs of some rows, then of the next: it is the activations that shall stay near.
+        const int64_t panel = item % panels_, group = item / panels_ % groups_, row = item / panels_ / groups_ * rows_;
+        const int64_t first = panel * panel_, end = first + panel_ < outputs_ ? first + panel_ : outputs_;
+        kernel.run(unit(group * units_ + row / Kernel::kUnit),
+                   {group, first, end, row, rows - row < rows_ ? rows - row : rows_});
       }
     };
-    linear_spread(context_, slots_, groups_ * panels_, rows * p_.weight.size(0) * inputs, work);
+    linear_spread(context_, slots_, pieces(), rows * p_.weight.size(0) * inputs, work);
     return Status::ok();
   }
 
  private:
+  int64_t pieces() const { return chunks_ * groups_ * panels_; }
   uint8_t* unit(int64_t index) const { return static_cast<uint8_t*>(p_.workspace.data) + index * unit_bytes_; }
 
   const LinearParams& p_;
   const Context& context_;
-  int64_t units_, groups_, outputs_, panel_, panels_, unit_bytes_, slot_bytes_, slots_;
+  int64_t units_, groups_, outputs_, panel_, panels_, unit_bytes_, rows_, chunks_, slot_bytes_, slots_;
 };
 
 // A kernel's functions for one op.

@@ -284,11 +284,11 @@ TEST(bfloat16_results_are_rounded_once) {
   }
 }
 
-// One off every edge of a tile of 16 rows, 16 outputs and 32 inputs, of two tiles, of the 256 or 512 inputs that are
-// expanded and the 512 rows that are taken at a time.
+// One off every edge of a tile of 16 rows, 16 outputs and 32 inputs, of two tiles, of the 256, 512 or 1,024 inputs and
+// 64 or 128 outputs that are expanded and the 256 or 512 rows that are taken at a time.
 TEST(tiles_cut_on_every_side) {
   for (const Implementation& implementation : kImplementations) {
-    if (!implementation.tiles || !usable(implementation)) continue;
+    if (implementation.needs == Isa::kScalar || !usable(implementation)) continue;
     const auto check = [&](int64_t rows, int64_t inputs, int64_t outputs) {
       for (const Form form : {Form::kFp8, Form::kFp4, Form::kGrouped}) {
         const Shape shape{form, rows, form == Form::kGrouped ? 2 : 1, inputs, outputs};
@@ -301,9 +301,9 @@ TEST(tiles_cut_on_every_side) {
     }
     for (const int64_t inputs :
          {2, 30, 32, 34, 62, 64, 126, 128, 130, 254, 256, 258, 510, 512, 514, 1022, 1024, 1026}) {
-      for (const int64_t outputs : {1, 31, 32, 49}) check(17, inputs, outputs);
+      for (const int64_t outputs : {1, 31, 32, 49, 63, 65}) check(17, inputs, outputs);
     }
-    for (const int64_t rows : {63, 64, 65, 511, 513, 545}) {
+    for (const int64_t rows : {63, 64, 65, 255, 257, 511, 513, 545}) {
       for (const int64_t outputs : {32, 127, 129}) check(rows, 34, outputs);
       check(rows, 514, 40);
     }
@@ -313,9 +313,10 @@ TEST(tiles_cut_on_every_side) {
 // More rows than a kernel takes at a time, or keeps in a cache, in the company of few.
 TEST(rows_among_hundreds_have_the_same_bits) {
   for (const Implementation& implementation : kImplementations) {
-    if (!implementation.tiles || !usable(implementation)) continue;
+    if (implementation.needs == Isa::kScalar || !usable(implementation)) continue;
     for (const Shape& shape : {Shape{Form::kFp8, 547, 1, 650, 70}, Shape{Form::kFp4, 547, 1, 1026, 37},
-                               Shape{Form::kGrouped, 547, 2, 514, 33}, Shape{Form::kFp8, 130, 1, 5250, 33}}) {
+                               Shape{Form::kGrouped, 547, 2, 514, 33}, Shape{Form::kFp8, 130, 1, 5250, 33},
+                               Shape{Form::kFp4, 270, 1, 2080, 1100}, Shape{Form::kFp8, 270, 1, 2050, 1100}}) {
       Problem<bf16, uint8_t> problem(shape, 37);
       const std::vector<float> whole = problem.run(implementation, 2);
       for (const int64_t count : {int64_t{1}, int64_t{16}, int64_t{33}, int64_t{100}}) {
@@ -330,10 +331,33 @@ TEST(rows_among_hundreds_have_the_same_bits) {
   }
 }
 
+// Three rows of bfloat16 each, and scales of which none fold.
+TEST(float32_rows_among_hundreds_have_the_same_bits) {
+  for (const Implementation& implementation : kImplementations) {
+    if (implementation.tiles || !usable(implementation)) continue;
+    const Shape shape{Form::kGrouped, 180, 2, 1100, 70};
+    Problem<float, uint8_t> problem(shape, 43);
+    Problem<float, float> scaled(shape, 43);
+    check_error(implementation, shape, problem);
+    check_error(implementation, shape, scaled);
+    for (const int64_t count : {1, 5, 6, 86}) {
+      for (const int64_t first : {int64_t{0}, shape.tokens - count}) {
+        const auto same = [&](auto& any) {
+          const std::vector<float> some = any.run(implementation, 1, first, count), whole = any.run(implementation, 2);
+          const size_t row = some.size() / static_cast<size_t>(count);
+          CHECK(std::memcmp(some.data(), whole.data() + static_cast<size_t>(first) * row,
+                            some.size() * sizeof(float)) == 0);
+        };
+        same(problem), same(scaled);
+      }
+    }
+  }
+}
+
 // Scales at both ends of those that weights take in, and beyond: then a part of the outputs goes another way.
 TEST(scales_that_tiles_cannot_take_in) {
   for (const Implementation& implementation : kImplementations) {
-    if (!implementation.tiles || !usable(implementation)) continue;
+    if (implementation.needs == Isa::kScalar || !usable(implementation)) continue;
     for (const uint8_t scale : {1, 63, 64, 66, 67, 127, 128, 190, 191, 200}) {
       for (const Form form : {Form::kFp8, Form::kFp4, Form::kGrouped}) {
         // Of the two groups, the second one's scales change after 28 outputs.
@@ -356,7 +380,7 @@ TEST(scales_that_tiles_cannot_take_in) {
 // Pieces of work of five times 32 outputs, of which some in the middle, at the beginning or at the end go another way.
 TEST(pieces_of_many_outputs) {
   for (const Implementation& implementation : kImplementations) {
-    if (!implementation.tiles || !usable(implementation)) continue;
+    if (implementation.needs == Isa::kScalar || !usable(implementation)) continue;
     for (const Form form : {Form::kFp8, Form::kFp4}) {
       for (const int64_t inputs : {34, 258, 768}) {
         for (const int64_t output : {0, 70, 159, 400, 699}) {

@@ -57,6 +57,7 @@ class Kernel {
     const int64_t share = p.weight.size(0) / (kPieces * threads) / kSide * kSide;
     return share < kSide ? kSide : share < kWide ? share : kWide;
   }
+  static int64_t rows(const LinearParams&) { return kAllRows; }
   static int64_t memory(const LinearParams& p) {
     const int64_t sides = many(p) ? kWide / kSide : 1;
     return 2 * kSide * inputs_of_job(p) * static_cast<int64_t>(sizeof(bf16)) + sides * pairs(p) * kSumsBytes +
@@ -88,8 +89,9 @@ class Kernel {
         row_(reinterpret_cast<bf16*>(sums_ + (many_ ? kWide / kSide : 1) * pairs(p))),
         scales_(reinterpret_cast<float*>(reinterpret_cast<uint8_t*>(row_) + row_bytes(p))) {}
 
-  void run(const uint8_t* units, int64_t group, int64_t begin, int64_t end) {
-    piece_ = {group, begin, end - begin, group * p_.weight.size(0) / p_.x.size(1) + begin};
+  void run(const uint8_t* units, const LinearPiece& piece) {
+    const int64_t row = piece.group * p_.weight.size(0) / p_.x.size(1) + piece.begin;
+    piece_ = {piece.group, piece.begin, piece.end - piece.begin, row};
     sides_ = checked_ = 0;
     configure();
     if (rows_ <= kSide && !many_) {

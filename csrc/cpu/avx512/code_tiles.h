@@ -1,11 +1,9 @@
 // Tiles of rows of activations with rows of quantised weights, from their codes through registers into the products:
-// for the linear layers and the experts, for one row and for thousands. Weights that expand for three rows of
+// for the linear layers and the experts, for few rows. Weights that expand for three rows of
 // activations or more do so beside the products, in units that those leave idle (weight_rows.h), so expanding them
 // again for every eight rows costs less than storing them expanded. What limits a tile of few rows is how fast codes
 // arrive: those of later rows are asked for one cache line a block, since asking for more at once stops the loads
 // behind.
-//
-// Sums may wait in memory between ranges of inputs, so that the activations of a range stay in the first-level cache.
 #pragma once
 
 #include "cpu/avx512/weight_rows.h"
@@ -17,9 +15,10 @@ inline constexpr int64_t kTileRows = 8;  // rows of activations of a tile, at mo
 // Between rows of activations in memory: a multiple of 4 KiB would put all of a tile into the same sets of the cache.
 inline constexpr int64_t kRowGap = kStep;
 
-// Rows of weights multiplied at once: two, and four where two would leave too few sums to hide the latency of products.
-template <int kM>
-inline constexpr int kTileColumns = kM <= 2 ? 4 : 2;
+// Rows of weights multiplied at once: two, and four where two would leave too few sums to hide the latency of products,
+// or the format needs few registers to expand.
+template <class Rows, int kM>
+inline constexpr int kTileColumns = kM <= Rows::kWideRows ? 4 : 2;
 
 template <int kValue>
 struct Constant {
@@ -109,21 +108,37 @@ DSV4_INLINE void add_block(const Rows& rows, const CodeRows<float>& w, int64_t b
   }
 }
 
-// kM arranged rows x with kN rows of weights of w.bytes code bytes: results add to sums[m * kN + n], or are the first.
-// A function of its own, or compilers spill what the loop keeps in registers.
+// kM arranged rows x with kN rows of weights of w.bytes code bytes: puts, or adds to, out[m * stride + n]. Sums start
+// at zero in every chunk, as for many rows (weight_panel.h). A function of its own, or compilers spill what the loop
+// keeps in registers.
 template <int kM, int kN, class Rows, class Scale>
 static __attribute__((noinline)) void code_tile(const Rows& rows, const CodeRows<Scale>& from, const bf16* x,
-                                                int64_t x_stride, bool first, __m512* sums) {
+                                                int64_t x_stride, bool first, float* out, int64_t stride) {
   const Rows expand = rows;
   const CodeRows<Scale> w = from;
-  __m512 sum[kM * kN];
-#pragma GCC unroll 16
-  for (int i = 0; i < kM * kN; ++i) sum[i] = first ? _mm512_setzero_ps() : sums[i];
   const int64_t whole = w.bytes / Rows::kBlockBytes, rest = w.bytes - whole * Rows::kBlockBytes;
-  for (int64_t block = 0; block < whole; ++block) add_block<kM, kN>(expand, w, block, x, x_stride, sum);
-  if (rest > 0) add_block<kM, kN>(expand, w, whole, x, x_stride, sum, rest);
+  alignas(64) float results[16];
+  __m512 result = _mm512_setzero_ps();
+  if (!first) {
 #pragma GCC unroll 16
-  for (int i = 0; i < kM * kN; ++i) sums[i] = sum[i];
+    for (int i = 0; i < kM * kN; ++i) results[i] = out[i / kN * stride + i % kN];
+    result = _mm512_load_ps(results);
+  }
+  int64_t block = 0;
+  do {
+    __m512 sum[kM * kN];
+#pragma GCC unroll 16
+    for (int i = 0; i < kM * kN; ++i) sum[i] = _mm512_setzero_ps();
+    const int64_t chunk = block + kChunkBlocks, end = whole < chunk ? whole : chunk;
+    for (; block < end; ++block) add_block<kM, kN>(expand, w, block, x, x_stride, sum);
+    if (block < chunk && rest > 0) add_block<kM, kN>(expand, w, block++, x, x_stride, sum, rest);
+    const __m512 mine = totals<kM * kN>(sum);
+    result = first ? mine : _mm512_add_ps(result, mine);
+    first = false;
+  } while (block * Rows::kBlockBytes < w.bytes);
+  _mm512_store_ps(results, result);
+#pragma GCC unroll 16
+  for (int i = 0; i < kM * kN; ++i) out[i / kN * stride + i % kN] = results[i];
 }
 
 inline constexpr int64_t kShortBlocks = 2;  // of rows of weights that code_rows takes

@@ -1,20 +1,23 @@
-// The linear layers with vdpbf16ps, in tiles of avx512/code_tiles.h: weights go from their codes through registers into
-// the products with eight rows of activations, again for every eight. Memory is the limit of up to 4 rows, the rate of
+// The linear layers with vdpbf16ps. Few rows: tiles of avx512/code_tiles.h, in which weights go from their codes
+// through registers into the products with eight rows of activations, again for every eight. Many: weights are expanded
+// once for 256 rows (avx512/weight_panel.h), with the same bits. Memory is the limit of up to 4 rows, the rate of
 // vdpbf16ps of more (docs/investigations/linear_cpu.md). Unquantised float32 activations count as three rows of
 // bfloat16, which add up to them exactly.
 #include "cpu/linear.h"
 
 #include <type_traits>
 
-#include "cpu/avx512/code_tiles.h"
 #include "cpu/avx512/dense_rows.h"
+#include "cpu/avx512/weight_panel.h"
 #include "cpu/linear_driver.h"
 
 namespace dsv4::avx512 {
 namespace {
 
-constexpr int64_t kRangeBlocks = 64;       // of a tile's activations, which stay in the first-level cache: 16 KiB
-constexpr int64_t kSumRows = 64;           // rows of activations whose sums wait in scratch memory
+constexpr int64_t kFewRows = 16;      // of activations, for which nothing is expanded ahead
+constexpr int64_t kRangeBlocks = 64;  // of a tile's activations, which stay in the first-level cache: 16 KiB
+constexpr int64_t kSumRows = 64;      // rows of activations whose sums wait in scratch memory, where scales do not fold
+constexpr int64_t kPanels = 4;        // of weights for each thread, at least
 constexpr int64_t kAheadBytes = 16 << 10;  // of codes asked for before their use
 constexpr int64_t kMostAhead = 16;         // weight rows, alike
 
@@ -44,13 +47,20 @@ template <class Rows, bool kQuantise>
 class Kernel {
  public:
   static constexpr int64_t kUnit = 1;
-  static int64_t panel(const LinearParams&, int64_t) { return kLinearPanel; }
+  // Whatever it is, scales are looked at for kLinearPanel rows of weights at a time.
+  static int64_t panel(const LinearParams& p, int64_t threads) {
+    if (!many(p)) return kLinearPanel;
+    return p.weight.size(0) < kPanels * threads * kPanelOutputs ? kPanelColumns : kPanelOutputs;
+  }
+  static int64_t rows(const LinearParams& p) { return many(p) ? kPanelRows / parts(p) : kAllRows; }
   static int64_t unit_bytes(const LinearParams& p) {
     return parts(p) * row_stride(p) * static_cast<int64_t>(sizeof(bf16));
   }
   static int64_t memory(const LinearParams& p) {
-    return sum_rows(p) * kLinearPanel * static_cast<int64_t>(sizeof(__m512)) +
-           (Rows::kScales == 1 ? 1 : kLinearPanel) * scale_bytes(p);
+    const int64_t outputs = many(p) ? kPanelOutputs : kLinearPanel;
+    return (many(p) ? kPanelWords * static_cast<int64_t>(sizeof(uint32_t)) : 0) +
+           (many(p) ? kPanelRows : kSumRows) * outputs * static_cast<int64_t>(sizeof(float)) +
+           (Rows::kScales == 1 ? 1 : outputs) * scale_bytes(p);
   }
 
   static void prepare(const LinearParams& p, int64_t token, int64_t group, uint8_t* to) {
@@ -75,23 +85,24 @@ class Kernel {
         parts_(parts(p)),
         row_stride_(row_stride(p)),
         blocks_(blocks_of(p.x.size(2))),
-        sums_(reinterpret_cast<__m512*>(memory)),
-        scales_(memory + sum_rows(p) * kLinearPanel * static_cast<int64_t>(sizeof(__m512))) {}
+        panel_(reinterpret_cast<uint32_t*>(memory)),
+        sums_(reinterpret_cast<float*>(panel_ + (many(p) ? kPanelWords : 0))),
+        scales_(reinterpret_cast<uint8_t*>(sums_ + (many(p) ? kPanelRows * kPanelOutputs : kSumRows * kLinearPanel))) {}
 
-  void run(const uint8_t* memory, int64_t group, int64_t begin, int64_t end) const {
-    const bf16* rows = reinterpret_cast<const bf16*>(memory);
-    for (int64_t first = begin, last; first < end; first = last) {
-      const int64_t row = group * p_.out.size(2) + first, same = 128 - row % 128;
-      last = Rows::kScales == 1 && end - first > same ? first + same : end;  // e4m3: rows of one scale
-      const Panel panel = {group, first, last - first, row};
-      const int64_t scale_rows = Rows::kScales == 1 ? 1 : panel.outputs;
-      typename Rows::Scale* folded = reinterpret_cast<typename Rows::Scale*>(scales_);
-      if (read_scales(row, scale_rows, folded)) {
-        products(rows, panel, const_cast<const typename Rows::Scale*>(folded));
-      } else {
-        float* scales = reinterpret_cast<float*>(scales_);
-        read_scales(row, scale_rows, scales);
-        products(rows, panel, const_cast<const float*>(scales));
+  void run(const uint8_t* memory, const LinearPiece& piece) {
+    x_ = reinterpret_cast<const bf16*>(memory), rows_ = piece.rows * parts_, token_ = piece.row;
+    typename Rows::Scale* folded = reinterpret_cast<typename Rows::Scale*>(scales_);
+    for (int64_t first = piece.begin, last; first < piece.end; first = last) {
+      const int64_t row = piece.group * p_.out.size(2) + first, same = 128 - row % 128;
+      last = Rows::kScales == 1 && piece.end - first > same ? first + same : piece.end;  // e4m3: rows of one scale
+      const Panel panel = {piece.group, first, last - first, row};
+      if (many(p_) && read_scales(row, scale_rows(panel), folded)) {
+        multiply_panel(panel, folded);
+        continue;
+      }
+      for (int64_t n = 0; n < panel.outputs; n += kLinearPanel) {
+        const int64_t left = panel.outputs - n;
+        multiply_codes({piece.group, first + n, left < kLinearPanel ? left : kLinearPanel, row + n});
       }
     }
   }
@@ -102,7 +113,13 @@ class Kernel {
   static int64_t scale_bytes(const LinearParams& p) {
     return round_up(blocks_of(p.x.size(2)) * Rows::kScales * static_cast<int64_t>(sizeof(float)), 64);
   }
-  static int64_t sum_rows(const LinearParams& p) { return p.x.size(0) * parts(p) <= kTileRows ? kTileRows : kSumRows; }
+  static bool many(const LinearParams& p) { return p.x.size(0) * parts(p) > kFewRows; }
+
+  // Rows of weights of a panel: outputs [begin, begin + outputs) of a group, from `row` of the weight on.
+  struct Panel {
+    int64_t group, begin, outputs, row;
+  };
+  static int64_t scale_rows(const Panel& panel) { return Rows::kScales == 1 ? 1 : panel.outputs; }
 
   const uint8_t* codes(int64_t row) const { return p_.weight.as<const uint8_t>().at(row); }
 
@@ -129,57 +146,79 @@ class Kernel {
     return true;
   }
 
-  // Outputs [n, n + count) of a row, from float32.
+  // Up to 32 outputs of a row from n on, from the sums of its parts.
   template <class Y>
-  void put(int64_t token, int64_t group, int64_t n, int64_t count, const float* sums) const {
+  void put(int64_t token, int64_t group, int64_t n, int64_t count, const float* sums, int64_t stride) const {
     Y* to = p_.out.as<Y>().at(token, group, n);
     Pair values = load(sums);
     if (parts_ > 1) {
-      const Pair middle = load(sums + kLinearPanel), low = load(sums + 2 * kLinearPanel);
+      const Pair middle = load(sums + stride), low = load(sums + 2 * stride);
       values.a = _mm512_add_ps(values.a, _mm512_add_ps(middle.a, low.a));
       values.b = _mm512_add_ps(values.b, _mm512_add_ps(middle.b, low.b));
     }
     store(to, arrange(values, to), count);
   }
-  // Of `count` rows, from sums[row * parts][kLinearPanel].
-  void put_rows(int64_t token, int64_t count, int64_t group, int64_t n, int64_t outputs, const float* sums) const {
-    for (int64_t i = 0; i < count; ++i) {
-      const float* row = sums + i * parts_ * kLinearPanel;
-      if (p_.out.dtype == DType::kBFloat16) {
-        put<bf16>(token + i, group, n, outputs, row);
-      } else {
-        put<float>(token + i, group, n, outputs, row);
+  // Of `count` rows of the piece from `row` on, from sums[row][stride].
+  void put_rows(int64_t row, int64_t count, const Panel& panel, const float* sums, int64_t stride) const {
+    for (int64_t m = 0; m < count; m += parts_) {
+      for (int64_t n = 0; n < panel.outputs; n += kStep) {
+        const int64_t token = token_ + (row + m) / parts_, some = panel.outputs - n < kStep ? panel.outputs - n : kStep;
+        const float* from = sums + m * stride + n;
+        if (p_.out.dtype == DType::kBFloat16) {
+          put<bf16>(token, panel.group, panel.begin + n, some, from, stride);
+        } else {
+          put<float>(token, panel.group, panel.begin + n, some, from, stride);
+        }
       }
     }
   }
 
-  // Rows of weights of a panel: outputs [begin, begin + outputs) of a group, from `row` of the weight on.
-  struct Panel {
-    int64_t group, begin, outputs, row;
-  };
+  // Expanded once for all rows of the piece.
+  void multiply_panel(const Panel& panel, const typename Rows::Scale* scales) const {
+    const int64_t stride = p_.weight.stride[0], scale_stride = Rows::kScales == 1 ? 0 : blocks_ * Rows::kScales;
+    for (int64_t block = 0; block == 0 || block < blocks_; block += kChunkBlocks) {
+      const int64_t some = blocks_ - block < kChunkBlocks ? blocks_ - block : kChunkBlocks;
+      const int64_t done = block * Rows::kBlockBytes;
+      const ChunkRows<Rows> weights = {codes(panel.row) + done, stride, scales + block * Rows::kScales,  scale_stride,
+                                       panel.outputs,           some,   Rows::bytes(p_.x.size(2)) - done};
+      expand_chunk(expand_, weights, panel_);
+      // The chunk that comes next, at the end that of the next panel; beyond the last asking does nothing.
+      const bool last = block + kChunkBlocks >= blocks_;
+      const uint8_t* next = last ? codes(panel.row + panel.outputs) : weights.codes + Rows::bytes(kChunk);
+      const Upcoming upcoming = {next, stride, Rows::bytes(kChunk), panel.outputs};
+      multiply_chunk(panel_, panel.outputs, some * kBlockSteps, rows_, block == 0, sums_, upcoming,
+                     [&](int64_t m) { return x_ + m * row_stride_ + block * kBlock; });
+    }
+    put_rows(0, rows_, panel, sums_, kPanelOutputs);
+  }
+
+  void multiply_codes(const Panel& panel) const {
+    typename Rows::Scale* folded = reinterpret_cast<typename Rows::Scale*>(scales_);
+    if (read_scales(panel.row, scale_rows(panel), folded)) {
+      return products(panel, const_cast<const typename Rows::Scale*>(folded));
+    }
+    float* scales = reinterpret_cast<float*>(scales_);
+    read_scales(panel.row, scale_rows(panel), scales);
+    products(panel, const_cast<const float*>(scales));
+  }
 
   template <class Scale>
-  void products(const bf16* rows, const Panel& panel, const Scale* scales) const {
-    const int64_t all = p_.x.size(0) * parts_, most = kTileRows / parts_ * parts_, chunk = kSumRows / kTileRows * most;
-    for (int64_t row = 0; row < all; row += chunk) {
-      const int64_t count = all - row < chunk ? all - row : chunk;
-      const int64_t range = kRangeBlocks / (count < kTileRows ? count : kTileRows);
+  void products(const Panel& panel, const Scale* scales) const {
+    const int64_t most = kTileRows / parts_ * parts_, chunk = kSumRows / kTileRows * most;
+    for (int64_t row = 0; row < rows_; row += chunk) {
+      const int64_t count = rows_ - row < chunk ? rows_ - row : chunk;
+      const int64_t range = kRangeBlocks / (count < kTileRows ? count : kTileRows) / kChunkBlocks * kChunkBlocks;
       for (int64_t block = 0; block == 0 || block < blocks_; block += range) {
         for (int64_t m = 0, height; m < count; m += height) {
           height = round_up(tile_height(count - m, most), parts_);
           const Range part = {block, block + range < blocks_ ? range : blocks_ - block, row + m == 0};
           with_constant<kTileRows>(height, [&](auto tall) __attribute__((always_inline)) {
-            multiply<decltype(tall)::value>(rows + (row + m) * row_stride_, part, panel, scales,
+            multiply<decltype(tall)::value>(x_ + (row + m) * row_stride_, part, panel, scales,
                                             sums_ + m * kLinearPanel);
           });
         }
       }
-      for (int64_t m = 0, height; m < count; m += height) {
-        height = round_up(tile_height(count - m, most), parts_);
-        with_constant<kTileRows>(height, [&](auto tall) __attribute__((always_inline)) {
-          finish<decltype(tall)::value>(sums_ + m * kLinearPanel, (row + m) / parts_, panel);
-        });
-      }
+      put_rows(row, count, panel, sums_, kLinearPanel);
     }
   }
 
@@ -191,7 +230,7 @@ class Kernel {
 
   // A range of inputs of kM rows x with the whole panel.
   template <int kM, class Scale>
-  void multiply(const bf16* x, const Range& range, const Panel& panel, const Scale* scales, __m512* sums) const {
+  void multiply(const bf16* x, const Range& range, const Panel& panel, const Scale* scales, float* sums) const {
     const int64_t at = range.block * Rows::kBlockBytes, left = Rows::bytes(p_.x.size(2)) - at,
                   most = range.blocks * Rows::kBlockBytes, stride = p_.weight.stride[0];
     const int64_t ahead = kAheadBytes / (most + 1) / 4 * 4 + 4;
@@ -207,16 +246,20 @@ class Kernel {
     if constexpr (kM == 1 && std::is_same_v<Scale, typename Rows::Scale>) {
       if (range.block == 0 && range.blocks == blocks_ && are_short<Rows>(w.bytes)) {
         point(0);
-        return short_rows(expand_, w, panel.outputs, x, sums);
+        __m512 lanes[kLinearPanel];
+        short_rows(expand_, w, panel.outputs, x, lanes);
+        for (int64_t n = 0; n < panel.outputs; n += 16) _mm512_storeu_ps(sums + n, totals<16>(lanes + n));
+        return;
       }
     }
     const auto tile = [&](int64_t n, auto columns) __attribute__((always_inline)) {
       point(n);
       code_tile<kM, decltype(columns)::value>(expand_, w, x + range.block * kBlock, row_stride_, range.block == 0,
-                                              sums + n * kM);
+                                              sums + n, kLinearPanel);
     };
     int64_t n = 0;
-    for (; n + kTileColumns<kM> <= panel.outputs; n += kTileColumns<kM>) tile(n, Constant<kTileColumns<kM>>{});
+    for (; n + kTileColumns<Rows, kM> <= panel.outputs; n += kTileColumns<Rows, kM>)
+      tile(n, Constant<kTileColumns<Rows, kM>>{});
     for (; n < panel.outputs; ++n) tile(n, Constant<1>{});
   }
 
@@ -230,29 +273,12 @@ class Kernel {
     return codes(panel.row + n) + block * Rows::kBlockBytes;  // asking for what is past the end does nothing
   }
 
-  // Adds the lanes of kM rows' sums and writes them as rows from `token` on.
-  template <int kM>
-  void finish(const __m512* sums, int64_t token, const Panel& panel) const {
-    alignas(64) float results[kTileRows][kLinearPanel];
-    const auto add = [&](int64_t n, auto columns) __attribute__((always_inline)) {
-      constexpr int kN = decltype(columns)::value;
-      alignas(64) float tile[16];
-      _mm512_store_ps(tile, totals<kM * kN>(sums + n * kM));
-      for (int m = 0; m < kM; ++m) __builtin_memcpy(results[m] + n, tile + m * kN, kN * sizeof(float));
-    };
-    int64_t n = 0;
-    if constexpr (kM == 1) {  // the sums of outputs follow one another
-      for (; n + 16 <= panel.outputs; n += 16) add(n, Constant<16>{});
-    }
-    for (; n + kTileColumns<kM> <= panel.outputs; n += kTileColumns<kM>) add(n, Constant<kTileColumns<kM>>{});
-    for (; n < panel.outputs; ++n) add(n, Constant<1>{});
-    put_rows(token, kM / parts_, panel.group, panel.begin, panel.outputs, results[0]);
-  }
-
   const LinearParams& p_;
   const Rows expand_{};
-  int64_t parts_, row_stride_, blocks_;
-  __m512* sums_;
+  int64_t parts_, row_stride_, blocks_, rows_ = 0, token_ = 0;
+  const bf16* x_ = nullptr;  // of the piece
+  uint32_t* panel_;
+  float* sums_;
   uint8_t* scales_;  // of the panel, in either form
 };
 

@@ -2,22 +2,17 @@
 // scales are powers of two, so FP4 weights take theirs while they expand (exact in bfloat16), and FP8 weights, whose
 // scale serves a whole block of outputs, leave it to a copy of the activations (exact too). What remains is
 //   sum = dot(x, w, sum) over the steps of a chunk, in order;   result = total(chunk 0) + total(chunk 1) + ...
-// for both ways below, so that a result depends on its row of activations and its row of weights alone:
-// * few rows: four rows of weights go from their codes through registers into the products; memory is the limit.
-// * many rows: a chunk of 128 rows of weights is expanded once into the second-level cache; blocks of 6 rows of
-//   activations, packed into the first level, meet 4 rows of weights in 24 sums.
+// as for many rows (weight_panel.h), so that a result depends on its row of activations and its row of weights alone.
+// Here four rows of weights go from their codes through registers into the products; memory is the limit.
 // Inputs come in the order of the weight format (weight_rows.h), whole blocks, zero beyond the last.
 #pragma once
 
-#include "cpu/avx512/code_tiles.h"
+#include "cpu/avx512/weight_panel.h"
 
 namespace dsv4::avx512 {
 namespace {
 
-inline constexpr int64_t kChunk = 1024;  // inputs; sums of a chunk start at zero
-inline constexpr int64_t kChunkBlocks = kChunk / kBlock, kChunkSteps = kChunk / kStep;
-inline constexpr int kColumns = 4;   // rows of weights that are multiplied at once
-inline constexpr int kMostRows = 6;  // rows of activations, of a panel
+inline constexpr int kColumns = 4;  // rows of weights that are multiplied at once
 
 // e2m1 with its scales.
 class Fp4Panel {
@@ -139,27 +134,6 @@ static __attribute__((noinline)) void dot_codes(const Panel& panel, const uint8_
     }
     put_sums<kM>(sum, first, columns, out, out_stride);
   }
-}
-
-// One chunk of kM packed rows x [step][kM][32] with four packed rows of weights [step][4][32].
-template <int kM>
-static __attribute__((noinline)) void dot_panel(const bf16* x, const bf16* w, int64_t steps, bool first,
-                                                int64_t columns, float* out, int64_t out_stride) {
-  __m512 sum[kM * kColumns];
-#pragma GCC unroll 32
-  for (int i = 0; i < kM * kColumns; ++i) sum[i] = _mm512_setzero_ps();
-  for (int64_t s = 0; s < steps; ++s, x += kM * kStep, w += kColumns * kStep) {
-    __m512i weights[kColumns];
-#pragma GCC unroll 4
-    for (int n = 0; n < kColumns; ++n) weights[n] = _mm512_load_si512(w + n * kStep);
-#pragma GCC unroll 8
-    for (int m = 0; m < kM; ++m) {
-      const __m512i row = _mm512_load_si512(x + m * kStep);
-#pragma GCC unroll 4
-      for (int n = 0; n < kColumns; ++n) sum[m * kColumns + n] = dot_bf16(sum[m * kColumns + n], row, weights[n]);
-    }
-  }
-  put_sums<kM>(sum, first, columns, out, out_stride);
 }
 
 // Activations of one block times a power of two.

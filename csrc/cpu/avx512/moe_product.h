@@ -21,9 +21,8 @@ class Product {
 
   static int64_t elements(int64_t in) { return blocks_of(in) * kBlock; }
   static int64_t memory(int64_t in) {
-    const int64_t bf16_bytes = static_cast<int64_t>(sizeof(bf16));
-    return kMoeOutputs * kChunk * bf16_bytes + kMostRows * kChunk * bf16_bytes + kMostRows * elements(in) * bf16_bytes +
-           scales_memory(in);
+    return kPanelWords * static_cast<int64_t>(sizeof(uint32_t)) +
+           kMostRows * elements(in) * static_cast<int64_t>(sizeof(bf16)) + scales_memory(in);
   }
 
   Product(const ExpertMatrix& w, int64_t expert, int64_t in, const uint8_t* const* x, int64_t count, float* out,
@@ -34,9 +33,8 @@ class Product {
         x_(x),
         count_(count),
         out_(out),
-        panel_(reinterpret_cast<bf16*>(memory)),
-        packed_(panel_ + kMoeOutputs * kChunk),
-        near_(packed_ + kMostRows * kChunk),
+        panel_(reinterpret_cast<uint32_t*>(memory)),
+        near_(reinterpret_cast<bf16*>(panel_ + kPanelWords)),
         scales_(reinterpret_cast<uint8_t*>(near_ + kMostRows * elements(in))) {}
 
   void run(int64_t row, int64_t rows) {
@@ -54,9 +52,10 @@ class Product {
   static constexpr int64_t kScales = Rows::kScales;
   static constexpr int kOne = 16;  // rows of weights whose lanes are added up together
   static_assert(kOne * kShortBlocks <= kColumns * 8, "scales that `one` keeps");
-  // Scales of four rows as words, in steps of 8 blocks, or of one row as floats.
+  // Scales of four rows as words, in steps of 8 blocks, of one row as floats, or of a chunk of all rows, folded.
   static int64_t scales_memory(int64_t in) {
-    return kColumns * round_up(blocks_of(in), 8) * 4 * static_cast<int64_t>(sizeof(uint16_t));
+    const int64_t few = kColumns * round_up(blocks_of(in), 8), many = kMoeOutputs * kChunkBlocks;
+    return (few > many ? few : many) * 4 * static_cast<int64_t>(sizeof(uint16_t));
   }
 
   const uint8_t* codes(int64_t r) const { return w_.data.as<const uint8_t>().at(expert_, row_ + r); }
@@ -67,16 +66,16 @@ class Product {
   bool dense_scales() const { return kScales > 1 && w_.scale.stride[1] == w_.scale.size(2); }
   const bf16* activations(int64_t m) const { return reinterpret_cast<const bf16*>(x_[m]); }
 
-  // Four rows of weights from block `first` on; beyond the last row the last once more.
+  // Four rows of weights; beyond the last row the last once more.
   struct Four {
     const uint8_t *codes[kColumns], *scales[kColumns];
     int64_t columns;
 
-    Four(const Product& p, int64_t r, int64_t first) : columns(p.rows_ - r < kColumns ? p.rows_ - r : kColumns) {
+    Four(const Product& p, int64_t r) : columns(p.rows_ - r < kColumns ? p.rows_ - r : kColumns) {
       for (int64_t n = 0; n < kColumns; ++n) {
         const int64_t mine = r + (n < columns ? n : columns - 1);
-        codes[n] = p.codes(mine) + first * Rows::kBlockBytes;
-        scales[n] = p.scale_row(mine) + first * kScales;
+        codes[n] = p.codes(mine);
+        scales[n] = p.scale_row(mine);
       }
     }
   };
@@ -177,63 +176,32 @@ class Product {
     for (int m = 0; m < kM; ++m) pack(m, 0, width / kStep, near_ + m * width, kStep);
     uint16_t* scales = reinterpret_cast<uint16_t*>(scales_);
     for (int64_t r = 0; r < rows_; r += kColumns) {
-      const Four four(*this, r, 0);
+      const Four four(*this, r);
       Panel::read_scales(four.scales, w_.scale.size(2), scales);
       dot_codes<kM>(expand_panel_, four.codes, Rows::bytes(in_), kAhead * w_.data.stride[1], scales, near_, width,
                     four.columns, out_ + r, kMoeOutputs);
     }
   }
 
-  // The blocks [first, first + blocks) of all rows: [row / 4][step][row % 4][32].
-  void expand(int64_t first, int64_t blocks) const {
-    alignas(64) uint16_t scales[kChunkBlocks * 4 * kColumns];
-    const int64_t left = w_.scale.size(2) - first * kScales, most = blocks * kScales;
-    for (int64_t r = 0; r < rows_; r += kColumns) {
-      const Four four(*this, r, first);
-      Panel::read_scales(four.scales, left < most ? left : most, scales);
-      for (int n = 0; n < kColumns; ++n) {
-        bf16* to = panel_ + r * kChunk + n * kStep;
-        int64_t bytes = Rows::bytes(in_) - first * Rows::kBlockBytes;
-        for (int64_t b = 0; b < blocks; ++b, bytes -= Rows::kBlockBytes) {
-          const uint8_t* from = four.codes[n] + b * Rows::kBlockBytes;
-          const uint16_t* scale = scales + 4 * (b * kColumns + n);
-          ask(from + kAhead * w_.data.stride[1], Rows::kBlockBytes);
-          const Block block =
-              bytes >= Rows::kBlockBytes ? expand_panel_.expand(from, scale) : expand_panel_.expand(from, scale, bytes);
-          for (int j = 0; j < kBlockSteps; ++j, to += kColumns * kStep) _mm512_store_si512(to, block.w[j]);
-        }
-      }
-    }
-  }
-
-  // Asks for row i of the next block of activations: they come while products keep the units busy.
-  void ask_activations(int64_t m, int64_t i, int64_t first, int64_t blocks) const {
-    if (i >= kMostRows || m + i >= count_) return;
-    const int64_t bytes = kBlock * static_cast<int64_t>(sizeof(bf16));
-    ask(x_[m + i] + first * bytes, blocks * bytes);
-  }
-
   void many() const {
     const int64_t blocks = blocks_of(in_);
     for (int64_t first = 0; first == 0 || first < blocks; first += kChunkBlocks) {
-      const int64_t some = blocks - first < kChunkBlocks ? blocks - first : kChunkBlocks, steps = some * kBlockSteps;
-      expand(first, some);
-      for (int64_t m = 0; m < count_;) {
-        // Equal heights at the end: 4 + 4 rather than 6 + 2.
-        const int64_t left = count_ - m, height = left >= 2 * kMostRows || left == kMostRows ? kMostRows
-                                                  : left > kMostRows                         ? (left + 1) / 2
-                                                                                             : left;
-        with_constant<kMostRows>(height, [&](auto constant) {
-          constexpr int kM = decltype(constant)::value;
-          for (int i = 0; i < kM; ++i) pack(m + i, first * kBlockSteps, steps, packed_ + i * kStep, kM * kStep);
-          for (int64_t r = 0; r < rows_; r += kColumns) {
-            ask_activations(m + kM, r / kColumns, first, some);
-            dot_panel<kM>(packed_, panel_ + r * kChunk, steps, first == 0, rows_ - r < kColumns ? rows_ - r : kColumns,
-                          out_ + m * kMoeOutputs + r, kMoeOutputs);
-          }
-        });
-        m += height;
+      const int64_t some = blocks - first < kChunkBlocks ? blocks - first : kChunkBlocks;
+      typename Rows::Scale* scales = reinterpret_cast<typename Rows::Scale*>(scales_);
+      const int64_t left = w_.scale.size(2) - first * kScales, width = some * kScales;
+      for (int64_t r = 0; r < (kScales == 1 ? 1 : rows_); ++r) {
+        Rows::fold(scale_row(r) + first * kScales, left < width ? left : width, width, scales + r * width);
       }
+      const ChunkRows<Rows> weights = {
+          codes(0) + first * Rows::kBlockBytes,        w_.data.stride[1], scales, kScales == 1 ? 0 : width, rows_, some,
+          Rows::bytes(in_) - first * Rows::kBlockBytes};
+      expand_chunk(expand_, weights, panel_);
+      // The chunk that comes next, at the end that of the next rows; beyond the last asking does nothing.
+      const bool last = first + kChunkBlocks >= blocks;
+      const uint8_t* next = last ? codes(0) + rows_ * w_.data.stride[1] : weights.codes + Rows::bytes(kChunk);
+      const Upcoming upcoming = {next, w_.data.stride[1], Rows::bytes(kChunk), rows_};
+      multiply_chunk(panel_, rows_, some * kBlockSteps, count_, first == 0, out_, upcoming,
+                     [&](int64_t m) { return activations(m) + first * kBlock; });
     }
   }
 
@@ -244,7 +212,8 @@ class Product {
   const uint8_t* const* x_;
   int64_t count_;
   float* out_;
-  bf16 *panel_, *packed_, *near_;
+  uint32_t* panel_;
+  bf16* near_;
   uint8_t* scales_;
 };
 

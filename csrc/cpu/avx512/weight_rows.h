@@ -24,6 +24,8 @@ namespace {
 
 inline constexpr int64_t kBlock = 128;  // inputs
 inline constexpr int64_t kBlockSteps = kBlock / kStep;
+inline constexpr int64_t kChunk = 1024, kChunkBlocks = kChunk / kBlock;  // inputs, after which lanes are added up
+inline constexpr int64_t kCodeBytes = 64;                                // of a register of codes
 inline constexpr int64_t kPageBytes = 4096;  // plain rows shorter than that are read one after another
 
 DSV4_INLINE int64_t blocks_of(int64_t inputs) { return (inputs + kBlock - 1) / kBlock; }
@@ -107,6 +109,7 @@ class Fp8Rows : public BlockOf<Fp8Rows> {
   using Scale = uint8_t;  // s for 2^-s
   static constexpr int64_t kBlockBytes = kBlock;
   static constexpr int64_t kScales = 1;  // of a block
+  static constexpr int kWideRows = 2;    // of activations that meet four rows of weights at once
   static constexpr int kMostScale = kMostScaleFp8;
   static constexpr Scale kUnscaled[kScales] = {0};
   static constexpr int64_t bytes(int64_t inputs) { return inputs; }
@@ -162,6 +165,22 @@ class Fp8Rows : public BlockOf<Fp8Rows> {
     half<kHalf, kSaturate>(packed, read(packed.table), w);
   }
 
+  // Word d of kCodeBytes of codes of 16 rows, which have one scale: put(lane, step, the pairs that lie in that lane
+  // when a row expands, of 16 rows).
+  static constexpr int64_t kCodeSteps = 2;
+  template <class Put>
+  DSV4_MEMBER void expand_words(const __m512i* words, const Scale* const* scales, int64_t block, const Put& put) const {
+    const Shared table = share(scales[0] + block);
+    const __m512i apart =  // the first two codes of four words, then the others: as they unpack
+        _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15));
+#pragma GCC unroll 16
+    for (int d = 0; d < 16; ++d) {
+      __m512i w[2];
+      half<0, true>(Packed{{_mm512_shuffle_epi8(words[d], apart)}, nullptr}, table, w);
+      for (int i = 0; i < 2; ++i) put(d / 4 * 4 + d % 2 * 2 + i, d / 2 % 2, w[i]);
+    }
+  }
+
   // A block of activations from the order of memory into that of `expand`: bytes unpack within lanes of 16.
   DSV4_INLINE void arrange(const bf16* x, bf16* to) {
     const __m512i even = _mm512_setr_epi64(0, 1, 4, 5, 8, 9, 12, 13),
@@ -205,6 +224,7 @@ class Fp4Rows : public BlockOf<Fp4Rows> {
   using Scale = uint16_t;  // what is subtracted: 63 - s, in the place of the exponent, for 2^s
   static constexpr int64_t kBlockBytes = kBlock / 2;
   static constexpr int64_t kScales = 4;
+  static constexpr int kWideRows = 4;
   static constexpr int kMostScale = kMostScaleFp4;
   static constexpr Scale kUnscaled[kScales] = {63 << 7, 63 << 7, 63 << 7, 63 << 7};
   static constexpr int64_t bytes(int64_t inputs) { return inputs / 2; }
@@ -215,6 +235,8 @@ class Fp4Rows : public BlockOf<Fp4Rows> {
     spread_ = _mm512_load_si512(index);
     for (int i = 0; i < 64; ++i) index[i] = static_cast<uint8_t>(i % 2 == 0 ? i / 16 : 0x80);
     spread_bytes_ = _mm512_load_si512(index);
+    for (int i = 0; i < 64; ++i) index[i] = static_cast<uint8_t>(i % 2 == 0 ? i / 4 * 4 : 0);
+    first_scales_ = _mm512_load_si512(index);
   }
 
   static bool fold(const uint8_t* scales, int64_t count, int64_t padded, Scale* to) {
@@ -264,6 +286,25 @@ class Fp4Rows : public BlockOf<Fp4Rows> {
     w[1] = scaled(_mm512_srli_epi16(packed.codes, 8 * kHalf + 4));
   }
 
+  // As Fp8Rows::expand_words, with scales by row.
+  static constexpr int64_t kCodeSteps = 4;
+  template <class Put>
+  DSV4_MEMBER void expand_words(const __m512i* words, const Scale* const* scales, int64_t block, const Put& put) const {
+    alignas(64) uint64_t four[16];
+    for (int n = 0; n < 16; ++n) __builtin_memcpy(four + n, scales[n] + block * kScales, sizeof(*four));
+    const __m512i low = _mm512_load_si512(four), high = _mm512_load_si512(four + 8);
+    __m512i index = first_scales_;
+#pragma GCC unroll 16
+    for (int d = 0; d < 16; ++d) {  // four words have one scale
+      const Packed packed = {words[d], _mm512_permutex2var_epi16(low, index, high)};
+      if (d % 4 == 3) index = _mm512_add_epi16(index, _mm512_set1_epi16(1));
+      __m512i w[4];
+      half<0, true>(packed, w);
+      half<1, true>(packed, w + 2);
+      for (int j = 0; j < 4; ++j) put(d, j, w[j]);
+    }
+  }
+
   DSV4_INLINE void arrange(const bf16* x, bf16* to) {
     for (int64_t i = 0; i < kStep; ++i) {
       for (int64_t j = 0; j < kBlockSteps; ++j) to[kStep * j + i] = x[kBlockSteps * i + j];
@@ -297,7 +338,7 @@ class Fp4Rows : public BlockOf<Fp4Rows> {
     return _mm512_slli_epi16(_mm512_sub_epi16(_mm512_set1_epi16(kMostScale), words), 7);
   }
 
-  __m512i table_, spread_, spread_bytes_;
+  __m512i table_, spread_, spread_bytes_, first_scales_;
 };
 
 // float32 scales, of which powers of two may fold.

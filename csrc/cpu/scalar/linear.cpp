@@ -72,6 +72,7 @@ class Kernel {
  public:
   static constexpr int64_t kUnit = 1;
   static int64_t panel(const LinearParams&, int64_t) { return kLinearPanel; }
+  static int64_t rows(const LinearParams&) { return kAllRows; }
   static int64_t unit_bytes(const LinearParams& p) { return p.x.size(2) * static_cast<int64_t>(sizeof(float)); }
   static int64_t memory(const LinearParams& p) {
     return (p.x.size(2) + p.scale.size(1)) * static_cast<int64_t>(sizeof(float));
@@ -91,10 +92,10 @@ class Kernel {
     for (int code = 0; code < 256; ++code) table_[code] = e4m3_value(static_cast<uint8_t>(code));
   }
 
-  void run(const uint8_t* rows, int64_t group, int64_t begin, int64_t end) const {
-    const int64_t tokens = p_.x.size(0), outputs = p_.out.size(2);
+  void run(const uint8_t* rows, const LinearPiece& piece) const {
+    const int64_t tokens = piece.rows, outputs = p_.out.size(2), group = piece.group;
     const int64_t stride = round_up(unit_bytes(p_), 64);
-    for (int64_t n = begin; n < end; ++n) {
+    for (int64_t n = piece.begin; n < piece.end; ++n) {
       expand(group * outputs + n);
       for (int64_t t = 0; t < tokens; ++t) {
         const float sum = dot(reinterpret_cast<const float*>(rows + t * stride));

@@ -1,0 +1,162 @@
+// Products of many rows of activations with quantised weights, which are expanded once for all of them: 64 outputs of a
+// chunk of inputs at a time, 16 in a register, a pair of inputs a word. A pair of activations is broadcast and meets
+// four registers of weights, 6 rows at a time: 24 sums, 4 loads and 6 broadcasts for 24 products.
+//
+// A result has the bits of the dot products of few rows (code_tiles.h), whose registers hold 32 inputs of one output:
+// lane l of theirs adds every 16th pair of a chunk, and a tree adds the lanes. Here those pairs come one after another
+// for every l, sums start at zero for each, and go through the same tree; what waits in it lies in the first-level
+// cache. With 32 steps a chunk that is one addition and one store to 32 products. The limit is the rate of vdpbf16ps;
+// below some 20 rows it is the expansion, whose loads of 16 rows' codes are transposed (4 shuffles of 64 bytes).
+#pragma once
+
+#include "cpu/avx512/code_tiles.h"
+
+namespace dsv4::avx512 {
+namespace {
+
+inline constexpr int64_t kPanelColumns = 64;   // outputs that are multiplied at once
+inline constexpr int64_t kPanelOutputs = 128;  // of a panel: 256 KiB in the second-level cache
+inline constexpr int64_t kPanelRows = 256;     // rows of activations that share an expansion
+inline constexpr int kMostRows = 6;            // rows of activations of a tile
+inline constexpr int kPanelVectors = kPanelColumns / 16;
+inline constexpr int kLanes = 16, kLevels = 4;
+// Words of a lane of a panel. Lanes lie 1 KiB more than a power of two apart, since words of all lanes are stored at
+// once, which would fall into the same sets of the first-level cache.
+DSV4_INLINE int64_t lane_words(int64_t steps) { return (steps + 4) * kPanelColumns; }
+inline constexpr int64_t kPanelWords = kPanelOutputs * kLanes * (kChunk / kStep + 4);
+
+// The place of lane l in the order of the tree, and the lane of a place: its first level adds l and l + 2, its second
+// those to their neighbours, then come quarters.
+DSV4_INLINE int64_t tree_order(int64_t l) { return (l & 12) | (l & 1) << 1 | (l >> 1 & 1); }
+
+// Rows of weights and what a chunk of them starts with: code bytes and folded scales, by row.
+template <class Rows>
+struct ChunkRows {
+  const uint8_t* codes;
+  int64_t stride;
+  const typename Rows::Scale* scales;
+  int64_t scale_stride;  // 0 where all rows have the same
+  int64_t count, blocks;
+  int64_t bytes;  // of a row's codes, from here on
+};
+
+// Expands to [64 outputs][place of the lane][step][64], rows beyond the last as the last.
+template <class Rows>
+static __attribute__((noinline)) void expand_chunk(const Rows& rows, const ChunkRows<Rows>& w, uint32_t* panel) {
+  const Rows expand = rows;
+  const int64_t lane = lane_words(w.blocks * kBlockSteps), chunk_bytes = w.blocks * Rows::kBlockBytes;
+  for (int64_t r = 0; r < round_up(w.count, kPanelColumns); r += kLanes) {
+    const uint8_t* from[kLanes];
+    const typename Rows::Scale* scales[kLanes];
+    for (int64_t n = 0; n < kLanes; ++n) {
+      const int64_t row = r + n < w.count ? r + n : w.count - 1;
+      from[n] = w.codes + row * w.stride;
+      scales[n] = w.scales + row * w.scale_stride;
+    }
+    // The rows that come next, of this chunk or of the one after it; beyond the end asking does nothing.
+    const int64_t ahead = r + kLanes < w.count ? kLanes * w.stride : chunk_bytes - r * w.stride;
+    uint32_t* to = panel + r / kPanelColumns * kLanes * lane + r % kPanelColumns;
+    for (int64_t at = 0; at < chunk_bytes; at += kCodeBytes, to += Rows::kCodeSteps * kPanelColumns) {
+      __m512i words[kLanes];
+      const __mmask64 mine = mask64(w.bytes - at);
+#pragma GCC unroll 16
+      for (int n = 0; n < kLanes; ++n) {
+        words[n] = _mm512_maskz_loadu_epi8(mine, from[n] + at);
+        _mm_prefetch(from[n] + at + ahead, _MM_HINT_T1);
+      }
+      transpose(words);
+      expand.expand_words(words, scales, at / Rows::kBlockBytes,
+                          [&](int64_t l, int64_t step, __m512i pairs) __attribute__((always_inline)) {
+                            _mm512_store_si512(to + tree_order(l) * lane + step * kPanelColumns, pairs);
+                          });
+    }
+  }
+}
+
+// Codes that the next expansion will read, row by row, asked for evenly over so many steps of the products before it.
+struct Upcoming {
+  const uint8_t* codes;
+  int64_t stride, bytes, rows, steps = 1, due = 0;
+
+  DSV4_MEMBER void step() {
+    for (due += rows; due >= steps; due -= steps, codes += stride) ask(codes, bytes);
+  }
+};
+
+// A chunk of kM arranged rows x with 64 outputs of a panel: puts, or adds to, out[m * stride + n].
+template <int kM>
+static __attribute__((noinline)) void panel_tile(const bf16* const* x, const uint32_t* panel, int64_t steps, bool first,
+                                                 float* out, int64_t stride, Upcoming& upcoming) {
+  constexpr int kSums = kM * kPanelVectors;
+  __m512 waiting[kLevels][kSums];
+  const uint8_t* rows[kM];
+#pragma GCC unroll 8
+  for (int m = 0; m < kM; ++m) rows[m] = reinterpret_cast<const uint8_t*>(x[m]);
+  __m512 sum[kSums];
+  for (int64_t place = 0; place < kLanes; ++place, panel += lane_words(0)) {
+#pragma GCC unroll 32
+    for (int i = 0; i < kSums; ++i) sum[i] = _mm512_setzero_ps();
+    const int64_t lane = tree_order(place) * 4;
+    for (int64_t at = lane; at < lane + 64 * steps; at += 64, panel += kPanelColumns) {
+      __m512i weights[kPanelVectors];
+#pragma GCC unroll 4
+      for (int n = 0; n < kPanelVectors; ++n) weights[n] = _mm512_load_si512(panel + 16 * n);
+#pragma GCC unroll 8
+      for (int m = 0; m < kM; ++m) {
+        int32_t word;
+        __builtin_memcpy(&word, rows[m] + at, sizeof(word));
+        const __m512i pair = _mm512_set1_epi32(word);
+#pragma GCC unroll 4
+        for (int n = 0; n < kPanelVectors; ++n) {
+          sum[m * kPanelVectors + n] = dot_bf16(sum[m * kPanelVectors + n], pair, weights[n]);
+        }
+      }
+    }
+    upcoming.step();
+    int level = 0;
+    for (int64_t bits = place; bits & 1; bits >>= 1, ++level) {
+#pragma GCC unroll 32
+      for (int i = 0; i < kSums; ++i) sum[i] = _mm512_add_ps(waiting[level][i], sum[i]);
+    }
+    if (place + 1 < kLanes) {
+#pragma GCC unroll 32
+      for (int i = 0; i < kSums; ++i) waiting[level][i] = sum[i];
+    }
+  }
+#pragma GCC unroll 8
+  for (int m = 0; m < kM; ++m) {
+#pragma GCC unroll 4
+    for (int n = 0; n < kPanelVectors; ++n) {
+      float* to = out + m * stride + 16 * n;
+      const __m512 mine = sum[m * kPanelVectors + n];
+      _mm512_storeu_ps(to, first ? mine : _mm512_add_ps(_mm512_loadu_ps(to), mine));
+    }
+  }
+}
+
+// row(m), m < count, are rows of activations from the chunk on; out[m * kPanelOutputs + n] for all outputs of the
+// panel.
+template <class Row>
+DSV4_INLINE void multiply_chunk(const uint32_t* panel, int64_t outputs, int64_t steps, int64_t count, bool first,
+                                float* out, Upcoming upcoming, const Row& row) {
+  upcoming.steps = (count + kMostRows - 1) / kMostRows * ((outputs + kPanelColumns - 1) / kPanelColumns) * kLanes;
+  for (int64_t m = 0, height; m < count; m += height) {
+    height = tile_height(count - m, kMostRows);
+    with_constant<kMostRows>(height, [&](auto tall) {
+      constexpr int kM = decltype(tall)::value;
+      const bf16* rows[kM];
+      for (int i = 0; i < kM; ++i) rows[i] = row(m + i);
+      for (int64_t n = 0; n < outputs; n += kPanelColumns) {
+        // The rows of the next tile come while this one keeps the units busy.
+        for (int64_t i = n / kPanelColumns; i < kM && m + kM + i < count; i += kPanelOutputs / kPanelColumns) {
+          ask(reinterpret_cast<const uint8_t*>(row(m + kM + i)), 64 * steps);
+        }
+        panel_tile<kM>(rows, panel + n / kPanelColumns * kLanes * lane_words(steps), steps, first,
+                       out + m * kPanelOutputs + n, kPanelOutputs, upcoming);
+      }
+    });
+  }
+}
+
+}  // namespace
+}  // namespace dsv4::avx512
