@@ -186,5 +186,99 @@ DSV4_INLINE void short_rows(const Rows& rows, const CodeRows<typename Rows::Scal
   code_rows<kShortBlocks>(rows, w, count, x, sums);
 }
 
+// Rows of weights one after another, with the scales of all their blocks, as Rows::load takes them or float32.
+template <class Scale>
+struct WeightRows {
+  const uint8_t* codes;
+  int64_t stride;
+  const Scale* scales;
+  int64_t scale_stride;  // 0 where all rows have the same
+  int64_t count;         // up to kMostOutputs
+  int64_t bytes;         // of a row's codes
+  int64_t blocks;
+};
+inline constexpr int64_t kMostOutputs = 128;
+
+// Few rows of activations: nothing is expanded ahead.
+template <class Rows, class Scale>
+class FewRows {
+ public:
+  FewRows(const Rows& rows, const WeightRows<Scale>& weights, int64_t x_stride, int64_t out_stride)
+      : expand_(rows), w_(weights), x_stride_(x_stride), out_stride_(out_stride) {}
+
+  // out[m * out_stride + n] of `count` arranged rows x; whether codes still have to come from memory.
+  void multiply(const bf16* x, int64_t count, bool fresh, float* out) const {
+    const int64_t range = kRangeBlocks / (count < kTileRows ? count : kTileRows) / kChunkBlocks * kChunkBlocks;
+    for (int64_t block = 0; block == 0 || block < w_.blocks; block += range) {
+      for (int64_t m = 0, height; m < count; m += height) {
+        height = tile_height(count - m);
+        const Range part = {block, block + range < w_.blocks ? range : w_.blocks - block, fresh && m == 0};
+        with_constant<kTileRows>(height, [&](auto tall) __attribute__((always_inline)) {
+          tiles<decltype(tall)::value>(x + m * x_stride_, part, out + m * out_stride_);
+        });
+      }
+    }
+  }
+
+ private:
+  static constexpr int64_t kRangeBlocks = 64;       // of a tile's activations, for the first-level cache: 16 KiB
+  static constexpr int64_t kAheadBytes = 16 << 10;  // of codes asked for before their use
+  static constexpr int64_t kMostAhead = 16;         // weight rows, alike
+
+  struct Range {
+    int64_t block, blocks;
+    bool fresh;
+  };
+
+  // A range of inputs of kM rows x with all rows of weights.
+  template <int kM>
+  void tiles(const bf16* x, const Range& range, float* out) const {
+    const int64_t at = range.block * Rows::kBlockBytes, left = w_.bytes - at, most = range.blocks * Rows::kBlockBytes;
+    const int64_t ahead = kAheadBytes / (most + 1) / 4 * 4 + 4;
+    CodeRows<Scale> w;
+    w.stride = w_.stride, w.bytes = left < most ? left : most, w.scale_stride = w_.scale_stride;
+    const auto point = [&](int64_t n) __attribute__((always_inline)) {
+      w.codes = w_.codes + n * w_.stride + at;
+      w.next = range.fresh ? later(range, n + (ahead < kMostAhead ? ahead : kMostAhead)) : w.codes;
+      w.scales = w_.scales + n * w_.scale_stride + range.block * Rows::kScales;
+    };
+    if constexpr (kM == 1 && sizeof(Scale) < sizeof(float)) {
+      if (range.block == 0 && range.blocks == w_.blocks && are_short<Rows>(w.bytes)) {
+        point(0);
+        __m512 lanes[kMostOutputs];
+        short_rows(expand_, w, w_.count, x, lanes);
+        for (int64_t n = 0; n < w_.count; n += 16) {
+          _mm512_mask_storeu_ps(out + n, low16(w_.count - n < 16 ? w_.count - n : 16), totals<16>(lanes + n));
+        }
+        return;
+      }
+    }
+    const auto tile = [&](int64_t n, auto columns) __attribute__((always_inline)) {
+      point(n);
+      code_tile<kM, decltype(columns)::value>(expand_, w, x + range.block * kBlock, x_stride_, range.block == 0,
+                                              out + n, out_stride_);
+    };
+    int64_t n = 0;
+    for (; n + kTileColumns<Rows, kM> <= w_.count; n += kTileColumns<Rows, kM>) {
+      tile(n, Constant<kTileColumns<Rows, kM>>{});
+    }
+    for (; n < w_.count; ++n) tile(n, Constant<1>{});
+  }
+
+  // Codes of row n in this range; beyond the last, in the next range or of the rows that follow.
+  const uint8_t* later(const Range& range, int64_t n) const {
+    int64_t block = range.block;
+    if (n >= w_.count) {
+      block = block + range.blocks < w_.blocks ? block + range.blocks : 0;
+      n -= block > 0 ? w_.count : 0;
+    }
+    return w_.codes + n * w_.stride + block * Rows::kBlockBytes;  // asking for what is past the end does nothing
+  }
+
+  const Rows& expand_;
+  const WeightRows<Scale>& w_;
+  int64_t x_stride_, out_stride_;
+};
+
 }  // namespace
 }  // namespace dsv4::avx512

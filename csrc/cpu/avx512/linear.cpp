@@ -14,12 +14,8 @@
 namespace dsv4::avx512 {
 namespace {
 
-constexpr int64_t kFewRows = 16;      // of activations, for which nothing is expanded ahead
-constexpr int64_t kRangeBlocks = 64;  // of a tile's activations, which stay in the first-level cache: 16 KiB
-constexpr int64_t kSumRows = 64;      // rows of activations whose sums wait in scratch memory, where scales do not fold
-constexpr int64_t kPanels = 4;        // of weights for each thread, at least
-constexpr int64_t kAheadBytes = 16 << 10;  // of codes asked for before their use
-constexpr int64_t kMostAhead = 16;         // weight rows, alike
+constexpr int64_t kSumRows = 64;  // rows of activations whose sums wait in scratch memory, where scales do not fold
+constexpr int64_t kPanels = 4;    // of weights for each thread, at least
 
 template <int kParts, class X>
 void split_row(const X* x, int64_t inputs, int64_t stride, bf16* to) {
@@ -173,22 +169,16 @@ class Kernel {
     }
   }
 
+  template <class Scale>
+  WeightRows<Scale> weights(const Panel& panel, const Scale* scales) const {
+    return {codes(panel.row), p_.weight.stride[0],       scales, Rows::kScales == 1 ? 0 : blocks_ * Rows::kScales,
+            panel.outputs,    Rows::bytes(p_.x.size(2)), blocks_};
+  }
+
   // Expanded once for all rows of the piece.
   void multiply_panel(const Panel& panel, const typename Rows::Scale* scales) const {
-    const int64_t stride = p_.weight.stride[0], scale_stride = Rows::kScales == 1 ? 0 : blocks_ * Rows::kScales;
-    for (int64_t block = 0; block == 0 || block < blocks_; block += kChunkBlocks) {
-      const int64_t some = blocks_ - block < kChunkBlocks ? blocks_ - block : kChunkBlocks;
-      const int64_t done = block * Rows::kBlockBytes;
-      const ChunkRows<Rows> weights = {codes(panel.row) + done, stride, scales + block * Rows::kScales,  scale_stride,
-                                       panel.outputs,           some,   Rows::bytes(p_.x.size(2)) - done};
-      expand_chunk(expand_, weights, panel_);
-      // The chunk that comes next, at the end that of the next panel; beyond the last asking does nothing.
-      const bool last = block + kChunkBlocks >= blocks_;
-      const uint8_t* next = last ? codes(panel.row + panel.outputs) : weights.codes + Rows::bytes(kChunk);
-      const Upcoming upcoming = {next, stride, Rows::bytes(kChunk), panel.outputs};
-      multiply_chunk(panel_, panel.outputs, some * kBlockSteps, rows_, block == 0, sums_, upcoming,
-                     [&](int64_t m) { return x_ + m * row_stride_ + block * kBlock; });
-    }
+    multiply_many(expand_, weights(panel, scales), rows_, panel_, sums_,
+                  [&](int64_t m) { return x_ + m * row_stride_; });
     put_rows(0, rows_, panel, sums_, kPanelOutputs);
   }
 
@@ -204,73 +194,14 @@ class Kernel {
 
   template <class Scale>
   void products(const Panel& panel, const Scale* scales) const {
-    const int64_t most = kTileRows / parts_ * parts_, chunk = kSumRows / kTileRows * most;
-    for (int64_t row = 0; row < rows_; row += chunk) {
-      const int64_t count = rows_ - row < chunk ? rows_ - row : chunk;
-      const int64_t range = kRangeBlocks / (count < kTileRows ? count : kTileRows) / kChunkBlocks * kChunkBlocks;
-      for (int64_t block = 0; block == 0 || block < blocks_; block += range) {
-        for (int64_t m = 0, height; m < count; m += height) {
-          height = round_up(tile_height(count - m, most), parts_);
-          const Range part = {block, block + range < blocks_ ? range : blocks_ - block, row + m == 0};
-          with_constant<kTileRows>(height, [&](auto tall) __attribute__((always_inline)) {
-            multiply<decltype(tall)::value>(x_ + (row + m) * row_stride_, part, panel, scales,
-                                            sums_ + m * kLinearPanel);
-          });
-        }
-      }
+    const WeightRows<Scale> w = weights(panel, scales);
+    const FewRows<Rows, Scale> few(expand_, w, row_stride_, kLinearPanel);
+    const int64_t most = kSumRows / parts_ * parts_;
+    for (int64_t row = 0; row < rows_; row += most) {
+      const int64_t count = rows_ - row < most ? rows_ - row : most;
+      few.multiply(x_ + row * row_stride_, count, row == 0, sums_);
       put_rows(row, count, panel, sums_, kLinearPanel);
     }
-  }
-
-  // Blocks of inputs; whether their codes come from memory, for the first rows of activations.
-  struct Range {
-    int64_t block, blocks;
-    bool fresh;
-  };
-
-  // A range of inputs of kM rows x with the whole panel.
-  template <int kM, class Scale>
-  void multiply(const bf16* x, const Range& range, const Panel& panel, const Scale* scales, float* sums) const {
-    const int64_t at = range.block * Rows::kBlockBytes, left = Rows::bytes(p_.x.size(2)) - at,
-                  most = range.blocks * Rows::kBlockBytes, stride = p_.weight.stride[0];
-    const int64_t ahead = kAheadBytes / (most + 1) / 4 * 4 + 4;
-    CodeRows<Scale> w;
-    w.stride = stride;
-    w.bytes = left < most ? left : most;
-    w.scale_stride = Rows::kScales == 1 ? 0 : blocks_ * Rows::kScales;
-    const auto point = [&](int64_t n) __attribute__((always_inline)) {
-      w.codes = codes(panel.row + n) + at;
-      w.next = range.fresh ? later(panel, range, n + (ahead < kMostAhead ? ahead : kMostAhead)) : w.codes;
-      w.scales = scales + n * w.scale_stride + range.block * Rows::kScales;
-    };
-    if constexpr (kM == 1 && std::is_same_v<Scale, typename Rows::Scale>) {
-      if (range.block == 0 && range.blocks == blocks_ && are_short<Rows>(w.bytes)) {
-        point(0);
-        __m512 lanes[kLinearPanel];
-        short_rows(expand_, w, panel.outputs, x, lanes);
-        for (int64_t n = 0; n < panel.outputs; n += 16) _mm512_storeu_ps(sums + n, totals<16>(lanes + n));
-        return;
-      }
-    }
-    const auto tile = [&](int64_t n, auto columns) __attribute__((always_inline)) {
-      point(n);
-      code_tile<kM, decltype(columns)::value>(expand_, w, x + range.block * kBlock, row_stride_, range.block == 0,
-                                              sums + n, kLinearPanel);
-    };
-    int64_t n = 0;
-    for (; n + kTileColumns<Rows, kM> <= panel.outputs; n += kTileColumns<Rows, kM>)
-      tile(n, Constant<kTileColumns<Rows, kM>>{});
-    for (; n < panel.outputs; ++n) tile(n, Constant<1>{});
-  }
-
-  // Codes of weight row n in this range; beyond the panel, in its next range or of the next panel.
-  const uint8_t* later(const Panel& panel, const Range& range, int64_t n) const {
-    int64_t block = range.block;
-    if (n >= panel.outputs) {
-      block = block + range.blocks < blocks_ ? block + range.blocks : 0;
-      n -= block > 0 ? panel.outputs : 0;
-    }
-    return codes(panel.row + n) + block * Rows::kBlockBytes;  // asking for what is past the end does nothing
   }
 
   const LinearParams& p_;

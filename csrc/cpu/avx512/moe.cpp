@@ -1,8 +1,7 @@
-// The mixture of experts with vdpbf16ps (see avx512/moe_panels.h for the products of quantised rows and their order,
-// avx512/plain_rows.h for plain ones). Up to 6 tokens an expert: weights go from their codes through registers into the
-// products, once, so that memory is the limit: 53 % of a byte a weight in FP4, 2 FLOPs a token. More: 128 rows of
-// weights are expanded into the second-level cache, 1,024 inputs at a time, and serve tiles of 6 x 4 products; the
-// limit is the rate of vdpbf16ps, less 5 % for adding up the lanes of a chunk.
+// The mixture of experts with vdpbf16ps (avx512/plain_rows.h for plain weights). Up to 16 tokens an expert: weights go
+// from their codes through registers into the products (avx512/code_tiles.h), so that memory is the limit: 53 % of a
+// byte a weight in FP4, 2 FLOPs a token. More: 128 rows of weights are expanded into the second-level cache, 1,024
+// inputs at a time (avx512/weight_panel.h); the limit is the rate of vdpbf16ps.
 #include "cpu/moe.h"
 
 #include "cpu/avx512/gate_scores.h"
@@ -14,7 +13,7 @@ namespace {
 
 constexpr int64_t kGateRows = 32;  // rows of the gate's weights widened at a time
 template <class X>
-using Experts = RowExperts<MoeKernel<Product>, X>;
+using Experts = RowExperts<MoeKernel, X>;
 
 struct Gate {
   static constexpr int64_t kTokens = 16;

@@ -9,7 +9,7 @@
 namespace dsv4::avx512 {
 namespace {
 
-struct Kernel : MoeSingly<MoeKernel<Product>>, OuterProduct {
+struct Kernel : MoeSingly<MoeKernel>, OuterProduct {
   static int64_t product_memory(int64_t inputs) {
     const int64_t forward = memory(inputs), others = outer_memory();
     return forward > others ? forward : others;

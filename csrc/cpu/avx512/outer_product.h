@@ -7,7 +7,7 @@
 // rate of FMA or vdpbf16ps, which takes denormal operands and sums as zero.
 #pragma once
 
-#include "cpu/avx512/moe_panels.h"
+#include "cpu/avx512/weight_panel.h"
 #include "cpu/moe_backward_driver.h"
 
 namespace dsv4::avx512 {

@@ -14,10 +14,11 @@
 namespace dsv4::avx512 {
 namespace {
 
-inline constexpr int64_t kPanelColumns = 64;   // outputs that are multiplied at once
-inline constexpr int64_t kPanelOutputs = 128;  // of a panel: 256 KiB in the second-level cache
-inline constexpr int64_t kPanelRows = 256;     // rows of activations that share an expansion
-inline constexpr int kMostRows = 6;            // rows of activations of a tile
+inline constexpr int64_t kPanelColumns = 64;            // outputs that are multiplied at once
+inline constexpr int64_t kPanelOutputs = kMostOutputs;  // of a panel: 256 KiB in the second-level cache
+inline constexpr int64_t kFewRows = 16;     // of activations, for which tiles straight from the codes are faster
+inline constexpr int64_t kPanelRows = 256;  // rows of activations that share an expansion
+inline constexpr int kMostRows = 6;         // rows of activations of a tile
 inline constexpr int kPanelVectors = kPanelColumns / 16;
 inline constexpr int kLanes = 16, kLevels = 4;
 // Words of a lane of a panel. Lanes lie 1 KiB more than a power of two apart, since words of all lanes are stored at
@@ -29,22 +30,13 @@ inline constexpr int64_t kPanelWords = kPanelOutputs * kLanes * (kChunk / kStep 
 // those to their neighbours, then come quarters.
 DSV4_INLINE int64_t tree_order(int64_t l) { return (l & 12) | (l & 1) << 1 | (l >> 1 & 1); }
 
-// Rows of weights and what a chunk of them starts with: code bytes and folded scales, by row.
-template <class Rows>
-struct ChunkRows {
-  const uint8_t* codes;
-  int64_t stride;
-  const typename Rows::Scale* scales;
-  int64_t scale_stride;  // 0 where all rows have the same
-  int64_t count, blocks;
-  int64_t bytes;  // of a row's codes, from here on
-};
-
 // Expands to [64 outputs][place of the lane][step][64], rows beyond the last as the last.
 template <class Rows>
-static __attribute__((noinline)) void expand_chunk(const Rows& rows, const ChunkRows<Rows>& w, uint32_t* panel) {
+static __attribute__((noinline)) void expand_chunk(const Rows& rows, const WeightRows<typename Rows::Scale>& w,
+                                                   int64_t block, int64_t blocks, uint32_t* panel) {
   const Rows expand = rows;
-  const int64_t lane = lane_words(w.blocks * kBlockSteps), chunk_bytes = w.blocks * Rows::kBlockBytes;
+  const int64_t lane = lane_words(blocks * kBlockSteps), begin = block * Rows::kBlockBytes,
+                end = begin + blocks * Rows::kBlockBytes;
   for (int64_t r = 0; r < round_up(w.count, kPanelColumns); r += kLanes) {
     const uint8_t* from[kLanes];
     const typename Rows::Scale* scales[kLanes];
@@ -54,9 +46,9 @@ static __attribute__((noinline)) void expand_chunk(const Rows& rows, const Chunk
       scales[n] = w.scales + row * w.scale_stride;
     }
     // The rows that come next, of this chunk or of the one after it; beyond the end asking does nothing.
-    const int64_t ahead = r + kLanes < w.count ? kLanes * w.stride : chunk_bytes - r * w.stride;
+    const int64_t ahead = r + kLanes < w.count ? kLanes * w.stride : end - begin - r * w.stride;
     uint32_t* to = panel + r / kPanelColumns * kLanes * lane + r % kPanelColumns;
-    for (int64_t at = 0; at < chunk_bytes; at += kCodeBytes, to += Rows::kCodeSteps * kPanelColumns) {
+    for (int64_t at = begin; at < end; at += kCodeBytes, to += Rows::kCodeSteps * kPanelColumns) {
       __m512i words[kLanes];
       const __mmask64 mine = mask64(w.bytes - at);
 #pragma GCC unroll 16
@@ -134,27 +126,35 @@ static __attribute__((noinline)) void panel_tile(const bf16* const* x, const uin
   }
 }
 
-// row(m), m < count, are rows of activations from the chunk on; out[m * kPanelOutputs + n] for all outputs of the
-// panel.
-template <class Row>
-DSV4_INLINE void multiply_chunk(const uint32_t* panel, int64_t outputs, int64_t steps, int64_t count, bool first,
-                                float* out, Upcoming upcoming, const Row& row) {
-  upcoming.steps = (count + kMostRows - 1) / kMostRows * ((outputs + kPanelColumns - 1) / kPanelColumns) * kLanes;
-  for (int64_t m = 0, height; m < count; m += height) {
-    height = tile_height(count - m, kMostRows);
-    with_constant<kMostRows>(height, [&](auto tall) {
-      constexpr int kM = decltype(tall)::value;
-      const bf16* rows[kM];
-      for (int i = 0; i < kM; ++i) rows[i] = row(m + i);
-      for (int64_t n = 0; n < outputs; n += kPanelColumns) {
-        // The rows of the next tile come while this one keeps the units busy.
-        for (int64_t i = n / kPanelColumns; i < kM && m + kM + i < count; i += kPanelOutputs / kPanelColumns) {
-          ask(reinterpret_cast<const uint8_t*>(row(m + kM + i)), 64 * steps);
+// Many rows of activations: row(m), m < count, from input 0 on; out[m * kPanelOutputs + n].
+template <class Rows, class Row>
+DSV4_INLINE void multiply_many(const Rows& expand, const WeightRows<typename Rows::Scale>& w, int64_t count,
+                               uint32_t* panel, float* out, const Row& row) {
+  for (int64_t block = 0; block == 0 || block < w.blocks; block += kChunkBlocks) {
+    const int64_t blocks = w.blocks - block < kChunkBlocks ? w.blocks - block : kChunkBlocks;
+    const int64_t steps = blocks * kBlockSteps, words = kLanes * lane_words(steps);
+    expand_chunk(expand, w, block, blocks, panel);
+    // The chunk that comes next, at the end that of the rows that follow; beyond the last asking does nothing.
+    const bool last = block + kChunkBlocks >= w.blocks;
+    const uint8_t* next = w.codes + (last ? w.count * w.stride : (block + kChunkBlocks) * Rows::kBlockBytes);
+    Upcoming upcoming = {next, w.stride, Rows::bytes(kChunk), w.count};
+    upcoming.steps = (count + kMostRows - 1) / kMostRows * ((w.count + kPanelColumns - 1) / kPanelColumns) * kLanes;
+    for (int64_t m = 0, height; m < count; m += height) {
+      height = tile_height(count - m, kMostRows);
+      with_constant<kMostRows>(height, [&](auto tall) {
+        constexpr int kM = decltype(tall)::value;
+        const bf16* rows[kM];
+        for (int i = 0; i < kM; ++i) rows[i] = row(m + i) + block * kBlock;
+        for (int64_t n = 0; n < w.count; n += kPanelColumns) {
+          // The rows of the next tile come while this one keeps the units busy.
+          for (int64_t i = n / kPanelColumns; i < kM && m + kM + i < count; i += kPanelOutputs / kPanelColumns) {
+            ask(reinterpret_cast<const uint8_t*>(row(m + kM + i) + block * kBlock), 64 * steps);
+          }
+          panel_tile<kM>(rows, panel + n / kPanelColumns * words, steps, block == 0, out + m * kPanelOutputs + n,
+                         kPanelOutputs, upcoming);
         }
-        panel_tile<kM>(rows, panel + n / kPanelColumns * kLanes * lane_words(steps), steps, first,
-                       out + m * kPanelOutputs + n, kPanelOutputs, upcoming);
-      }
-    });
+      });
+    }
   }
 }
 
