@@ -93,11 +93,12 @@ def _measure(case: Case, clock: Clock, peaks: Peaks, out: TextIO | None) -> dict
     result |= {"gflop": case.flops / 1e9, "mbyte": case.nbytes / 1e6, "roof_us": peaks.roof_us(case)}
     result |= {"error": error, "error_limit": limit, "baseline": case.baseline}
     if error <= limit:
-        own = clock.time(case.run)
-        result |= {"us": own.us, "spread": own.spread, "roof_fraction": result["roof_us"] / own.us}
-        if case.run_baseline is not None:
-            other = clock.time(case.run_baseline)
-            result |= {"baseline_us": other.us, "ratio": other.us / own.us}
+        with torch.inference_mode(not case.is_gradient):
+            own = clock.time(case.run)
+            result |= {"us": own.us, "spread": own.spread, "roof_fraction": result["roof_us"] / own.us}
+            if case.run_baseline is not None:
+                other = clock.time(case.run_baseline)
+                result |= {"baseline_us": other.us, "ratio": other.us / own.us}
     _show(result, out)
     return result
 

@@ -60,6 +60,11 @@ class Case:
     precision: Precision
     floor: float = 1e-6
 
+    @property
+    def is_gradient(self) -> bool:
+        """Whether it is a backward pass; all others are timed in inference mode, as the model runs them."""
+        return self.op.endswith("_backward")
+
 
 @dataclass(frozen=True)
 class Timing:
