@@ -11,6 +11,7 @@ namespace {
 
 inline constexpr int64_t kAhead = 8;        // rows of codes to ask for before they are needed
 inline constexpr int64_t kFewOutputs = 32;  // rows of weights that few rows of activations meet at a time
+inline constexpr int64_t kPlainRows = 8;    // of activations, for which weights in bfloat16 are not transposed
 inline constexpr int64_t kTogether = 4;     // rows of activations that are brought together, where nothing folds
 
 // Rows [row, row + rows), at most kMoeOutputs, of one quantised matrix with `count` rows of activations. Rows are
@@ -152,11 +153,24 @@ class Product {
   uint8_t* scales_;
 };
 
+// Rows of bfloat16 weights for multiply_many, as they lie in memory.
+struct PlainRows {
+  using Scale = uint8_t;  // there are none
+  static constexpr int64_t kBlockBytes = kBlock * static_cast<int64_t>(sizeof(bf16)), kCodeSteps = 1;
+  static constexpr int64_t bytes(int64_t inputs) { return inputs * static_cast<int64_t>(sizeof(bf16)); }
+
+  template <class Put>
+  DSV4_MEMBER void expand_words(const __m512i* words, const Scale* const*, int64_t, const Put& put) const {
+#pragma GCC unroll 16
+    for (int d = 0; d < 16; ++d) put(d, 0, words[d]);
+  }
+};
+
 // What the driver asks of a kernel.
 struct MoeKernel {
   template <class X>
   static int64_t row_bytes(WeightFormat format, int64_t n) {
-    if (format == WeightFormat::kPlain) return n * static_cast<int64_t>(sizeof(X));
+    if (format == WeightFormat::kPlain && sizeof(X) > sizeof(bf16)) return n * static_cast<int64_t>(sizeof(X));
     return blocks_of(n) * kBlock * static_cast<int64_t>(sizeof(bf16));
   }
 
@@ -171,6 +185,7 @@ struct MoeKernel {
         break;
       default:
         __builtin_memcpy(to, x, static_cast<size_t>(n) * sizeof(X));
+        __builtin_memset(to + n * sizeof(X), 0, static_cast<size_t>(row_bytes<X>(format, n)) - n * sizeof(X));
     }
   }
 
@@ -194,10 +209,19 @@ struct MoeKernel {
     }
   }
 
-  // Four rows of activations at a time, brought together.
+  // Many rows of bfloat16 with weights that are transposed once; else four rows at a time, brought together.
   template <class X>
   static void plain(const ExpertMatrix& w, int64_t expert, int64_t row, int64_t rows, int64_t in,
                     const uint8_t* const* x, int64_t count, float* out, X* memory) {
+    if constexpr (sizeof(X) == sizeof(bf16)) {
+      if (count > kPlainRows) {
+        const uint8_t* first = reinterpret_cast<const uint8_t*>(w.data.as<const X>().at(expert, row));
+        const int64_t stride = w.data.stride[1] * static_cast<int64_t>(sizeof(X));
+        const WeightRows<uint8_t> weights = {first, stride, nullptr, 0, rows, PlainRows::bytes(in), blocks_of(in)};
+        return multiply_many(PlainRows{}, weights, count, reinterpret_cast<uint32_t*>(memory), out,
+                             [&](int64_t m) { return reinterpret_cast<const bf16*>(x[m]); });
+      }
+    }
     for (int64_t m = 0; m < count; m += kTogether) {
       const int64_t some = count - m < kTogether ? count - m : kTogether;
       for (int64_t i = 0; i < some; ++i)

@@ -1,7 +1,8 @@
 // Dot products of rows in bfloat16 or float32 with plain rows of weights, for the experts of mode "off" and the gate.
 // Elements of a pair of rows meet in ascending steps of 32, in one register of sums for bfloat16 (two products a lane),
-// two for float32 (first and second half of a step, added at the end); `total` adds the lanes. A result depends on its
-// two rows alone. vdpbf16ps takes denormal operands and sums as zero.
+// two for float32 (first and second half of a step, added at the end); `total` adds the lanes after every chunk, as
+// weight_panel.h does for many rows in bfloat16. A result depends on its two rows alone. vdpbf16ps takes denormal
+// operands and sums as zero.
 #pragma once
 
 #include "cpu/avx512/weight_rows.h"
@@ -51,10 +52,17 @@ DSV4_INLINE void plain_sums(const T* x, int64_t stride, const T* w, int64_t w_st
 template <int kM, int kN, class T>
 static __attribute__((noinline)) void plain_tile(const T* x, int64_t stride, const T* w, int64_t w_stride,
                                                  int64_t inputs, float* results, int64_t result_stride) {
-  __m512 sums[kM * kN];
-  plain_sums<kM, kN>(x, stride, w, w_stride, inputs, sums);
+  __m512 result = _mm512_setzero_ps();
+  for (int64_t at = 0; at == 0 || at < inputs; at += kChunk) {
+    __m512 sums[kM * kN];
+    plain_sums<kM, kN>(x + at, stride, w + at, w_stride, inputs - at < kChunk ? inputs - at : kChunk, sums);
+    const __m512 mine = totals<kM * kN>(sums);
+    result = at == 0 ? mine : _mm512_add_ps(result, mine);
+  }
+  alignas(64) float tile[16];
+  _mm512_store_ps(tile, result);
 #pragma GCC unroll 16
-  for (int i = 0; i < kM * kN; ++i) results[i / kN * result_stride + i % kN] = total(sums[i]);
+  for (int i = 0; i < kM * kN; ++i) results[i / kN * result_stride + i % kN] = tile[i];
 }
 
 // One row x with 16 rows w shorter than a page, one after another: several at a time in one page hide from the
@@ -62,9 +70,18 @@ static __attribute__((noinline)) void plain_tile(const T* x, int64_t stride, con
 template <class T>
 static __attribute__((noinline)) void plain_in_order(const T* x, const T* w, int64_t w_stride, int64_t inputs,
                                                      float* results) {
-  __m512 sums[16];
-  for (int n = 0; n < 16; ++n) plain_sums<1, 1>(x, 0, w + n * w_stride, 0, inputs, sums + n);
-  _mm512_storeu_ps(results, totals<16>(sums));
+  constexpr int64_t kChunks = kPageBytes / static_cast<int64_t>(sizeof(T)) / kChunk;
+  const int64_t chunks = inputs <= kChunk ? 1 : kChunks;
+  __m512 sums[kChunks][16];
+  for (int n = 0; n < 16; ++n) {
+    for (int64_t c = 0; c < chunks; ++c) {
+      const int64_t at = c * kChunk, left = inputs - at;
+      plain_sums<1, 1>(x + at, 0, w + n * w_stride + at, 0, left < kChunk ? left : kChunk, sums[c] + n);
+    }
+  }
+  __m512 result = totals<16>(sums[0]);
+  for (int64_t c = 1; c < chunks; ++c) result = _mm512_add_ps(result, totals<16>(sums[c]));
+  _mm512_storeu_ps(results, result);
 }
 
 template <int kM, class T>

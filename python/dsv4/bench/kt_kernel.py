@@ -23,6 +23,8 @@ class _Experts:
     def __init__(self, stored: Sequence[tuple[Tensor, ...]], top_k: int, tokens: int, limit: float):
         from kt_kernel import kt_kernel_ext
 
+        torch.set_flush_denormal(False)  # loading it turns that on, for everything else in the process
+
         workers = kt_kernel_ext.WorkerPoolConfig()
         workers.subpool_count, workers.subpool_numa_map = 1, [0]
         workers.subpool_thread_count = [torch.get_num_threads()]
