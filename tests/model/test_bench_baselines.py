@@ -62,6 +62,7 @@ def test_experts_of_kt_kernel_are_the_op(tokens):
         assert other.baseline == "kt-kernel FP4 not run: pip install --no-deps kt-kernel==0.7.2 gguf"
         pytest.skip("not run: kt-kernel is not installed")
     assert relative_rms(other.run_baseline().float(), case.run().float()).max() <= 0.06
+    assert (torch.tensor(1e-40) * 0.5).item() > 0, "kt-kernel left denormals flushed for the whole process"
 
 
 def test_batch_of_other_sequences():

@@ -1,9 +1,9 @@
-// Tiles of rows of activations with rows of quantised weights, from their codes through registers into the products:
-// for the linear layers and the experts, for few rows. Weights that expand for three rows of
-// activations or more do so beside the products, in units that those leave idle (weight_rows.h), so expanding them
-// again for every eight rows costs less than storing them expanded. What limits a tile of few rows is how fast codes
-// arrive: those of later rows are asked for one cache line a block, since asking for more at once stops the loads
-// behind.
+// Tiles of few rows of activations with rows of quantised weights, from their codes through registers into the
+// products: for the linear layers and the experts. Weights that expand for three rows of activations or more do so
+// beside the products, in units that those leave idle (weight_rows.h), so expanding them again for every eight rows
+// costs less than storing them expanded, up to some 16 (then: weight_panel.h). What limits a tile of few rows is how
+// fast codes arrive: those of later rows are asked for one cache line a block, since asking for more at once stops the
+// loads behind.
 #pragma once
 
 #include "cpu/avx512/weight_rows.h"

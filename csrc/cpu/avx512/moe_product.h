@@ -153,19 +153,6 @@ class Product {
   uint8_t* scales_;
 };
 
-// Rows of bfloat16 weights for multiply_many, as they lie in memory.
-struct PlainRows {
-  using Scale = uint8_t;  // there are none
-  static constexpr int64_t kBlockBytes = kBlock * static_cast<int64_t>(sizeof(bf16)), kCodeSteps = 1;
-  static constexpr int64_t bytes(int64_t inputs) { return inputs * static_cast<int64_t>(sizeof(bf16)); }
-
-  template <class Put>
-  DSV4_MEMBER void expand_words(const __m512i* words, const Scale* const*, int64_t, const Put& put) const {
-#pragma GCC unroll 16
-    for (int d = 0; d < 16; ++d) put(d, 0, words[d]);
-  }
-};
-
 // What the driver asks of a kernel.
 struct MoeKernel {
   template <class X>

@@ -1,12 +1,13 @@
-// Products of many rows of activations with quantised weights, which are expanded once for all of them: 64 outputs of a
-// chunk of inputs at a time, 16 in a register, a pair of inputs a word. A pair of activations is broadcast and meets
-// four registers of weights, 6 rows at a time: 24 sums, 4 loads and 6 broadcasts for 24 products.
+// Products of many rows of activations with quantised or plain bfloat16 weights, which are expanded once for all of
+// them: 64 outputs of a chunk of inputs at a time, 16 in a register, a pair of inputs a word. A pair of activations is
+// broadcast and meets four registers of weights, 6 rows at a time: 24 sums, 4 loads and 6 broadcasts for 24 products.
 //
-// A result has the bits of the dot products of few rows (code_tiles.h), whose registers hold 32 inputs of one output:
-// lane l of theirs adds every 16th pair of a chunk, and a tree adds the lanes. Here those pairs come one after another
-// for every l, sums start at zero for each, and go through the same tree; what waits in it lies in the first-level
-// cache. With 32 steps a chunk that is one addition and one store to 32 products. The limit is the rate of vdpbf16ps;
-// below some 20 rows it is the expansion, whose loads of 16 rows' codes are transposed (4 shuffles of 64 bytes).
+// A result has the bits of the dot products of few rows (code_tiles.h, plain_rows.h), whose registers hold 32 inputs of
+// one output: lane l of theirs adds every 16th pair of a chunk, and a tree adds the lanes. Here those pairs come one
+// after another for every l, sums start at zero for each, and go through the same tree; what waits in it lies in the
+// first-level cache. With 32 steps a chunk that is one addition and one store to 32 products. The limit is the rate of
+// vdpbf16ps; below some 20 rows it is the expansion, whose loads of 16 rows' codes are transposed (4 shuffles of 64
+// bytes).
 #pragma once
 
 #include "cpu/avx512/code_tiles.h"
