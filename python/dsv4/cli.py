@@ -489,6 +489,8 @@ def _env(options: argparse.Namespace) -> None:
 
 _BENCH_HELP = """Every result is checked against a float64 reference first; no time is printed where the check failed.
 roof: the FLOPs and fewest bytes of the shape over this machine's own measured peaks.
+recorded: the same call as a decoding model repeats it, without Python and torch's dispatcher. The share of the roof,
+FLOPS and bytes/s are its.
 
 examples:
   dsv4 bench --op mhc_pre --op mhc_post --shape v4-flash --json results.jsonl

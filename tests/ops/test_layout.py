@@ -36,6 +36,29 @@ OPS = Path(__file__).parent.parent / "data" / "golden" / "ops" / "ops.safetensor
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
+def mapping_flags(address: int) -> str:
+    """VmFlags of the mapping that holds an address."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = int(found[1], 16) <= address < int(found[2], 16)
+        elif inside and line.startswith("VmFlags:"):
+            return line.removeprefix("VmFlags:")
+    raise LookupError(hex(address))
+
+
+def test_large_pools_ask_for_huge_pages() -> None:
+    """Zeroed like small ones, and advised to be huge, except for the ends that other memory may share."""
+    if not Path("/sys/kernel/mm/transparent_hugepage/enabled").exists():
+        pytest.skip("not run: this kernel has no transparent huge pages")
+    count = (9 << 20) // 37440
+    for pool in (allocate_pages(count, 64, 512, 64, "fp8"), allocate_key_pages(4 * count, 64, 128, "fp4")):
+        assert not pool.any()
+        middle = pool.data_ptr() + pool.nbytes // 2
+        assert " hg" in mapping_flags(middle)
+    assert not allocate_pages(3, 64, 512, 64, "fp8").any()
+
+
 def e4m3(byte: int) -> float:
     sign, exponent, mantissa = -1.0 if byte & 128 else 1.0, byte >> 3 & 15, byte & 7
     return sign * (mantissa / 8 * 2.0**-6 if exponent == 0 else (1 + mantissa / 8) * 2.0 ** (exponent - 7))

@@ -81,13 +81,13 @@ class BackwardRow {
     prepare(row);
     const KeyReader<M> reader(p_, table_, kept_.keys.keys, count, nullptr);
     const TileMemory<M> tiles(passing_.tiles, head_dim_);
-    for (int64_t begin = 0; begin < count.all; begin += kTileKeys) {
-      const int64_t keys = smaller(count.all - begin, kTileKeys), groups = (keys + kGroup - 1) / kGroup;
-      tile_for_scores(reader, begin, begin + keys, count.all, head_dim_, tiles);
-      Products::template score<M>(query(row), query_stride(), heads_, tiles.tile, groups, head_dim_, scores(0) + begin,
-                                  head_stride());
-      Products::template score<M>(kept_.grad, head_dim_, heads_, tiles.tile, groups, head_dim_, reach(0) + begin,
-                                  head_stride());
+    for (int64_t begin = 0; begin < count.all; begin += kGroup) {
+      const int64_t next = smaller(count.all, begin + kGroup);
+      tile_for_scores(reader, begin, next, head_dim_, tiles);
+      Products::template score<M>(query(row), query_stride(), heads_, reader, next, count.all, head_dim_,
+                                  scores(0) + begin, head_stride(), tiles);
+      Products::template score<M>(kept_.grad, head_dim_, heads_, reader, next, next, head_dim_, reach(0) + begin,
+                                  head_stride(), tiles);
     }
     for (int64_t h = 0; h < heads_; ++h) gates[h] = weigh(row, h, count.all);
     for (int64_t begin = 0; begin < count.all; begin += kTileKeys) {

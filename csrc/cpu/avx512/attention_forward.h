@@ -70,9 +70,10 @@ struct RowMemory {
   }
 };
 
-// The keys after the last of a part's group have no score.
-DSV4_INLINE void settle_scores(float* scores, int64_t keys, float scale, __m512& most) {
+// Scales the scores of a part; those after its last key are none. Returns the largest.
+DSV4_INLINE float settle_scores(float* scores, int64_t keys, float scale) {
   const __m512 factor = _mm512_set1_ps(scale), none = _mm512_set1_ps(-__builtin_inff());
+  __m512 most = none;
   for (int64_t key = 0; key < keys; key += 16) {
     const __mmask16 valid = low16(smaller(keys - key, 16));
     const __m512 score = _mm512_mask_mul_ps(none, valid, _mm512_loadu_ps(scores + key), factor);
@@ -80,6 +81,7 @@ DSV4_INLINE void settle_scores(float* scores, int64_t keys, float scale, __m512&
     most = _mm512_max_ps(most, score);
   }
   for (int64_t key = round_up(keys, 16); key < round_up(keys, kGroup); key += 16) _mm512_storeu_ps(scores + key, none);
+  return _mm512_reduce_max_ps(most);
 }
 
 DSV4_INLINE void put_numerators(Pair x, bf16* to) {
@@ -195,20 +197,17 @@ class RowWork {
   int64_t parts() const { return plan_.parts; }
 
   void score(int64_t part, const TileMemory<M>& tiles) const {
-    const int64_t end = plan_.end(part);
+    const int64_t first = plan_.begin(part), end = plan_.end(part);
     float *maxima = memory_.maxima + part * heads_, *scores = part_scores(part);
-    for (int64_t begin = plan_.begin(part); begin < end; begin += kTileKeys) {
-      const int64_t keys = smaller(end - begin, kTileKeys);
-      tile_for_scores(reader_, begin, begin + keys, end, head_dim_, tiles);
-      Product::template score<M>(query_, query_stride_, heads_, tiles.tile, (keys + kGroup - 1) / kGroup, head_dim_,
-                                 scores, stride_);
-      for (int64_t h = 0; h < heads_; ++h) {
-        __m512 most = _mm512_set1_ps(begin == plan_.begin(part) ? -__builtin_inff() : maxima[h]);
-        settle_scores(scores + h * stride_, keys, p_.scale, most);
-        maxima[h] = _mm512_reduce_max_ps(most);
-      }
-      scores += keys;
+    Lookahead ahead = Lookahead::at(reader_, first, smaller(end, first + kGroup), 1, tiles);
+    Lookahead::step(ahead);
+    for (int64_t begin = first; begin < end; begin += kGroup) {
+      const int64_t next = smaller(end, begin + kGroup);
+      tile_for_scores(reader_, begin, next, head_dim_, tiles);
+      Product::template score<M>(query_, query_stride_, heads_, reader_, next, end, head_dim_, scores + (begin - first),
+                                 stride_, tiles);
     }
+    for (int64_t h = 0; h < heads_; ++h) maxima[h] = settle_scores(scores + h * stride_, end - first, p_.scale);
   }
 
   // After all parts have their scores. This part's sums go to place `place`.

@@ -26,7 +26,7 @@ DSV4_INLINE __m512 dot_words(__m512 sum, __m512i a, __m512i b, const float*) {
 // added to what is there.
 template <class X, bool kApart, int kCount>
 static __attribute__((noinline)) void multiply(const X* left, int64_t left_stride, const uint32_t* right, int64_t words,
-                                               bool fresh, float* sums, int64_t sums_stride) {
+                                               bool fresh, float* sums, int64_t sums_stride, Lookahead& ahead) {
   constexpr int64_t kElements = kWordElements<X>;
   __m512 acc[kCount][2];
 #pragma GCC unroll 8
@@ -34,13 +34,16 @@ static __attribute__((noinline)) void multiply(const X* left, int64_t left_strid
     acc[h][0] = fresh || kApart ? _mm512_setzero_ps() : _mm512_loadu_ps(sums + h * sums_stride);
     acc[h][1] = fresh || kApart ? _mm512_setzero_ps() : _mm512_loadu_ps(sums + h * sums_stride + 16);
   }
-  for (int64_t word = 0; word < words; ++word, right += kGroup) {
-    const __m512i a = _mm512_loadu_si512(right), b = _mm512_loadu_si512(right + 16);
+  for (int64_t word = 0; word < words;) {
+    Lookahead::step(ahead);
+    for (const int64_t end = smaller(words, word + Lookahead::kWords); word < end; ++word, right += kGroup) {
+      const __m512i a = _mm512_loadu_si512(right), b = _mm512_loadu_si512(right + 16);
 #pragma GCC unroll 8
-    for (int h = 0; h < kCount; ++h) {
-      const __m512i x = broadcast_word(left + h * left_stride + word * kElements);
-      acc[h][0] = dot_words(acc[h][0], x, a, static_cast<const X*>(nullptr));
-      acc[h][1] = dot_words(acc[h][1], x, b, static_cast<const X*>(nullptr));
+      for (int h = 0; h < kCount; ++h) {
+        const __m512i x = broadcast_word(left + h * left_stride + word * kElements);
+        acc[h][0] = dot_words(acc[h][0], x, a, static_cast<const X*>(nullptr));
+        acc[h][1] = dot_words(acc[h][1], x, b, static_cast<const X*>(nullptr));
+      }
     }
   }
 #pragma GCC unroll 8
@@ -56,16 +59,16 @@ static __attribute__((noinline)) void multiply(const X* left, int64_t left_strid
 
 template <class X, bool kApart>
 DSV4_INLINE void multiply_row(const X* left, int64_t left_stride, int64_t heads, const uint32_t* right, int64_t words,
-                              bool fresh, float* sums, int64_t sums_stride) {
+                              bool fresh, float* sums, int64_t sums_stride, Lookahead& ahead) {
   for (; heads >= kHeads; heads -= kHeads, left += kHeads * left_stride, sums += kHeads * sums_stride) {
-    multiply<X, kApart, kHeads>(left, left_stride, right, words, fresh, sums, sums_stride);
+    multiply<X, kApart, kHeads>(left, left_stride, right, words, fresh, sums, sums_stride, ahead);
   }
   for (; heads >= 4; heads -= 4, left += 4 * left_stride, sums += 4 * sums_stride) {
-    multiply<X, kApart, 4>(left, left_stride, right, words, fresh, sums, sums_stride);
+    multiply<X, kApart, 4>(left, left_stride, right, words, fresh, sums, sums_stride, ahead);
   }
-  if (heads == 3) multiply<X, kApart, 3>(left, left_stride, right, words, fresh, sums, sums_stride);
-  if (heads == 2) multiply<X, kApart, 2>(left, left_stride, right, words, fresh, sums, sums_stride);
-  if (heads == 1) multiply<X, kApart, 1>(left, left_stride, right, words, fresh, sums, sums_stride);
+  if (heads == 3) multiply<X, kApart, 3>(left, left_stride, right, words, fresh, sums, sums_stride, ahead);
+  if (heads == 2) multiply<X, kApart, 2>(left, left_stride, right, words, fresh, sums, sums_stride, ahead);
+  if (heads == 1) multiply<X, kApart, 1>(left, left_stride, right, words, fresh, sums, sums_stride, ahead);
 }
 
 // kMostWords: added to one sum in a row; 0: all. Long rows of float32 lose more than the products of plain torch do.
@@ -73,37 +76,42 @@ template <int64_t kMostWords>
 struct WordProduct {
   static constexpr int64_t kKeptBytes = 256 << 10;  // of 1 MiB of second-level cache
 
+  // scores[h][key] = query[h] . key for the keys of a tile. Keys [next, end), a group at most, are asked for meanwhile.
   template <class X>
-  DSV4_INLINE void multiply_heads(const X* left, int64_t left_stride, int64_t heads, const uint32_t* right,
-                                  int64_t words, bool fresh, float* sums, int64_t sums_stride) {
-    if constexpr (kMostWords == 0) {
-      multiply_row<X, false>(left, left_stride, heads, right, words, fresh, sums, sums_stride);
-      return;
-    }
-    for (int64_t first = 0; first < words; first += kMostWords) {
-      multiply_row<X, true>(left + first * kWordElements<X>, left_stride, heads, right + first * kGroup,
-                            smaller(kMostWords, words - first), fresh && first == 0, sums, sums_stride);
-    }
-  }
-
-  // scores[h][key] = query[h] . key, for whole groups of keys.
-  template <class X>
-  DSV4_INLINE void score(const X* query, int64_t query_stride, int64_t heads, const uint32_t* tile, int64_t groups,
-                         int64_t head_dim, float* scores, int64_t stride) {
+  DSV4_INLINE void score(const X* query, int64_t query_stride, int64_t heads, const KeyReader<X>& reader, int64_t next,
+                         int64_t end, int64_t head_dim, float* scores, int64_t stride, const TileMemory<X>& memory) {
     const int64_t words = head_dim / kWordElements<X>;
-    for (int64_t group = 0; group < groups; ++group) {
-      multiply_heads(query, query_stride, heads, tile + group * words * kGroup, words, true, scores + group * kGroup,
-                     stride);
-    }
+    Lookahead ahead = Lookahead::at(reader, next, smaller(end, next + kGroup), lookahead_steps(heads, words), memory);
+    multiply_heads(query, query_stride, heads, memory.tile, words, true, scores, stride, ahead);
   }
 
   // sums[h][d] (+)= sum over the steps of a tile of weights[h] * values.
   template <class X>
   DSV4_INLINE void mix(const X* weights, int64_t stride, int64_t heads, const uint32_t* tile, int64_t steps,
                        int64_t head_dim, bool fresh, float* sums) {
+    Lookahead nothing;
     for (int64_t group = 0; group < head_dim / kGroup; ++group) {
       multiply_heads(weights, stride, heads, tile + group * group_stride(steps), steps, fresh, sums + group * kGroup,
-                     head_dim);
+                     head_dim, nothing);
+    }
+  }
+
+ private:
+  // Of a lookahead in one product.
+  DSV4_INLINE int64_t lookahead_steps(int64_t heads, int64_t words) {
+    return (heads + kHeads - 1) / kHeads * ((words + Lookahead::kWords - 1) / Lookahead::kWords);
+  }
+
+  template <class X>
+  DSV4_INLINE void multiply_heads(const X* left, int64_t left_stride, int64_t heads, const uint32_t* right,
+                                  int64_t words, bool fresh, float* sums, int64_t sums_stride, Lookahead& ahead) {
+    if constexpr (kMostWords == 0) {
+      multiply_row<X, false>(left, left_stride, heads, right, words, fresh, sums, sums_stride, ahead);
+      return;
+    }
+    for (int64_t first = 0; first < words; first += kMostWords) {
+      multiply_row<X, true>(left + first * kWordElements<X>, left_stride, heads, right + first * kGroup,
+                            smaller(kMostWords, words - first), fresh && first == 0, sums, sums_stride, ahead);
     }
   }
 };

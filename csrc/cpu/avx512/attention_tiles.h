@@ -10,7 +10,7 @@ namespace dsv4::avx512 {
 namespace {
 
 inline constexpr int64_t kGroup = 32;      // keys of a group of scores, dims of a group of values
-inline constexpr int64_t kTileKeys = 128;  // keys decoded at a time: 128 KiB at head_dim 512 in bfloat16
+inline constexpr int64_t kTileKeys = 128;  // keys decoded at a time for values: 128 KiB at head_dim 512 in bfloat16
 inline constexpr int64_t kBatch = 16;      // rows decoded before they go to their places
 
 template <class X>
@@ -121,11 +121,26 @@ class KeyReader {
 
   const E4m3Table& table() const { return table_; }
 
-  // Asks for a key's memory ahead of its use: rows lie scattered, so the processor does not foresee them.
-  template <bool kAgain>
-  DSV4_INLINE void prefetch(const KeyReader& r, int64_t j) {
+  // The lines of memory of keys [begin, end), up to most_lines a key; returns how many. Rows lie scattered, in pages
+  // that the processor does not know: it is asked for the ends of all rows first, since a core waits while an address
+  // is translated, but for many no longer than for one.
+  DSV4_INLINE int64_t lines(const KeyReader& r, int64_t begin, int64_t end, const uint8_t** to) {
+    int64_t count = 0;
+    for (int64_t j = begin; j < end; ++j) {
+      const Key& key = r.keys_[j];
+      const int64_t bytes = r.row_bytes(j);
+      __builtin_prefetch(key.data);
+      __builtin_prefetch(key.data + bytes - 1);
+      if (key.scales != nullptr) __builtin_prefetch(key.scales);
+      for (int64_t at = 64; at < bytes; at += 64) to[count++] = key.data + at;
+    }
+    return count;
+  }
+  static int64_t most_lines(int64_t head_dim) { return head_dim * 4 / 64; }
+  // Asks for a key that was read before, and may have left the caches.
+  DSV4_INLINE void prefetch_again(const KeyReader& r, int64_t j) {
     const Key& key = r.keys_[j];
-    if (kAgain && r.kept_ != nullptr && !r.fits(j)) return;
+    if (r.kept_ != nullptr && !r.fits(j)) return;
     for (int64_t at = 0; at < r.row_bytes(j); at += 64) __builtin_prefetch(key.data + at);
     if (key.scales != nullptr) __builtin_prefetch(key.scales);
   }
@@ -152,36 +167,65 @@ struct TileMemory {
   static constexpr int64_t kBytes = sizeof(X);
 
   uint32_t* tile;
-  X *rows, *zeros;  // [kBatch, D]; [D], zero
+  X *rows, *zeros;        // [kBatch, D]; [D], zero
+  const uint8_t** lines;  // of a group of keys
 
-  static int64_t bytes(int64_t head_dim) { return 4 * tile_words(head_dim) + (kBatch + 1) * head_dim * kBytes; }
+  static int64_t bytes(int64_t head_dim) {
+    return 4 * tile_words(head_dim) + (kBatch + 1) * head_dim * kBytes +
+           kGroup * KeyReader<X>::most_lines(head_dim) * static_cast<int64_t>(sizeof(uint8_t*));
+  }
   static int64_t tile_words(int64_t head_dim) { return kTileKeys * head_dim * kBytes / 4 + head_dim; }
 
   TileMemory(uint8_t* memory, int64_t head_dim)
       : tile(reinterpret_cast<uint32_t*>(memory)),
         rows(reinterpret_cast<X*>(tile + tile_words(head_dim))),
-        zeros(rows + kBatch * head_dim) {
+        zeros(rows + kBatch * head_dim),
+        lines(reinterpret_cast<const uint8_t**>(zeros + head_dim)) {
     memset(zeros, 0, static_cast<size_t>(head_dim) * sizeof(X));
   }
 };
 
-// Keys [begin, end), with a look at those up to `ahead`, zeros up to a multiple of 32, for scores: [group of 32
-// keys][word of a row][32 keys].
+// What will be read next, asked for line by line while something else is multiplied: faster than memory delivers, the
+// processor would drop some.
+class Lookahead {
+ public:
+  static constexpr int64_t kWords = 8;  // of a product to one step
+
+  Lookahead() = default;
+  // Keys [begin, end), kGroup at most, over so many steps.
+  template <class X>
+  static Lookahead at(const KeyReader<X>& reader, int64_t begin, int64_t end, int64_t steps,
+                      const TileMemory<X>& memory) {
+    Lookahead ahead;
+    const int64_t count = KeyReader<X>::lines(reader, begin, end, memory.lines);
+    ahead.next_ = memory.lines, ahead.end_ = memory.lines + count, ahead.each_ = (count + steps - 1) / steps;
+    return ahead;
+  }
+
+  DSV4_INLINE void step(Lookahead& ahead) {
+    for (int64_t i = 0; i < ahead.each_ && ahead.next_ < ahead.end_; ++i) __builtin_prefetch(*ahead.next_++);
+  }
+
+ private:
+  const uint8_t* const* next_ = nullptr;
+  const uint8_t* const* end_ = nullptr;
+  int64_t each_ = 0;
+};
+
+// Up to 32 keys from `begin` on, and zeros, for scores: [word of a row][32 keys].
 template <class X>
 static __attribute__((noinline)) void tile_for_scores(const KeyReader<X>& reader, int64_t begin, int64_t end,
-                                                      int64_t ahead, int64_t head_dim, const TileMemory<X>& memory) {
+                                                      int64_t head_dim, const TileMemory<X>& memory) {
   const int64_t words = head_dim / kWordElements<X>;
   const E4m3Table table = reader.table();
-  for (int64_t first = begin; first < begin + round_up(end - begin, kGroup); first += kBatch) {
+  for (int64_t half = 0; half < kGroup; half += kBatch) {
     const X* rows[kBatch];
     for (int64_t i = 0; i < kBatch; ++i) {
-      const int64_t key = first + i;
-      if (key + kBatch < ahead) KeyReader<X>::template prefetch<false>(reader, key + kBatch);
+      const int64_t key = begin + half + i;
       rows[i] =
           key < end ? KeyReader<X>::template read<false>(reader, table, key, memory.rows + i * head_dim) : memory.zeros;
     }
-    const int64_t group = (first - begin) / kGroup, half = (first - begin) % kGroup;
-    uint32_t* to = memory.tile + group * words * kGroup + half;
+    uint32_t* to = memory.tile + half;
     for (int64_t word = 0; word < words; word += 16) {
       __m512i x[16];
       for (int i = 0; i < 16; ++i) x[i] = _mm512_loadu_si512(reinterpret_cast<const uint8_t*>(rows[i]) + 4 * word);
@@ -195,8 +239,9 @@ static __attribute__((noinline)) void tile_for_scores(const KeyReader<X>& reader
 // cache.
 constexpr int64_t group_stride(int64_t steps) { return (steps + 1) * kGroup; }
 
-// The same keys as values: [group of 32 dims][step][32 words]. A step is one key, or two whose bfloat16 elements stand
-// together in words; these unpack within lanes, so the dims of a group come in the order of `value_order`.
+// Keys [begin, end), with a look at those up to `ahead`, zeros up to a multiple of 32, as values: [group of 32
+// dims][step][32 words]. A step is one key, or two whose bfloat16 elements stand together in words; these unpack within
+// lanes, so the dims of a group come in the order of `value_order`.
 template <class X>
 static __attribute__((noinline)) void tile_for_values(const KeyReader<X>& reader, int64_t begin, int64_t end,
                                                       int64_t ahead, int64_t head_dim, const TileMemory<X>& memory) {
@@ -206,7 +251,7 @@ static __attribute__((noinline)) void tile_for_values(const KeyReader<X>& reader
     const X* rows[kWordElements<X>];
     for (int64_t i = 0; i < kWordElements<X>; ++i) {
       const int64_t key = begin + step * kWordElements<X> + i;
-      if (key + kBatch < ahead) KeyReader<X>::template prefetch<true>(reader, key + kBatch);
+      if (key + kBatch < ahead) KeyReader<X>::prefetch_again(reader, key + kBatch);
       rows[i] =
           key < end ? KeyReader<X>::template read<true>(reader, table, key, memory.rows + i * head_dim) : memory.zeros;
     }

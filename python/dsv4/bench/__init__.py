@@ -24,9 +24,12 @@ from dsv4.ops import implementations
 
 #: The keys of one result, in order.
 KEYS = (
-    "op", "impl", "device", "shape", "us", "spread", "gflop", "mbyte", "roof_us", "roof_fraction", "error",
-    "error_limit", "baseline", "baseline_us", "ratio",
+    "op", "impl", "device", "shape", "us", "spread", "recorded_us", "gflop", "mbyte", "roof_us", "roof_fraction",
+    "error", "error_limit", "baseline", "baseline_us", "ratio",
 )  # fmt: skip
+
+# Calls below this are timed a second time, as a decoding model repeats them.
+_RECORDED_US = 10_000.0
 
 
 def families() -> dict[str, ModuleType]:
@@ -95,12 +98,23 @@ def _measure(case: Case, clock: Clock, peaks: Peaks, out: TextIO | None) -> dict
     if error <= limit:
         with torch.inference_mode(not case.is_gradient):
             own = clock.time(case.run)
-            result |= {"us": own.us, "spread": own.spread, "roof_fraction": result["roof_us"] / own.us}
+            recorded = clock.time_recorded(case.run) if _is_short(case, own, clock) else None
+            result |= {"us": own.us, "spread": own.spread, "recorded_us": recorded.us if recorded else None}
+            result["roof_fraction"] = result["roof_us"] / _kernel_us(result)
             if case.run_baseline is not None:
                 other = clock.time(case.run_baseline)
                 result |= {"baseline_us": other.us, "ratio": other.us / own.us}
     _show(result, out)
     return result
+
+
+def _is_short(case: Case, timing: Timing, clock: Clock) -> bool:
+    """Whether Python and torch's dispatcher may be a part of a time that a decoding model does not pay."""
+    return clock.device.type == "cpu" and not case.is_gradient and timing.us < _RECORDED_US
+
+
+def _kernel_us(result: dict[str, Any]) -> float:
+    return min(result["us"], result["recorded_us"] or result["us"])
 
 
 def _has_kernels(op: str, clock: Clock) -> bool:
@@ -109,9 +123,9 @@ def _has_kernels(op: str, clock: Clock) -> bool:
 
 def _peak_results(peaks: Peaks, device: torch.device) -> list[dict[str, Any]]:
     def result(op: str, impl: str, shape: str, timing: Timing, gflop: float, mbyte: float) -> dict[str, Any]:
-        us = timing.fastest
-        values = (op, impl, str(device), shape, us, timing.spread, gflop, mbyte, us, 1.0, 0.0, 0.0, None, None, None)
-        return dict(zip(KEYS, values, strict=True))
+        found = dict.fromkeys(KEYS) | {"op": op, "impl": impl, "device": str(device), "shape": shape}
+        found |= {"us": timing.fastest, "spread": timing.spread, "gflop": gflop, "mbyte": mbyte}
+        return found | {"roof_us": timing.fastest, "roof_fraction": 1.0, "error": 0.0, "error_limit": 0.0}
 
     side = round((peaks.matrix_flops / 2) ** (1 / 3))
     mbyte, gflop = peaks.copy_bytes / 1e6, peaks.matrix_flops / 1e9
@@ -137,10 +151,12 @@ def line(result: dict[str, Any]) -> str:
     if result["us"] is None:
         return f"{name} | FAILED its check: error {result['error']:.2e}, limit {result['error_limit']:.2e}"
     parts = [f"{result['us']:,.1f} us ±{result['spread']:,.1f}"]
+    if result["recorded_us"]:
+        parts.append(f"recorded {result['recorded_us']:,.1f} us")
     if result["gflop"]:
-        parts.append(f"{result['gflop'] / result['us'] * 1e6:,.1f} GFLOPS")
+        parts.append(f"{result['gflop'] / _kernel_us(result) * 1e6:,.1f} GFLOPS")
     if result["mbyte"]:
-        parts.append(f"{result['mbyte'] / result['us'] * 1e3:,.2f} GB/s")
+        parts.append(f"{result['mbyte'] / _kernel_us(result) * 1e3:,.2f} GB/s")
     if result["baseline"]:
         parts.append(f"{result['roof_fraction']:.0%} of roof")
         compared = f"{result['ratio']:.2f} x " if result["ratio"] else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import threading
 import time
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from dsv4 import _library
 from dsv4.checkpoint import memory
+from dsv4.model.recording import NotRecordable, Recording
 from dsv4.ops import rms_norm
 
 Precision = Literal["float32", "bfloat16", "none"]
@@ -103,6 +105,20 @@ class Clock:
             samples.append(self._once(run))
         quartiles = statistics.quantiles(samples, n=4)
         return Timing(statistics.median(samples), (quartiles[2] - quartiles[0]) / 2, min(samples))
+
+    def time_recorded(self, run: Callable[[], Any]) -> Timing | None:
+        """The same of what `run` calls, as a decoding model repeats it: without Python and torch's dispatcher. None
+        where it cannot be repeated so. Gradients must be off."""
+
+        def result() -> Tensor:
+            value = run()
+            if value is None:
+                raise NotRecordable("nothing that shows it ran")
+            return value if isinstance(value, Tensor) else value[0]
+
+        with contextlib.suppress(NotRecordable):
+            return self.time(Recording(result))
+        return None
 
     def _once(self, run: Callable[[], Any]) -> float:
         self._flush.add_(1)

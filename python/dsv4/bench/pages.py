@@ -51,7 +51,10 @@ def row_pages(config: Config, count: int, page_size: int) -> Tensor:
     row = torch.arange(drawn * page_size)
     rows = torch.randn(len(row), config.head_dim).bfloat16()
     write_rows(pages, rows, row // page_size, row % page_size, page_size, config.qk_rope_head_dim)
-    return pages if drawn == count else pages[torch.randint(drawn, (count,))]
+    if drawn == count:
+        return pages
+    pool = allocate_pages(count, page_size, config.head_dim, config.qk_rope_head_dim, "fp8")
+    return torch.index_select(pages, 0, torch.randint(drawn, (count,)), out=pool)
 
 
 def key_pages(config: Config, count: int, page_size: int) -> Tensor:

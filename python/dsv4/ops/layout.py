@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from dsv4.ops._check import Check, describe
+from dsv4.ops._huge_pages import zeros
 from dsv4.ops.quantize import (
     dequantize_fp4_reference,
     dequantize_fp8_reference,
@@ -91,8 +92,8 @@ def allocate_pages(
     """A zeroed pool of row pages: uint8 [count, stride] for "fp8", `dtype` [count, page_size, head_dim] for "plain"."""
     stride = page_bytes(page_size, head_dim, rope_dim, format, dtype)
     if format == "plain":
-        return torch.zeros(count, page_size, head_dim, dtype=dtype, device=device)
-    return torch.zeros(count, stride, dtype=torch.uint8, device=device)
+        return zeros(count, page_size, head_dim, dtype=dtype, device=device)
+    return zeros(count, stride, dtype=torch.uint8, device=device)
 
 
 def allocate_key_pages(
@@ -106,8 +107,8 @@ def allocate_key_pages(
     """A zeroed pool of index key pages: uint8 [count, bytes], or `dtype` [count, page_size, dim] for "plain"."""
     stride = key_page_bytes(page_size, dim, format, dtype)
     if format == "plain":
-        return torch.zeros(count, page_size, dim, dtype=dtype, device=device)
-    return torch.zeros(count, stride, dtype=torch.uint8, device=device)
+        return zeros(count, page_size, dim, dtype=dtype, device=device)
+    return zeros(count, stride, dtype=torch.uint8, device=device)
 
 
 def check_row_pages(check: Check, name: str, pages: Tensor, page_size: int, head_dim: int, rope_dim: int) -> None:
