@@ -102,14 +102,22 @@ static __attribute__((noinline)) void outer_tile(const OuterTile<X>& t) {
   }
 }
 
-// 16 columns of a step: of a row, and in bfloat16 of the next one, or of zero.
-DSV4_INLINE __m512i step_words(const bf16* row, const bf16* next, __mmask16 mask) {
-  const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, row));
-  if (next == nullptr) return low;
-  return _mm512_or_si512(low, _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, next)), 16));
+// 32 columns of a step: of a row, and in bfloat16 of the next one, or of zero.
+DSV4_INLINE void put_step(const bf16* row, const bf16* next, int64_t count, uint32_t* to) {
+  alignas(64) static constexpr uint16_t kPairs[2][32] = {
+      {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+       8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47},
+      {16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23, 55,
+       24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63}};
+  const __mmask32 mask = mask32(count);
+  const __m512i a = _mm512_maskz_loadu_epi16(mask, row);
+  const __m512i b = _mm512_maskz_loadu_epi16(next == nullptr ? 0 : mask, next);
+  _mm512_store_si512(to, _mm512_permutex2var_epi16(a, _mm512_load_si512(kPairs[0]), b));
+  _mm512_store_si512(to + 16, _mm512_permutex2var_epi16(a, _mm512_load_si512(kPairs[1]), b));
 }
-DSV4_INLINE __m512i step_words(const float* row, const float*, __mmask16 mask) {
-  return _mm512_castps_si512(_mm512_maskz_loadu_ps(mask, row));
+DSV4_INLINE void put_step(const float* row, const float*, int64_t count, uint32_t* to) {
+  _mm512_store_ps(to, _mm512_maskz_loadu_ps(low16(count), row));
+  _mm512_store_ps(to + 16, _mm512_maskz_loadu_ps(high16(count), row + 16));
 }
 
 // Columns [0, n) of `rows` rows from `first` on: [column / kWidth][step][kWidth], zero beyond the last column.
@@ -127,10 +135,13 @@ static void pack_panels(const MoeRows<const X>& from, int64_t first, int64_t row
     }
     uint32_t* panel = to;
     for (int64_t at = 0; at < n; at += kWidth, panel += kOuterSteps * kWidth) {
-      for (int64_t j = 0; j < kWidth; j += 16) {
+      for (int64_t j = 0; j < kWidth; j += kStep) {
         const int64_t left = n - at - j;
-        const __mmask16 mask = low16(left < 0 ? 0 : left < 16 ? left : 16);
-        _mm512_store_si512(panel + j, step_words(row + at + j, next == nullptr ? nullptr : next + at + j, mask));
+        put_step(row + at + j, next == nullptr ? nullptr : next + at + j,
+                 left < 0       ? 0
+                 : left < kStep ? left
+                                : kStep,
+                 panel + j);
       }
     }
   }

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from dsv4.ops._check import Check, describe
-from dsv4.ops._huge_pages import zeros
+from dsv4.ops.huge_pages import zeros
 from dsv4.ops.quantize import (
     dequantize_fp4_reference,
     dequantize_fp8_reference,
