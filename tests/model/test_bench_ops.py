@@ -289,6 +289,17 @@ def test_what_cannot_be_repeated_has_no_recorded_time():
         assert clock.time_recorded(lambda: (values * 2) * float((values * 2).sum())) is None
 
 
+def test_recorded_call_that_differs_is_given_no_time():
+    values, calls = torch.ones(4), []
+
+    def changes():
+        calls.append(None)
+        return values * len(calls)
+
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="other values than the call itself"):
+        Clock(torch.device("cpu"), quick=True).time_recorded(changes)
+
+
 def test_clock():
     calls = []
     clock = Clock(torch.device("cpu"), quick=True)

@@ -108,7 +108,10 @@ class Clock:
 
     def time_recorded(self, run: Callable[[], Any]) -> Timing | None:
         """The same of what `run` calls, as a decoding model repeats it: without Python and torch's dispatcher. None
-        where it cannot be repeated so. Gradients must be off."""
+        where it cannot be repeated so. Gradients must be off.
+
+        Raises: RuntimeError where what is repeated gives other values than `run`.
+        """
 
         def result() -> Tensor:
             value = run()
@@ -117,7 +120,11 @@ class Clock:
             return value if isinstance(value, Tensor) else value[0]
 
         with contextlib.suppress(NotRecordable):
-            return self.time(Recording(result))
+            recording = Recording(result)
+            recording.result.zero_()
+            if not torch.equal(recording(), result()):
+                raise RuntimeError("a recorded call gives other values than the call itself")
+            return self.time(recording)
         return None
 
     def _once(self, run: Callable[[], Any]) -> float:
