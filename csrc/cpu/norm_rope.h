@@ -18,6 +18,13 @@ DSV4_HOST_DEVICE int64_t row_workspace_bytes(int64_t rows, int64_t floats, const
   return row_slots(rows, context) * row_slot_bytes(floats);
 }
 
+// Sums over rows, in float64: the rows of a group in order, then the groups in order. Enough groups for many threads,
+// few enough that their sums stay near; a group for every four rows of a small call.
+DSV4_HOST_DEVICE int64_t row_groups(int64_t rows) { return rows >= 256 ? 64 : (rows + 3) / 4; }
+DSV4_HOST_DEVICE int64_t row_sums_bytes(int64_t rows, int64_t dim) {
+  return row_groups(rows) * dim * static_cast<int64_t>(sizeof(double));
+}
+
 }  // namespace dsv4
 
 namespace dsv4::scalar {
@@ -25,6 +32,7 @@ Status rms_norm(const RmsNormParams&, const Context&);
 Status query_norm_rope(const QueryNormRopeParams&, const Context&);
 Status query_norm_rope_backward(const QueryNormRopeBackwardParams&, const Context&);
 Status kv_norm_rope(const KvNormRopeParams&, const Context&);
+Status norm_rope_backward(const NormRopeBackwardParams&, const Context&);
 Status apply_rope(const ApplyRopeParams&, const Context&);
 Status rope_rows(const RopeRowsParams&, const Context&);
 Status store_window(const StoreWindowParams&, const Context&);
@@ -36,6 +44,7 @@ Status rms_norm(const RmsNormParams&, const Context&);
 Status query_norm_rope(const QueryNormRopeParams&, const Context&);
 Status query_norm_rope_backward(const QueryNormRopeBackwardParams&, const Context&);
 Status kv_norm_rope(const KvNormRopeParams&, const Context&);
+Status norm_rope_backward(const NormRopeBackwardParams&, const Context&);
 Status apply_rope(const ApplyRopeParams&, const Context&);
 Status rope_rows(const RopeRowsParams&, const Context&);
 Status store_window(const StoreWindowParams&, const Context&);

@@ -8,24 +8,45 @@
 namespace dsv4 {
 namespace {
 
-// The vector kernel works on 32 dims at a time.
-[[maybe_unused]] bool whole_steps(const CompressParams& p) {
+// The vector kernels work on 32 dims at a time.
+template <class Params>
+bool whole_steps(const Params& p) {
   return p.norm_weight.size(0) % 32 == 0 && p.rope.size(1) % 16 == 0;
 }
+[[maybe_unused]] bool whole_gradients(const CompressEntriesBackwardParams& p) { return whole_steps(p.forward); }
 
-// The CUDA kernel holds an entry in shared memory.
-[[maybe_unused]] bool in_shared_memory(const CompressParams& p) {
+// The CUDA kernels hold an entry in shared memory.
+template <class Params>
+bool in_shared_memory(const Params& p) {
   return p.norm_weight.size(0) <= (p.rotate ? sm80::kMostKeyDims : sm80::kMostEntryDims) && p.ratio <= sm80::kMostRatio;
+}
+[[maybe_unused]] bool countable(const CompressEntriesParams& p) {
+  return in_shared_memory(p) && p.kv.size(0) <= INT32_MAX;
 }
 
 constexpr Candidate<CompressParams> kCompress[] = {
-    {"sm80", Isa::kSm80, DSV4_SM80(sm80::compress), in_shared_memory},
-    {"avx512", Isa::kAvx512, DSV4_AVX512(avx512::compress), whole_steps},
+    {"sm80", Isa::kSm80, DSV4_SM80(sm80::compress), in_shared_memory<CompressParams>},
+    {"avx512", Isa::kAvx512, DSV4_AVX512(avx512::compress), whole_steps<CompressParams>},
     {"scalar", Isa::kScalar, DSV4_SCALAR(scalar::compress)},
 };
 const Op compress_op("compress", kCompress);
 
-void validate_arguments(Validator& v, const CompressParams& p) {
+constexpr Candidate<CompressEntriesParams> kEntries[] = {
+    {"sm80", Isa::kSm80, DSV4_SM80(sm80::compress_entries), countable},
+    {"avx512", Isa::kAvx512, DSV4_AVX512(avx512::compress_entries), whole_steps<CompressEntriesParams>},
+    {"scalar", Isa::kScalar, DSV4_SCALAR(scalar::compress_entries)},
+};
+const Op entries_op("compress_entries", kEntries);
+
+constexpr Candidate<CompressEntriesBackwardParams> kEntriesBackward[] = {
+    {"avx512", Isa::kAvx512, DSV4_AVX512(avx512::compress_entries_backward), whole_gradients},
+    {"scalar", Isa::kScalar, DSV4_SCALAR(scalar::compress_entries_backward)},
+};
+const Op entries_backward_op("compress_entries_backward", kEntriesBackward);
+
+// What the ops have in common; rope of `ropes` rows.
+template <class Params>
+void validate_inputs(Validator& v, const Params& p, int64_t ropes) {
   const int64_t tokens = p.kv.size(0), channels = p.kv.size(1), head_dim = p.norm_weight.size(0);
   v.at_least("ratio", p.ratio, 1);
   v.require(p.ratio < (int64_t{1} << 31), "ratio is too large");
@@ -36,9 +57,32 @@ void validate_arguments(Validator& v, const CompressParams& p) {
   v.require(channels == head_dim || channels == 2 * head_dim, "kv must have %lld or %lld channels, got %lld",
             static_cast<long long>(head_dim), static_cast<long long>(2 * head_dim), static_cast<long long>(channels));
   v.at_least("head_dim", head_dim, 1);
-  v.rope(p.rope, tokens, head_dim);
+  v.rope(p.rope, ropes, head_dim);
   v.require(!p.rotate || (head_dim & (head_dim - 1)) == 0, "head_dim must be a power of two to be rotated, got %lld",
             static_cast<long long>(head_dim));
+}
+
+int64_t entries_of(const CompressEntriesParams& p) { return p.ratio < 1 ? 0 : p.kv.size(0) / p.ratio; }
+
+void validate_arguments(Validator& v, const CompressEntriesParams& p) {
+  validate_inputs(v, p, entries_of(p));
+  v.view("result", p.result, p.norm_weight.dtype, {entries_of(p), p.norm_weight.size(0)});
+}
+
+void validate_arguments(Validator& v, const CompressEntriesBackwardParams& p) {
+  const CompressEntriesParams& f = p.forward;
+  const int64_t tokens = f.kv.size(0), channels = f.kv.size(1), head_dim = f.norm_weight.size(0);
+  validate_inputs(v, f, entries_of(f));
+  v.view("grad", p.grad, f.norm_weight.dtype, {entries_of(f), head_dim});
+  v.view("grad_kv", p.grad_kv, {tokens, channels});
+  v.view("grad_gate", p.grad_gate, {tokens, channels});
+  v.view("grad_ape", p.grad_ape, {f.ratio, channels});
+  v.view("grad_norm_weight", p.grad_norm_weight, f.norm_weight.dtype, {head_dim});
+}
+
+void validate_arguments(Validator& v, const CompressParams& p) {
+  const int64_t tokens = p.kv.size(0), channels = p.kv.size(1), head_dim = p.norm_weight.size(0);
+  validate_inputs(v, p, tokens);
   if (!v.status().is_ok()) return;
   validate_pool(v, "pages", "table", p.pool, p.rotate ? PoolKind::kKeys : PoolKind::kRows, Validator::kAny, head_dim,
                 2 * p.rope.size(1));
@@ -82,12 +126,51 @@ Status validate(const CompressParams& p, const Context& context) {
   return v.status();
 }
 
+Status validate(const CompressEntriesParams& p, const Context& context) {
+  Validator v("compress_entries");
+  validate_arguments(v, p);
+  if (v.status().is_ok()) {
+    v.workspace(p.workspace.data, p.workspace.bytes, compress_entries_workspace_bytes(p, context));
+  }
+  return v.status();
+}
+
+Status validate(const CompressEntriesBackwardParams& p, const Context& context) {
+  Validator v("compress_entries_backward");
+  validate_arguments(v, p);
+  if (v.status().is_ok()) {
+    const Workspace& given = p.forward.workspace;
+    v.workspace(given.data, given.bytes, compress_entries_backward_workspace_bytes(p, context));
+  }
+  return v.status();
+}
+
 }  // namespace
 
 int64_t compress_workspace_bytes(const CompressParams& p, const Context& context) {
   Validator v("compress");
   validate_arguments(v, p);
   return v.status().is_ok() && context.device == Device::kCpu ? compress_slots_bytes(p, context) : 0;
+}
+
+int64_t compress_entries_workspace_bytes(const CompressEntriesParams& p, const Context& context) {
+  Validator v("compress_entries");
+  validate_arguments(v, p);
+  return v.status().is_ok() && context.device == Device::kCpu ? compress_slots_bytes(p, context) : 0;
+}
+
+int64_t compress_entries_backward_workspace_bytes(const CompressEntriesBackwardParams& p, const Context& context) {
+  Validator v("compress_entries_backward");
+  validate_arguments(v, p);
+  return v.status().is_ok() ? compress_gradient_bytes(p, context) : 0;
+}
+
+Status compress_entries(const CompressEntriesParams& p, const Context& c) {
+  return entries_op.run(validate(p, c), p, c);
+}
+
+Status compress_entries_backward(const CompressEntriesBackwardParams& p, const Context& c) {
+  return entries_backward_op.run(validate(p, c), p, c);
 }
 
 Status compress(const CompressParams& p, const Context& c) { return compress_op.run(validate(p, c), p, c); }

@@ -39,4 +39,37 @@ int64_t compress_workspace_bytes(const CompressParams&, const Context&);
 
 Status compress(const CompressParams&, const Context&);
 
+// The entries of one whole sequence from position 0: what compress would store of them, in N and not quantised. E =
+// T / ratio of them; a remainder of rows makes none.
+struct CompressEntriesParams {
+  View<const float, 2> kv;    // [T, c D]
+  View<const float, 2> gate;  // [T, c D]
+  View<const float, 2> ape;   // [ratio, c D]
+  AnyView<1> norm_weight;     // N [D]
+  AnyView<3> rope;            // float32 [E, R / 2, 2], (cos, sin) at position ratio * j
+  int64_t ratio;
+  double eps;
+  bool rotate;
+  AnyView<2> result;  // N [E, D]
+  Workspace workspace;
+};
+int64_t compress_entries_workspace_bytes(const CompressEntriesParams&, const Context&);
+Status compress_entries(const CompressEntriesParams&, const Context&);
+
+// The gradients of that call, for which every rounding but that of the pooled row, from which the norm's is formed, is
+// the identity; float64 inside and rounded once. With s_p the weight of position p in an entry, v_p its value, g the
+// gradient of the pooled row and m the sum of s_p v_p: kv's is s_p g, gate's s_p g (v_p - m), rounded to float32; ape's
+// is the sum of the latter over entries, norm_weight's as in norm_rope.h. Rows that no entry pools have none: 0.
+struct CompressEntriesBackwardParams {
+  AnyView<2> grad;                // N [E, D]
+  CompressEntriesParams forward;  // without result
+  View<float, 2> grad_kv;         // [T, c D]
+  View<float, 2> grad_gate;       // [T, c D]
+  View<float, 2> grad_ape;        // [ratio, c D]
+  AnyView<1> grad_norm_weight;    // N [D]
+};
+inline Workspace& workspace_of(CompressEntriesBackwardParams& p) { return p.forward.workspace; }
+int64_t compress_entries_backward_workspace_bytes(const CompressEntriesBackwardParams&, const Context&);
+Status compress_entries_backward(const CompressEntriesBackwardParams&, const Context&);
+
 }  // namespace dsv4

@@ -46,6 +46,17 @@ constexpr Candidate<QueryNormRopeBackwardParams> kQueryNormRopeBackward[] = {
 };
 const Op query_norm_rope_backward_op("query_norm_rope_backward", kQueryNormRopeBackward);
 
+[[maybe_unused]] bool whole_gradients(const NormRopeBackwardParams& p) {
+  return p.x.size(1) % 32 == 0 && p.rope.size(1) % 16 == 0;
+}
+
+constexpr Candidate<NormRopeBackwardParams> kNormRopeBackward[] = {
+    {"avx512", Isa::kAvx512, DSV4_AVX512(avx512::norm_rope_backward), whole_gradients},
+    {"scalar", Isa::kScalar, DSV4_SCALAR(scalar::norm_rope_backward)},
+};
+const Op rms_norm_backward_op("rms_norm_backward", kNormRopeBackward);
+const Op kv_norm_rope_backward_op("kv_norm_rope_backward", kNormRopeBackward);
+
 [[maybe_unused]] bool whole_kv(const KvNormRopeParams& p) { return p.kv.size(1) % 32 == 0 && p.rope.size(1) % 16 == 0; }
 [[maybe_unused]] bool whole_turns(const ApplyRopeParams& p) { return p.rope.size(1) % 16 == 0; }
 [[maybe_unused]] bool whole_tables(const RopeRowsParams& p) { return p.frequency.size(0) % 16 == 0; }
@@ -118,6 +129,27 @@ Status validate(const KvNormRopeParams& p) {
   return v.status();
 }
 
+void validate_arguments(Validator& v, bool rotated, const NormRopeBackwardParams& p) {
+  const int64_t rows = p.x.size(0), dim = p.x.size(1);
+  v.floats(rotated ? "kv" : "x", p.x, {Validator::kAny, Validator::kAny});
+  v.view("grad", p.grad, p.x.dtype, {rows, dim});
+  if (rotated || p.weight.given()) {
+    v.floats("weight", p.weight, {dim});
+    v.view("grad_weight", p.grad_weight, p.weight.dtype, {dim});
+  }
+  if (rotated) v.rope(p.rope, rows, dim);
+  v.view(rotated ? "grad_kv" : "grad_x", p.grad_x, p.x.dtype, {rows, dim});
+}
+
+Status validate(const char* op, bool rotated, const NormRopeBackwardParams& p, const Context& context) {
+  Validator v(op);
+  validate_arguments(v, rotated, p);
+  if (v.status().is_ok()) {
+    v.workspace(p.workspace.data, p.workspace.bytes, norm_rope_backward_workspace_bytes(p, context));
+  }
+  return v.status();
+}
+
 Status validate(const ApplyRopeParams& p) {
   Validator v("apply_rope");
   const int64_t tokens = p.x.size(0), heads = p.x.size(1), head_dim = p.x.size(2);
@@ -167,6 +199,20 @@ Status query_norm_rope_backward(const QueryNormRopeBackwardParams& p, const Cont
 }
 
 Status kv_norm_rope(const KvNormRopeParams& p, const Context& c) { return kv_norm_rope_op.run(validate(p), p, c); }
+
+int64_t norm_rope_backward_workspace_bytes(const NormRopeBackwardParams& p, const Context&) {
+  Validator v("norm_rope_backward");
+  validate_arguments(v, p.rope.given(), p);
+  return v.status().is_ok() && p.weight.given() ? row_sums_bytes(p.x.size(0), p.x.size(1)) : 0;
+}
+
+Status rms_norm_backward(const NormRopeBackwardParams& p, const Context& c) {
+  return rms_norm_backward_op.run(validate("rms_norm_backward", false, p, c), p, c);
+}
+
+Status kv_norm_rope_backward(const NormRopeBackwardParams& p, const Context& c) {
+  return kv_norm_rope_backward_op.run(validate("kv_norm_rope_backward", true, p, c), p, c);
+}
 
 Status apply_rope(const ApplyRopeParams& p, const Context& c) { return apply_rope_op.run(validate(p), p, c); }
 

@@ -29,6 +29,26 @@ struct KvNormRopeParams {
 };
 Status kv_norm_rope(const KvNormRopeParams&, const Context&);
 
+// The gradients of rms_norm and kv_norm_rope, for which every rounding is the identity. With s = mean(x^2) + eps and g
+// grad, whose last R dims are rotated back: grad_x = g w s^-1/2 - x s^-3/2 mean(g w x), and grad_weight the sum of
+// g x s^-1/2 over rows. Each is rounded once. Rows are summed in float64, in groups that depend on T alone.
+struct NormRopeBackwardParams {
+  AnyView<2> grad;    // X [T, D]
+  AnyView<2> x;       // X [T, D]
+  AnyView<1> weight;  // w: bfloat16 or float32 [D], or none: ones
+  AnyView<3> rope;    // float32 [T, R / 2, 2]; none for rms_norm
+  double eps;
+  AnyView<2> grad_x;       // X [T, D]
+  AnyView<1> grad_weight;  // in the type of weight [D], given where weight is
+  Workspace workspace;
+};
+
+// What the call needs in workspace.bytes. 0 for parameters that are not valid.
+int64_t norm_rope_backward_workspace_bytes(const NormRopeBackwardParams&, const Context&);
+
+Status rms_norm_backward(const NormRopeBackwardParams&, const Context&);
+Status kv_norm_rope_backward(const NormRopeBackwardParams&, const Context&);
+
 // The last R dims of each head rotated, or rotated back, and rounded to X; the others keep their bits.
 struct ApplyRopeParams {
   AnyView<3> x;     // X [T, H, D]

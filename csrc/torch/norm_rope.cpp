@@ -88,6 +88,53 @@ Tensor kv_norm_rope(const Tensor& kv_, const Tensor& weight_, const Tensor& rope
 }
 DSV4_OP("kv_norm_rope(Tensor kv, Tensor weight, Tensor rope, float eps=1e-06) -> Tensor", kv_norm_rope)
 
+#if !defined(DSV4_TORCH_CUDA)  // see query_norm_rope_backward
+
+std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad_, const Tensor& x_,
+                                             const std::optional<Tensor>& weight_, double eps) {
+  Check check("rms_norm_backward");
+  const auto sizes = check.rows("x", x_, "n", {ScalarType::BFloat16, ScalarType::Float}, kFloats);
+  check.sized("grad", grad_, sizes, {x_.scalar_type()});
+  if (weight_.has_value()) {
+    check.tensor("weight", *weight_, {sizes.back()}, {ScalarType::BFloat16, ScalarType::Float}, {kFloats});
+  }
+  const int axes = static_cast<int>(sizes.size());
+  const Tensor grad = dense(grad_, axes), x = dense(x_, axes);
+  const std::optional<Tensor> weight = dense(weight_);
+  const Tensor grad_x = empty(sizes, x.scalar_type(), x);
+  const Tensor grad_weight =
+      weight.has_value() ? empty({sizes.back()}, weight->scalar_type(), x) : empty({0}, x.scalar_type(), x);
+  NormRopeBackwardParams params{
+      rows_view(grad), rows_view(x), view(weight), {}, eps, mutable_rows_view(grad_x), {}, {}};
+  if (weight.has_value()) params.grad_weight = mutable_view(grad_weight);
+  check.run(dsv4::rms_norm_backward, dsv4::norm_rope_backward_workspace_bytes, params, x);
+  return {grad_x, grad_weight};
+}
+DSV4_OP("rms_norm_backward(Tensor grad, Tensor x, Tensor? weight=None, float eps=1e-06) -> (Tensor, Tensor)",
+        rms_norm_backward)
+
+std::tuple<Tensor, Tensor> kv_norm_rope_backward(const Tensor& grad_, const Tensor& kv_, const Tensor& weight_,
+                                                 const Tensor& rope_, double eps) {
+  Check check("kv_norm_rope_backward");
+  const auto sizes = check.tensor("kv", kv_, {kAny, kAny}, {ScalarType::BFloat16, ScalarType::Float},
+                                  {kFloats, {"tokens", "head_dim"}});
+  check.tensor("grad", grad_, {sizes[0], sizes[1]}, {kv_.scalar_type()});
+  check.tensor("weight", weight_, {sizes[1]}, {ScalarType::BFloat16, ScalarType::Float}, {kFloats});
+  check.rope(rope_, sizes[0], sizes[1]);
+  const Tensor grad = dense(grad_), kv = dense(kv_), weight = dense(weight_), rope = dense(rope_, 2);
+  const Tensor grad_kv = empty({sizes[0], sizes[1]}, kv.scalar_type(), kv);
+  const Tensor grad_weight = empty({sizes[1]}, weight.scalar_type(), kv);
+  const NormRopeBackwardParams params{
+      view(grad), view(kv), view(weight), view(rope), eps, mutable_view(grad_kv), mutable_view(grad_weight), {}};
+  check.run(dsv4::kv_norm_rope_backward, dsv4::norm_rope_backward_workspace_bytes, params, kv);
+  return {grad_kv, grad_weight};
+}
+DSV4_OP(
+    "kv_norm_rope_backward(Tensor grad, Tensor kv, Tensor weight, Tensor rope, float eps=1e-06) -> (Tensor, Tensor)",
+    kv_norm_rope_backward)
+
+#endif
+
 // [tokens, head_dim] as [tokens, 1, head_dim].
 AnyView<3> heads_view(const Tensor& tensor, AnyView<2> rows) {
   const int64_t tokens = tensor.size(0), heads = tensor.dim() == 3 ? tensor.size(1) : 1, dim = rows.size(1);

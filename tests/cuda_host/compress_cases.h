@@ -219,4 +219,48 @@ inline std::string try_compress(const CompressCase& c, int rows_per_block = 0, b
   return c.exact ? p.wrong() : p.wrong_roughly();
 }
 
+// One whole sequence: compress_entries gives the bits that compress stores of it in plain pages, which try_compress
+// compares with the scalar kernel.
+template <class N>
+std::string try_entries(const CompressCase& one, int64_t tokens, bool rotated = false, int rows_per_block = 0) {
+  const int64_t entries = tokens / one.ratio;
+  CompressCase c = one;
+  c.format = sizeof(N) == 2 ? PageFormat::kBFloat16 : PageFormat::kFloat32;
+  c.wide_weight = sizeof(N) == 4;
+  c.page_size = entries + 1;
+  c.runs = {{0, 0, tokens}};
+  CompressProblem p(c);
+  p.rotated = rotated;
+  std::string fault = p.run();
+  if (!fault.empty()) return fault;
+  p.expect();
+  fault = c.exact ? p.wrong() : p.wrong_roughly();
+  if (!fault.empty()) return fault;
+
+  DeviceTensor<float> rope({entries, c.rope_dim / 2, 2}, c.shift);
+  for (int64_t j = 0; j < entries; ++j) {
+    for (int64_t d = 0; d < c.rope_dim; ++d) rope.at(j, d) = p.rope.at(j * c.ratio, d);
+  }
+  rope.upload();
+  DeviceTensor<N> result({entries, c.dim}, c.shift);
+  const CompressParams of = p.params(false, 0, tokens);
+  const CompressEntriesParams params = {of.kv,   of.gate, of.ape,    of.norm_weight,           rope.any<3>(),
+                                        c.ratio, of.eps,  of.rotate, result.template any<2>(), {}};
+  const Status status = rows_per_block > 0 ? sm80::compress_entries(params, rows_per_block, cuda_context())
+                                           : compress_entries(params, cuda_context());
+  if (!status.is_ok()) return status.message();
+  if (!finish_device()) return "the kernel failed";
+  result.download();
+  if (!result.intact() || !rope.intact()) return "wrote outside of the result";
+  p.pool.pages.download();
+  const int64_t page = p.pool.table.at(0, 0);
+  for (int64_t j = 0; j < entries; ++j) {
+    const int64_t from = p.pool.shift + j * c.dim * static_cast<int64_t>(sizeof(N));
+    if (memcmp(&result.at(j), &p.pool.pages.at(page, from), static_cast<size_t>(c.dim) * sizeof(N)) != 0) {
+      return "entry " + std::to_string(j) + " is not what compress stores";
+    }
+  }
+  return "";
+}
+
 }  // namespace dsv4::testing

@@ -204,4 +204,31 @@ TEST(the_op_runs_the_kernel) {
   CHECK(std::string(refused.message()) == "compress: no implementation for this device in this build");
 }
 
+template <class N>
+void check_entries(const CompressCase& c, int64_t tokens, bool rotated = false, int rows_per_block = 0) {
+  const std::string wrong = try_entries<N>(c, tokens, rotated, rows_per_block);
+  CHECK_MESSAGE(wrong.empty(), text(tokens) + "rows, ratio " + text(c.ratio) + "dim " + text(c.dim) + "rope " +
+                                   text(c.rope_dim) + "sets " + text(c.sets) + ": " + wrong);
+}
+
+TEST(entries_of_a_whole_sequence) {
+  if (no_device()) return;
+  for (const int64_t sets : {1, 2}) {
+    for (const bool exact : {false, true}) {
+      for (const int64_t tokens : {1, 3, 4, 5, 8, 23}) {
+        check_entries<bf16>({4, 64, 32, sets, {}, {}, exact}, tokens);
+        check_entries<float>({4, 96, 32, sets, {}, {}, exact}, tokens);
+      }
+      check_entries<bf16>({4, 512, 64, sets, {}, {}, exact}, 21);
+      check_entries<float>({1, 40, 8, sets, {}, {}, exact}, 5);
+      check_entries<bf16>({7, 33, 2, sets, {}, {}, exact}, 20);
+      check_entries<float>({4, 64, 32, sets, {}, {}, exact, 3, 1, 1}, 20);
+      check_entries<bf16>({4, 128, 64, sets, {}, {}, exact}, 23, true);
+      check_entries<bf16>({4, 1024, 0, sets, {}, {}, exact}, 9, true);
+    }
+    check_entries<bf16>({128, 512, 64, sets}, 260);
+    for (const int rows : {1, 2, 5, 16}) check_entries<float>({4, 96, 32, sets}, 23, false, rows);
+  }
+}
+
 }  // namespace

@@ -130,6 +130,30 @@ def test_off_bfloat16(device: CudaOnHost) -> None:
     assert set(device.references) == {"_grouped_linear_reference"}
 
 
+@pytest.mark.parametrize("rotate", [False, True])
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("weight", [torch.bfloat16, torch.float32])
+def test_entries_without_a_cache(rotate: bool, overlap: bool, weight: torch.dtype, device: CudaOnHost) -> None:
+    generator = torch.Generator().manual_seed(8)
+    channels = 128 if overlap else 64
+    case = {
+        "kv": torch.randn(23, channels, generator=generator),
+        "gate": torch.randn(23, channels, generator=generator),
+        "ape": torch.randn(4, channels, generator=generator),
+        "norm_weight": torch.randn(64, generator=generator).to(weight),
+        "rope": dsv4.ops.rope_rows(4 * torch.arange(5), dsv4.ops.rope_frequencies(32, 1e4)),
+        "ratio": 4,
+        "rotate": rotate,
+    }
+    before = device.calls()["compress_entries"]
+    got = dsv4.ops.compress_entries(**on_device(case))
+    assert device.calls()["compress_entries"] == before + 1
+    assert not device.references and not device.waits
+    expected = dsv4.ops.compress_entries(**case)
+    close = 2**-7 if weight == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(got.cpu(), expected, rtol=close, atol=close)
+
+
 DTYPES = (torch.bfloat16, torch.float32)
 
 

@@ -1,5 +1,5 @@
-"""No op that a model calls in mode `checkpoint` is left on its reference, on the CPU or on CUDA; nor is the
-gradient of the experts in a training step."""
+"""No op that a model calls in mode `checkpoint` is left on its reference, on the CPU or on CUDA; nor one that a
+training step calls on the CPU, forward or backward."""
 
 from __future__ import annotations
 
@@ -57,6 +57,29 @@ def test_no_op_runs_its_reference_on_the_cpu(called: set[str]) -> None:
     found = dsv4.ops.implementations()
     assert {op: found[op]["cpu"] for op in called if "reference" in found[op]["cpu"]} == {}
     assert not {op for op in called if op.startswith("_")}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_training_step_runs_kernels(dtype: torch.dtype) -> None:
+    """All layers, over a sequence with entries of either ratio. wo_a, a plain grouped product, is torch's."""
+    config = dsv4.Config.preset("nano")
+    model = dsv4.init(config, seed=0, quantization="off", dtype=dtype)
+    with CalledOps() as calls:
+        model(torch.randint(0, config.vocab_size, (1, 140))).float().square().mean().backward()
+    found = dsv4.ops.implementations()
+    calls.names.discard("_grouped_linear_reference")
+    assert {op: found[op]["cpu"] for op in calls.names if "reference" in found[op]["cpu"]} == {}
+    assert {
+        "compress_entries_backward",
+        "kv_norm_rope_backward",
+        "mhc_head_backward",
+        "mhc_post_backward",
+        "mhc_pre_backward",
+        "moe_experts_backward",
+        "query_norm_rope_backward",
+        "rms_norm_backward",
+        "sparse_attention_backward",
+    } == {op for op in calls.names if op.endswith("_backward")}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

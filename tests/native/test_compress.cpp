@@ -1,5 +1,6 @@
 // compress without torch: the vector kernel against the scalar one bit for bit, pages and state, on several numbers of
-// threads, between guard bands; a call in two pieces; the validation messages.
+// threads, between guard bands; a call in two pieces; compress_entries and its gradients; the validation messages.
+#include <cmath>
 #include <cstring>
 #include <string>
 
@@ -7,6 +8,7 @@
 #include "common/pages.h"
 #include "common/thread_pool.h"
 #include "native/check.h"
+#include "native/kernels.h"
 #include "ops/compress.h"
 
 namespace {
@@ -135,6 +137,125 @@ TEST(every_implementation_cut_and_thread_count) {
   }
 }
 
+// One whole sequence of 26 rows: entries, and their gradients behind them. N is float32 or bfloat16.
+template <class N>
+struct Sequence {
+  static constexpr int64_t kRows = 26;
+
+  Shape shape;
+  int64_t entries, channels;
+  Guarded<float> kv, gate, ape, rope;
+  Guarded<N> weight, grad;
+
+  explicit Sequence(const Shape& s)
+      : shape(s),
+        entries(kRows / s.ratio),
+        channels(s.sets * s.dim),
+        kv({kRows, channels}),
+        gate({kRows, channels}),
+        ape({s.ratio, channels}),
+        rope({entries, s.rope_dim / 2, 2}),
+        weight({s.dim}),
+        grad({entries, s.dim}) {
+    Random random(static_cast<uint64_t>(s.ratio * 100 + s.dim));
+    kv.fill(random, -2, 2), gate.fill(random, -6, 6), ape.fill(random, -1, 1), rope.fill(random, -1, 1);
+    weight.fill(random, 0.5f, 1.5f), grad.fill(random, -1, 1);
+  }
+
+  CompressEntriesParams params() {
+    return {kv.const_view<2>(),
+            gate.const_view<2>(),
+            ape.const_view<2>(),
+            weight.template any<1>(),
+            rope.any<3>(),
+            shape.ratio,
+            1e-6,
+            shape.rotate,
+            {},
+            {}};
+  }
+
+  Guarded<N> forward(const Context& context) {
+    Guarded<N> result({entries, shape.dim});
+    CompressEntriesParams p = params();
+    p.result = result.template any<2>();
+    testing::Scratch scratch(compress_entries_workspace_bytes(p, context));
+    p.workspace = scratch.workspace();
+    const Status status = compress_entries(p, context);
+    CHECK_MESSAGE(status.is_ok(), status.message());
+    CHECK(scratch.intact() && result.intact());
+    return result;
+  }
+
+  struct Gradients {
+    Guarded<float> kv, gate, ape;
+    Guarded<N> weight;
+  };
+  Gradients backward(const Context& context) {
+    Gradients to{Guarded<float>({kRows, channels}), Guarded<float>({kRows, channels}),
+                 Guarded<float>({shape.ratio, channels}), Guarded<N>({shape.dim})};
+    CompressEntriesBackwardParams p{grad.template any<2>(),    params(),
+                                    to.kv.template view<2>(),  to.gate.template view<2>(),
+                                    to.ape.template view<2>(), to.weight.template any<1>()};
+    testing::Scratch scratch(compress_entries_backward_workspace_bytes(p, context));
+    p.forward.workspace = scratch.workspace();
+    const Status status = compress_entries_backward(p, context);
+    CHECK_MESSAGE(status.is_ok(), status.message());
+    CHECK(scratch.intact() && to.kv.intact() && to.gate.intact() && to.ape.intact() && to.weight.intact());
+    return to;
+  }
+};
+
+template <class T>
+void check_close(const Guarded<T>& found, const Guarded<T>& expected, float close, const char* what) {
+  for (int64_t i = 0; i < found.size(); ++i) {
+    const float a = to_float(found[i]), e = to_float(expected[i]);
+    if (!(std::fabs(a - e) <= close * std::fabs(e) + 1e-6f)) {
+      CHECK_MESSAGE(false, std::string(what) + ": " + std::to_string(a) + ", expected " + std::to_string(e));
+    }
+  }
+}
+
+// Entries bit for bit; the sums of a gradient go in another order in vectors, so that one may differ by a rounding.
+template <class N>
+void whole_sequence(const Shape& shape) {
+  Sequence<N> sequence(shape);
+  ThreadPool one(1);
+  const Context scalar = testing::context_of(one, Isa::kScalar);
+  const Guarded<N> entries = sequence.forward(scalar);
+  const auto expected = sequence.backward(scalar);
+  const float close = sizeof(N) == 2 ? 1.0f / 128 : 4e-6f;
+  for (const Isa isa : {Isa::kScalar, Isa::kAvx512}) {
+    if (isa > cpu_isa()) {
+      testing::not_run("this machine has no AVX-512");
+      continue;
+    }
+    const auto found = sequence.backward(testing::context_of(one, isa));
+    check_close(found.kv, expected.kv, 4e-6f, "kv");
+    check_close(found.gate, expected.gate, 4e-6f, "gate");
+    check_close(found.ape, expected.ape, 4e-6f, "ape");
+    check_close(found.weight, expected.weight, close, "norm_weight");
+    for (const int threads : {1, 2, 3}) {
+      ThreadPool pool(threads);
+      const Context context = testing::context_of(pool, isa);
+      CHECK(sequence.forward(context).same_bits(entries));
+      const auto again = sequence.backward(context);
+      CHECK(again.kv.same_bits(found.kv) && again.gate.same_bits(found.gate));
+      CHECK(again.ape.same_bits(found.ape) && again.weight.same_bits(found.weight));
+    }
+  }
+  CHECK(sequence.kv.intact() && sequence.gate.intact() && sequence.ape.intact() && sequence.grad.intact());
+}
+
+TEST(entries_of_a_whole_sequence_and_their_gradients) {
+  for (const Shape& shape :
+       {Shape{4, 512, 64, 2, false}, Shape{4, 128, 64, 2, true}, Shape{8, 64, 32, 1, false}, Shape{1, 32, 0, 2, true},
+        Shape{5, 96, 32, 1, false}, Shape{30, 64, 32, 2, false}, Shape{3, 33, 2, 2, false}, Shape{4, 16, 4, 1, true}}) {
+    whole_sequence<float>(shape);
+    whole_sequence<bf16>(shape);
+  }
+}
+
 TEST(messages) {
   ThreadPool pool(1);
   Problem problem({4, 64, 32, 2, false});
@@ -156,6 +277,15 @@ TEST(messages) {
   problem.sequence[29] = 2;
   CHECK(message(problem.params(result, 0, Problem::kRows)) ==
         "compress: sequence must lie in [0, 2), the rows of the table, got 2");
+  Sequence<float> sequence({4, 64, 32, 2, false});
+  CompressEntriesParams entries = sequence.params();
+  Guarded<float> short_result({5, 64});
+  entries.result = short_result.any<2>();
+  CHECK(std::string(compress_entries(entries, pool.context()).message()) ==
+        "compress_entries: result must be float32 [6, 64], got float32 [5, 64]");
+  CompressEntriesBackwardParams gradients{short_result.any<2>(), sequence.params(), {}, {}, {}, {}};
+  CHECK(std::string(compress_entries_backward(gradients, pool.context()).message()) ==
+        "compress_entries_backward: grad must be float32 [6, 64], got float32 [5, 64]");
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
-// query_norm_rope, its gradient, store_window and hadamard without torch: the vector kernels against the scalar ones
-// bit for bit, on several numbers of threads, between guard bands; the encoders against all codes; the validation
+// Norms, rotations, their gradients, store_window and hadamard without torch: the vector kernels against the scalar
+// ones bit for bit, on several numbers of threads, between guard bands; the encoders against all codes; the validation
 // messages.
 #include <cmath>
 #include <cstring>
@@ -98,6 +98,77 @@ TEST(query_norm_rope_backward_of_every_shape) {
       for (const int64_t rope_dim : {int64_t{0}, dim / 32 * 32, dim / 2 * 2}) {
         gradients<bf16>(tokens, 3, dim, rope_dim);
         gradients<float>(tokens, 3, dim, rope_dim);
+      }
+    }
+  }
+}
+
+// rms_norm's with a weight and without, and kv_norm_rope's; W is the type of the weight.
+template <class X, class W>
+void row_gradients(int64_t rows, int64_t dim, int64_t rope_dim) {
+  Random random(static_cast<uint64_t>(rows * 1000 + dim));
+  Guarded<X> grad({rows, dim}), x({rows, dim});
+  Guarded<W> weight({dim});
+  Guarded<float> rope({rows, rope_dim / 2, 2});
+  grad.fill(random, -1, 1);
+  x.fill(random, -4, 4);
+  weight.fill(random, 0.5f, 1.5f);
+  fill_rope(rope, random);
+  struct Result {
+    Guarded<X> x;
+    Guarded<W> weight;
+  };
+  const auto run = [&](Isa isa, int threads, bool weighted, bool rotated) {
+    ThreadPool pool(threads);
+    const Context context = testing::context_of(pool, isa);
+    Result result{Guarded<X>({rows, dim}), Guarded<W>({weighted ? dim : 0})};
+    NormRopeBackwardParams p{
+        grad.template any<2>(), x.template any<2>(), {}, {}, 1e-6, result.x.template any<2>(), {}, {}};
+    if (weighted) p.weight = weight.template any<1>(), p.grad_weight = result.weight.template any<1>();
+    if (rotated) p.rope = rope.any<3>();
+    testing::Scratch scratch(norm_rope_backward_workspace_bytes(p, context));
+    p.workspace = scratch.workspace();
+    const Status status = rotated ? kv_norm_rope_backward(p, context) : rms_norm_backward(p, context);
+    CHECK_MESSAGE(status.is_ok() && result.x.intact() && result.weight.intact() && scratch.intact(), status.message());
+    return result;
+  };
+  const auto near = [](const auto& found, const auto& expected, float close) {
+    for (int64_t i = 0; i < found.size(); ++i) {
+      const float a = to_float(found[i]), e = to_float(expected[i]);
+      if (!(std::fabs(a - e) <= close * std::fabs(e) + 1e-6f)) {
+        CHECK_MESSAGE(false, std::to_string(a) + ", expected " + std::to_string(e));
+      }
+    }
+  };
+  for (const bool weighted : {false, true}) {
+    for (const bool rotated : {false, true}) {
+      if (rotated && !weighted) continue;
+      const Result expected = run(Isa::kScalar, 1, weighted, rotated);
+      for (const Isa isa : {Isa::kScalar, Isa::kAvx512}) {
+        if (isa > cpu_isa()) {
+          testing::not_run("this machine has no AVX-512");
+          continue;
+        }
+        const Result found = run(isa, 1, weighted, rotated);
+        for (const int threads : {2, 3}) {
+          const Result again = run(isa, threads, weighted, rotated);
+          CHECK(again.x.same_bits(found.x) && again.weight.same_bits(found.weight));
+        }
+        near(found.x, expected.x, sizeof(X) == 2 ? 1.0f / 128 : 2e-6f);
+        near(found.weight, expected.weight, sizeof(W) == 2 ? 1.0f / 128 : 2e-6f);
+      }
+    }
+  }
+  CHECK(grad.intact() && x.intact() && weight.intact() && rope.intact());
+}
+
+TEST(row_gradients_of_every_shape) {
+  for (const int64_t rows : {0, 1, 5, 300}) {
+    for (const int64_t dim : {31, 32, 96, 512}) {
+      for (const int64_t rope_dim : {int64_t{0}, dim / 32 * 32, dim / 2 * 2}) {
+        row_gradients<bf16, bf16>(rows, dim, rope_dim);
+        row_gradients<bf16, float>(rows, dim, rope_dim);
+        row_gradients<float, float>(rows, dim, rope_dim);
       }
     }
   }
@@ -310,6 +381,16 @@ TEST(messages) {
   CHECK_MESSAGE(std::string(status.message()) ==
                     "query_norm_rope_backward: grad must be float32 [2, 2, 32], got float32 [1, 2, 32]",
                 status.message());
+  Guarded<float> row({2, 32}), weight({31}), to({2, 32});
+  NormRopeBackwardParams p{row.any<2>(), row.any<2>(), weight.any<1>(), {}, 1e-6, to.any<2>(), weight.any<1>(), {}};
+  status = rms_norm_backward(p, pool.context());
+  CHECK_MESSAGE(std::string(status.message()) == "rms_norm_backward: weight must be float32 [32], got float32 [31]",
+                status.message());
+  p.weight = {};
+  status = kv_norm_rope_backward(p, pool.context());
+  CHECK_MESSAGE(
+      std::string(status.message()) == "kv_norm_rope_backward: weight must be bfloat16 or float32, got nothing",
+      status.message());
   status = hadamard({x.any<2>(), x.any<2>(), {}}, pool.context());
   CHECK_MESSAGE(std::string(status.message()) == "hadamard: the last dimension of x must be a power of two, got 12",
                 status.message());

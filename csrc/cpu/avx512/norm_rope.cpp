@@ -2,11 +2,13 @@
 // writes 2 H D bytes a row for bfloat16 and computes about 6 FLOPs an element: bound by memory. Squares are exact in
 // float32 before they are rounded, their sum is float64. Expected: 70 % of the copy bandwidth of a core.
 // Its gradient: 6 H D bytes a row, arithmetic in float64, so that the result has the error of one rounding.
-// rms_norm, kv_norm_rope: the same for rows. rope_rows: some 40 float64 operations for 8 angles, bound by these.
-// store_window: a row at a time in the first-level cache; 4.6 D bytes a row of bfloat16 into FP8 pages.
+// rms_norm, kv_norm_rope and their gradients: the same for rows; the weight's gradient is summed in float64 in a group
+// of rows' own sums, which stay in the second-level cache. rope_rows: some 40 float64 operations for 8 angles, bound by
+// these. store_window: a row at a time in the first-level cache; 4.6 D bytes a row of bfloat16 into FP8 pages.
 #include "cpu/norm_rope.h"
 
 #include "cpu/avx512/rows.h"
+#include "cpu/norm_gradient_rows.h"
 #include "cpu/page_writer.h"
 
 namespace dsv4::avx512 {
@@ -61,12 +63,6 @@ Status rotate_queries(const QueryNormRopeParams& p, const Context& context) {
   return Status::ok();
 }
 
-// 32 dims in float64.
-struct Wide {
-  __m512d of[4];
-};
-DSV4_INLINE Wide widened(Pair x) { return {{low(x.a), high(x.a), low(x.b), high(x.b)}}; }
-
 // 32 dims of a head, those from `still` on with even and odd elements apart.
 template <class X>
 DSV4_INLINE Pair head_dims(const X* head, int64_t d, int64_t still) {
@@ -75,16 +71,9 @@ DSV4_INLINE Pair head_dims(const X* head, int64_t d, int64_t still) {
 }
 // The same of a gradient, those from `still` on rotated back.
 template <class X>
-DSV4_INLINE Wide turned_back(const X* grad, int64_t d, int64_t still, const float* rope) {
+DSV4_INLINE Wide head_turned_back(const X* grad, int64_t d, int64_t still, const float* rope) {
   const Wide x = widened(head_dims(grad, d, still));
-  if (d < still) return x;
-  const Wide turn = widened(arrange(load(rope + d - still), static_cast<const bf16*>(nullptr)));
-  Wide y;
-  for (int i = 0; i < 2; ++i) {
-    y.of[i] = _mm512_fmadd_pd(x.of[i], turn.of[i], _mm512_mul_pd(x.of[i + 2], turn.of[i + 2]));
-    y.of[i + 2] = _mm512_fmsub_pd(x.of[i + 2], turn.of[i], _mm512_mul_pd(x.of[i], turn.of[i + 2]));
-  }
-  return y;
+  return d < still ? x : turned_back(x, rope + d - still);
 }
 
 template <class X>
@@ -94,7 +83,7 @@ void head_gradient(const X* q, const X* grad, int64_t dim, const float* rope, in
   const double mean = root.mean;
   __m512d sums[4] = {_mm512_setzero_pd(), _mm512_setzero_pd(), _mm512_setzero_pd(), _mm512_setzero_pd()};
   for (int64_t d = 0; d < dim; d += kStep) {
-    const Wide x = widened(head_dims(q, d, still)), g = turned_back(grad, d, still, rope);
+    const Wide x = widened(head_dims(q, d, still)), g = head_turned_back(grad, d, still, rope);
     for (int i = 0; i < 4; ++i) sums[i] = _mm512_fmadd_pd(x.of[i], g.of[i], sums[i]);
   }
   const double along =
@@ -102,7 +91,7 @@ void head_gradient(const X* q, const X* grad, int64_t dim, const float* rope, in
       (static_cast<double>(dim) * mean * Lanes::square_root(mean));
   const __m512d inverse = _mm512_set1_pd(root.inverse), less = _mm512_set1_pd(along);
   for (int64_t d = 0; d < dim; d += kStep) {
-    const Wide x = widened(head_dims(q, d, still)), g = turned_back(grad, d, still, rope);
+    const Wide x = widened(head_dims(q, d, still)), g = head_turned_back(grad, d, still, rope);
     Wide y;
     for (int i = 0; i < 4; ++i) y.of[i] = _mm512_fnmadd_pd(x.of[i], less, _mm512_mul_pd(g.of[i], inverse));
     const Pair value = {join(y.of[0], y.of[1]), join(y.of[2], y.of[3])};
@@ -141,6 +130,11 @@ Status rms_norm(const RmsNormParams& p, const Context& context) {
 Status kv_norm_rope(const KvNormRopeParams& p, const Context& context) {
   return p.kv.dtype == DType::kBFloat16 ? kv_norm_rope_rows<bf16>(Lanes(), p, context)
                                         : kv_norm_rope_rows<float>(Lanes(), p, context);
+}
+
+Status norm_rope_backward(const NormRopeBackwardParams& p, const Context& context) {
+  return p.x.dtype == DType::kBFloat16 ? norm_gradient_rows<bf16>(Lanes(), p, context)
+                                       : norm_gradient_rows<float>(Lanes(), p, context);
 }
 
 Status apply_rope(const ApplyRopeParams& p, const Context& context) {

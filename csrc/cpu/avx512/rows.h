@@ -50,6 +50,34 @@ DSV4_INLINE Pair rotated(Pair x, const float* rope, bool inverse = false) {
                _mm512_fmadd_pd(even1, sin1, _mm512_mul_pd(odd1, cos1)))};
 }
 
+// 32 dims in float64.
+struct Wide {
+  __m512d of[4];
+};
+DSV4_INLINE Wide widened(Pair x) { return {{low(x.a), high(x.a), low(x.b), high(x.b)}}; }
+
+// 16 pairs, their even and odd elements apart, rotated back.
+DSV4_INLINE Wide turned_back(Wide x, const float* rope) {
+  const Wide turn = widened(arrange(load(rope), static_cast<const bf16*>(nullptr)));
+  Wide y;
+  for (int i = 0; i < 2; ++i) {
+    y.of[i] = _mm512_fmadd_pd(x.of[i], turn.of[i], _mm512_mul_pd(x.of[i + 2], turn.of[i + 2]));
+    y.of[i + 2] = _mm512_fmsub_pd(x.of[i + 2], turn.of[i], _mm512_mul_pd(x.of[i], turn.of[i + 2]));
+  }
+  return y;
+}
+// The same of a row's dims from d on, where pairs begin at `still`, in their natural order.
+template <class X>
+DSV4_INLINE Wide turned_back(const X* row, int64_t d, int64_t still, const float* rope) {
+  const Pair x = {load16(row + d), load16(row + d + 16)};
+  if (d < still) return widened(x);
+  const Wide y = turned_back(widened(arrange(x, static_cast<const bf16*>(nullptr))), rope + d - still);
+  const __m512i first = _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11),
+                second = _mm512_setr_epi64(4, 12, 5, 13, 6, 14, 7, 15);
+  return {{_mm512_permutex2var_pd(y.of[0], first, y.of[2]), _mm512_permutex2var_pd(y.of[0], second, y.of[2]),
+           _mm512_permutex2var_pd(y.of[1], first, y.of[3]), _mm512_permutex2var_pd(y.of[1], second, y.of[3])}};
+}
+
 struct TurnLanes {
   __m512d cos, sin;
 };
@@ -193,10 +221,43 @@ struct Lanes {
     }
   }
 
+  // The sum of grad, its pairs turned back, times x and the weight, if any.
+  template <class G, class X, class W>
+  DSV4_INLINE double norm_product(const G* grad, const X* x, const W* weight, int64_t count, const float* rope,
+                                  int64_t pairs) {
+    __m512d sums[4] = {_mm512_setzero_pd(), _mm512_setzero_pd(), _mm512_setzero_pd(), _mm512_setzero_pd()};
+    for (int64_t d = 0; d < count; d += kStep) {
+      const Wide g = turned_back(grad, d, count - 2 * pairs, rope), v = wide(x + d), w = weights(weight, d);
+      for (int i = 0; i < 4; ++i) sums[i] = _mm512_fmadd_pd(_mm512_mul_pd(g.of[i], w.of[i]), v.of[i], sums[i]);
+    }
+    return _mm512_reduce_add_pd(_mm512_add_pd(_mm512_add_pd(sums[0], sums[2]), _mm512_add_pd(sums[1], sums[3])));
+  }
+
+  // result = grad, its pairs turned back, times the weight, if any, times root, less x times along; the first without
+  // the weight, times x, is added to `sums`, if any.
+  template <class G, class X, class W, class R>
+  DSV4_INLINE void norm_gradient(const G* grad, const X* x, const W* weight, int64_t count, const float* rope,
+                                 int64_t pairs, double root, double along, double* sums, R* result) {
+    const __m512d by = _mm512_set1_pd(root), less = _mm512_set1_pd(along);
+    for (int64_t d = 0; d < count; d += kStep) {
+      Wide g = turned_back(grad, d, count - 2 * pairs, rope), y;
+      const Wide v = wide(x + d), w = weights(weight, d);
+      for (int i = 0; i < 4; ++i) {
+        g.of[i] = _mm512_mul_pd(g.of[i], by);
+        y.of[i] = _mm512_fnmadd_pd(v.of[i], less, _mm512_mul_pd(g.of[i], w.of[i]));
+        if (sums == nullptr) continue;
+        double* sum = sums + d + 8 * i;
+        _mm512_storeu_pd(sum, _mm512_fmadd_pd(g.of[i], v.of[i], _mm512_loadu_pd(sum)));
+      }
+      put<float>(y.of[0], y.of[1], result + d);
+      put<float>(y.of[2], y.of[3], result + d + 16);
+    }
+  }
+
   // The row times the Hadamard matrix times `factor`, rounded to N; work has room for it in float64. Up to 128 values
   // are transformed in registers, longer rows' pieces joined in memory.
-  template <class N, class X>
-  DSV4_INLINE void hadamard(const X* row, int64_t count, double factor, double* work, X* result) {
+  template <class N, class X, class R>
+  DSV4_INLINE void hadamard(const X* row, int64_t count, double factor, double* work, R* result) {
     switch (count) {
       case 32:
         return hadamard_piece<2, N>(row, factor, result);
@@ -283,28 +344,32 @@ struct Lanes {
   template <class N>
   DSV4_INLINE void pool(const PooledRow* rows, int64_t count, int64_t dims, float* row) {
     for (int64_t d = 0; d < dims; d += kStep) {
-      __m512 most0 = gate(rows[0], d), most1 = gate(rows[0], d + 16);
-      for (int64_t i = 1; i < count; ++i) {
-        most0 = _mm512_max_ps(most0, gate(rows[i], d));
-        most1 = _mm512_max_ps(most1, gate(rows[i], d + 16));
-      }
-      const __m512d most[4] = {low(most0), high(most0), low(most1), high(most1)};
-      __m512d weights[4], values[4];
-      for (int k = 0; k < 4; ++k) weights[k] = values[k] = _mm512_setzero_pd();
+      const PoolSums sums(rows, count, d);
+      const N* type = nullptr;
+      store16(row + d, rounded16(join(sums.mean.of[0], sums.mean.of[1]), type));
+      store16(row + d + 16, rounded16(join(sums.mean.of[2], sums.mean.of[3]), type));
+    }
+  }
+
+  // The gradients of that row's positions from its own; all are in the order of `rows`.
+  DSV4_INLINE void pool_gradient(const PooledRow* rows, const PooledGradient* to, int64_t count, int64_t dims,
+                                 const double* grad) {
+    for (int64_t d = 0; d < dims; d += kStep) {
+      const PoolSums sums(rows, count, d);
+      __m512d share[4];
+      for (int k = 0; k < 4; ++k) share[k] = _mm512_div_pd(_mm512_loadu_pd(grad + d + 8 * k), sums.weights.of[k]);
       for (int64_t i = 0; i < count; ++i) {
-        const __m512 g0 = gate(rows[i], d), g1 = gate(rows[i], d + 16);
-        const __m512 v0 = load16(rows[i].kv + d), v1 = load16(rows[i].kv + d + 16);
-        const __m512d g[4] = {low(g0), high(g0), low(g1), high(g1)}, v[4] = {low(v0), high(v0), low(v1), high(v1)};
+        const Wide g = gates(rows[i], d), v = wide(rows[i].kv + d);
+        __m512d value[4], gate[4];
         for (int k = 0; k < 4; ++k) {
-          const __m512d weight = exp(_mm512_sub_pd(g[k], most[k]));
-          weights[k] = _mm512_add_pd(weights[k], weight);
-          values[k] = _mm512_fmadd_pd(weight, v[k], values[k]);
+          value[k] = _mm512_mul_pd(exp(_mm512_sub_pd(g.of[k], sums.most.of[k])), share[k]);
+          gate[k] = _mm512_mul_pd(value[k], _mm512_sub_pd(v.of[k], sums.mean.of[k]));
+        }
+        for (int half = 0; half < 2; ++half) {
+          store16(to[i].kv + d + 16 * half, join(value[2 * half], value[2 * half + 1]));
+          store16(to[i].gate + d + 16 * half, join(gate[2 * half], gate[2 * half + 1]));
         }
       }
-      for (int k = 0; k < 4; ++k) values[k] = _mm512_div_pd(values[k], weights[k]);
-      const N* type = nullptr;
-      store16(row + d, rounded16(join(values[0], values[1]), type));
-      store16(row + d + 16, rounded16(join(values[2], values[3]), type));
     }
   }
 
@@ -313,6 +378,17 @@ struct Lanes {
   }
 
  private:
+  template <class X>
+  DSV4_INLINE Wide wide(const X* row) {
+    return widened({load16(row), load16(row + 16)});
+  }
+  template <class W>
+  DSV4_INLINE Wide weights(const W* weight, int64_t d) {
+    if (weight != nullptr) return wide(weight + d);
+    const __m512d one = _mm512_set1_pd(1);
+    return {{one, one, one, one}};
+  }
+
   template <class N, class X>
   DSV4_INLINE void put(__m512d first, __m512d second, X* to) {
     store16(to, rounded16(join(first, second), static_cast<const N*>(nullptr)));
@@ -354,10 +430,36 @@ struct Lanes {
     }
   }
 
-  DSV4_INLINE __m512 gate(const PooledRow& row, int64_t d) {
-    const __m512 own = load16(row.gate + d);
-    return row.ape == nullptr ? own : _mm512_add_ps(own, load16(row.ape + d));
+  DSV4_INLINE Pair gate(const PooledRow& row, int64_t d) {
+    const Pair own = {load16(row.gate + d), load16(row.gate + d + 16)};
+    if (row.ape == nullptr) return own;
+    return {_mm512_add_ps(own.a, load16(row.ape + d)), _mm512_add_ps(own.b, load16(row.ape + d + 16))};
   }
+  DSV4_INLINE Wide gates(const PooledRow& row, int64_t d) { return widened(gate(row, d)); }
+
+  // Of 32 channels: the largest gate, the sum of the weights below it, and the weighted mean of kv.
+  struct PoolSums {
+    Wide most, weights, mean;
+
+    __attribute__((always_inline)) PoolSums(const PooledRow* rows, int64_t count, int64_t d) {
+      Pair largest = gate(rows[0], d);
+      for (int64_t i = 1; i < count; ++i) {
+        const Pair g = gate(rows[i], d);
+        largest = {_mm512_max_ps(largest.a, g.a), _mm512_max_ps(largest.b, g.b)};
+      }
+      most = widened(largest);
+      for (int k = 0; k < 4; ++k) weights.of[k] = mean.of[k] = _mm512_setzero_pd();
+      for (int64_t i = 0; i < count; ++i) {
+        const Wide g = gates(rows[i], d), v = wide(rows[i].kv + d);
+        for (int k = 0; k < 4; ++k) {
+          const __m512d weight = exp(_mm512_sub_pd(g.of[k], most.of[k]));
+          weights.of[k] = _mm512_add_pd(weights.of[k], weight);
+          mean.of[k] = _mm512_fmadd_pd(weight, v.of[k], mean.of[k]);
+        }
+      }
+      for (int k = 0; k < 4; ++k) mean.of[k] = _mm512_div_pd(mean.of[k], weights.of[k]);
+    }
+  };
 
   template <class X>
   DSV4_INLINE uint32_t largest(const X* row, int64_t count) {

@@ -1,6 +1,7 @@
 // Norms, rotations and the window's store, portable. Also the yardstick for the other kernels.
 #include "cpu/norm_rope.h"
 
+#include "cpu/norm_gradient_rows.h"
 #include "cpu/page_writer.h"
 #include "cpu/scalar/rows.h"
 
@@ -44,12 +45,7 @@ Status rotate_gradients(const QueryNormRopeBackwardParams& p, const Context& con
       const int64_t t = i / heads, h = i % heads;
       const X *q = p.query.as<const X>().at(t, h), *grad = p.grad.as<const X>().at(t, h);
       const float* rope = p.rope.as<const float>().at(t);
-      const auto turned = [&](int64_t d) -> double {  // back
-        if (d < still) return to_float(grad[d]);
-        const int64_t odd = (d - still) % 2;
-        const double cos = rope[d - still - odd], sin = rope[d - still - odd + 1];
-        return to_float(grad[d]) * cos + (odd == 1 ? -to_float(grad[d - 1]) : to_float(grad[d + 1])) * sin;
-      };
+      const auto turned = [&](int64_t d) { return turned_back(grad, d, still, rope); };
       const Root root = root_of(q, dim, p.eps);
       double along = 0;
       for (int64_t d = 0; d < dim; ++d) along += turned(d) * to_float(q[d]);
@@ -81,6 +77,11 @@ Status rms_norm(const RmsNormParams& p, const Context& context) {
 Status kv_norm_rope(const KvNormRopeParams& p, const Context& context) {
   return p.kv.dtype == DType::kBFloat16 ? kv_norm_rope_rows<bf16>(Lanes(), p, context)
                                         : kv_norm_rope_rows<float>(Lanes(), p, context);
+}
+
+Status norm_rope_backward(const NormRopeBackwardParams& p, const Context& context) {
+  return p.x.dtype == DType::kBFloat16 ? norm_gradient_rows<bf16>(Lanes(), p, context)
+                                       : norm_gradient_rows<float>(Lanes(), p, context);
 }
 
 Status apply_rope(const ApplyRopeParams& p, const Context& context) {

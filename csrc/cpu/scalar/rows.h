@@ -9,6 +9,15 @@
 
 namespace dsv4::scalar {
 
+// Element d of a row whose pairs, from `still` on, are turned back by their (cos, sin).
+template <class X>
+double turned_back(const X* row, int64_t d, int64_t still, const float* rope) {
+  if (d < still) return to_float(row[d]);
+  const int64_t odd = (d - still) % 2;
+  const double cos = rope[d - still - odd], sin = rope[d - still - odd + 1];
+  return to_float(row[d]) * cos + (odd == 1 ? -to_float(row[d - 1]) : to_float(row[d + 1])) * sin;
+}
+
 struct Lanes {
   static double square_root(double x) { return std::sqrt(x); }
 
@@ -42,8 +51,7 @@ struct Lanes {
   template <class N, class X, class W, class R>
   void scale(const X* row, int64_t count, double root, const W* weight, R* result) const {
     for (int64_t d = 0; d < count; ++d) {
-      const double factor = weight == nullptr ? 1.0 : to_float(weight[d]);
-      result[d] = from_float<R>(rounded<N>(to_float(row[d]) * root * factor));
+      result[d] = from_float<R>(rounded<N>(to_float(row[d]) * root * weight_at(weight, d)));
     }
   }
 
@@ -62,9 +70,32 @@ struct Lanes {
     }
   }
 
+  // The sum of grad, its pairs turned back, times x and the weight, if any.
+  template <class G, class X, class W>
+  double norm_product(const G* grad, const X* x, const W* weight, int64_t count, const float* rope,
+                      int64_t pairs) const {
+    double sum = 0;
+    for (int64_t d = 0; d < count; ++d) {
+      sum += turned_back(grad, d, count - 2 * pairs, rope) * to_float(x[d]) * weight_at(weight, d);
+    }
+    return sum;
+  }
+
+  // result = grad, its pairs turned back, times the weight, if any, times root, less x times along; the first without
+  // the weight, times x, is added to `sums`, if any.
+  template <class G, class X, class W, class R>
+  void norm_gradient(const G* grad, const X* x, const W* weight, int64_t count, const float* rope, int64_t pairs,
+                     double root, double along, double* sums, R* result) const {
+    for (int64_t d = 0; d < count; ++d) {
+      const double g = turned_back(grad, d, count - 2 * pairs, rope) * root;
+      put(g * weight_at(weight, d) - to_float(x[d]) * along, result + d);
+      if (sums != nullptr) sums[d] += g * to_float(x[d]);
+    }
+  }
+
   // The row times the Hadamard matrix times `factor`, rounded to N; work has room for it in float64.
-  template <class N, class X>
-  void hadamard(const X* row, int64_t count, double factor, double* work, X* result) const {
+  template <class N, class X, class R>
+  void hadamard(const X* row, int64_t count, double factor, double* work, R* result) const {
     for (int64_t d = 0; d < count; ++d) work[d] = to_float(row[d]);
     for (int64_t half = 1; half < count; half *= 2) {
       for (int64_t start = 0; start < count; start += 2 * half) {
@@ -75,7 +106,7 @@ struct Lanes {
         }
       }
     }
-    for (int64_t d = 0; d < count; ++d) result[d] = from_float<X>(rounded<N>(work[d] * factor));
+    for (int64_t d = 0; d < count; ++d) result[d] = from_float<R>(rounded<N>(work[d] * factor));
   }
 
   // Both return the block's scale.
@@ -118,14 +149,21 @@ struct Lanes {
   template <class N>
   void pool(const PooledRow* rows, int64_t count, int64_t dims, float* row) const {
     for (int64_t d = 0; d < dims; ++d) {
-      double most = -INFINITY, weights = 0, values = 0;
-      for (int64_t i = 0; i < count; ++i) most = std::fmax(most, gate(rows[i], d));
+      row[d] = rounded<N>(PoolSums(rows, count, d).mean);
+    }
+  }
+
+  // The gradients of that row's positions from its own; all are in the order of `rows`.
+  void pool_gradient(const PooledRow* rows, const PooledGradient* to, int64_t count, int64_t dims,
+                     const double* grad) const {
+    for (int64_t d = 0; d < dims; ++d) {
+      const PoolSums sums(rows, count, d);
+      const double share = grad[d] / sums.weights;
       for (int64_t i = 0; i < count; ++i) {
-        const double weight = std::exp(gate(rows[i], d) - most);
-        weights += weight;
-        values += weight * rows[i].kv[d];
+        const double value = std::exp(gate(rows[i], d) - sums.most) * share;
+        to[i].kv[d] = static_cast<float>(value);
+        to[i].gate[d] = static_cast<float>(value * (rows[i].kv[d] - sums.mean));
       }
-      row[d] = rounded<N>(values / weights);
     }
   }
 
@@ -134,9 +172,36 @@ struct Lanes {
   }
 
  private:
+  template <class W>
+  static double weight_at(const W* weight, int64_t d) {
+    return weight == nullptr ? 1.0 : to_float(weight[d]);
+  }
+
+  template <class R>
+  static void put(double value, R* to) {
+    *to = from_float<R>(static_cast<float>(value));
+  }
+  static void put(double value, double* to) { *to = value; }
+
   static double gate(const PooledRow& row, int64_t d) {
     return row.ape == nullptr ? row.gate[d] : row.gate[d] + row.ape[d];  // a sum in float32, as state holds it
   }
+
+  // Of a channel: the largest gate, the sum of the weights below it, and the weighted mean of kv.
+  struct PoolSums {
+    double most = -INFINITY, weights = 0, mean = 0;
+
+    PoolSums(const PooledRow* rows, int64_t count, int64_t d) {
+      for (int64_t i = 0; i < count; ++i) most = std::fmax(most, gate(rows[i], d));
+      double values = 0;
+      for (int64_t i = 0; i < count; ++i) {
+        const double weight = std::exp(gate(rows[i], d) - most);
+        weights += weight;
+        values += weight * rows[i].kv[d];
+      }
+      mean = values / weights;
+    }
+  };
 
   // A block that is not finite has codes of 0.
   template <class X>

@@ -2,11 +2,11 @@
 // sequence to their slots.
 //
 // Entries (compress_pool.h): a block looks through a few rows for those that complete an entry, pools it, and a warp
-// norms, rotates, quantises and writes it. Every row of kv and gate is read once from memory, 8 c D bytes (of a block's
-// 512 threads some 96 KB on their way), for some 25 instructions an element: bound by memory, 60 % of the read
-// bandwidth expected of long prompts, since the one warp keeps others waiting. An entry of 128 positions keeps its
-// block some microseconds: few of them leave a GPU idle. State: 16 c D bytes for each of at most `ring` rows a
-// sequence.
+// norms, rotates, quantises and writes it; compress_entries the same, where every row's place is known. Every row of kv
+// and gate is read once from memory, 8 c D bytes (of a block's 512 threads some 96 KB on their way), for some 25
+// instructions an element: bound by memory, 60 % of the read bandwidth expected of long prompts, since the one warp
+// keeps others waiting. An entry of 128 positions keeps its block some microseconds: few of them leave a GPU idle.
+// State: 16 c D bytes for each of at most `ring` rows a sequence.
 #include "cuda/sm80/compress.h"
 #include "cuda/sm80/compress_pool.h"
 #include "cuda/sm80/row_launch.h"
@@ -15,11 +15,11 @@ namespace dsv4::sm80 {
 
 // Norm, rotation and store of the pooled row, by the first warp. Keys: kSteps eights of each lane; rows: kSteps = 0.
 template <class N, int kSteps>
-DSV4_DEVICE void finish_entry(const CompressArguments& a, int64_t t, const PagePlaces::Place& place) {
-  const RowLanes lanes(a.lanes, t);
+DSV4_DEVICE void finish_entry(const CompressArguments& a, int64_t rope_row, const PagePlaces::Place& place) {
+  const RowLanes lanes(a.lanes, rope_row);
   const bool first_copy = ptx::thread_index() < a.lanes;  // of a row of fewer than 32 lanes
   const SharedRow row = {pool_memory(a, 0, 0, 0), a.dim};
-  const RowRope rope = row_rope(a.params.rope, t, a.dim, a.vector_rope);
+  const RowRope rope = row_rope(a.params.rope, rope_row, a.dim, a.vector_rope);
   const WeightedNorm norm = {inverse_rms(sum_of_squares<ExactSquare>(lanes, row), a.dim, a.eps), a.weight};
   const PageRow to(a.places, first_copy ? place : PagePlaces::Place{nullptr, nullptr}, lanes, a.vector_place);
   if constexpr (kSteps == 0) {
@@ -43,16 +43,20 @@ template <class N, int kSteps>
 DSV4_DEVICE void make_entries(const CompressArguments& a) {
   const int64_t first = ptx::block_index_x() * a.rows_per_block;
   for (int64_t t = first; t < first + a.rows_per_block && t < a.tokens; ++t) {
-    const int64_t at = static_cast<const int32_t*>(a.params.position.data)[t * a.params.position.stride[0]];
+    const int64_t at =
+        a.whole ? t : static_cast<const int32_t*>(a.params.position.data)[t * a.params.position.stride[0]];
     if (at < 0 || (static_cast<uint32_t>(at) + 1) % a.ratio != 0) continue;
-    const int64_t own = static_cast<const int32_t*>(a.params.sequence.data)[t * a.params.sequence.stride[0]];
-    const PagePlaces::Place place = a.places.find(own, static_cast<uint32_t>(at) / a.ratio);
+    const int64_t own =
+        a.whole ? 0 : static_cast<const int32_t*>(a.params.sequence.data)[t * a.params.sequence.stride[0]];
+    const int64_t entry = static_cast<uint32_t>(at) / a.ratio;
+    const PagePlaces::Place place =
+        a.whole ? PagePlaces::Place{a.places.data + entry * a.places.row_stride, nullptr} : a.places.find(own, entry);
     if (place.data == nullptr) continue;
     pool_entry(a, {t, own, at});
     ptx::sync_threads();
     join_pools<N>(a);
     ptx::sync_threads();
-    if (ptx::thread_index() < 32) finish_entry<N, kSteps>(a, t, place);
+    if (ptx::thread_index() < 32) finish_entry<N, kSteps>(a, a.whole ? entry : t, place);
     ptx::sync_threads();  // the next entry is pooled where this one lies
   }
 }
@@ -98,10 +102,13 @@ constexpr int64_t kBlocksAtLeast = 1024;  // before a block looks through severa
 
 bool in_fours(const float* data, int64_t stride) { return in_sixteens(data) && stride % 4 == 0; }
 
-bool whole_quads(const CompressParams& p) {
+template <class Params>
+bool whole_quads(const Params& p) {
   return p.norm_weight.size(0) % 4 == 0 && in_fours(p.kv.data, p.kv.stride[0]) &&
-         in_fours(p.gate.data, p.gate.stride[0]) && in_fours(p.ape.data, p.ape.stride[0]) &&
-         in_fours(p.state.data, p.state.stride[0]) && p.state.stride[1] % 4 == 0 && p.state.stride[2] % 4 == 0;
+         in_fours(p.gate.data, p.gate.stride[0]) && in_fours(p.ape.data, p.ape.stride[0]);
+}
+bool whole_states(const CompressParams& p) {
+  return in_fours(p.state.data, p.state.stride[0]) && p.state.stride[1] % 4 == 0 && p.state.stride[2] % 4 == 0;
 }
 
 int power_of_two(int64_t least) {
@@ -120,51 +127,89 @@ void cut_block(CompressArguments& a, int most_threads) {
   a.threads = a.quads * a.groups;
 }
 
-}  // namespace
-
-int compress_rows_per_block(const CompressParams& p) {
-  const int64_t most = p.ratio < 16 ? p.ratio : 16, rows = p.kv.size(0) / kBlocksAtLeast;
-  return static_cast<int>(rows < 1 ? 1 : rows < most ? rows : most);
-}
-
-Status compress(const CompressParams& p, int rows_per_block, const Context& context) {
-  const int64_t tokens = p.kv.size(0), dim = p.norm_weight.size(0), sets = p.kv.size(1) / dim;
-  if (tokens == 0) return Status::ok();
+// What both ops have in common; places, sequences, state and ring are still to be set.
+template <class Params>
+CompressArguments arguments_of(const Params& p, int rows_per_block) {
+  const int64_t dim = p.norm_weight.size(0);
   CompressArguments a = {};
-  a.params = p;
-  a.places = PagePlaces(p.pool, dim, 2 * p.rope.size(1), p.rotate);
+  a.params.kv = p.kv, a.params.gate = p.gate, a.params.ape = p.ape;
+  a.params.norm_weight = p.norm_weight, a.params.rope = p.rope;
   a.weight = norm_weight(p.norm_weight);
-  a.tokens = tokens;
+  a.tokens = p.kv.size(0);
   a.rows_per_block = rows_per_block;
   a.eps = two_floats(p.eps);
   a.hadamard = hadamard_scale(dim);
   a.dim = static_cast<int>(dim);
-  a.pooled = static_cast<int>(sets * p.ratio);
+  a.pooled = static_cast<int>(p.kv.size(1) / dim * p.ratio);
   a.lanes = row_lanes(dim);
   a.ratio = static_cast<uint32_t>(p.ratio);
-  a.ring = static_cast<uint32_t>(p.state.size(1) < INT32_MAX ? p.state.size(1) : INT32_MAX);
-  a.vector = whole_quads(p);
   a.vector_rope = whole_turns(p.rope, dim);
-  a.vector_place = whole_places(a.places);
-  const bool wide_keys = p.rotate && dim > 32 * 8;
+  return a;
+}
+
+Status launch_entries(const char* op, CompressArguments& a, bool rotate, const Context& context) {
+  const bool wide_keys = rotate && a.dim > 32 * 8;
   cut_block(a, wide_keys ? kWideKeyThreads : kPoolThreads);
   cuda::LaunchShape shape;
-  shape.blocks_x = (tokens + rows_per_block - 1) / rows_per_block;
+  shape.blocks_x = (a.tokens + a.rows_per_block - 1) / a.rows_per_block;
   shape.threads = a.threads;
   shape.shared_bytes = 12 * a.groups * a.dim;
-  const bool wide = p.norm_weight.dtype == DType::kFloat32;
+  const bool wide = a.params.norm_weight.dtype == DType::kFloat32;
   const auto rows = wide ? sm80_f32_compress_rows : sm80_bf16_compress_rows;
   const auto keys = wide_keys ? (wide ? sm80_f32_compress_keys_4 : sm80_bf16_compress_keys_4)
                               : (wide ? sm80_f32_compress_keys_1 : sm80_bf16_compress_keys_1);
-  const Status status = cuda::launch("compress", p.rotate ? keys : rows, shape, context, a);
+  return cuda::launch(op, rotate ? keys : rows, shape, context, a);
+}
+
+template <class Params>
+int rows_to_look_through(const Params& p) {
+  const int64_t most = p.ratio < 16 ? p.ratio : 16, rows = p.kv.size(0) / kBlocksAtLeast;
+  return static_cast<int>(rows < 1 ? 1 : rows < most ? rows : most);
+}
+
+}  // namespace
+
+int compress_rows_per_block(const CompressParams& p) { return rows_to_look_through(p); }
+
+Status compress(const CompressParams& p, int rows_per_block, const Context& context) {
+  if (p.kv.size(0) == 0) return Status::ok();
+  CompressArguments a = arguments_of(p, rows_per_block);
+  a.params = p;
+  a.places = PagePlaces(p.pool, a.dim, 2 * p.rope.size(1), p.rotate);
+  a.ring = static_cast<uint32_t>(p.state.size(1) < INT32_MAX ? p.state.size(1) : INT32_MAX);
+  a.vector = whole_quads(p) && whole_states(p);
+  a.vector_place = whole_places(a.places);
+  const Status status = launch_entries("compress", a, p.rotate, context);
   if (!status.is_ok()) return status;
+  cuda::LaunchShape shape;
+  shape.blocks_x = (a.tokens + rows_per_block - 1) / rows_per_block;
   shape.threads = kRowThreads;
-  shape.shared_bytes = 0;
   return cuda::launch("compress", sm80_f32_compress_state, shape, context, a);
 }
 
 Status compress(const CompressParams& p, const Context& context) {
   return compress(p, compress_rows_per_block(p), context);
+}
+
+Status compress_entries(const CompressEntriesParams& p, int rows_per_block, const Context& context) {
+  const int64_t entries = p.result.size(0), dim = p.result.size(1);
+  if (entries == 0) return Status::ok();
+  CompressArguments a = arguments_of(p, rows_per_block);
+  RowPool pool = {};
+  pool.plain = {
+      p.result.data, p.result.dtype, {1, entries, dim}, {entries * p.result.stride[0], p.result.stride[0], 1}};
+  pool.page_size = entries;
+  a.places = PagePlaces(pool, dim, 2 * p.rope.size(1), p.rotate);
+  a.whole = true;
+  a.params.state.data = const_cast<float*>(p.kv.data);  // never read: positions before the first do not exist
+  a.ring = 1;
+  a.vector = whole_quads(p);
+  a.vector_place = whole_places(a.places);
+  return launch_entries("compress_entries", a, p.rotate, context);
+}
+
+Status compress_entries(const CompressEntriesParams& p, const Context& context) {
+  return compress_entries(p, rows_to_look_through(p), context);
 }
 
 }  // namespace dsv4::sm80

@@ -17,4 +17,8 @@ Status compress(const CompressParams&, int rows_per_block, const Context&);
 
 Status compress(const CompressParams&, const Context&);
 
+// The same kernels: the rows are one sequence, whose entries have a row of the result and of rope each.
+Status compress_entries(const CompressEntriesParams&, int rows_per_block, const Context&);
+Status compress_entries(const CompressEntriesParams&, const Context&);
+
 }  // namespace dsv4::sm80

@@ -28,6 +28,7 @@ struct CompressArguments {
   int quads, groups, threads;
   int lanes;  // of the finished row
   uint32_t ratio, ring;
+  bool whole;  // one sequence from position 0, see compress_entries: no sequence, position, state and table
   bool vector, vector_rope, vector_place;
 };
 
@@ -63,7 +64,8 @@ struct PoolEntry {
     PoolSource s;
     s.exists = within && position >= 0;
     const int64_t from = s.exists && row >= 0 ? row : t;
-    const bool here = static_cast<const int32_t*>(p.sequence.data)[from * p.sequence.stride[0]] == own && row >= 0;
+    const bool here =
+        a.whole || (static_cast<const int32_t*>(p.sequence.data)[from * p.sequence.stride[0]] == own && row >= 0);
     s.biased = here;
     const int64_t slot = s.exists ? static_cast<uint32_t>(position) % a.ring : 0;
     const float* kept = p.state.data + own * p.state.stride[0] + slot * p.state.stride[1] + channel;

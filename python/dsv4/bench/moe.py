@@ -10,6 +10,9 @@ expert, gate and up being taken again from x; bytes: weights read and their grad
 
 moe_map, of all the model's experts, against a stable sort and a count in eager torch; both are whole numbers, so that
 nothing but equality passes. Bytes: indices, rows, offsets.
+
+moe_gate against eager torch in float32, which the definition asks for: the weights of all experts, 0 of those that were
+not chosen. FLOPs: 2 hidden a token and expert.
 """
 
 from __future__ import annotations
@@ -32,7 +35,7 @@ from dsv4.bench.transformers_cores import against_transformers, prepare_experts
 from dsv4.model.config import Config
 
 #: Ops of this family, and the tokens at once unless told otherwise.
-OPS = ("moe_map", "moe_experts", "moe_experts_backward")
+OPS = ("moe_map", "moe_gate", "moe_experts", "moe_experts_backward")
 CONTEXTS = (1, 8, 64, 2048)
 QUICK_CONTEXTS = (1, 64)
 
@@ -188,6 +191,35 @@ def _map_case(shape: str, config: Config, tokens: int, device: torch.device) -> 
     )  # fmt: skip
 
 
+def _gate_case(shape: str, config: Config, tokens: int, device: torch.device) -> Case:
+    torch.manual_seed(0)
+    hidden, experts, top_k = config.hidden_size, config.n_routed_experts, config.num_experts_per_tok
+    x = torch.randn(tokens, hidden).bfloat16().to(device)
+    weight = (torch.randn(experts, hidden) / hidden**0.5).bfloat16().to(device)
+    bias = (0.1 * torch.randn(experts)).to(device)
+
+    def eager(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        score = F.softplus(F.linear(x.to(dtype), weight.to(dtype))).sqrt()
+        indices = (score + bias).topk(top_k).indices
+        chosen = score.gather(1, indices)
+        return chosen / chosen.sum(-1, keepdim=True) * config.routed_scaling_factor, indices
+
+    def of_all(weights: Tensor, indices: Tensor) -> Tensor:
+        return weights.new_zeros(tokens, experts).scatter_(1, indices.long(), weights)
+
+    def run() -> tuple[Tensor, Tensor]:
+        return ops.moe_gate(x, weight, top_k, bias, route_scale=config.routed_scaling_factor)
+
+    def compare() -> list[Comparison]:
+        return [Comparison(of_all(*run()), of_all(*eager(torch.float32)), of_all(*eager(torch.float64)))]
+
+    return Case(
+        "moe_gate", f"{shape} tokens={tokens} hidden={hidden} experts={experts} top_k={top_k} bf16", run,
+        "eager torch float32", lambda: eager(torch.float32), compare, 2.0 * hidden * experts * tokens,
+        float(x.nbytes + weight.nbytes + bias.nbytes) + 8.0 * tokens * top_k, "float32",
+    )  # fmt: skip
+
+
 def _dequantize(codes: Tensor, scale: Tensor, to: Tensor) -> None:
     """All experts as bfloat16, one after another: the way there is four times as wide."""
     for expert in range(len(codes)):
@@ -200,6 +232,8 @@ def cases(op: str, shape: str, context: int, device: torch.device) -> Iterator[C
     config, tokens = Config.preset(shape), min(context, _MOST_ROWS)
     if op == "moe_map":
         yield _map_case(shape, config, tokens, device)
+    elif op == "moe_gate":
+        yield _gate_case(shape, config, tokens, device)
     elif op == "moe_experts":
         yield from _experts_cases(shape, config, tokens, device)
     else:

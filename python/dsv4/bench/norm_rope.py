@@ -1,4 +1,5 @@
-"""Norm, rotation, pooling and the stores into the cache against eager torch that writes bfloat16 pages.
+"""Norm, rotation, pooling and the stores into the cache against eager torch that writes bfloat16 pages, and entries
+without a cache against eager torch.
 
 `context` counts rows at once, the first of a sequence. These ops are bound by bytes: each input once, and what is
 stored. The check of a store reads the pages back, and holds them against unquantised float64; the limit is twice the
@@ -20,19 +21,25 @@ from dsv4.model.config import Config
 from dsv4.ops.layout import ROW_BLOCK, allocate_pages, locate, row_bytes, row_scale_bytes
 
 #: Ops of this family, and the rows at once unless told otherwise.
-OPS = ("query_norm_rope", "query_norm_rope_backward", "store_window", "compress")
+OPS = ("query_norm_rope", "store_window", "compress", "compress_entries")
 CONTEXTS = (4096,)
 QUICK_CONTEXTS = (256,)
 
-_HCA_RATIO = 128
+HCA_RATIO = 128
+
 _MOST_ROWS = 4096
 _CHECKED_ROWS = 64
 
 
+def eager_norm(x: Tensor, weight: Tensor | None) -> Tensor:
+    """RMS norm over the last dim, in the dtype of x."""
+    x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
+    return x if weight is None else x * weight
+
+
 def eager_norm_rope(x: Tensor, weight: Tensor | None, rope: Tensor) -> Tensor:
     """RMS norm over the last dim and the rotation of its last pairs, in the dtype of x; a row of rope for each of x."""
-    x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
-    x = x if weight is None else x * weight
+    x = eager_norm(x, weight)
     rope = rope if x.dim() == 2 else rope.unsqueeze(1)
     cos, sin = rope.to(x.dtype).unbind(-1)
     a, b = x[..., -2 * cos.shape[-1] :].unflatten(-1, (-1, 2)).unbind(-1)
@@ -41,7 +48,7 @@ def eager_norm_rope(x: Tensor, weight: Tensor | None, rope: Tensor) -> Tensor:
 
 
 def eager_entries(kv: Tensor, gate: Tensor, ape: Tensor, weight: Tensor, rope: Tensor) -> Tensor:
-    """Entries of a sequence from position 0, [tokens // ratio, head_dim]; `rope` of each entry."""
+    """Entries of a sequence from position 0, [tokens // ratio, head_dim] in weight's dtype; `rope` of each entry."""
     ratio, head_dim = len(ape), len(weight)
     kv, gate = (x[: len(x) // ratio * ratio].unflatten(0, (-1, ratio)) for x in (kv, gate))
     gate = gate + ape
@@ -52,7 +59,7 @@ def eager_entries(kv: Tensor, gate: Tensor, ape: Tensor, weight: Tensor, rope: T
             )
             for x, first in ((kv, 0.0), (gate, float("-inf")))
         )
-    return eager_norm_rope((kv * gate.softmax(1)).sum(1), weight, rope)
+    return eager_norm_rope((kv * gate.softmax(1)).sum(1).to(weight.dtype), weight, rope)
 
 
 def _quantised(rows: Tensor, rope_dim: int) -> Tensor:
@@ -62,14 +69,14 @@ def _quantised(rows: Tensor, rope_dim: int) -> Tensor:
     return torch.cat((ops.fp8_round_trip(rows[:, :nope].contiguous(), ROW_BLOCK), rows[:, nope:]), 1)
 
 
-def _rope(config: Config, position: Tensor) -> Tensor:
+def rope_of(config: Config, position: Tensor) -> Tensor:
     return ops.rope_rows(position, ops.rope_frequencies(config.qk_rope_head_dim, config.rope_theta))
 
 
 def _query_case(name: str, config: Config, tokens: int, device: torch.device) -> Case:
     heads, head_dim = config.num_attention_heads, config.head_dim
     query = torch.randn(tokens, heads, head_dim).bfloat16().to(device)
-    rope = _rope(config, torch.arange(tokens)).to(device)
+    rope = rope_of(config, torch.arange(tokens)).to(device)
 
     def compare() -> list[Comparison]:
         some, turns = query[:_CHECKED_ROWS], rope[:_CHECKED_ROWS]
@@ -81,31 +88,6 @@ def _query_case(name: str, config: Config, tokens: int, device: torch.device) ->
         "query_norm_rope", f"{name} rows={tokens} heads={heads} head_dim={head_dim} bf16",
         lambda: ops.query_norm_rope(query, rope), "eager torch bf16", lambda: eager_norm_rope(query, None, rope),
         compare, 4.0 * query.numel(), 2.0 * query.nbytes + rope.nbytes, "none",
-    )  # fmt: skip
-
-
-def _query_gradient_case(name: str, config: Config, tokens: int, device: torch.device) -> Case:
-    heads, head_dim = config.num_attention_heads, config.head_dim
-    query, grad = (torch.randn(tokens, heads, head_dim).bfloat16().to(device) for _ in range(2))
-    rope = _rope(config, torch.arange(tokens)).to(device)
-
-    def gradient(function: Callable[[Tensor, Tensor], Tensor], rows: int, dtype: torch.dtype) -> Callable[[], Tensor]:
-        """The backward pass of one forward pass, to be run any number of times."""
-        leaf = query[:rows].to(dtype).detach().requires_grad_()
-        out, seed = function(leaf, rope[:rows]), grad[:rows].to(dtype)
-        return lambda: torch.autograd.grad(out, leaf, seed, retain_graph=True)[0]
-
-    def eager(x: Tensor, turns: Tensor) -> Tensor:
-        return eager_norm_rope(x, None, turns.to(x.dtype))
-
-    def compare() -> list[Comparison]:
-        found, other = (gradient(f, _CHECKED_ROWS, torch.bfloat16)() for f in (ops.query_norm_rope, eager))
-        return [Comparison(found, other, gradient(eager, _CHECKED_ROWS, torch.float64)())]
-
-    return Case(
-        "query_norm_rope_backward", f"{name} rows={tokens} heads={heads} head_dim={head_dim} bf16",
-        gradient(ops.query_norm_rope, tokens, torch.bfloat16), "eager autograd bf16",
-        gradient(eager, tokens, torch.bfloat16), compare, 8.0 * query.numel(), 3.0 * query.nbytes + rope.nbytes, "none",
     )  # fmt: skip
 
 
@@ -148,7 +130,7 @@ def _window_case(name: str, config: Config, tokens: int, device: torch.device) -
     kv = torch.randn(tokens, config.head_dim).bfloat16().to(device)
     weight = (torch.rand(config.head_dim) + 0.5).bfloat16().to(device)
     position = torch.arange(tokens, dtype=torch.int32, device=device)
-    rope, sequence = _rope(config, position.cpu()).to(device), torch.zeros_like(position)
+    rope, sequence = rope_of(config, position.cpu()).to(device), torch.zeros_like(position)
 
     def store(pages: Tensor, table: Tensor) -> None:
         ops.store_window(kv, weight, rope, pages, table, sequence, position, page_size=BLOCK)
@@ -161,14 +143,14 @@ def _window_case(name: str, config: Config, tokens: int, device: torch.device) -
     )
 
 
-def _compress_case(name: str, config: Config, kind: str, tokens: int, device: torch.device) -> Case:
-    ratio, sets = (config.csa_ratio, 2) if kind == "csa" else (_HCA_RATIO, 1)
+def _compress_case(op: str, name: str, config: Config, kind: str, tokens: int, device: torch.device) -> Case:
+    ratio, sets = (config.csa_ratio, 2) if kind == "csa" else (HCA_RATIO, 1)
     width, page_size = sets * config.head_dim, entries_per_page(ratio)
     kv, gate = (torch.randn(tokens, width).to(device) for _ in range(2))
     ape = torch.randn(ratio, width).to(device)
     weight = (torch.rand(config.head_dim) + 0.5).bfloat16().to(device)
     position = torch.arange(tokens, dtype=torch.int32, device=device)
-    rope = _rope(config, position.cpu() // ratio * ratio).to(device)
+    rope = rope_of(config, position.cpu() // ratio * ratio).to(device)
     state = torch.zeros(1, sets * ratio, 2, width, device=device)
     sequence, entries = torch.zeros_like(position), tokens // ratio
     starts = rope[: entries * ratio : ratio]
@@ -181,18 +163,25 @@ def _compress_case(name: str, config: Config, kind: str, tokens: int, device: to
     def rows(dtype: torch.dtype) -> Tensor:
         return eager_entries(*(x.to(dtype) for x in (kv, gate, ape, weight, starts)))
 
-    nbytes = kv.nbytes + gate.nbytes + ape.nbytes + starts.nbytes + state.nbytes
-    return _store_case(
-        "compress",
-        f"{name} {kind} rows={tokens} ratio={ratio}",
-        config,
-        page_size,
-        entries,
-        store,
-        rows,
-        nbytes,
-        device,
-    )
+    def entries_of(dtype: torch.dtype) -> Tensor:
+        scale = weight.to(dtype) if dtype == torch.float64 else weight
+        return eager_entries(kv.to(dtype), gate.to(dtype), ape.to(dtype), scale, starts)
+
+    nbytes = kv.nbytes + gate.nbytes + ape.nbytes + starts.nbytes
+    text = f"{name} {kind} rows={tokens} ratio={ratio}"
+    if op == "compress":
+        return _store_case(op, text, config, page_size, entries, store, rows, nbytes + state.nbytes, device)
+
+    def make() -> Tensor:
+        return ops.compress_entries(kv, gate, ape, weight, starts, ratio)
+
+    def compare() -> list[Comparison]:
+        return [Comparison(make(), entries_of(torch.float32), entries_of(torch.float64))]
+
+    return Case(
+        op, f"{text} head_dim={config.head_dim} bf16", make, "eager torch bf16", lambda: entries_of(torch.float32),
+        compare, 0.0, nbytes + 2.0 * entries * config.head_dim, "none",
+    )  # fmt: skip
 
 
 def cases(op: str, shape: str, context: int, device: torch.device) -> Iterator[Case]:
@@ -201,11 +190,9 @@ def cases(op: str, shape: str, context: int, device: torch.device) -> Iterator[C
     config, tokens = Config.preset(shape), min(context, _MOST_ROWS)
     if op == "query_norm_rope":
         yield _query_case(shape, config, tokens, device)
-    elif op == "query_norm_rope_backward":
-        yield _query_gradient_case(shape, config, tokens, device)
     elif op == "store_window":
         yield _window_case(shape, config, tokens, device)
     else:
-        for kind, ratio in (("csa", config.csa_ratio), ("hca", _HCA_RATIO)):
+        for kind, ratio in (("csa", config.csa_ratio), ("hca", HCA_RATIO)):
             if tokens >= ratio:  # else there is no entry to store
-                yield _compress_case(shape, config, kind, tokens, device)
+                yield _compress_case(op, shape, config, kind, tokens, device)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dsv4 import ops
 from dsv4.bench.measure import Case, Comparison
-from dsv4.bench.norm_rope import eager_norm_rope
+from dsv4.bench.norm_rope import eager_norm, eager_norm_rope
 from dsv4.model.config import Config
 
 #: Ops of this family, and the rows at once unless told otherwise.
@@ -112,12 +112,9 @@ class _Rows:
     def rms_norm(self) -> Case:
         weight = (torch.rand(self.config.hidden_size) + 0.5).bfloat16().to(self.device)
 
-        def eager(x: Tensor, w: Tensor) -> Tensor:
-            return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * w
-
         return self.case(
-            "rms_norm", f"hidden={self.config.hidden_size} bf16", ops.rms_norm, eager, (self.hidden,),
-            exact=lambda x, w: eager(x.double(), w.double()), shared=(weight,),
+            "rms_norm", f"hidden={self.config.hidden_size} bf16", ops.rms_norm, eager_norm, (self.hidden,),
+            exact=lambda x, w: eager_norm(x.double(), w.double()), shared=(weight,),
         )  # fmt: skip
 
     def kv_norm_rope(self) -> Case:

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from dsv4.ops._check import Check
 from dsv4.ops._registry import register
 from dsv4.ops.layout import check_key_pages, check_row_pages, locate, owners, write_keys, write_rows
-from dsv4.ops.norm_rope import apply_rope_reference, rms_norm_reference
+from dsv4.ops.norm_rope import apply_rope_reference, norm_gradient, refuse_rope, rms_norm_reference
 from dsv4.ops.quantize import hadamard_reference
 
-__all__ = ["compress", "compress_entries", "compress_entries_reference", "compress_reference"]
+__all__ = [
+    "compress",
+    "compress_entries",
+    "compress_entries_backward_reference",
+    "compress_entries_reference",
+    "compress_reference",
+]
 
 # Elements of the largest temporary of a block of entries; it bounds memory, never changes a result.
 _BLOCK_ELEMENTS = 1 << 22
@@ -68,17 +76,15 @@ def compress(
     Raises: RuntimeError naming the argument, what it must be and what it was.
     Source: DeepSeek-V4 report, 2.3; the official inference code (Compressor).
     """
-    kernel = (
-        kv.dtype == torch.float32
-        and norm_weight.dtype in _KERNEL_FLOATS
-        and rope.dtype == torch.float32
-        and pages.dtype in (torch.uint8, *_KERNEL_FLOATS)
-    )
-    if kv.is_cuda:
-        most = _MOST_CUDA_KEY_DIMS if rotate else _MOST_CUDA_DIMS
-        kernel = kernel and norm_weight.shape[-1:].numel() <= most and ratio <= 1 << 24
+    kernel = _has_kernel(kv, norm_weight, rope, ratio, rotate) and pages.dtype in (torch.uint8, *_KERNEL_FLOATS)
     op = torch.ops.dsv4.compress if kernel else torch.ops.dsv4._compress_reference
     op(kv, gate, ape, norm_weight, rope, state, pages, table, sequence, position, ratio, eps, page_size, rotate)
+
+
+def _has_kernel(kv: Tensor, norm_weight: Tensor, rope: Tensor, ratio: int, rotate: bool) -> bool:
+    most = _MOST_CUDA_KEY_DIMS if rotate else _MOST_CUDA_DIMS
+    held = not kv.is_cuda or (norm_weight.shape[-1:].numel() <= most and ratio <= 1 << 24)
+    return held and kv.dtype == torch.float32 and norm_weight.dtype in _KERNEL_FLOATS and rope.dtype == torch.float32
 
 
 def compress_entries(
@@ -100,10 +106,12 @@ def compress_entries(
         ape: [ratio, c * head_dim] in kv's dtype.
         norm_weight: [head_dim] bfloat16, float32 or float64.
         rope: [entries, rope_dim / 2, 2] float32 or float64, (cos, sin) at `ratio * j`; entries = tokens // ratio.
-    Returns: [entries, head_dim] in norm_weight's dtype.
-    Raises: RuntimeError naming the argument, what it must be and what it was.
+    Returns: [entries, head_dim] in norm_weight's dtype. Differentiable in kv, gate, ape and norm_weight.
+    Raises: RuntimeError naming the argument, what it must be and what it was, or where a gradient of rope is wanted.
     """
-    return torch.ops.dsv4.compress_entries(kv, gate, ape, norm_weight, rope, ratio, eps, rotate)
+    kernel = _has_kernel(kv, norm_weight, rope, ratio, rotate)
+    op = torch.ops.dsv4.compress_entries if kernel else torch.ops.dsv4._compress_entries_reference
+    return op(kv, gate, ape, norm_weight, rope, ratio, eps, rotate)
 
 
 def compress_entries_reference(
@@ -116,20 +124,58 @@ def compress_entries_reference(
     eps: float = 1e-6,
     rotate: bool = False,
 ) -> Tensor:
-    head_dim = norm_weight.shape[0]
-    entries, sets = kv.shape[0] // ratio, kv.shape[1] // head_dim
+    pooled = _pool(*_windows(kv, gate, ape, norm_weight.shape[0], ratio))
+    return _finish(pooled, norm_weight, rope, eps, rotate)
+
+
+def compress_entries_backward_reference(
+    grad: Tensor,
+    kv: Tensor,
+    gate: Tensor,
+    ape: Tensor,
+    norm_weight: Tensor,
+    rope: Tensor,
+    ratio: int,
+    eps: float = 1e-6,
+    rotate: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of compress_entries in kv, gate, ape and norm_weight, for which rounding is the identity but for
+    that of the pooled row before the norm."""
+    values, gates = (x.double() for x in _windows(kv, gate, ape, norm_weight.shape[0], ratio))
+    weights = gates.softmax(dim=1)
+    pooled = (weights * values).sum(dim=1, keepdim=True)
+    turned = hadamard_reference(grad.double()) if rotate else grad.double()
+    turned = apply_rope_reference(turned, rope, inverse=True)
+    grad_pooled, grad_norm = norm_gradient(turned, pooled.squeeze(1).to(norm_weight.dtype), norm_weight, eps)
+    grad_values = weights * grad_pooled.unsqueeze(1)
+    grad_kv = _from_windows(grad_values, len(kv), ratio)
+    grad_gate = _from_windows(grad_values * (values - pooled), len(kv), ratio)
+    grad_ape = grad_gate[: len(grad) * ratio].unflatten(0, (len(grad), ratio)).sum(0)
+    return grad_kv.to(kv.dtype), grad_gate.to(kv.dtype), grad_ape.to(kv.dtype), grad_norm.to(norm_weight.dtype)
+
+
+def _windows(kv: Tensor, gate: Tensor, ape: Tensor, head_dim: int, ratio: int) -> tuple[Tensor, Tensor]:
+    """(kv, gate + ape) [entries, c * ratio, head_dim] that the entries of one whole sequence pool, oldest first."""
+    entries = kv.shape[0] // ratio
 
     def windows(x: Tensor, before: float) -> Tensor:
-        """[entries, sets * ratio, head_dim]: what each entry pools, oldest position first."""
         x = x[: entries * ratio].unflatten(0, (entries, ratio))
-        if sets == 1:
+        if x.shape[2] == head_dim:
             return x
         previous = torch.cat((x.new_full((1, ratio, head_dim), before), x[:, :, :head_dim]))[:entries]
         return torch.cat((previous, x[:, :, head_dim:]), dim=1)
 
     biased = gate + ape.repeat(entries + 1, 1)[: gate.shape[0]]
-    pooled = _pool(windows(kv, 0.0), windows(biased, float("-inf")))
-    return _finish(pooled, norm_weight, rope, eps, rotate)
+    return windows(kv, 0.0), windows(biased, float("-inf"))
+
+
+def _from_windows(x: Tensor, tokens: int, ratio: int) -> Tensor:
+    """[tokens, c * head_dim], the transpose of `_windows`: what an entry has of each row; 0 of what no entry pools."""
+    own = x[:, -ratio:]
+    if x.shape[1] > ratio:
+        own = torch.cat((torch.cat((x[1:, :ratio], torch.zeros_like(x[:1, :ratio]))), own), dim=-1)
+    rows = own.flatten(0, 1)
+    return torch.cat((rows, rows.new_zeros(tokens - len(rows), rows.shape[1])))
 
 
 def compress_reference(
@@ -290,19 +336,55 @@ def _check_entries(
     _check_rope(check, rope, kv.shape[0] // ratio, head_dim, rotate)
 
 
-for _name in ("compress", "_compress_reference"):
+def _check_entries_backward(
+    grad: Tensor,
+    kv: Tensor,
+    gate: Tensor,
+    ape: Tensor,
+    norm_weight: Tensor,
+    rope: Tensor,
+    ratio: int,
+    eps: float = 1e-6,
+    rotate: bool = False,
+) -> None:
+    check = Check("compress_entries_backward")
+    head_dim = _check_inputs(check, kv, gate, ape, norm_weight, ratio)
+    _check_rope(check, rope, kv.shape[0] // ratio, head_dim, rotate)
+    check.tensor("grad", grad, (norm_weight.dtype,), (kv.shape[0] // ratio, head_dim))
+
+
+def _entries_backward(op: str, ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
+    refuse_rope("compress_entries", ctx, 4)
+    return *getattr(torch.ops.dsv4, op)(grad, *ctx.saved_tensors, *ctx.others), None, None, None, None
+
+
+def _entries_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    ctx.save_for_backward(*inputs[:5])
+    ctx.others = inputs[5:]
+
+
+for _prefix, _suffix in (("", ""), ("_", "_reference")):  # the second takes float64, which kernels do not
     register(
-        f"{_name}(Tensor kv, Tensor gate, Tensor ape, Tensor norm_weight, Tensor rope, Tensor(a!) state, "
-        "Tensor(b!) pages, Tensor table, Tensor sequence, Tensor position, int ratio, float eps=1e-06, "
-        "int page_size=64, bool rotate=False) -> ()",
+        f"{_prefix}compress{_suffix}(Tensor kv, Tensor gate, Tensor ape, Tensor norm_weight, Tensor rope, "
+        "Tensor(a!) state, Tensor(b!) pages, Tensor table, Tensor sequence, Tensor position, int ratio, "
+        "float eps=1e-06, int page_size=64, bool rotate=False) -> ()",
         compress_reference,
         check=_check,
         fake=lambda *args, **kwargs: None,
     )
-register(
-    "compress_entries(Tensor kv, Tensor gate, Tensor ape, Tensor norm_weight, Tensor rope, int ratio, float eps=1e-06, "
-    "bool rotate=False) -> Tensor",
-    compress_entries_reference,
-    check=_check_entries,
-    recompute=True,
-)
+    register(
+        f"{_prefix}compress_entries{_suffix}(Tensor kv, Tensor gate, Tensor ape, Tensor norm_weight, Tensor rope, "
+        "int ratio, float eps=1e-06, bool rotate=False) -> Tensor",
+        compress_entries_reference,
+        check=_check_entries,
+        backward=partial(_entries_backward, f"{_prefix}compress_entries_backward{_suffix}"),
+        setup_context=_entries_context,
+    )
+    register(
+        f"{_prefix}compress_entries_backward{_suffix}(Tensor grad, Tensor kv, Tensor gate, Tensor ape, "
+        "Tensor norm_weight, Tensor rope, int ratio, float eps=1e-06, bool rotate=False) -> "
+        "(Tensor, Tensor, Tensor, Tensor)",
+        compress_entries_backward_reference,
+        check=_check_entries_backward,
+        recompute=True,
+    )

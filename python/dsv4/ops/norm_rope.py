@@ -23,11 +23,13 @@ __all__ = [
     "apply_rope",
     "apply_rope_reference",
     "kv_norm_rope",
+    "kv_norm_rope_backward_reference",
     "kv_norm_rope_reference",
     "query_norm_rope",
     "query_norm_rope_backward_reference",
     "query_norm_rope_reference",
     "rms_norm",
+    "rms_norm_backward_reference",
     "rms_norm_reference",
     "rope_frequencies",
     "rope_rows",
@@ -126,6 +128,33 @@ def rms_norm_reference(x: Tensor, weight: Tensor | None = None, eps: float = 1e-
     wide = x.double()
     y = wide * (wide.square().mean(-1, keepdim=True) + eps).rsqrt()
     return (y if weight is None else y * weight.double()).to(x.dtype).contiguous()
+
+
+def norm_gradient(grad: Tensor, x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    """The gradients of x and of the weight of an RMS norm without its rounding, in float64; that of no weight is
+    empty."""
+    wide, weighted = x.double(), grad.double() if weight is None else grad.double() * weight.double()
+    square = wide.square().mean(-1, keepdim=True) + eps
+    along = (weighted * wide).mean(-1, keepdim=True) * square.pow(-1.5)
+    grad_x = weighted * square.rsqrt() - wide * along
+    if weight is None:
+        return grad_x, wide.new_empty(0)
+    return grad_x, (grad.double() * wide * square.rsqrt()).unsqueeze(0).flatten(0, -2).sum(0)
+
+
+def rms_norm_backward_reference(
+    grad: Tensor, x: Tensor, weight: Tensor | None = None, eps: float = 1e-6
+) -> tuple[Tensor, Tensor]:
+    """The gradients of rms_norm in x and weight (empty where there is none), for which rounding is the identity."""
+    grad_x, grad_weight = norm_gradient(grad, x, weight, eps)
+    return grad_x.to(x.dtype).contiguous(), grad_weight.to(x.dtype if weight is None else weight.dtype)
+
+
+def _check_rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> None:
+    check = Check("rms_norm_backward")
+    shape = check.tensor("x", x, WIDE_FLOATS, (..., "n"))
+    check.tensor("grad", grad, (x.dtype,), tuple(shape))
+    check.optional("weight", weight, WIDE_FLOATS, (shape[-1],))
 
 
 def _check_rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> None:
@@ -232,7 +261,7 @@ def kv_norm_rope(kv: Tensor, weight: Tensor, rope: Tensor, eps: float = 1e-6) ->
         weight: [head_dim] bfloat16, float32 or float64.
         rope:   [tokens, rope_dim / 2, 2] float32 or float64, (cos, sin).
     Returns: like kv. Differentiable in kv and weight.
-    Raises: RuntimeError where a shape, dtype or device differs from the above.
+    Raises: RuntimeError where a shape, dtype or device differs from the above, or a gradient of rope is wanted.
     Source: the official inference code.
     """
     kernel = kv.dtype in _KERNEL_FLOATS and weight.dtype in _KERNEL_FLOATS and rope.dtype == torch.float32
@@ -246,6 +275,20 @@ def kv_norm_rope_reference(kv: Tensor, weight: Tensor, rope: Tensor, eps: float 
 
 def _check_kv_norm_rope(kv: Tensor, weight: Tensor, rope: Tensor, eps: float = 1e-6) -> None:
     _check_kv(Check("kv_norm_rope"), kv, weight, rope)
+
+
+def kv_norm_rope_backward_reference(
+    grad: Tensor, kv: Tensor, weight: Tensor, rope: Tensor, eps: float = 1e-6
+) -> tuple[Tensor, Tensor]:
+    """The gradients of kv_norm_rope in kv and weight, for which rounding is the identity."""
+    grad_kv, grad_weight = norm_gradient(apply_rope_reference(grad.double(), rope, inverse=True), kv, weight, eps)
+    return grad_kv.to(kv.dtype), grad_weight.to(weight.dtype)
+
+
+def _check_kv_norm_rope_backward(grad: Tensor, kv: Tensor, weight: Tensor, rope: Tensor, eps: float = 1e-6) -> None:
+    check = Check("kv_norm_rope_backward")
+    tokens, head_dim = _check_kv(check, kv, weight, rope)
+    check.tensor("grad", grad, (kv.dtype,), (tokens, head_dim))
 
 
 def store_window(
@@ -336,13 +379,34 @@ def check_rope(check: Check, rope: Tensor, tokens: int, head_dim: int) -> None:
     check.that(2 * pairs <= head_dim, f"rope must have at most {head_dim // 2} pairs, got {pairs}")
 
 
-def _refuse_rope(op: str, ctx) -> None:  # type: ignore[no-untyped-def]
-    if len(ctx.needs_input_grad) > 1 and ctx.needs_input_grad[1]:
+def refuse_rope(op: str, ctx, argument: int) -> None:  # type: ignore[no-untyped-def]
+    if ctx.needs_input_grad[argument]:
         raise RuntimeError(f"{op}: rope has no gradient; detach it")
 
 
+def _rms_norm_backward(op: str, ctx, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:  # type: ignore[no-untyped-def]
+    x, weight = ctx.saved_tensors
+    grad_x, grad_weight = getattr(torch.ops.dsv4, op)(grad, x, weight, ctx.eps)
+    return grad_x, None if weight is None else grad_weight, None
+
+
+def _rms_norm_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    x, weight, ctx.eps = inputs
+    ctx.save_for_backward(x, weight)
+
+
+def _kv_backward(op: str, ctx, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[no-untyped-def]
+    refuse_rope("kv_norm_rope", ctx, 2)
+    return *getattr(torch.ops.dsv4, op)(grad, *ctx.saved_tensors, ctx.eps), None, None
+
+
+def _kv_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    kv, weight, rope, ctx.eps = inputs
+    ctx.save_for_backward(kv, weight, rope)
+
+
 def _query_backward(op: str, ctx, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[no-untyped-def]
-    _refuse_rope("query_norm_rope", ctx)
+    refuse_rope("query_norm_rope", ctx, 1)
     return getattr(torch.ops.dsv4, op)(grad, *ctx.saved_tensors, ctx.eps), None, None
 
 
@@ -352,7 +416,7 @@ def _query_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 
 def _apply_rope_backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[no-untyped-def]
-    _refuse_rope("apply_rope", ctx)
+    refuse_rope("apply_rope", ctx, 1)
     (rope,) = ctx.saved_tensors
     return apply_rope(grad, rope, not ctx.inverse), None, None
 
@@ -367,6 +431,14 @@ for _prefix, _suffix in (("", ""), ("_", "_reference")):  # the second takes flo
         f"{_prefix}rms_norm{_suffix}(Tensor x, Tensor? weight=None, float eps=1e-06) -> Tensor",
         rms_norm_reference,
         check=_check_rms_norm,
+        backward=partial(_rms_norm_backward, f"{_prefix}rms_norm_backward{_suffix}"),
+        setup_context=_rms_norm_context,
+    )
+    register(
+        f"{_prefix}rms_norm_backward{_suffix}(Tensor grad, Tensor x, Tensor? weight=None, float eps=1e-06) -> "
+        "(Tensor, Tensor)",
+        rms_norm_backward_reference,
+        check=_check_rms_norm_backward,
         recompute=True,
     )
     register(
@@ -399,6 +471,14 @@ for _prefix, _suffix in (("", ""), ("_", "_reference")):  # the second takes flo
         f"{_prefix}kv_norm_rope{_suffix}(Tensor kv, Tensor weight, Tensor rope, float eps=1e-06) -> Tensor",
         kv_norm_rope_reference,
         check=_check_kv_norm_rope,
+        backward=partial(_kv_backward, f"{_prefix}kv_norm_rope_backward{_suffix}"),
+        setup_context=_kv_context,
+    )
+    register(
+        f"{_prefix}kv_norm_rope_backward{_suffix}(Tensor grad, Tensor kv, Tensor weight, Tensor rope, "
+        "float eps=1e-06) -> (Tensor, Tensor)",
+        kv_norm_rope_backward_reference,
+        check=_check_kv_norm_rope_backward,
         recompute=True,
     )
     register(
