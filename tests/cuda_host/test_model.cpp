@@ -182,6 +182,45 @@ TEST(ldmatrix_counts_bank_conflicts) {
   CHECK(conflicts(80) == 0);
 }
 
+// Lane l reads `bytes` at l times `stride`, some lanes alone at all.
+double bank_cycles(int bytes, int stride, int lanes = 32) {
+  simt::Options options;
+  options.count_banks = true;
+  simt::configure(options);
+  simt::forget_bank_sites();
+  const Status status = simt::run("kernel", shape_of(32, 4096), [=] {
+    const int t = ptx::thread_index();
+    for (int i = 0; i < 32; ++i)
+      ptx::store_shared_float(ptx::shared_base() + static_cast<uint32_t>(4 * (32 * i + t)), 0);
+    ptx::sync_warp();
+    const uint32_t from = ptx::shared_base() + static_cast<uint32_t>(stride * t);
+    if (t >= lanes) return;
+    if (bytes == 4) ptx::load_shared_float(from);
+    if (bytes == 8) ptx::load_shared_8(from);
+    if (bytes == 16) ptx::load_shared_16(from);
+  });
+  simt::configure({});
+  CHECK_MESSAGE(status.is_ok(), status.message());
+  const auto sites = simt::bank_sites();  // by line: the stores first
+  CHECK(sites.size() == 2 && sites[0].phases == 32 && sites[0].cycles == 32);
+  return sites.size() == 2 ? static_cast<double>(sites[1].cycles) / static_cast<double>(sites[1].phases) : 0;
+}
+
+TEST(bank_conflicts_of_every_width) {
+  CHECK(bank_cycles(4, 4) == 1);
+  CHECK(bank_cycles(4, 0) == 1);  // one word for all
+  CHECK(bank_cycles(4, 8) == 2);
+  CHECK(bank_cycles(4, 12) == 1);
+  CHECK(bank_cycles(4, 128) == 32);
+  CHECK(bank_cycles(4, 128, 5) == 5);
+  CHECK(bank_cycles(8, 8) == 1);
+  CHECK(bank_cycles(8, 16) == 2);
+  CHECK(bank_cycles(16, 16) == 1);
+  CHECK(bank_cycles(16, 32) == 2);
+  CHECK(bank_cycles(16, 80) == 1);
+  CHECK(bank_cycles(16, 112) == 1);
+}
+
 alignas(16) const uint32_t source[8] = {1, 2, 3, 4, 5, 6, 7, 8};
 
 void copy(bool commit, bool wait, bool barrier) {

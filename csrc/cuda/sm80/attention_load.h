@@ -39,8 +39,11 @@ DSV4_DEVICE ptx::Words2 decode_e4m3(uint32_t codes, uint32_t scale) {
   return ptx::Words2{{pack_exact(value[0], value[1]), pack_exact(value[2], value[3])}};
 }
 
-// Tiles of bfloat16. The pieces of a key, 16 bytes each, are permuted so that the eight rows of one ldmatrix phase lie
-// in different banks.
+// What a row's 16-byte pieces are permuted by, piece ^ turn: any eight rows' same piece lie in different banks, as one
+// ldmatrix phase reads them, and so do four neighbouring pieces, from a multiple of four on, of two rows.
+DSV4_DEVICE int turn_of_row(int row) { return (row & 1) * 4 | (row & 2) | (row >> 2 & 1); }
+
+// Tiles of bfloat16.
 struct Bf16Tile {
   static constexpr int kKeys = 32;
   static constexpr KeyForm kCopied = KeyForm::kBf16;  // rows that are copied as they are
@@ -50,7 +53,7 @@ struct Bf16Tile {
   static constexpr int kAhead = 36;
 
   static DSV4_DEVICE uint32_t address(const AttentionArguments& a, uint32_t tile, int key, int piece) {
-    return tile + static_cast<uint32_t>(key * a.tile_row + (piece ^ (key & 7)) * 16);
+    return tile + static_cast<uint32_t>(key * a.tile_row + (piece ^ turn_of_row(key)) * 16);
   }
   // Eight dims of a key.
   static DSV4_DEVICE void store(const AttentionArguments& a, uint32_t tile, int key, int eight, const Words4& bf16s) {
@@ -187,10 +190,16 @@ struct TileLoader {
     }
     const int block = piece / 4;
     const uint32_t scale = (block < 4 ? scales.word[0] : scales.word[1]) >> (8 * (block % 4)) & 0xFFu;
-    const ptx::Words2 a0 = decode_e4m3(value.word[0], scale), a1 = decode_e4m3(value.word[1], scale);
-    const ptx::Words2 b0 = decode_e4m3(value.word[2], scale), b1 = decode_e4m3(value.word[3], scale);
-    Tile::store(a, tile, key(), 2 * piece, Words4{{a0.word[0], a0.word[1], a1.word[0], a1.word[1]}});
-    Tile::store(a, tile, key(), 2 * piece + 1, Words4{{b0.word[0], b0.word[1], b1.word[0], b1.word[1]}});
+    // Of eight threads that are served together half begin with their second eight codes, or two would meet in a bank.
+    const int late = ptx::thread_index() >> 2 & 1;
+    DSV4_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      const int eight = i ^ late;
+      const uint32_t first = eight == 0 ? value.word[0] : value.word[2];
+      const uint32_t second = eight == 0 ? value.word[1] : value.word[3];
+      const ptx::Words2 low = decode_e4m3(first, scale), high = decode_e4m3(second, scale);
+      Tile::store(a, tile, key(), 2 * piece + eight, Words4{{low.word[0], low.word[1], high.word[0], high.word[1]}});
+    }
   }
 
   // Zeros after a row of an odd number of eights.

@@ -36,7 +36,7 @@ struct AttentionShared : TilePair<Bf16Tile> {
   }
   // Eight keys' numerators.
   DSV4_DEVICE uint32_t numerator(int head, int piece) const {
-    return scores + static_cast<uint32_t>(head * kScoreRow + (piece ^ (head & 7)) * 16);
+    return scores + static_cast<uint32_t>(head * kScoreRow + (piece ^ turn_of_row(head)) * 16);
   }
 };
 

@@ -123,6 +123,19 @@ DSV4_DEVICE uint32_t pool_memory(const CompressArguments& a, int group, int part
   return ptx::shared_base() + static_cast<uint32_t>(((group * 3 + part) * a.dim + column) * 4);
 }
 
+// Four channels from `column` on, as far as there are any.
+DSV4_DEVICE void store_quad(const CompressArguments& a, int group, int part, int column, const float (&value)[4]) {
+  const uint32_t to = pool_memory(a, group, part, column);
+  if (a.dim % 4 == 0) {
+    ptx::store_shared_16(to, pack(value));
+    return;
+  }
+  DSV4_UNROLL
+  for (int c = 0; c < 4; ++c) {
+    if (column + c < a.dim) ptx::store_shared_float(to + static_cast<uint32_t>(4 * c), value[c]);
+  }
+}
+
 // Every thread's sums of its channels to shared memory.
 DSV4_DEVICE void pool_entry(const CompressArguments& a, const PoolEntry& entry) {
   const int group = ptx::thread_index() / a.quads, share = (a.pooled + a.groups - 1) / a.groups;
@@ -131,13 +144,9 @@ DSV4_DEVICE void pool_entry(const CompressArguments& a, const PoolEntry& entry) 
     PoolSum sum;
     sum.clear();
     for (int first = begin; first < end; first += kPoolBatch) pool_batch(a, entry, first, end, column, sum);
-    DSV4_UNROLL
-    for (int c = 0; c < 4; ++c) {
-      if (column + c >= a.dim) continue;
-      ptx::store_shared_float(pool_memory(a, group, 0, column + c), sum.most[c]);
-      ptx::store_shared_float(pool_memory(a, group, 1, column + c), sum.weight[c]);
-      ptx::store_shared_float(pool_memory(a, group, 2, column + c), sum.value[c]);
-    }
+    store_quad(a, group, 0, column, sum.most);
+    store_quad(a, group, 1, column, sum.weight);
+    store_quad(a, group, 2, column, sum.value);
   }
 }
 
@@ -164,6 +173,7 @@ struct SharedRow {
 
   DSV4_DEVICE float one(int column) const { return ptx::load_shared_float(data + static_cast<uint32_t>(4 * column)); }
   DSV4_DEVICE void eight(int column, float (&value)[8]) const {
+    if (dim % 8 == 0 && column < dim) return load_shared_eight(data, column / 8, value);
     DSV4_UNROLL
     for (int e = 0; e < 8; ++e) value[e] = column + e < dim ? one(column + e) : 0.0f;
   }

@@ -144,13 +144,7 @@ DSV4_DEVICE void write_inner(const ExpertArguments& a, const ExpertTile& tile, i
     const int token = base + ptx::thread_index() / 16;
     float value[8] = {};
     if (token < tile.count) {
-      DSV4_UNROLL
-      for (int half = 0; half < 2; ++half) {
-        const uint32_t from = inner + static_cast<uint32_t>(token * kInnerRow + unit * 32 + half * 16);
-        const Words4 piece = ptx::load_shared_16(from);
-        DSV4_UNROLL
-        for (int i = 0; i < 4; ++i) value[4 * half + i] = float_from_bits(piece.word[i]);
-      }
+      load_shared_eight(inner + static_cast<uint32_t>(token * kInnerRow), unit, value);
     }
     store_inner(a, tile, token, block, unit, value);
   }

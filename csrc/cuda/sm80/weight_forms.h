@@ -79,12 +79,18 @@ struct WeightUnit<WeightForm::kFp8> {
 
 struct Fp4Unit {
   static constexpr int kRowBytes = kBlockInputs / 2;
-  ptx::Words2 codes;
+  Words4 codes;  // of both halves: eight bytes of each lane would meet half of the banks twice
 
   static DSV4_DEVICE int place(int, int piece) { return piece; }
 
   DSV4_DEVICE void load(uint32_t rows, int row, int quarter, int half, int unit) {
-    if (unit == 0) codes = ptx::load_shared_8(rows + static_cast<uint32_t>(row * kRowBytes + quarter * 16 + half * 8));
+    if (unit != 0) return;
+    if (half == 0) {
+      codes = ptx::load_shared_16(rows + static_cast<uint32_t>(row * kRowBytes + quarter * 16));
+    } else {
+      codes.word[0] = codes.word[2];
+      codes.word[1] = codes.word[3];
+    }
   }
 
   // Moved into the fields of a bfloat16 a code is its value times 2^-126.

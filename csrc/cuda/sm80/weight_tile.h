@@ -257,9 +257,9 @@ class WeightTile {
   }
 
   DSV4_DEVICE void multiply(uint32_t block, const TileScales<kForm, kM>& scales, int plane) {
+    Unit unit[kM][2];
     DSV4_UNROLL_IF(false)
     for (int half = 0; half < 2; ++half) {
-      Unit unit[kM][2];
       DSV4_UNROLL
       for (int u = 0; u < kUnits; ++u) {
         DSV4_UNROLL

@@ -94,6 +94,7 @@ std::string Block::run(const std::function<void()>& body, int64_t x, int64_t y) 
     current_->fiber->enter();
     if (current_->done) --left;
   }
+  for (Warp& warp : warps_) warp.accesses.settle();
   ++total.blocks;
   return fault_;
 }
@@ -125,6 +126,10 @@ void Block::maybe_yield() {
   if (options_.schedule != Schedule::kRandom || random_() % 16 != 0) return;
   ready_.push_back(current_->index);
   current_->fiber->leave();
+}
+
+void Block::count_banks(Site site, uint32_t address, int bytes) {
+  if (options_.count_banks) warps_[current_->index / 32].accesses.add(current_->index % 32, site, address, bytes);
 }
 
 void Block::wait(const char* what, Site site) {
@@ -175,6 +180,7 @@ void Block::barrier(const char* kind, int id, int threads, Site site) {
   for (size_t w = 0; w < lanes.size(); ++w) {
     const int whole = std::min(32, static_cast<int>(threads_.size() - 32 * w));
     if (lanes[w] != 0 && lanes[w] != whole) fail(site, "a warp came to the barrier without all its lanes");
+    if (lanes[w] != 0) warps_[w].accesses.settle();
   }
   join_clocks(barrier.arrived);
   for (const int t : barrier.arrived) wake(t);
@@ -193,6 +199,7 @@ void Block::collective(Collective kind, const char* name, Site site, const Lane&
   warp.lane[current_->index % 32] = lane;
   if (++warp.arrived < lanes) return wait(name, site);
   if (lanes < 32) fail(site, "whole warps only: the block's last warp has fewer than 32 lanes");
+  warp.accesses.settle();
   perform(warp, first, lanes);
   warp.arrived = 0;
   for (int l = 0; l < lanes; ++l) wake(first + l);

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "cuda/common/launch.h"
+#include "simt/banks.h"
 #include "simt/control.h"
 #include "simt/fiber.h"
 
@@ -51,6 +52,7 @@ struct Warp {
   Site site = {};
   int arrived = 0;
   Lane lane[32];
+  WarpAccesses accesses;
 };
 
 struct Barrier {
@@ -110,6 +112,7 @@ class Block {
   void advance(int thread) { ++clock(thread)[thread]; }
 
   void maybe_yield();
+  void count_banks(Site site, uint32_t address, int bytes);
   void barrier(const char* kind, int id, int threads, Site site);
   // Returns when all lanes have come and the last of them has done the work for all.
   void collective(Collective kind, const char* name, Site site, const Lane& lane);

@@ -20,6 +20,7 @@ struct Options {
   uint64_t seed = 0;
   const char* skip_file = nullptr;  // leave out every synchronisation of this line
   int skip_line = 0;
+  bool count_banks = false;  // see bank_sites
 };
 
 struct SyncSite {
@@ -27,6 +28,21 @@ struct SyncSite {
   std::string file;
   int line;
 };
+
+// A line that reads or writes shared memory, over all warps and passes while Options::count_banks was set. A GPU serves
+// a warp's access of 4, 8 or 16 bytes a lane in phases of 32, 16 or 8 lanes, each in as many cycles as one of the 32
+// banks has different words to give. Lanes' accesses of a line between two collectives or barriers are taken together
+// in their order, as a warp that runs in step makes them.
+struct BankSite {
+  std::string file;
+  int line;
+  int bytes;       // of a lane
+  int64_t phases;  // cycles without any conflict
+  int64_t cycles;
+};
+
+std::vector<BankSite> bank_sites();
+void forget_bank_sites();
 
 struct Counters {
   int64_t blocks = 0;

@@ -78,6 +78,7 @@ void load_shared(uint32_t address, void* value, int bytes, Site site) {
   Block& b = block();
   b.maybe_yield();
   const int t = b.current().index;
+  b.count_banks(site, address, bytes);
   check(b, site, b.shared().load(t, b.clock(t), address, value, bytes));
 }
 
@@ -85,6 +86,7 @@ void store_shared(uint32_t address, const void* value, int bytes, Site site) {
   Block& b = block();
   b.maybe_yield();
   const int t = b.current().index;
+  b.count_banks(site, address, bytes);
   check(b, site, b.shared().store(t, b.clock(t), address, value, bytes));
 }
 
