@@ -40,11 +40,12 @@ DSV4_HOST_DEVICE int64_t compress_slots_bytes(const CompressEntriesParams& p, co
 }
 
 // Of a group of entries: the above, where their gradients go, the gradient of the finished row in float32 and of the
-// pooled one in float64. After them the groups' sums.
+// pooled one in float64, the weights of some channels. After them the groups' sums.
+inline constexpr int64_t kPoolChannels = 32;
 DSV4_HOST_DEVICE int64_t compress_gradient_slot_bytes(const CompressEntriesParams& p) {
   const int64_t head_dim = p.norm_weight.size(0);
   return compress_slot_bytes(p) + list_bytes<PooledGradient>(pooled_positions(p)) + row_slot_bytes(head_dim) +
-         row_slot_bytes(2 * head_dim);
+         row_slot_bytes(2 * head_dim) + row_slot_bytes(2 * kPoolChannels * pooled_positions(p));
 }
 DSV4_HOST_DEVICE int64_t compress_gradient_bytes(const CompressEntriesBackwardParams& p, const Context& context) {
   const int64_t groups = row_groups(p.grad.size(0));

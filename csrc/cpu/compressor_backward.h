@@ -13,7 +13,7 @@ namespace {
 // What a thread works in.
 struct GradientSlot {
   float *row, *turned;
-  double *work, *pooled_gradient;
+  double *work, *pooled_gradient, *weights;
   PooledRow* pooled;
   PooledGradient* targets;
 
@@ -24,6 +24,7 @@ struct GradientSlot {
     turned = arena.take<float>(dim);
     work = arena.take<double>(dim);
     pooled_gradient = arena.take<double>(dim);
+    weights = arena.take<double>(kPoolChannels * positions);
     pooled = arena.take<PooledRow>(positions);
     targets = arena.take<PooledGradient>(positions);
   }
@@ -47,7 +48,7 @@ DSV4_HOST_DEVICE void entry_gradient(const L& lanes, const CompressEntriesBackwa
   each_pooled_row(f, j, [&](int64_t row, int64_t channel) {
     *target++ = {p.grad_kv.at(row, channel), p.grad_gate.at(row, channel)};
   });
-  lanes.pool_gradient(slot.pooled, slot.targets, count, dim, slot.pooled_gradient);
+  lanes.pool_gradient(slot.pooled, slot.targets, count, dim, slot.pooled_gradient, slot.weights);
 }
 
 // Rows past the last entry; with overlap, the first channels of the last entry's own rows, which no later one pools.

@@ -72,24 +72,31 @@ TEST(index) {
   }
 }
 
+// FP4 codes in the largest tiles are read twice, eight bytes a lane, which meet half of the banks: their sums leave no
+// registers to keep codes in.
 TEST(linears) {
   for (const LinearOp op : {LinearOp::kFp8, LinearOp::kFp4, LinearOp::kGrouped, LinearOp::kDense}) {
     for (const bool wide : {false, true}) {
       for (const sm80::LinearTile& tile : kLinearTiles) {
         const std::string what = "op " + std::to_string(static_cast<int>(op)) + " tile " +
                                  std::to_string(static_cast<int>(tile)) + (wide ? " float32" : "");
-        check_banks(what, [&] { return try_linear({op, 70, 512, 128, 1, wide, wide, false}, &tile); });
+        const bool many = tile == sm80::LinearTile::kMany && op == LinearOp::kFp4 && !wide;
+        check_banks(what, [&] { return try_linear({op, 70, 512, 128, 1, wide, wide, false}, &tile); }, many ? 2 : 1);
       }
     }
   }
 }
 
-// Lanes without a token leave out their part of a pass, and are counted with the next.
+// Lanes without a token leave out their part of a pass, and are counted with the next. Many tokens of FP4 experts: as
+// linears.
 TEST(experts) {
   for (const WeightFormat format : {WeightFormat::kPlain, WeightFormat::kFp8, WeightFormat::kFp4}) {
-    for (const sm80::ExpertCut& cut : {sm80::ExpertCut{4096, false, false, true}, {4096, true, true, false}}) {
+    for (const bool many : {false, true}) {
+      const sm80::ExpertCut cut = {4096, many, many, !many};
       const MoeCase c = {24, 256, 136, 3, 2, format, format, format, 128};
-      check_banks("format " + std::to_string(static_cast<int>(format)), [&] { return try_moe<bf16>(c, &cut); }, 1.1);
+      check_banks(
+          "format " + std::to_string(static_cast<int>(format)), [&] { return try_moe<bf16>(c, &cut); },
+          many && format == WeightFormat::kFp4 ? 2 : 1.1);
     }
   }
 }

@@ -1,7 +1,7 @@
 // compress: an entry at a time. Every row of kv and gate is read once from memory, 8 c D bytes, and pooled in c = 1 or
 // 2 entries at one float64 exponential a channel, some 20 operations in registers of eight: about as long as the
 // reading. Writing is 1/ratio of a row. Expected: half the read bandwidth of a core. The gradients read the rows twice,
-// the second time from the cache, write as much, and take the exponential three times: bound by arithmetic.
+// the second time from the cache, write as much, and take the exponential twice: bound by arithmetic.
 #include "cpu/compress.h"
 
 #include "cpu/avx512/rows.h"

@@ -344,25 +344,27 @@ struct Lanes {
   template <class N>
   DSV4_INLINE void pool(const PooledRow* rows, int64_t count, int64_t dims, float* row) {
     for (int64_t d = 0; d < dims; d += kStep) {
-      const PoolSums sums(rows, count, d);
+      const PoolSums sums(rows, count, d, nullptr);
       const N* type = nullptr;
       store16(row + d, rounded16(join(sums.mean.of[0], sums.mean.of[1]), type));
       store16(row + d + 16, rounded16(join(sums.mean.of[2], sums.mean.of[3]), type));
     }
   }
 
-  // The gradients of that row's positions from its own; all are in the order of `rows`.
+  // The gradients of that row's positions from its own; all are in the order of `rows`. work: of kPoolChannels numbers
+  // a position.
   DSV4_INLINE void pool_gradient(const PooledRow* rows, const PooledGradient* to, int64_t count, int64_t dims,
-                                 const double* grad) {
+                                 const double* grad, double* work) {
+    static_assert(kStep == kPoolChannels, "what a position keeps");
     for (int64_t d = 0; d < dims; d += kStep) {
-      const PoolSums sums(rows, count, d);
+      const PoolSums sums(rows, count, d, work);
       __m512d share[4];
       for (int k = 0; k < 4; ++k) share[k] = _mm512_div_pd(_mm512_loadu_pd(grad + d + 8 * k), sums.weights.of[k]);
       for (int64_t i = 0; i < count; ++i) {
-        const Wide g = gates(rows[i], d), v = wide(rows[i].kv + d);
+        const Wide v = wide(rows[i].kv + d);
         __m512d value[4], gate[4];
         for (int k = 0; k < 4; ++k) {
-          value[k] = _mm512_mul_pd(exp(_mm512_sub_pd(g.of[k], sums.most.of[k])), share[k]);
+          value[k] = _mm512_mul_pd(_mm512_loadu_pd(work + i * kStep + 8 * k), share[k]);
           gate[k] = _mm512_mul_pd(value[k], _mm512_sub_pd(v.of[k], sums.mean.of[k]));
         }
         for (int half = 0; half < 2; ++half) {
@@ -437,23 +439,25 @@ struct Lanes {
   }
   DSV4_INLINE Wide gates(const PooledRow& row, int64_t d) { return widened(gate(row, d)); }
 
-  // Of 32 channels: the largest gate, the sum of the weights below it, and the weighted mean of kv.
+  // Of 32 channels: the sum of the weights, of which the largest is 1, and the weighted mean of kv. The weights
+  // themselves go to `kept`, if anywhere.
   struct PoolSums {
-    Wide most, weights, mean;
+    Wide weights, mean;
 
-    __attribute__((always_inline)) PoolSums(const PooledRow* rows, int64_t count, int64_t d) {
+    __attribute__((always_inline)) PoolSums(const PooledRow* rows, int64_t count, int64_t d, double* kept) {
       Pair largest = gate(rows[0], d);
       for (int64_t i = 1; i < count; ++i) {
         const Pair g = gate(rows[i], d);
         largest = {_mm512_max_ps(largest.a, g.a), _mm512_max_ps(largest.b, g.b)};
       }
-      most = widened(largest);
+      const Wide most = widened(largest);
       for (int k = 0; k < 4; ++k) weights.of[k] = mean.of[k] = _mm512_setzero_pd();
       for (int64_t i = 0; i < count; ++i) {
         const Wide g = gates(rows[i], d), v = wide(rows[i].kv + d);
         for (int k = 0; k < 4; ++k) {
           const __m512d weight = exp(_mm512_sub_pd(g.of[k], most.of[k]));
           weights.of[k] = _mm512_add_pd(weights.of[k], weight);
+          if (kept != nullptr) _mm512_storeu_pd(kept + i * kStep + 8 * k, weight);
           mean.of[k] = _mm512_fmadd_pd(weight, v.of[k], mean.of[k]);
         }
       }

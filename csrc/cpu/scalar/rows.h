@@ -154,8 +154,8 @@ struct Lanes {
   }
 
   // The gradients of that row's positions from its own; all are in the order of `rows`.
-  void pool_gradient(const PooledRow* rows, const PooledGradient* to, int64_t count, int64_t dims,
-                     const double* grad) const {
+  void pool_gradient(const PooledRow* rows, const PooledGradient* to, int64_t count, int64_t dims, const double* grad,
+                     double*) const {
     for (int64_t d = 0; d < dims; ++d) {
       const PoolSums sums(rows, count, d);
       const double share = grad[d] / sums.weights;

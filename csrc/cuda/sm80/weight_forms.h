@@ -51,7 +51,7 @@ struct WeightUnit<WeightForm::kFp8> {
 
   static DSV4_DEVICE int place(int row, int piece) { return piece ^ (row & 1); }
 
-  DSV4_DEVICE void load(uint32_t rows, int row, int quarter, int half, int unit) {
+  DSV4_DEVICE void load(uint32_t rows, int row, int quarter, int half, int unit, bool) {
     if (unit != 0) return;
     codes = ptx::load_shared_16(rows + static_cast<uint32_t>(row * kRowBytes + place(row, 2 * quarter + half) * 16));
     special = 0;
@@ -79,17 +79,21 @@ struct WeightUnit<WeightForm::kFp8> {
 
 struct Fp4Unit {
   static constexpr int kRowBytes = kBlockInputs / 2;
-  Words4 codes;  // of both halves: eight bytes of each lane would meet half of the banks twice
+  Words4 codes;
 
   static DSV4_DEVICE int place(int, int piece) { return piece; }
 
-  DSV4_DEVICE void load(uint32_t rows, int row, int quarter, int half, int unit) {
+  // keep: both halves are read at once and kept, since eight bytes of each lane meet half of the banks, twice.
+  DSV4_DEVICE void load(uint32_t rows, int row, int quarter, int half, int unit, bool keep) {
     if (unit != 0) return;
-    if (half == 0) {
-      codes = ptx::load_shared_16(rows + static_cast<uint32_t>(row * kRowBytes + quarter * 16));
+    const uint32_t from = rows + static_cast<uint32_t>(row * kRowBytes + quarter * 16);
+    if (!keep) {
+      const ptx::Words2 own = ptx::load_shared_8(from + static_cast<uint32_t>(half * 8));
+      codes.word[0] = own.word[0], codes.word[1] = own.word[1];
+    } else if (half == 0) {
+      codes = ptx::load_shared_16(from);
     } else {
-      codes.word[0] = codes.word[2];
-      codes.word[1] = codes.word[3];
+      codes.word[0] = codes.word[2], codes.word[1] = codes.word[3];
     }
   }
 
@@ -140,7 +144,7 @@ struct WeightUnit<WeightForm::kBFloat16> {
 
   static DSV4_DEVICE int place(int row, int piece) { return piece ^ (row & 1) * 4; }
 
-  DSV4_DEVICE void load(uint32_t rows, int row, int quarter, int half, int unit) {
+  DSV4_DEVICE void load(uint32_t rows, int row, int quarter, int half, int unit, bool) {
     const int piece = 8 * half + 4 * unit + quarter;
     values = ptx::load_shared_16(rows + static_cast<uint32_t>(row * kRowBytes + place(row, piece) * 16));
   }
@@ -158,7 +162,7 @@ struct WeightUnit<WeightForm::kFloat32> {
 
   static DSV4_DEVICE int place(int row, int piece) { return piece ^ (row & 1); }
 
-  DSV4_DEVICE void load(uint32_t rows, int row, int quarter, int half, int unit) {
+  DSV4_DEVICE void load(uint32_t rows, int row, int quarter, int half, int unit, bool) {
     DSV4_UNROLL
     for (int i = 0; i < 2; ++i) {
       const int piece = 16 * half + 8 * unit + 2 * quarter + i;

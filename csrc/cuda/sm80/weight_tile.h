@@ -257,6 +257,7 @@ class WeightTile {
   }
 
   DSV4_DEVICE void multiply(uint32_t block, const TileScales<kForm, kM>& scales, int plane) {
+    constexpr bool kKeep = kM * kN < 16;  // else the sums need the registers
     Unit unit[kM][2];
     DSV4_UNROLL_IF(false)
     for (int half = 0; half < 2; ++half) {
@@ -265,7 +266,7 @@ class WeightTile {
         DSV4_UNROLL
         for (int i = 0; i < 2 * kM; ++i) {
           const uint32_t rows = block + static_cast<uint32_t>((first_row_ + 8 * i) * Unit::kRowBytes);
-          unit[i / 2][i % 2].load(rows, lane_ / 4, lane_ % 4, half, u);
+          unit[i / 2][i % 2].load(rows, lane_ / 4, lane_ % 4, half, u, kKeep);
         }
         const uint32_t tokens = block + tokens_at_ + static_cast<uint32_t>(half * 128 + (u ^ lane_ / 4 % 2) * 64);
         DSV4_UNROLL
