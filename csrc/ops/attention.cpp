@@ -29,6 +29,8 @@ bool whole_steps_backward(const SparseAttentionBackwardParams& p) { return whole
 bool in_bf16_backward(const SparseAttentionBackwardParams& p) { return in_bf16(p.forward); }
 
 constexpr Candidate<SparseAttentionBackwardParams> kSparseAttentionBackward[] = {
+    {"sm80", Isa::kSm80, DSV4_SM80(sm80::sparse_attention_backward),
+     DSV4_SM80(sm80::accepts_sparse_attention_backward)},
     {"amx", Isa::kAmx, DSV4_AMX(amx::sparse_attention_backward), in_bf16_backward},
     {"avx512", Isa::kAvx512, DSV4_AVX512(avx512::sparse_attention_backward), whole_steps_backward},
     {"scalar", Isa::kScalar, DSV4_SCALAR(scalar::sparse_attention_backward)},
@@ -140,8 +142,14 @@ int64_t sparse_attention_backward_workspace_bytes(const SparseAttentionBackwardP
   Validator v("sparse_attention_backward");
   validate_arguments(v, p.forward);
   int64_t bytes = 0;
-  if (!v.status().is_ok() || context.device != Device::kCpu) return bytes;
+  if (!v.status().is_ok()) return bytes;
   [[maybe_unused]] const auto at_least = [&](int64_t needed) { bytes = needed > bytes ? needed : bytes; };
+  if (context.device == Device::kCuda) {
+#if defined(DSV4_WITH_SM80)
+    at_least(sm80::sparse_attention_backward_workspace_bytes(p, context));
+#endif
+    return bytes;
+  }
 #if defined(DSV4_WITH_CPU)
   at_least(scalar::sparse_attention_backward_workspace_bytes(p, context));
 #endif

@@ -161,8 +161,6 @@ DSV4_OP(
     "-> (Tensor, Tensor)",
     sparse_attention)
 
-#if !defined(DSV4_TORCH_CUDA)  // the gradient has kernels for the CPU only; elsewhere Python's formula runs
-
 std::tuple<Tensor, Tensor, Tensor, Tensor> sparse_attention_backward(
     const Tensor& grad_out_, const Tensor& grad_lse_, const Tensor& lse_, const Tensor& query,
     const Tensor& window_pages, const Tensor& window_table, const std::optional<Tensor>& compressed_pages,
@@ -199,8 +197,6 @@ DSV4_OP(
     "Tensor position, Tensor? indices, Tensor? lengths, Tensor sink, Tensor? rope, int window, float scale, "
     "int window_page_size=256, int page_size=64, int? rope_dim=None) -> (Tensor, Tensor, Tensor, Tensor)",
     sparse_attention_backward)
-
-#endif
 
 }  // namespace
 }  // namespace dsv4::binding

@@ -113,6 +113,12 @@ class TestPool {
     const auto found = keys_.find({sequence, entry});
     return found == keys_.end() ? nullptr : &found->second;
   }
+  RowForm form() const { return form_; }
+  std::vector<int64_t> shape() const { return {pages_, page_size_, head_dim_}; }
+  // Which row of the pool an entry is.
+  int64_t row_of(int64_t sequence, int64_t entry) {
+    return table_.at(sequence, entry / page_size_) * page_size_ + entry % page_size_;
+  }
   bool intact() { return table_.intact() && plain_.intact() && wide_.intact() && bytes_.intact(); }
 
   // Makes one value of a stored key NaN.
@@ -260,19 +266,32 @@ struct AttentionProblem {
            workspace.intact();
   }
 
+  // A key of a row: its values, and where they are.
+  struct RowKey {
+    const std::vector<double>* values;
+    bool window;
+    int64_t pool_row;
+  };
+
   // The keys of a row, in order.
   std::vector<const std::vector<double>*> keys(int64_t row) {
     std::vector<const std::vector<double>*> found;
-    const auto add = [&](const std::vector<double>* key) {
-      if (key != nullptr) found.push_back(key);
+    for (const RowKey& key : placed_keys(row)) found.push_back(key.values);
+    return found;
+  }
+  std::vector<RowKey> placed_keys(int64_t row) {
+    std::vector<RowKey> found;
+    const auto add = [&](TestPool& pool, int64_t s, int64_t entry) {
+      const std::vector<double>* key = pool.key(s, entry);
+      if (key != nullptr) found.push_back({key, &pool == &raw, pool.row_of(s, entry)});
     };
     const int64_t s = sequence.at(row), p = position.at(row), length = lengths.at(row);
-    for (int64_t e = std::max<int64_t>(0, p - c.window + 1); e <= p; ++e) add(raw.key(s, e));
+    for (int64_t e = std::max<int64_t>(0, p - c.window + 1); e <= p; ++e) add(raw, s, e);
     for (int64_t i = 0; c.entries == Entries::kIndices && i < c.k; ++i) {
       const int64_t e = indices.at(row, i);
-      if (e >= 0 && e < length) add(compressed.key(s, e));
+      if (e >= 0 && e < length) add(compressed, s, e);
     }
-    for (int64_t e = 0; c.entries == Entries::kLengths && e < length; ++e) add(compressed.key(s, e));
+    for (int64_t e = 0; c.entries == Entries::kLengths && e < length; ++e) add(compressed, s, e);
     return found;
   }
 

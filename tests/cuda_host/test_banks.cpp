@@ -1,6 +1,6 @@
 // Accesses of the kernels to shared memory, on the host model: none takes more cycles than its width needs, but for
 // those named here.
-#include "attention_cases.h"
+#include "attention_backward_cases.h"
 #include "compress_cases.h"
 #include "index_cases.h"
 #include "linear_cases.h"
@@ -60,6 +60,14 @@ TEST(attention) {
           block == 32 ? 1.34 : 1);
       check_banks(what, [&] { return try_attention(attention(heads, head_dim, 64, RowForm::kBf16), block); });
       check_banks(what, [&] { return try_attention(attention(heads, head_dim, 64, RowForm::kF32), 16); });
+    }
+  }
+}
+
+TEST(attention_backward) {
+  for (const int64_t head_dim : {128, 512}) {
+    for (const RowForm rows : {RowForm::kBf16, RowForm::kF32}) {
+      check_banks("gradient", [&] { return try_attention_backward(attention(20, head_dim, 64, rows)); });
     }
   }
 }

@@ -13,6 +13,7 @@
 // heads. Registers allow 8 warps an SM: one block of 32 heads, or two of 16. A split's partial result is 2 KB a head.
 #include "cuda/common/launch.h"
 #include "cuda/sm80/attention.h"
+#include "cuda/sm80/attention_arguments.h"
 #include "cuda/sm80/attention_lanes.h"
 #include "cuda/sm80/attention_tile.h"
 
@@ -188,79 +189,13 @@ constexpr int64_t kPartialBytes = int64_t{256} << 20;  // at most, unless one ro
 constexpr int64_t kManyBlocks = 264;                   // two on each SM of the largest GPUs
 constexpr int64_t kMaxBlocks = 0x7FFFFFFF;
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-bool aligned(const void* data, uintptr_t bytes) { return reinterpret_cast<uintptr_t>(data) % bytes == 0; }
-
-int64_t bytes_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
-
-// Whether pairs of elements are aligned as one.
-bool paired(const AnyView<3>& view) {
-  return aligned(view.data, static_cast<uintptr_t>(2 * bytes_of(view.dtype))) && view.stride[0] % 2 == 0 &&
-         view.stride[1] % 2 == 0;
-}
-
-AttentionPool pool_of(const RowPool& from, int64_t head_dim, int64_t rope_dim) {
-  AttentionPool pool = {};
-  pool.form = KeyForm::kNone;
-  if (!from.given()) return pool;
-  pool.table = static_cast<const int32_t*>(from.table.data);
-  pool.table_stride = from.table.stride[0];
-  pool.blocks = from.table.shape[1];
-  constexpr int64_t kLargestPage = int64_t{1} << 31;  // entries have 31 bits
-  pool.page_size = static_cast<uint32_t>(from.page_size < kLargestPage ? from.page_size : kLargestPage);
-  const bool fp8 = from.bytes.given(), f32 = !fp8 && from.plain.dtype == DType::kFloat32;
-  bool whole;  // of 16-byte pieces
-  if (fp8) {
-    pool.data = static_cast<const uint8_t*>(from.bytes.data);
-    pool.pages = from.bytes.shape[0];
-    pool.page_stride = from.bytes.stride[0];
-    pool.row_stride = fp8_row_bytes(head_dim, rope_dim);
-    pool.scales = fp8_scales_at(0, from.page_size, head_dim, rope_dim);
-    pool.scale_stride = static_cast<int>(fp8_row_scale_bytes(head_dim, rope_dim));
-    whole = (head_dim - rope_dim) % 16 == 0;
-  } else {
-    const int64_t element = bytes_of(from.plain.dtype);
-    pool.data = static_cast<const uint8_t*>(from.plain.data);
-    pool.pages = from.plain.shape[0];
-    pool.page_stride = element * from.plain.stride[0];
-    pool.row_stride = element * from.plain.stride[1];
-    whole = head_dim * element % 16 == 0;
-  }
-  whole = whole && pool.row_stride % 16 == 0 && aligned(pool.data, 16) && pool.page_stride % 16 == 0;
-  if (fp8) {
-    pool.form = whole ? KeyForm::kFp8 : KeyForm::kFp8Slow;
-  } else if (f32) {
-    pool.form = whole ? KeyForm::kF32 : KeyForm::kF32Slow;
-  } else {
-    pool.form = whole ? KeyForm::kBf16 : KeyForm::kBf16Slow;
-  }
-  return pool;
-}
-
-// Tensor cores multiply bfloat16.
-bool in_lanes(const SparseAttentionParams& p) {
-  const auto f32 = [](const RowPool& pool) { return pool.plain.given() && pool.plain.dtype == DType::kFloat32; };
-  return p.query.dtype == DType::kFloat32 || f32(p.window_pool) || f32(p.compressed);
-}
-
-int64_t slots_of_any_row(const SparseAttentionParams& p) {
-  int64_t entries = 0;
-  if (p.compressed.given()) {
-    entries = p.indices.given() ? p.indices.shape[1] : p.compressed.table.shape[1] * p.compressed.page_size;
-  }
-  constexpr int64_t kMost = int64_t{1} << 31;  // positions and lengths have 31 bits
-  const auto bounded = [](int64_t count) { return count < kMost ? count : kMost; };
-  return bounded(p.window) + bounded(entries);
-}
-
 // What does not depend on where the tensors lie.
 struct Plan {
   int slice;
   int64_t groups, splits, rows_at_once, partial_bytes;  // of one row
 
   explicit Plan(const SparseAttentionParams& p) {
-    const int64_t padded = round_up(p.query.shape[2], 16);
-    slice = static_cast<int>(round_up(ceil_div(padded, kGroupWarps), 16));
+    slice = warp_slice(p.query.shape[2]);
     groups = ceil_div(p.query.shape[1], kGroupHeads);
     splits = ceil_div(slots_of_any_row(p), kSplitSlots);
     const int64_t floats = 2 * kGroupHeads + static_cast<int64_t>(slice) * 64;
@@ -270,28 +205,6 @@ struct Plan {
     if (rows_at_once < 1) rows_at_once = 1;
   }
 };
-
-AttentionArguments arguments_of(const SparseAttentionParams& p, const Plan& plan) {
-  AttentionArguments a = {};
-  const int64_t head_dim = p.query.shape[2];
-  a.params = p;
-  a.window = pool_of(p.window_pool, head_dim, p.rope_dim);
-  a.compressed = pool_of(p.compressed, head_dim, p.rope_dim);
-  a.partial = static_cast<float*>(p.workspace.data);
-  a.splits = plan.splits;
-  a.sequences = p.window_pool.table.shape[0];
-  a.heads = p.query.shape[1];
-  a.groups = plan.groups;
-  a.head_dim = static_cast<int>(head_dim);
-  a.rope = static_cast<int>(p.rope_dim);
-  a.nope = a.head_dim - a.rope;
-  a.padded_dim = static_cast<int>(round_up(head_dim, 16));
-  a.slice = plan.slice;
-  a.tile_row = in_lanes(p) ? 4 * a.padded_dim : static_cast<int>(round_up(2 * head_dim, 128));
-  a.paired_query = paired(p.query);
-  a.paired_out = paired(p.out);
-  return a;
-}
 
 using Kernel = void (*)(AttentionArguments);
 
@@ -346,7 +259,9 @@ Status sparse_attention(const SparseAttentionParams& p, const Context& context, 
   const int64_t rows = p.query.shape[0];
   if (rows == 0 || p.query.shape[1] == 0) return Status::ok();
   const Plan plan(p);
-  AttentionArguments a = arguments_of(p, plan);
+  AttentionArguments a = arguments_of(p);
+  a.partial = static_cast<float*>(p.workspace.data);
+  a.splits = plan.splits;
   for (a.first_row = 0; a.first_row < rows; a.first_row += plan.rows_at_once) {
     const int64_t count = rows - a.first_row < plan.rows_at_once ? rows - a.first_row : plan.rows_at_once;
     const Status attended = attend_rows(a, count, heads_per_block, context);

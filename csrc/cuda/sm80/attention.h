@@ -16,4 +16,9 @@ Status sparse_attention(const SparseAttentionParams&, const Context&);
 // better served by reading a key once for more heads. Without tensor cores it is always 16.
 Status sparse_attention(const SparseAttentionParams&, const Context&, int heads_per_block);
 
+// The same calls, if its pools have fewer than 2^32 - 1 rows.
+bool accepts_sparse_attention_backward(const SparseAttentionBackwardParams&);
+int64_t sparse_attention_backward_workspace_bytes(const SparseAttentionBackwardParams&, const Context&);
+Status sparse_attention_backward(const SparseAttentionBackwardParams&, const Context&);
+
 }  // namespace dsv4::sm80

@@ -31,20 +31,70 @@ struct LanesShared : TilePair<F32Tile> {
   static constexpr int bytes(int tile_row) { return TilePair<F32Tile>::bytes(tile_row) + kLaneWarps * kWarpBytes; }
 };
 
+// The first of this lane's dims of a step of 128.
+DSV4_DEVICE int lane_dim(int step) { return (32 * step + ptx::thread_index() % 32) * kLaneDims; }
+
+// Steps of a head.
+DSV4_DEVICE int lane_steps(const AttentionArguments& a) { return (a.head_dim + 32 * kLaneDims - 1) / (32 * kLaneDims); }
+
+// This lane's dims of a key; zeros past its end.
+DSV4_DEVICE Words4 dims_of_key(const AttentionArguments& a, uint32_t tile, int key, int step) {
+  if (lane_dim(step) >= a.padded_dim) return Words4{};
+  return ptx::load_shared_16(F32Tile::address(a, tile, key, 32 * step + ptx::thread_index() % 32));
+}
+
+// This lane's dims of four vectors.
+using LaneVectors = float[kLaneSteps][kLaneHeads][kLaneDims];
+
+// The product of key first_key + lane / 4 and vector lane % 4.
+DSV4_DEVICE float multiply_keys(const AttentionArguments& a, uint32_t tile, int first_key, int steps,
+                                const LaneVectors& vectors) {
+  const int lane = ptx::thread_index() % 32;
+  float product[32];  // key * 4 + vector
+  DSV4_UNROLL
+  for (int i = 0; i < 32; ++i) product[i] = 0.0f;
+  DSV4_UNROLL
+  for (int s = 0; s < kLaneSteps; ++s) {
+    if (s >= steps) break;
+    DSV4_UNROLL
+    for (int i = 0; i < 32; i += kLaneHeads) {
+      const Words4 key = dims_of_key(a, tile, first_key + i / kLaneHeads, s);
+      DSV4_UNROLL
+      for (int d = 0; d < kLaneDims; ++d) {
+        DSV4_UNROLL
+        for (int v = 0; v < kLaneHeads; ++v) {
+          product[i + v] = ptx::fma(vectors[s][v][d], float_from_bits(key.word[d]), product[i + v]);
+        }
+      }
+    }
+  }
+  DSV4_UNROLL
+  for (int step = 0; step < 5; ++step) {
+    const int mask = 16 >> step;
+    const bool upper = (lane & mask) != 0;
+    DSV4_UNROLL
+    for (int i = 0; i < 16; ++i) {
+      if (i >= mask) continue;
+      const float kept = upper ? product[i + mask] : product[i], given = upper ? product[i] : product[i + mask];
+      product[i] = ptx::add(kept, ptx::shuffle_xor(given, mask));
+    }
+  }
+  return product[0];
+}
+
 template <class X>
 struct WarpHeads {
   int lane, first;     // first: of its heads, in the group
   int64_t first_head;  // the same of all heads
   int steps;           // of 128 dims
-  float query[kLaneSteps][kLaneHeads][kLaneDims];
-  float sum[kLaneSteps][kLaneHeads][kLaneDims];
+  LaneVectors query, sum;
   float most, total;  // of head lane % 4: the greatest score; this lane's share of the numerators
 
   DSV4_DEVICE void locate(const AttentionArguments& a, int64_t group) {
     lane = ptx::thread_index() % 32;
     first = ptx::thread_index() / 32 * kLaneHeads;
     first_head = group * kGroupHeads + first;
-    steps = (a.head_dim + 32 * kLaneDims - 1) / (32 * kLaneDims);
+    steps = lane_steps(a);
     most = -INFINITY;
     total = 0.0f;
     DSV4_UNROLL
@@ -65,8 +115,8 @@ struct WarpHeads {
       for (int h = 0; h < kLaneHeads; ++h) {
         DSV4_UNROLL
         for (int d = 0; d < kLaneDims; ++d) {
-          const bool exists = first_head + h < a.heads && dim_of(s) + d < a.head_dim;
-          query[s][h][d] = exists ? to_float(heads[h * from.stride[1] + dim_of(s) + d]) : 0.0f;
+          const bool exists = first_head + h < a.heads && lane_dim(s) + d < a.head_dim;
+          query[s][h][d] = exists ? to_float(heads[h * from.stride[1] + lane_dim(s) + d]) : 0.0f;
         }
       }
     }
@@ -77,7 +127,7 @@ struct WarpHeads {
     float score[2] = {};
     DSV4_UNROLL_IF(false)
     for (int half = 0; half < 2; ++half) {
-      const float sum_of_dims = multiply(a, shared.tile(tile), half * kLaneKeys);
+      const float sum_of_dims = multiply_keys(a, shared.tile(tile), half * kLaneKeys, steps, query);
       score[0] = half == 0 ? sum_of_dims : score[0];
       score[1] = sum_of_dims;
     }
@@ -102,12 +152,12 @@ struct WarpHeads {
     }
     DSV4_UNROLL
     for (int s = 0; s < kLaneSteps; ++s) {
-      if (dim_of(s) >= a.padded_dim) break;
+      if (lane_dim(s) >= a.padded_dim) break;
       DSV4_UNROLL
       for (int h = 0; h < kLaneHeads; ++h) {
         DSV4_UNROLL
         for (int d = 0; d < kLaneDims; d += 2) {
-          ptx::store_global_8(partial_pair(a, partial, first + h, dim_of(s) + d),
+          ptx::store_global_8(partial_pair(a, partial, first + h, lane_dim(s) + d),
                               ptx::Words2{{bits_from_float(sum[s][h][d]), bits_from_float(sum[s][h][d + 1])}});
         }
       }
@@ -128,7 +178,7 @@ struct WarpHeads {
       for (int s = 0; s < kLaneSteps; ++s) {
         DSV4_UNROLL
         for (int d = 0; d < kLaneDims; d += 2) {
-          const int dim = dim_of(s) + d;
+          const int dim = lane_dim(s) + d;
           if (dim >= a.head_dim) continue;
           out.write(first_head + h, dim, out.turn(dim), ptx::divide(sum[s][h][d], divisor),
                     ptx::divide(sum[s][h][d + 1], divisor));
@@ -138,48 +188,6 @@ struct WarpHeads {
   }
 
  private:
-  DSV4_DEVICE int dim_of(int step) const { return (32 * step + lane) * kLaneDims; }
-
-  // This lane's dims of a key; zeros past its end.
-  DSV4_DEVICE Words4 dims_of(const AttentionArguments& a, uint32_t tile, int key, int step) const {
-    if (dim_of(step) >= a.padded_dim) return Words4{};
-    return ptx::load_shared_16(F32Tile::address(a, tile, key, 32 * step + lane));
-  }
-
-  // The product of key first_key + lane / 4 and head lane % 4.
-  DSV4_DEVICE float multiply(const AttentionArguments& a, uint32_t tile, int first_key) const {
-    float product[32];  // key * 4 + head
-    DSV4_UNROLL
-    for (int i = 0; i < 32; ++i) product[i] = 0.0f;
-    DSV4_UNROLL
-    for (int s = 0; s < kLaneSteps; ++s) {
-      if (s >= steps) break;
-      DSV4_UNROLL
-      for (int i = 0; i < 32; i += kLaneHeads) {
-        const Words4 key = dims_of(a, tile, first_key + i / kLaneHeads, s);
-        DSV4_UNROLL
-        for (int d = 0; d < kLaneDims; ++d) {
-          DSV4_UNROLL
-          for (int h = 0; h < kLaneHeads; ++h) {
-            product[i + h] = ptx::fma(query[s][h][d], float_from_bits(key.word[d]), product[i + h]);
-          }
-        }
-      }
-    }
-    DSV4_UNROLL
-    for (int step = 0; step < 5; ++step) {
-      const int mask = 16 >> step;
-      const bool upper = (lane & mask) != 0;
-      DSV4_UNROLL
-      for (int i = 0; i < 16; ++i) {
-        if (i >= mask) continue;
-        const float kept = upper ? product[i + mask] : product[i], given = upper ? product[i] : product[i + mask];
-        product[i] = ptx::add(kept, ptx::shuffle_xor(given, mask));
-      }
-    }
-    return product[0];
-  }
-
   // The softmax: numerators, and what the sums so far are to be multiplied by. score: of keys lane / 4 and 8 more.
   DSV4_DEVICE void weigh(const AttentionArguments& a, const LanesShared& shared, uint32_t counts, float (&score)[2]) {
     DSV4_UNROLL
@@ -229,7 +237,7 @@ struct WarpHeads {
         if (s >= steps) break;
         DSV4_UNROLL
         for (int k = 0; k < kLaneKeys; ++k) {
-          const Words4 value = dims_of(a, tile, first_key + k, s);
+          const Words4 value = dims_of_key(a, tile, first_key + k, s);
           DSV4_UNROLL
           for (int h = 0; h < kLaneHeads; ++h) {
             DSV4_UNROLL

@@ -222,7 +222,7 @@ struct TileLoader {
   }
 
   Words4 ahead[kAhead > 0 ? kAhead : 1];
-  ptx::Words2 scales;
+  ptx::Words2 scales = {};
 };
 
 // Does `work` on each tile of [begin, end) of a row's slots, the next on its way meanwhile. All threads are past a

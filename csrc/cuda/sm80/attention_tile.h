@@ -6,37 +6,80 @@
 // 32], of which the first gives way to the numerators in bfloat16; a factor and a divisor of each head.
 #pragma once
 
-#include "cuda/sm80/attention_ends.h"
+#include "cuda/sm80/attention_arguments.h"
 #include "cuda/sm80/attention_load.h"
 
 namespace dsv4::sm80 {
 
-inline constexpr int kGroupWarps = 4;
 inline constexpr int kSteps = kMaxHeadDim / kGroupWarps / 16;  // of 16 dims, of a warp
 inline constexpr int kTileKeys = Bf16Tile::kKeys;
 inline constexpr int kScoreRow = kTileKeys * 4;  // bytes
 
-template <int kGroups>
-struct AttentionShared : TilePair<Bf16Tile> {
-  static constexpr int kHeads = kGroups * kGroupHeads;
-  uint32_t scores, factors, divisors;
-
-  DSV4_DEVICE explicit AttentionShared(const AttentionArguments& a) : TilePair<Bf16Tile>(a) {
-    scores = end();
-    factors = scores + kGroupWarps * kHeads * kScoreRow;
-    divisors = factors + kHeads * 4;
-  }
-  static constexpr int bytes(int tile_row) {
-    return TilePair<Bf16Tile>::bytes(tile_row) + kGroupWarps * kHeads * kScoreRow + 2 * kHeads * 4;
-  }
+// The four warps' parts of a tile's scores, and the bfloat16 weights that take the place of the first.
+template <int kHeads>
+struct ScoreArea {
+  static constexpr int kBytes = kGroupWarps * kHeads * kScoreRow;
+  uint32_t start;
 
   // Four keys' scores in one warp's part. Pieces are permuted so that writing fragments meets no bank twice.
   DSV4_DEVICE uint32_t score(int part, int head, int piece) const {
-    return scores + static_cast<uint32_t>((part * kHeads + head) * kScoreRow + (piece ^ (head & 3) * 2) * 16);
+    return start + static_cast<uint32_t>((part * kHeads + head) * kScoreRow + (piece ^ (head & 3) * 2) * 16);
   }
-  // Eight keys' numerators.
-  DSV4_DEVICE uint32_t numerator(int head, int piece) const {
-    return scores + static_cast<uint32_t>(head * kScoreRow + (piece ^ turn_of_row(head)) * 16);
+  // Eight keys' weights.
+  DSV4_DEVICE uint32_t weight(int head, int piece) const {
+    return start + static_cast<uint32_t>(head * kScoreRow + (piece ^ turn_of_row(head)) * 16);
+  }
+
+  // A warp's fragments of 16 heads, from first_head on, and the tile's keys become its part.
+  DSV4_DEVICE void store(int part, int first_head, const float (&scores)[kTileKeys / 8][4]) const {
+    const int lane = ptx::thread_index() % 32;
+    DSV4_UNROLL
+    for (int n = 0; n < kTileKeys / 8; ++n) {
+      DSV4_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        const uint32_t address = score(part, first_head + lane / 4 + 8 * half, 2 * n + lane % 4 / 2);
+        ptx::store_shared_8(
+            address + static_cast<uint32_t>(lane % 2 * 8),
+            ptx::Words2{{bits_from_float(scores[n][2 * half]), bits_from_float(scores[n][2 * half + 1])}});
+      }
+    }
+  }
+
+  // The sums of the four parts, of four keys.
+  DSV4_DEVICE void gather(int head, int piece, float (&sum)[4]) const {
+    const Words4 p0 = ptx::load_shared_16(score(0, head, piece));
+    const Words4 p1 = ptx::load_shared_16(score(1, head, piece));
+    const Words4 p2 = ptx::load_shared_16(score(2, head, piece));
+    const Words4 p3 = ptx::load_shared_16(score(3, head, piece));
+    DSV4_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      const float left = ptx::add(float_from_bits(p0.word[i]), float_from_bits(p1.word[i]));
+      const float right = ptx::add(float_from_bits(p2.word[i]), float_from_bits(p3.word[i]));
+      sum[i] = ptx::add(left, right);
+    }
+  }
+
+  // Four keys' weights, rounded. The parts that they replace have been read.
+  DSV4_DEVICE void store_weights(int head, int piece, const float (&weight_of)[4]) const {
+    ptx::store_shared_8(
+        weight(head, piece / 2) + static_cast<uint32_t>(piece % 2 * 8),
+        ptx::Words2{{ptx::pack_bf16(weight_of[0], weight_of[1]), ptx::pack_bf16(weight_of[2], weight_of[3])}});
+  }
+};
+
+template <int kGroups>
+struct AttentionShared : TilePair<Bf16Tile> {
+  static constexpr int kHeads = kGroups * kGroupHeads;
+  ScoreArea<kHeads> scores;
+  uint32_t factors, divisors;
+
+  DSV4_DEVICE explicit AttentionShared(const AttentionArguments& a) : TilePair<Bf16Tile>(a) {
+    scores.start = end();
+    factors = scores.start + ScoreArea<kHeads>::kBytes;
+    divisors = factors + kHeads * 4;
+  }
+  static constexpr int bytes(int tile_row) {
+    return TilePair<Bf16Tile>::bytes(tile_row) + ScoreArea<kHeads>::kBytes + 2 * kHeads * 4;
   }
 };
 
@@ -74,8 +117,7 @@ struct WarpPart {
     for (int i = 0; i < kSteps; ++i) {
       DSV4_UNROLL
       for (int j = 0; j < 4; ++j) {
-        query[i][j] = load_pair(a, row, first_head + lane / 4 + j % 2 * 8,
-                                first_dim + 16 * i + lane % 4 * 2 + j / 2 * 8, i < steps);
+        query[i][j] = load_pair(a, a.params.query, a.paired_query, row, head_of(j), dim_of(i, j), i < steps);
       }
     }
   }
@@ -101,33 +143,19 @@ struct WarpPart {
         ptx::mma_m16n8k16(scores[2 * half + 1], query[i], keys[2], keys[3]);
       }
     }
-    DSV4_UNROLL
-    for (int n = 0; n < kTileKeys / 8; ++n) {
-      DSV4_UNROLL
-      for (int half = 0; half < 2; ++half) {
-        const int head = group * kGroupHeads + lane / 4 + 8 * half;
-        const uint32_t address = shared.score(part, head, 2 * n + lane % 4 / 2) + static_cast<uint32_t>(lane % 2 * 8);
-        ptx::store_shared_8(
-            address, ptx::Words2{{bits_from_float(scores[n][2 * half]), bits_from_float(scores[n][2 * half + 1])}});
-      }
-    }
+    shared.scores.store(part, group * kGroupHeads, scores);
   }
 
   // The softmax of four heads, eight lanes each: numerators, and what the sums so far are to be multiplied by.
   template <int kGroups>
   DSV4_DEVICE void weigh(const AttentionArguments& a, const AttentionShared<kGroups>& shared, uint32_t counts) {
     const int head = group * kGroupHeads + weighed_head(), piece = lane % 8;
-    const Words4 p0 = ptx::load_shared_16(shared.score(0, head, piece));
-    const Words4 p1 = ptx::load_shared_16(shared.score(1, head, piece));
-    const Words4 p2 = ptx::load_shared_16(shared.score(2, head, piece));
-    const Words4 p3 = ptx::load_shared_16(shared.score(3, head, piece));
-    const Words4 count = ptx::load_shared_16(counts + static_cast<uint32_t>(piece * 16));
     float score[4], greatest = -INFINITY;
+    shared.scores.gather(head, piece, score);
+    const Words4 count = ptx::load_shared_16(counts + static_cast<uint32_t>(piece * 16));
     DSV4_UNROLL
     for (int i = 0; i < 4; ++i) {
-      const float left = ptx::add(float_from_bits(p0.word[i]), float_from_bits(p1.word[i]));
-      const float right = ptx::add(float_from_bits(p2.word[i]), float_from_bits(p3.word[i]));
-      score[i] = count.word[i] != 0 ? ptx::multiply(ptx::add(left, right), a.params.scale) : -INFINITY;
+      score[i] = count.word[i] != 0 ? ptx::multiply(score[i], a.params.scale) : -INFINITY;
       greatest = ptx::maximum(greatest, score[i]);
     }
     greatest = ptx::maximum(greatest, ptx::shuffle_xor(greatest, 1));
@@ -140,8 +168,7 @@ struct WarpPart {
     most = newest;
     total = ptx::fma(total, factor, ptx::add(ptx::add(score[0], score[1]), ptx::add(score[2], score[3])));
     ptx::sync_warp();  // the lanes have read the scores that the numerators replace
-    ptx::store_shared_8(shared.numerator(head, piece / 2) + static_cast<uint32_t>(piece % 2 * 8),
-                        ptx::Words2{{ptx::pack_bf16(score[0], score[1]), ptx::pack_bf16(score[2], score[3])}});
+    shared.scores.store_weights(head, piece, score);
     if (piece == 0) ptx::store_shared_float(shared.factors + static_cast<uint32_t>(head * 4), factor);
   }
 
@@ -162,8 +189,13 @@ struct WarpPart {
     DSV4_UNROLL
     for (int half = 0; half < 2; ++half) {
       const int head = group * kGroupHeads + lane % 16;
-      ptx::ldmatrix_x4(weights[half], shared.numerator(head, 2 * half + lane / 16));
+      ptx::ldmatrix_x4(weights[half], shared.scores.weight(head, 2 * half + lane / 16));
     }
+    add_values(a, tile, weights);
+  }
+
+  // Adds a tile's values, weighed. weights: fragments of [16 heads, 16 keys].
+  DSV4_DEVICE void add_values(const AttentionArguments& a, uint32_t tile, const uint32_t (&weights)[2][4]) {
     DSV4_UNROLL
     for (int i = 0; i < kSteps; ++i) {
       if (i >= steps) break;
@@ -207,12 +239,16 @@ struct WarpPart {
     }
   }
 
- private:
-  static DSV4_DEVICE uint32_t load_pair(const AttentionArguments& a, int64_t row, int64_t head, int dim, bool exists) {
+  // The head, and the first of the two dims, of a word of a fragment [16 heads, 16 dims].
+  DSV4_DEVICE int64_t head_of(int word) const { return first_head + lane / 4 + word % 2 * 8; }
+  DSV4_DEVICE int dim_of(int step, int word) const { return first_dim + 16 * step + lane % 4 * 2 + word / 2 * 8; }
+
+  // Two dims of a row of queries, or of what is like them; paired: they are one aligned word.
+  static DSV4_DEVICE uint32_t load_pair(const AttentionArguments& a, const AnyView<3>& rows, bool paired, int64_t row,
+                                        int64_t head, int dim, bool exists) {
     if (!exists || head >= a.heads || dim >= a.head_dim) return 0;
-    const AnyView<3>& query = a.params.query;
-    const bf16* from = static_cast<const bf16*>(query.data) + row * query.stride[0] + head * query.stride[1] + dim;
-    if (a.paired_query) return *reinterpret_cast<const uint32_t*>(from);
+    const bf16* from = static_cast<const bf16*>(rows.data) + row * rows.stride[0] + head * rows.stride[1] + dim;
+    if (paired) return *reinterpret_cast<const uint32_t*>(from);
     return from[0].bits | static_cast<uint32_t>(from[1].bits) << 16;
   }
 };
