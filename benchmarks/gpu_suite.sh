@@ -64,9 +64,20 @@ for program in $programs; do
   step "device.${program#device_}" 60 "$DEVICE_TESTS/$program"
 done
 
+if has_package; then
+  step ops 120 "$PYTHON" -m pytest -q -p no:cacheprovider tests/ops/test_mhc.py tests/ops/test_rows_on_cuda.py
+  step bench.attention 120 "$PYTHON" -m dsv4 bench --device cuda --op sparse_attention --op index_topk \
+    --op sparse_attention_backward --json "$LOGS/attention.jsonl"
+  step bench 120 "$PYTHON" -m dsv4 bench --device cuda --shape v4-flash --shape v4-pro --context 1 --context 64 \
+    --context 4096 --json "$LOGS/rows.jsonl"
+else
+  for name in ops bench.attention bench; do not_run "$name" "dsv4 with CUDA kernels does not import"; done
+fi
+
 # A sanitizer slows a program down by 10 to 100 times: a part of the cases, of a program that is not named here all.
-declare -A part=([test_mhc]=token_counts [test_attention]=key_counts [test_index]=heads [test_norm_rope]=every_count
-  [test_quantize]=every_width [test_linear]=input_counts [test_moe]=float32_scales [test_compress]=every_format)
+declare -A part=([test_mhc]=token_counts [test_attention]=key_counts [test_attention_backward]=key_counts
+  [test_index]=heads [test_norm_rope]=every_count [test_quantize]=every_width [test_linear]=input_counts [test_moe]=float32_scales
+  [test_compress]=every_format)
 sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null)
 if [ -n "$sanitizer" ]; then
   for tool in memcheck racecheck synccheck initcheck; do
@@ -79,15 +90,6 @@ else
   not_run sanitizers "no compute-sanitizer"
 fi
 
-if has_package; then
-  step ops 120 "$PYTHON" -m pytest -q -p no:cacheprovider tests/ops/test_mhc.py tests/ops/test_rows_on_cuda.py
-  step bench 120 "$PYTHON" -m dsv4 bench --device cuda --shape v4-flash --shape v4-pro --context 1 --context 64 \
-    --context 4096 --json "$LOGS/bench.jsonl"
-else
-  not_run ops "dsv4 with CUDA kernels does not import"
-  not_run bench "dsv4 with CUDA kernels does not import"
-fi
-
 mkdir -p "$(dirname "$file")"
 NAME=$name DRIVER=$driver COMMIT=$commit SECONDS_TAKEN=$((SECONDS - started)) "$PYTHON" - "$LOGS" "$file" <<'PYTHON'
 import datetime
@@ -96,7 +98,7 @@ import os
 import pathlib
 import sys
 
-logs, file = pathlib.Path(sys.argv[1]), sys.argv[2]
+logs, record_file = pathlib.Path(sys.argv[1]), sys.argv[2]
 steps = []
 for line in (logs / "steps").read_text().splitlines():
     name, status, note = line.split("\t")
@@ -106,8 +108,8 @@ for line in (logs / "steps").read_text().splitlines():
         log = (logs / f"{name}.log").read_text(errors="replace").strip().splitlines()
         result = "passed" if status == "0" else f"failed with {status}"
         steps.append({"step": name, "result": result, "seconds": int(note), "last_line": log[-1] if log else ""})
-bench = logs / "bench.jsonl"
-results = [json.loads(line) for line in bench.read_text().splitlines()] if bench.exists() else []
+files = [logs / "attention.jsonl", logs / "rows.jsonl"]
+results = [json.loads(line) for file in files if file.exists() for line in file.read_text().splitlines()]
 record = {
     "device": os.environ["NAME"],
     "driver": os.environ["DRIVER"],
@@ -117,10 +119,10 @@ record = {
     "steps": steps,
     "benchmarks": results,
 }
-pathlib.Path(file).write_text(json.dumps(record, indent=1) + "\n")
+pathlib.Path(record_file).write_text(json.dumps(record, indent=1) + "\n")
 passed = sum(step["result"] == "passed" for step in steps)
 failed = sum(step["result"].startswith("failed") for step in steps)
-print(f"{file}: {len(results)} benchmarks")
+print(f"{record_file}: {len(results)} benchmarks")
 print(f"{passed} passed, {failed} failed, {len(steps) - passed - failed} skipped")
 sys.exit(1 if failed or not passed else 0)
 PYTHON

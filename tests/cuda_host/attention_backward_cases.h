@@ -132,11 +132,14 @@ struct AttentionBackwardProblem {
   }
 };
 
+// heads_per_block: 0, as the op chooses.
 template <class X>
-std::string run_attention_backward(AttentionBackwardProblem<X>& p) {
+std::string run_attention_backward(AttentionBackwardProblem<X>& p, int heads_per_block = 0) {
   const SparseAttentionBackwardParams params = p.params();
   if (!sm80::accepts_sparse_attention_backward(params)) return "not accepted";
-  const Status status = sm80::sparse_attention_backward(params, cuda_context());
+  const Status status = heads_per_block == 0
+                            ? sm80::sparse_attention_backward(params, cuda_context())
+                            : sm80::sparse_attention_backward(params, cuda_context(), heads_per_block);
   if (!status.is_ok()) return status.message();
   if (!finish_device()) return "the device reports an error";
   p.grad_query.download();
@@ -273,14 +276,15 @@ std::string compare_attention_backward(AttentionBackwardProblem<X>& p) {
 }
 
 template <class X>
-std::string try_attention_backward_of(const AttentionCase& c) {
+std::string try_attention_backward_of(const AttentionCase& c, int heads_per_block) {
   AttentionBackwardProblem<X> p(c);
-  const std::string fault = run_attention_backward(p);
+  const std::string fault = run_attention_backward(p, heads_per_block);
   return fault.empty() ? compare_attention_backward(p) : fault;
 }
 
-inline std::string try_attention_backward(const AttentionCase& c) {
-  return c.f32_query ? try_attention_backward_of<float>(c) : try_attention_backward_of<bf16>(c);
+inline std::string try_attention_backward(const AttentionCase& c, int heads_per_block = 0) {
+  return c.f32_query ? try_attention_backward_of<float>(c, heads_per_block)
+                     : try_attention_backward_of<bf16>(c, heads_per_block);
 }
 
 // Bits of all gradients: each row's query, then pools and sink.

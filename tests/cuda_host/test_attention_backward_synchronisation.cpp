@@ -31,11 +31,11 @@ void prepare(AttentionBackwardProblem<X>& p) {
 }
 
 template <class X>
-void check_seeds(const AttentionCase& c, int seeds) {
+void check_seeds(const AttentionCase& c, int seeds, int heads_per_block = 16) {
   check_orders(seeds, [&](int, auto& bits) {
     AttentionBackwardProblem<X> p(c);
     prepare(p);
-    const std::string fault = run_attention_backward(p);
+    const std::string fault = run_attention_backward(p, heads_per_block);
     bits = gradient_bits(p);
     return fault;
   });
@@ -43,7 +43,8 @@ void check_seeds(const AttentionCase& c, int seeds) {
 
 TEST(no_alarm_and_the_same_bits_over_seeds) {
   check_seeds<bf16>(mixed(false, 20, 50), 24);
-  check_seeds<bf16>(mixed(false, 70, 20), 6);
+  check_seeds<bf16>(mixed(false, 20, 50), 12, 32);
+  check_seeds<bf16>(mixed(false, 70, 20), 6, 32);
   check_seeds<float>(mixed(true, 20, 50), 24);
   AttentionCase converted = mixed(false, 20, 50);  // FP8 rows
   converted.window_rows = RowForm::kFp8;
@@ -55,12 +56,12 @@ TEST(no_alarm_and_the_same_bits_over_seeds) {
 }
 
 template <class X>
-Kinds needed_lines(const AttentionCase& c) {
+Kinds needed_lines(const AttentionCase& c, int heads_per_block = 16) {
   NeededLines lines;
   lines.check(6, [&] {
     AttentionBackwardProblem<X> p(c);
     prepare(p);
-    const std::string fault = run_attention_backward(p);
+    const std::string fault = run_attention_backward(p, heads_per_block);
     return fault.empty() ? compare_attention_backward(p) : fault;
   });
   return lines.kinds;
@@ -69,7 +70,7 @@ Kinds needed_lines(const AttentionCase& c) {
 TEST(every_synchronisation_is_needed) {
   // An odd number of tiles: the second walk begins where the first has ended.
   const Kinds tensor_cores = {{"cp_async_commit", 4}, {"cp_async_wait", 2}, {"sync_threads", 9}, {"sync_warp", 2}};
-  CHECK(needed_lines<bf16>(mixed(false, 20, 50)) == tensor_cores);
+  for (const int heads : {16, 32}) CHECK(needed_lines<bf16>(mixed(false, heads, 50), heads) == tensor_cores);
   Kinds lanes = tensor_cores;
   lanes["sync_threads"] = 6;
   CHECK(needed_lines<float>(mixed(true, 20, 40)) == lanes);

@@ -67,7 +67,9 @@ TEST(attention) {
 TEST(attention_backward) {
   for (const int64_t head_dim : {128, 512}) {
     for (const RowForm rows : {RowForm::kBf16, RowForm::kF32}) {
-      check_banks("gradient", [&] { return try_attention_backward(attention(20, head_dim, 64, rows)); });
+      for (const int block : {16, 32}) {
+        check_banks("gradient", [&] { return try_attention_backward(attention(20, head_dim, 64, rows), block); });
+      }
     }
   }
 }

@@ -39,7 +39,10 @@ CLAIMS = {
     "f32_sparse_attention": ["FFMA", "LDGSTS.E.BYPASS", "LDS.128", "BAR.SYNC", "SHFL.BFLY", "STG.E.64"],
     "bf16_sparse_attention_combine": ["LDG.E.128"],
     "f32_sparse_attention_combine": ["LDG.E.128"],
-    "bf16_sparse_attention_backward": [*TENSOR_CORES, "LDSM.16.MT88.4", "LDS.128", "SHFL.BFLY", "MUFU.EX2"],
+    **{
+        f"bf16_sparse_attention_backward_{heads}": [*TENSOR_CORES, "LDSM.16.MT88.4", "LDS.128", "SHFL.BFLY", "MUFU.EX2"]
+        for heads in (16, 32)
+    },
     **{
         name: ["FFMA", "LDGSTS.E.BYPASS", "LDS.128", "BAR.SYNC", "SHFL.BFLY", "STG.E.128", "MUFU.EX2"]
         for name in ("bf16_sparse_attention_backward_f32_rows", "f32_sparse_attention_backward")

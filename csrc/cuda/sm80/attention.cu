@@ -186,7 +186,6 @@ static_assert(AttentionShared<2>::bytes(2 * kMaxHeadDim) <= cuda::kMaxSharedByte
 static_assert(LanesShared::bytes(4 * kMaxHeadDim) <= cuda::kMaxSharedBytes);
 
 constexpr int64_t kPartialBytes = int64_t{256} << 20;  // at most, unless one row needs more
-constexpr int64_t kManyBlocks = 264;                   // two on each SM of the largest GPUs
 constexpr int64_t kMaxBlocks = 0x7FFFFFFF;
 
 // What does not depend on where the tensors lie.
@@ -274,9 +273,7 @@ Status sparse_attention(const SparseAttentionParams& p, const Context& context, 
 }
 
 Status sparse_attention(const SparseAttentionParams& p, const Context& context) {
-  const int64_t groups = ceil_div(p.query.shape[1], kGroupHeads);
-  const bool many = groups > 1 && p.query.shape[0] * (groups / 2) >= kManyBlocks;
-  return sparse_attention(p, context, many ? 2 * kGroupHeads : kGroupHeads);
+  return sparse_attention(p, context, heads_of_block(p));
 }
 
 }  // namespace dsv4::sm80

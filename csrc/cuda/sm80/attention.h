@@ -12,13 +12,13 @@ bool accepts_sparse_attention(const SparseAttentionParams&);
 int64_t sparse_attention_workspace_bytes(const SparseAttentionParams&, const Context&);
 Status sparse_attention(const SparseAttentionParams&, const Context&);
 
-// The same with 16 or 32 heads a block, which changes no bit of the results: few rows need many blocks, many rows are
-// better served by reading a key once for more heads. Without tensor cores it is always 16.
+// The same with 16 or 32 heads a block, which changes no bit of the results. Without tensor cores it is always 16.
 Status sparse_attention(const SparseAttentionParams&, const Context&, int heads_per_block);
 
 // The same calls, if its pools have fewer than 2^32 - 1 rows.
 bool accepts_sparse_attention_backward(const SparseAttentionBackwardParams&);
 int64_t sparse_attention_backward_workspace_bytes(const SparseAttentionBackwardParams&, const Context&);
 Status sparse_attention_backward(const SparseAttentionBackwardParams&, const Context&);
+Status sparse_attention_backward(const SparseAttentionBackwardParams&, const Context&, int heads_per_block);
 
 }  // namespace dsv4::sm80

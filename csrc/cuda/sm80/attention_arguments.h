@@ -72,6 +72,15 @@ inline int64_t slots_of_any_row(const SparseAttentionParams& p) {
   return bounded(p.window) + bounded(entries);
 }
 
+// Heads of a block on tensor cores, which change no bit: few rows need many blocks, many rows are better served by
+// reading a key once for more heads.
+inline int heads_of_block(const SparseAttentionParams& p) {
+  constexpr int64_t kManyBlocks = 264;  // two on each SM of the largest GPUs
+  const int64_t groups = ceil_div(p.query.shape[1], kGroupHeads);
+  const bool many = groups > 1 && p.query.shape[0] * (groups / 2) >= kManyBlocks;
+  return many ? 2 * kGroupHeads : kGroupHeads;
+}
+
 // Dims of a warp of a group.
 inline int warp_slice(int64_t head_dim) {
   return static_cast<int>(round_up(ceil_div(round_up(head_dim, 16), kGroupWarps), 16));

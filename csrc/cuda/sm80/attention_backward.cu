@@ -46,9 +46,13 @@ DSV4_DEVICE int64_t first_element() {
 
 }  // namespace
 
-// Grid: x over rows and groups, the last fastest.
-DSV4_KERNEL(128, 2) sm80_bf16_sparse_attention_backward(const AttentionGradientArguments g) {
-  differentiate(g, ptx::block_index_x() / g.call.groups, ptx::block_index_x() % g.call.groups);
+// Grid: x over rows and groups, or pairs of groups, the last fastest.
+DSV4_KERNEL(128, 2) sm80_bf16_sparse_attention_backward_16(const AttentionGradientArguments g) {
+  differentiate<1>(g, ptx::block_index_x() / g.call.groups, ptx::block_index_x() % g.call.groups);
+}
+DSV4_KERNEL(256, 1) sm80_bf16_sparse_attention_backward_32(const AttentionGradientArguments g) {
+  const int64_t runs = (g.call.groups + 1) / 2;
+  differentiate<2>(g, ptx::block_index_x() / runs, ptx::block_index_x() % runs);
 }
 DSV4_KERNEL(kGradientLaneThreads, 1) sm80_bf16_sparse_attention_backward_f32_rows(const AttentionGradientArguments g) {
   differentiate_in_lanes<bf16>(g, ptx::block_index_x() / g.call.groups, ptx::block_index_x() % g.call.groups);
@@ -122,13 +126,13 @@ DSV4_KERNEL(kSinkHeads* kSinkParts, 1) sm80_f32_sparse_attention_backward_sink(c
 
 namespace {
 
-static_assert(GradientShared::bytes(2 * kMaxHeadDim) <= cuda::kMaxSharedBytes);
+static_assert(GradientShared<2>::bytes(2 * kMaxHeadDim) <= cuda::kMaxSharedBytes);
 static_assert(GradientLanesShared::bytes(4 * kMaxHeadDim) <= cuda::kMaxSharedBytes);
 static_assert(TensorKeySums::Shared::kBytes <= cuda::kMaxSharedBytes);
 static_assert(FloatKeySums::Shared::kBytes <= cuda::kMaxSharedBytes);
 
 constexpr int64_t kRowsBytes = int64_t{512} << 20;  // of the workspace at most, unless one row needs more
-constexpr int64_t kManyBlocks = 256;                // two on each SM of the largest GPUs
+constexpr int64_t kKeyBlocks = 256;                 // at least, of the second step: two on each SM of the largest GPUs
 constexpr int64_t kMaxBlocks = 0x7FFFFFFF;
 
 // Lays the workspace out; with no memory, counts its bytes.
@@ -163,7 +167,7 @@ struct GradientPlan {
     wide_dim = round_up(p.query.shape[2], kSliceDims);
     slots = round_up(most_slots(p), kTileKeys);
     classes = 1;
-    while (classes < kMostClasses && classes * (wide_dim / kSliceDims) < kManyBlocks) classes *= 2;
+    while (classes < kMostClasses && classes * (wide_dim / kSliceDims) < kKeyBlocks) classes *= 2;
     rows_at_once = kMaxBlocks / (groups + 1);
     if (keys_wanted && kRowsBytes / row_bytes() < rows_at_once) rows_at_once = kRowsBytes / row_bytes();
     if (rows_at_once < 1) rows_at_once = 1;
@@ -255,20 +259,26 @@ Status narrow(const float* sums, const RowPool& pool, const AnyView<3>& grad, in
   return launch(sm80_bf16_sparse_attention_backward_narrow, a, element_blocks(a.count), 1, kElementThreads, 0, context);
 }
 
-// The first step and, if keys have gradients, the second, of g.rows rows.
-Status differentiate_rows(const AttentionGradientArguments& g, const GradientPlan& plan, const Context& context) {
+// The first step, of g.rows rows.
+Status differentiate_rows(const AttentionGradientArguments& g, const GradientPlan& plan, int heads_per_block,
+                          const Context& context) {
   const int64_t blocks = g.rows * g.call.groups;
-  Status done = Status::ok();
   if (plan.lanes) {
     const auto kernel = g.call.params.query.dtype == DType::kFloat32 ? sm80_f32_sparse_attention_backward
                                                                      : sm80_bf16_sparse_attention_backward_f32_rows;
-    done = launch(kernel, g, blocks, 1, kGradientLaneThreads, GradientLanesShared::bytes(g.call.tile_row), context);
-  } else {
-    done = launch(sm80_bf16_sparse_attention_backward, g, blocks, 1, 32 * kGroupWarps,
-                  GradientShared::bytes(g.call.tile_row), context);
+    return launch(kernel, g, blocks, 1, kGradientLaneThreads, GradientLanesShared::bytes(g.call.tile_row), context);
   }
-  if (!done.is_ok() || !plan.keys_wanted) return done;
-  done = launch(sm80_i32_sparse_attention_backward_numbers, g, g.rows, 1, kKeyThreads, 0, context);
+  if (heads_per_block == kGroupHeads) {
+    return launch(sm80_bf16_sparse_attention_backward_16, g, blocks, 1, 32 * kGroupWarps,
+                  GradientShared<1>::bytes(g.call.tile_row), context);
+  }
+  return launch(sm80_bf16_sparse_attention_backward_32, g, g.rows * ceil_div(g.call.groups, 2), 1, 64 * kGroupWarps,
+                GradientShared<2>::bytes(g.call.tile_row), context);
+}
+
+// The second, of the same rows.
+Status add_rows_to_keys(const AttentionGradientArguments& g, const GradientPlan& plan, const Context& context) {
+  Status done = launch(sm80_i32_sparse_attention_backward_numbers, g, g.rows, 1, kKeyThreads, 0, context);
   if (!done.is_ok()) return done;
   done = launch(sm80_i32_sparse_attention_backward_lists, g, g.rows, 1, kKeyThreads, kMostClasses * 4, context);
   if (!done.is_ok()) return done;
@@ -294,7 +304,7 @@ int64_t sparse_attention_backward_workspace_bytes(const SparseAttentionBackwardP
   return room.used;
 }
 
-Status sparse_attention_backward(const SparseAttentionBackwardParams& p, const Context& context) {
+Status sparse_attention_backward(const SparseAttentionBackwardParams& p, const Context& context, int heads_per_block) {
   const SparseAttentionParams& call = p.forward;
   const int64_t rows = call.query.shape[0], heads = call.query.shape[1], head_dim = call.query.shape[2];
   const GradientPlan plan(call);
@@ -303,7 +313,8 @@ Status sparse_attention_backward(const SparseAttentionBackwardParams& p, const C
   if (done.is_ok()) done = clear(g.compressed_sums, call.compressed, head_dim, context);
   for (g.call.first_row = 0; done.is_ok() && heads > 0 && g.call.first_row < rows; g.call.first_row += g.rows) {
     g.rows = rows - g.call.first_row < plan.rows_at_once ? rows - g.call.first_row : plan.rows_at_once;
-    done = differentiate_rows(g, plan, context);
+    done = differentiate_rows(g, plan, heads_per_block, context);
+    if (done.is_ok() && plan.keys_wanted) done = add_rows_to_keys(g, plan, context);
   }
   if (done.is_ok()) done = narrow(g.window_sums, call.window_pool, p.grad_window, head_dim, context);
   if (done.is_ok()) done = narrow(g.compressed_sums, call.compressed, p.grad_compressed, head_dim, context);
@@ -311,6 +322,10 @@ Status sparse_attention_backward(const SparseAttentionBackwardParams& p, const C
   const SinkSumArguments sink = {g.gates, p.grad_sink, rows, heads};
   return launch(sm80_f32_sparse_attention_backward_sink, sink, ceil_div(heads, kSinkHeads), 1, kSinkHeads * kSinkParts,
                 kSinkHeads * kSinkParts * 8, context);
+}
+
+Status sparse_attention_backward(const SparseAttentionBackwardParams& p, const Context& context) {
+  return sparse_attention_backward(p, context, heads_of_block(p.forward));
 }
 
 }  // namespace dsv4::sm80

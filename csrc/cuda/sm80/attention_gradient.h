@@ -66,29 +66,29 @@ DSV4_DEVICE uint32_t number_of(const AttentionGradientArguments& g, const Attent
 }
 
 // What the weights of a head follow from, in a lane that has some of its keys. First the sums over them, then, once
-// these are whole, the weights.
+// these are whole, the weights. What is needed once is read then: registers are few.
 struct HeadGradient {
-  float lse, sink, grad_lse, scale;
+  float lse;
   float total, mean;   // sums of p and of p G . key; then 1 / total, and mean of G . key
   float kept, at_all;  // g; grad_lse - g delta
 
   DSV4_DEVICE void load(const AttentionGradientArguments& g, int64_t row, int64_t head) {
-    const bool exists = head < g.call.heads;
-    const AnyView<2>&lse_of = g.call.params.lse, &grad_of = g.grad_lse;
-    lse = exists ? static_cast<const float*>(lse_of.data)[row * lse_of.stride[0] + head] : 0.0f;
-    grad_lse = exists ? static_cast<const float*>(grad_of.data)[row * grad_of.stride[0] + head] : 0.0f;
-    sink = sink_of(g.call, head);
-    scale = g.call.params.scale;
+    lse = element(g.call.params.lse, g, row, head);
     total = mean = kept = at_all = 0.0f;
   }
 
-  DSV4_DEVICE float numerator(float score) const {
-    return ptx::exponential(ptx::add(ptx::multiply(score, scale), -lse));
+  static DSV4_DEVICE float element(const AnyView<2>& of, const AttentionGradientArguments& g, int64_t row,
+                                   int64_t head) {
+    return head < g.call.heads ? static_cast<const float*>(of.data)[row * of.stride[0] + head] : 0.0f;
   }
 
-  DSV4_DEVICE void add(float score, float reach, bool counts) {
+  DSV4_DEVICE float numerator(const AttentionGradientArguments& g, float score) const {
+    return ptx::exponential(ptx::add(ptx::multiply(score, g.call.params.scale), -lse));
+  }
+
+  DSV4_DEVICE void add(const AttentionGradientArguments& g, float score, float reach, bool counts) {
     if (!counts) return;
-    const float p = numerator(score);
+    const float p = numerator(g, score);
     total = ptx::add(total, p);
     mean = ptx::fma(p, reach, mean);
   }
@@ -100,20 +100,23 @@ struct HeadGradient {
   }
 
   // The sums are whole. Returns delta (1 - g).
-  DSV4_DEVICE float close() {
+  DSV4_DEVICE float close(const AttentionGradientArguments& g, int64_t row, int64_t head) {
     const bool some = total != 0.0f;
+    const float sink = sink_of(g.call, head);
     mean = some ? ptx::divide(mean, total) : 0.0f;
     total = some ? ptx::divide(1.0f, total) : 0.0f;
     kept = ptx::divide(1.0f, ptx::add(1.0f, ptx::exponential(ptx::add(sink, -lse))));
-    at_all = ptx::fma(-ptx::multiply(kept, kept), mean, grad_lse);
+    at_all = ptx::fma(-ptx::multiply(kept, kept), mean, element(g.grad_lse, g, row, head));
     if (!some) return 0.0f;
     return ptx::divide(ptx::multiply(kept, mean), ptx::add(1.0f, ptx::exponential(ptx::add(lse, -sink))));
   }
 
   // Of the query and of G in the key's gradient; the first is that of the key in the query's, too.
-  DSV4_DEVICE void weigh(float score, float reach, bool counts, float& of_query, float& of_grad) const {
-    const float p = counts ? ptx::multiply(numerator(score), total) : 0.0f;
-    of_query = counts ? ptx::multiply(ptx::multiply(p, ptx::fma(kept, reach, at_all)), scale) : 0.0f;
+  DSV4_DEVICE void weigh(const AttentionGradientArguments& g, float score, float reach, bool counts, float& of_query,
+                         float& of_grad) const {
+    const float p = counts ? ptx::multiply(numerator(g, score), total) : 0.0f;
+    of_query =
+        counts ? ptx::multiply(ptx::multiply(p, ptx::fma(kept, reach, at_all)), g.call.params.scale) : 0.0f;
     of_grad = counts ? ptx::multiply(p, kept) : 0.0f;
   }
 };

@@ -108,24 +108,24 @@ struct GradientHeads {
 
   DSV4_DEVICE int key_of(int half) const { return half * kLaneKeys + lane / kLaneHeads; }
 
-  DSV4_DEVICE void add(const AttentionArguments& a, const GradientLanesShared& shared, int64_t tile,
+  DSV4_DEVICE void add(const AttentionGradientArguments& g, const GradientLanesShared& shared, int64_t tile,
                        HeadGradient& head) const {
     float score[2] = {}, reach[2] = {};
-    multiply(a, shared, tile, score, reach);
+    multiply(g.call, shared, tile, score, reach);
     DSV4_UNROLL
-    for (int half = 0; half < 2; ++half) head.add(score[half], reach[half], counts(shared, tile, key_of(half)));
+    for (int half = 0; half < 2; ++half) head.add(g, score[half], reach[half], counts(shared, tile, key_of(half)));
   }
 
   // The tile's weights, for d query and, if `to` is given, for the keys' kernel: of the group, from the tile's first
   // slot on.
-  DSV4_DEVICE void weigh(const AttentionArguments& a, const GradientLanesShared& shared, int64_t tile,
+  DSV4_DEVICE void weigh(const AttentionGradientArguments& g, const GradientLanesShared& shared, int64_t tile,
                          const HeadGradient& head, float* to) const {
     float score[2] = {}, reach[2] = {};
-    multiply(a, shared, tile, score, reach);
+    multiply(g.call, shared, tile, score, reach);
     DSV4_UNROLL
     for (int half = 0; half < 2; ++half) {
       float of_query, of_grad;
-      head.weigh(score[half], reach[half], counts(shared, tile, key_of(half)), of_query, of_grad);
+      head.weigh(g, score[half], reach[half], counts(shared, tile, key_of(half)), of_query, of_grad);
       const float mine = (lane & kGradientLaneHeads) != 0 ? of_grad : of_query;
       ptx::store_shared_float(shared.weights + static_cast<uint32_t>((half * 32 + lane) * 4), mine);
       if (to != nullptr) to[key_of(half) * kGroupWeights + place_of(lane % kLaneHeads)] = mine;
@@ -199,15 +199,15 @@ DSV4_DEVICE void differentiate_in_lanes(const AttentionGradientArguments& g, int
   head.load(g, row, heads.own_head());
   const int64_t tiles = (keys.slots + F32Tile::kKeys - 1) / F32Tile::kKeys;
   walk_tiles<F32Tile, kGradientLaneThreads>(a, keys, 0, tiles, shared,
-                                            [&](int64_t tile) { heads.add(a, shared, tile, head); });
+                                            [&](int64_t tile) { heads.add(g, shared, tile, head); });
   DSV4_UNROLL
   for (int distance = kLaneHeads; distance < 32; distance *= 2) head.join(distance);
-  const float gate = head.close();
+  const float gate = head.close(g, row, heads.own_head());
   if (heads.lane < kGradientLaneHeads && heads.own_head() < a.heads) g.gates[row * a.heads + heads.own_head()] = gate;
   ptx::sync_threads();  // nobody reads what the second walk replaces
   walk_tiles<F32Tile, kGradientLaneThreads>(a, keys, 0, tiles, shared, [&](int64_t tile) {
     float* to = g.keys_wanted() ? weights_of<float>(g, index, group, tile * F32Tile::kKeys) : nullptr;
-    heads.weigh(a, shared, tile, head, to);
+    heads.weigh(g, shared, tile, head, to);
     ptx::sync_warp();  // the weights of all keys and vectors are there
     heads.accumulate(a, shared, tile);
   });

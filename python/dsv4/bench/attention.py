@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dsv4 import ops
 from dsv4.bench.measure import Case, Comparison
-from dsv4.bench.pages import batch, prefill_rows, row_pages, rows_of, shuffled_table, spread
+from dsv4.bench.pages import batch, prefill_rows, row_pages, rows_of, shuffled_table, spread, steps
 from dsv4.bench.transformers_cores import against_transformers, attention_bytes, prepare_attention
 from dsv4.cache import BLOCK, entries_per_page
 from dsv4.model.config import Config
@@ -158,16 +158,16 @@ def _work(config: Config, context: int, plains: Sequence[Plain]) -> tuple[float,
     return 4.0 * config.head_dim * config.num_attention_heads * keys, nbytes
 
 
-def _cases(name: str, config: Config, context: int, kind: str, step: str, device: torch.device) -> Iterator[Case]:
-    """Against eager torch, then against transformers. `step`: "decode", "batch" or "prefill"."""
+def _cases(name: str, config: Config, context: int, kind: str, step: int | None, device: torch.device) -> Iterator[Case]:
+    """Against eager torch, then against transformers. `step`: as `steps` gives it."""
     torch.manual_seed(0)
     ratio = config.csa_ratio if kind == "csa" else _HCA_RATIO
     page_size, blocks = entries_per_page(ratio), -(-context // BLOCK)
     entries = config.index_topk if kind == "csa" else context // ratio
     flops = 4.0 * config.head_dim * config.num_attention_heads * (config.sliding_window + entries)
-    rows = prefill_rows(context, flops) if step == "prefill" else 1
-    sequences = batch(context // ratio * config.head_dim * 4) if step == "batch" else 1
-    if (step == "prefill" and rows == 1) or (kind == "csa" and context < ratio):  # no entry to select yet
+    rows = prefill_rows(context, flops) if step is None else 1
+    sequences = batch(step, context // ratio * config.head_dim * 4)
+    if sequences == 0 or (step is None and rows == 1) or (kind == "csa" and context < ratio):  # no entry to select yet
         return
     first_block = max(context - rows - config.sliding_window + 1, 0) // BLOCK
     tables = (shuffled_table(blocks, first_block, sequences), shuffled_table(blocks, 0, sequences))
@@ -201,7 +201,7 @@ def _cases(name: str, config: Config, context: int, kind: str, step: str, device
             found.append(Comparison(result[at * rows + index], eager_attention(some), exact))
         return found
 
-    shape = f"{name} {kind} {'prefill' if step == 'prefill' else 'decode'} context={context} rows={rows * sequences}"
+    shape = f"{name} {kind} {'prefill' if step is None else 'decode'} context={context} rows={rows * sequences}"
     batched = f" sequences={sequences}" if sequences > 1 else ""
     case = Case(
         "sparse_attention", f"{shape}{batched} heads={config.num_attention_heads} head_dim={config.head_dim} fp8", run,
@@ -228,5 +228,5 @@ def cases(op: str, shape: str, context: int, device: torch.device) -> Iterator[C
     both kinds."""
     config = Config.preset(shape)
     for kind in ("csa", "hca"):
-        for step in ("decode", "batch", "prefill"):
+        for step in steps(device):
             yield from _cases(shape, config, context, kind, step, device)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dsv4 import ops
 from dsv4.bench.measure import Case, Comparison
-from dsv4.bench.pages import batch, key_pages, keys_of, prefill_rows, shuffled_table, spread
+from dsv4.bench.pages import batch, key_pages, keys_of, prefill_rows, shuffled_table, spread, steps
 from dsv4.bench.transformers_cores import against_transformers, index_bytes, prepare_index
 from dsv4.cache import BLOCK, entries_per_page
 from dsv4.model.config import Config
@@ -67,15 +67,15 @@ def _is_selection(chosen: Tensor, count: Tensor) -> bool:
     return bool(rising.all()) and bool(((chosen >= 0) == filled).all())
 
 
-def _cases(name: str, config: Config, context: int, step: str, device: torch.device) -> Iterator[Case]:
-    """Against eager torch, then against transformers. `step`: "decode", "batch" or "prefill"."""
+def _cases(name: str, config: Config, context: int, step: int | None, device: torch.device) -> Iterator[Case]:
+    """Against eager torch, then against transformers. `step`: as `steps` gives it."""
     torch.manual_seed(0)
     heads, dim, ratio = config.index_n_heads, config.index_head_dim, config.csa_ratio
     entries, page_size, blocks = context // ratio, entries_per_page(ratio), -(-context // BLOCK)
     key_bytes = dim // 2 + dim // FP4_BLOCK
-    rows = prefill_rows(context, 2.0 * dim * heads * entries) if step == "prefill" else 1
-    sequences = batch(entries * (key_bytes + 2 * dim)) if step == "batch" else 1
-    if (step == "prefill" and rows == 1) or entries == 0:
+    rows = prefill_rows(context, 2.0 * dim * heads * entries) if step is None else 1
+    sequences = batch(step, entries * (key_bytes + 2 * dim))
+    if sequences == 0 or (step is None and rows == 1) or entries == 0:
         return
     pages, table = key_pages(config, sequences * blocks, page_size), shuffled_table(blocks, 0, sequences)
     keys = [keys_of(config, pages, row, entries, page_size).to(device) for row in table.split(1)]
@@ -99,7 +99,7 @@ def _cases(name: str, config: Config, context: int, step: str, device: torch.dev
 
     visible = float(lengths.sum())
     batched = f" sequences={sequences}" if sequences > 1 else ""
-    shape = f"{name} {'prefill' if step == 'prefill' else 'decode'} context={context} rows={rows * sequences}{batched}"
+    shape = f"{name} {'prefill' if step is None else 'decode'} context={context} rows={rows * sequences}{batched}"
     case = Case(
         "index_topk", f"{shape} heads={heads} dim={dim} k={k} fp4", run, "eager torch bf16", eager, compare,
         (2.0 * dim + 2) * heads * visible,
@@ -130,5 +130,5 @@ def _compare(
 def cases(op: str, shape: str, context: int, device: torch.device) -> Iterator[Case]:
     """`op` for the sizes of the model `shape`, in sequences of `context` tokens: decode, a batch of it, prefill."""
     config = Config.preset(shape)
-    for step in ("decode", "batch", "prefill"):
+    for step in steps(device):
         yield from _cases(shape, config, context, step, device)

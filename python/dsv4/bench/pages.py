@@ -13,8 +13,6 @@ _MOST_FLOPS = 2**36
 # Up to this length a whole prefill step is wanted, though a run may then take seconds.
 _WHOLE_STEP_CONTEXT = 1 << 16
 _MOST_BATCH_BYTES = 5 << 30
-#: Sequences of a decoding batch.
-BATCH = 8
 _DRAWN_ROWS = 4096
 _READ_ROWS = 1 << 14
 
@@ -28,12 +26,18 @@ def prefill_rows(context: int, flops: float) -> int:
     return rows
 
 
-def batch(nbytes: float) -> int:
-    """Sequences of `nbytes` bytes that are measured together: BATCH, fewer where memory would not hold them."""
-    sequences = BATCH
+def steps(device: torch.device) -> tuple[int | None, ...]:
+    """What is measured on a device: decoding of so many sequences at once, and a step of a prefill (None)."""
+    return (1, 8, None) if device.type == "cpu" else (1, 8, 64, None)
+
+
+def batch(wanted: int | None, nbytes: float) -> int:
+    """Sequences of `nbytes` bytes for a step: one in a prefill; otherwise so many, none where memory would not hold
+    over a quarter of them."""
+    sequences = wanted or 1
     while sequences > 2 and sequences * nbytes > _MOST_BATCH_BYTES:
         sequences //= 2
-    return sequences
+    return sequences if wanted is None or 4 * sequences >= wanted else 0
 
 
 def shuffled_table(blocks: int, first: int = 0, sequences: int = 1) -> Tensor:
