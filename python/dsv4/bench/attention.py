@@ -158,7 +158,9 @@ def _work(config: Config, context: int, plains: Sequence[Plain]) -> tuple[float,
     return 4.0 * config.head_dim * config.num_attention_heads * keys, nbytes
 
 
-def _cases(name: str, config: Config, context: int, kind: str, step: int | None, device: torch.device) -> Iterator[Case]:
+def _cases(
+    name: str, config: Config, context: int, kind: str, step: int | None, device: torch.device
+) -> Iterator[Case]:
     """Against eager torch, then against transformers. `step`: as `steps` gives it."""
     torch.manual_seed(0)
     ratio = config.csa_ratio if kind == "csa" else _HCA_RATIO
