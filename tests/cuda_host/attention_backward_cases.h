@@ -137,9 +137,8 @@ template <class X>
 std::string run_attention_backward(AttentionBackwardProblem<X>& p, int heads_per_block = 0) {
   const SparseAttentionBackwardParams params = p.params();
   if (!sm80::accepts_sparse_attention_backward(params)) return "not accepted";
-  const Status status = heads_per_block == 0
-                            ? sm80::sparse_attention_backward(params, cuda_context())
-                            : sm80::sparse_attention_backward(params, cuda_context(), heads_per_block);
+  const Status status = heads_per_block == 0 ? sm80::sparse_attention_backward(params, cuda_context())
+                                             : sm80::sparse_attention_backward(params, cuda_context(), heads_per_block);
   if (!status.is_ok()) return status.message();
   if (!finish_device()) return "the device reports an error";
   p.grad_query.download();

@@ -115,8 +115,7 @@ struct HeadGradient {
   DSV4_DEVICE void weigh(const AttentionGradientArguments& g, float score, float reach, bool counts, float& of_query,
                          float& of_grad) const {
     const float p = counts ? ptx::multiply(numerator(g, score), total) : 0.0f;
-    of_query =
-        counts ? ptx::multiply(ptx::multiply(p, ptx::fma(kept, reach, at_all)), g.call.params.scale) : 0.0f;
+    of_query = counts ? ptx::multiply(ptx::multiply(p, ptx::fma(kept, reach, at_all)), g.call.params.scale) : 0.0f;
     of_grad = counts ? ptx::multiply(p, kept) : 0.0f;
   }
 };

@@ -1,6 +1,6 @@
-// A row's gradient on tensor cores: as attention_tile.h, for one or two groups of 16 heads. Keys are multiplied by the queries
-// and by G, whose fragments a warp keeps in registers, twice: first for the sums over the row, then for the weights,
-// which are rounded to bfloat16 for d query and for the keys' gradients.
+// A row's gradient on tensor cores: as attention_tile.h, for one or two groups of 16 heads. Keys are multiplied by the
+// queries and by G, whose fragments a warp keeps in registers, twice: first for the sums over the row, then for the
+// weights, which are rounded to bfloat16 for d query and for the keys' gradients.
 //
 // In shared memory: two tiles of 32 keys, and whether each counts; the four parts of the scores and of the products
 // with G, of which the first give way to the weights.
@@ -25,9 +25,7 @@ struct GradientShared : TilePair<GradientTile> {
     scores.start = end();
     reaches.start = scores.start + Area::kBytes;
   }
-  static constexpr int bytes(int tile_row) {
-    return TilePair<GradientTile>::bytes(tile_row) + 2 * Area::kBytes;
-  }
+  static constexpr int bytes(int tile_row) { return TilePair<GradientTile>::bytes(tile_row) + 2 * Area::kBytes; }
 };
 
 struct GradientPart : WarpPart {
