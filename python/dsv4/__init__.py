@@ -7,7 +7,7 @@ try:
     from dsv4 import nn, ops
     from dsv4.cache import KVCache
     from dsv4.checkpoint import init, load
-    from dsv4.generation import encode_messages, generate, parse_completion
+    from dsv4.generation import encode_messages, generate, generate_batch, parse_completion
     from dsv4.model.config import Config
     from dsv4.model.recording import RecordedModel
     from dsv4.model.transformer import Transformer
@@ -21,7 +21,9 @@ except KeyboardInterrupt:
 
 __version__ = "0.1.0"
 
-Transformer.generate = generate  # type: ignore[attr-defined]  # the loop stands above the model; this is its shorthand
+# The loops stand above the model; these are their shorthands.
+Transformer.generate = generate  # type: ignore[attr-defined]
+Transformer.generate_batch = generate_batch  # type: ignore[attr-defined]
 
 __all__ = [
     "Config",
@@ -30,6 +32,7 @@ __all__ = [
     "Transformer",
     "encode_messages",
     "generate",
+    "generate_batch",
     "init",
     "load",
     "nn",

@@ -10,7 +10,7 @@ import torch
 
 import dsv4
 from dsv4.checkpoint import resolve
-from dsv4.generation import Tokenizer, generate, sample
+from dsv4.generation import Tokenizer, generate, generate_batch, sample
 from dsv4.generation.encoding import ASSISTANT, BOS, EOS, SPECIAL_TOKENS, THINK_OPEN
 from dsv4.generation.tokenizer import TextStream, train_tokenizer
 
@@ -166,6 +166,24 @@ def test_faults_are_named_at_the_call(arguments, words):
         generate(Model(), **{"input_ids": [1], **arguments})
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"prompts": []}, "prompts is empty"),
+        ({"prompts": [[1], []]}, "the prompt is empty"),
+        ({"prompts": [[1], [2, VOCAB]]}, "got 2 to 11"),
+        ({"prompts": [1, 2]}, r"must be integer \[tokens\] or \[1, tokens\], got torch.int64 \[\]"),
+        ({"max_new_tokens": True}, "max_new_tokens must be an integer >= 0, got True"),
+        ({"prefill_chunk": 0}, "prefill_chunk must be an integer >= 1, got 0"),
+        ({"temperature": -1}, "temperature must be a finite number >= 0"),
+        ({"top_p": 2}, "top_p must be above 0 and at most 1, got 2"),
+    ],
+)
+def test_faults_of_a_batch_are_named_at_the_call(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        generate_batch(Model(), **{"prompts": [[1], [2]], **arguments})
+
+
 def frequencies(logits, count=4000, **settings):
     generator = torch.Generator().manual_seed(5)
     drawn = [sample(logits, generator=generator, **settings) for _ in range(count)]
@@ -314,6 +332,35 @@ def test_model_goes_on_from_a_snapshot_and_after_a_crop(model):
     branch.crop(len(prompt) + 2)
     assert list(model.generate(first[-1:], 6, cache=branch)) == straight
     assert list(model.generate(prompt, 9)) == first + straight
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+@pytest.mark.parametrize("chunk", [1, 30, 2048])
+def test_a_batch_gives_each_prompt_its_own_tokens(model, temperature, chunk):
+    """Those it gets alone: prompts of different lengths, which end at different times."""
+    prompts = [[(7 + seed) * n % 300 for n in range(length)] for seed, length in enumerate((21, 1, 130, 4))]
+    settings = {"max_new_tokens": 9, "temperature": temperature}
+    alone = [list(model.generate(p, seed=5 + i, **settings)) for i, p in enumerate(prompts)]
+    stops = {alone[2][3], alone[0][6]}
+    expected = [list(model.generate(p, seed=5 + i, stop_tokens=stops, **settings)) for i, p in enumerate(prompts)]
+    assert {len(tokens) for tokens in expected} >= {4, 9}
+    fed = []
+    steps = list(
+        model.generate_batch(
+            prompts, seed=5, stop_tokens=stops, prefill_chunk=chunk, progress=lambda *x: fed.append(x), **settings
+        )
+    )
+    assert [[token for token in column if token is not None] for column in zip(*steps, strict=True)] == expected
+    assert all(token is None for step in steps[4:] for token in (step[2],)), "an ended sequence gives None"
+    assert fed[-1] == (152, 152) and fed == sorted(fed)
+
+
+def test_a_batch_is_fed_no_more_than_is_asked_for(model):
+    assert list(model.generate_batch([[1, 2], [3]], 0)) == []
+    steps = model.generate_batch([[1, 2], torch.tensor([[3]])], 5)
+    assert [len(next(steps)) for _ in range(2)] == [2, 2]
+    steps.close()
+    assert list(model.generate_batch([[4]], 1)) == [[next(model.generate([4]))]]
 
 
 def test_the_cache_goes_on_with_gradients_on(model):

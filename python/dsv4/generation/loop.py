@@ -1,9 +1,11 @@
-"""The generation loop: prefill in chunks, then one token at a time."""
+"""The generation loops: prefill in chunks, then one token at a time, of one sequence or of several."""
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 
@@ -47,10 +49,8 @@ def generate(
     """
     prompt = _prompt(input_ids, model.config.vocab_size)
     check_sampling(temperature, top_p)
-    for name, value, least in (("max_new_tokens", max_new_tokens, 0), ("prefill_chunk", prefill_chunk, 1)):
-        if isinstance(value, bool) or not hasattr(value, "__index__") or value < least:
-            raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
-    max_new_tokens, prefill_chunk = operator.index(max_new_tokens), operator.index(prefill_chunk)
+    max_new_tokens = _integer("max_new_tokens", max_new_tokens, 0)
+    prefill_chunk = _integer("prefill_chunk", prefill_chunk, 1)
     needed = len(prompt) + max(max_new_tokens - 1, 0)
     if cache is None:
         cache = model.new_cache(batch_size=1, max_seq_len=needed)
@@ -66,8 +66,56 @@ def generate(
     def choose(logits: torch.Tensor) -> int:
         return sample(logits[0, -1], temperature, top_p, generator)
 
-    stop = frozenset([stop_tokens] if isinstance(stop_tokens, int) else stop_tokens)
-    return _tokens(model, prompt, cache, choose, max_new_tokens, stop, prefill_chunk, progress)
+    return _tokens(model, prompt, cache, choose, max_new_tokens, _stops(stop_tokens), prefill_chunk, progress)
+
+
+def generate_batch(
+    model: Transformer,
+    prompts: Sequence[torch.Tensor | Sequence[int]],
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    stop_tokens: int | Collection[int] = (),
+    prefill_chunk: int = 2048,
+    progress: Callable[[int, int], None] | None = None,
+) -> Iterator[list[int | None]]:
+    """Continue several sequences at once, giving one token of each as soon as all are chosen.
+
+    A row's result does not depend on the rows beside it, so in mode "checkpoint" the tokens of prompt i are those of
+    `generate(model, prompts[i], seed=seed + i)`; in mode "off" up to rounding. A step reads each weight that several
+    sequences need once. A sequence that has ended takes no further part, and its cache is given back.
+
+    Args:
+        prompts: of any lengths, each as `generate` takes it.
+        seed: the random numbers of prompt i are those of seed + i.
+        prefill_chunk: so many tokens of all prompts together are fed at a time, at least one of each.
+        progress: called with (tokens fed, tokens of all prompts but the last of each) after every such piece.
+        model, max_new_tokens, temperature, top_p, stop_tokens: as of `generate`.
+    Returns: an iterator over lists with an element a prompt: its next token, or None if it has ended.
+    Raises: ValueError, before anything is fed, for arguments out of range.
+    """
+    ids = [_prompt(prompt, model.config.vocab_size) for prompt in prompts]
+    if not ids:
+        raise ValueError("prompts is empty: it needs at least one prompt")
+    check_sampling(temperature, top_p)
+    max_new_tokens = _integer("max_new_tokens", max_new_tokens, 0)
+    prefill_chunk = _integer("prefill_chunk", prefill_chunk, 1)
+    choosers = [
+        partial(sample, temperature=temperature, top_p=top_p, generator=torch.Generator().manual_seed(seed + number))
+        for number in range(len(ids))
+    ]
+    return _batches(model, ids, choosers, max_new_tokens, _stops(stop_tokens), prefill_chunk, progress)
+
+
+def _integer(name: str, value: Any, least: int) -> int:
+    if isinstance(value, bool) or not hasattr(value, "__index__") or value < least:
+        raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
+    return operator.index(value)
+
+
+def _stops(stop_tokens: int | Collection[int]) -> frozenset[int]:
+    return frozenset([stop_tokens] if isinstance(stop_tokens, int) else stop_tokens)
 
 
 def _prompt(input_ids: torch.Tensor | Sequence[int], vocab_size: int) -> torch.Tensor:
@@ -100,7 +148,7 @@ def _tokens(
 ) -> Iterator[int]:
     if max_new_tokens == 0:
         return
-    feed = RecordedModel(model) if isinstance(model, Transformer) else model
+    feed = _recorded(model)
     for start in range(0, len(prompt), prefill_chunk):
         chunk = prompt[start : start + prefill_chunk]
         logits = _feed(feed, chunk, cache)
@@ -112,6 +160,63 @@ def _tokens(
         if token in stop_tokens or number + 1 == max_new_tokens:
             return
         logits = _feed(feed, torch.tensor([token]), cache)
+
+
+def _batches(
+    model: Transformer,
+    prompts: list[torch.Tensor],
+    choosers: Sequence[Callable[[torch.Tensor], int]],
+    max_new_tokens: int,
+    stop_tokens: frozenset[int],
+    prefill_chunk: int,
+    progress: Callable[[int, int], None] | None,
+) -> Iterator[list[int | None]]:
+    if max_new_tokens == 0:
+        return
+    cache = model.new_cache(len(prompts), max(map(len, prompts)) + max_new_tokens - 1)
+    # All but the last tokens, whose logits nobody needs; then the last ones are a step like any other.
+    _feed_prompts(model, [prompt[:-1] for prompt in prompts], cache, prefill_chunk, progress)
+    feed = _recorded(model)
+    going, newest = list(range(len(prompts))), [int(prompt[-1]) for prompt in prompts]
+    for _ in range(max_new_tokens):
+        with torch.no_grad():
+            logits = feed(torch.tensor(newest).unsqueeze(1), cache, logits_to_keep=1)
+        newest = [choosers[number](row[-1]) for number, row in zip(going, logits, strict=True)]
+        given: list[int | None] = [None] * len(prompts)
+        for number, token in zip(going, newest, strict=True):
+            given[number] = token
+        yield given
+        kept = [place for place, token in enumerate(newest) if token not in stop_tokens]
+        if not kept:
+            return
+        if len(kept) < len(going):
+            going, newest = [going[place] for place in kept], [newest[place] for place in kept]
+            rest = cache.fork(kept)
+            cache.clear()
+            cache = rest
+
+
+def _feed_prompts(
+    model: Transformer,
+    prompts: list[torch.Tensor],
+    cache: KVCache,
+    prefill_chunk: int,
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    whole, begin = sum(map(len, prompts)), 0
+    while begin < max(map(len, prompts)):
+        width = max(1, prefill_chunk // sum(len(prompt) > begin for prompt in prompts))
+        parts = [prompt[begin : begin + width] for prompt in prompts]
+        with torch.no_grad():
+            chunk = torch.nn.utils.rnn.pad_sequence(parts, batch_first=True)
+            model(chunk, cache=cache, num_tokens=list(map(len, parts)), logits_to_keep=1)
+        begin += width
+        if progress is not None:
+            progress(sum(min(len(prompt), begin) for prompt in prompts), whole)
+
+
+def _recorded(model: Transformer) -> Callable[..., torch.Tensor]:
+    return RecordedModel(model) if isinstance(model, Transformer) else model
 
 
 def _feed(model: Callable[..., torch.Tensor], ids: torch.Tensor, cache: KVCache) -> torch.Tensor:
