@@ -92,7 +92,7 @@ struct NormGradientProblem {
     for (int64_t row = 0; row < c.rows; ++row) {
       Random random(c.seed * 1000003 + static_cast<uint64_t>(row));
       for (int64_t d = 0; d < c.dim; ++d) {
-        x.at(row, d) = from_float<X>(random.uniform(-c.size, c.size));
+        x.at(row, d) = from_float<X>(c.size * random.uniform(-1, 1));
         grad.at(row, d) = from_float<X>(random.uniform(-2, 2));
       }
     }
@@ -177,7 +177,7 @@ struct QueryGradientProblem {
     for (int64_t t = 0; t < c.tokens; ++t) {
       Random random(c.seed * 1000003 + static_cast<uint64_t>(t));
       for (int64_t i = 0; i < query.inner(); ++i) {
-        query.at(t, i) = from_float<X>(random.uniform(-c.size, c.size));
+        query.at(t, i) = from_float<X>(c.size * random.uniform(-1, 1));
         grad.at(t, i) = from_float<X>(random.uniform(-2, 2));
       }
     }
