@@ -6,10 +6,11 @@
 namespace dsv4::testing {
 
 // How far a result may be from the exact one: its rounding to R, and some roundings to float32 of the terms that it is
-// made of, whose magnitudes add up to `terms`.
+// made of, whose magnitudes add up to `terms`; or half of its least denormal number.
 template <class R>
 double allowed(double exact, double terms, double roundings = 6) {
-  return (sizeof(R) == 2 ? 0x1p-8 : 0x1p-24) * std::fabs(exact) + roundings * 0x1p-24 * terms + 1e-44;
+  const bool narrow = sizeof(R) == 2;
+  return (narrow ? 0x1p-8 : 0x1p-24) * std::fabs(exact) + roundings * 0x1p-24 * terms + (narrow ? 0x1p-134 : 0x1p-147);
 }
 
 inline std::string differs(const std::string& what, int64_t row, int64_t column, double got, double exact) {

@@ -101,31 +101,34 @@ struct Team {
   }
 };
 
-// A team's sums over the rows of its piece, of eights of columns, in float32 and in the order of the rows.
+// A team's sums over the rows of its piece, of eights of columns, in float32 and in the order of the rows: in registers
+// or, with kSteps = 0, in the piece's own memory.
 template <int kSteps>
 class WeightSums {
  public:
-  // `partial`: the piece's, or none.
-  DSV4_DEVICE WeightSums(float* partial, int width) : partial_(partial), width_(width) {}
-
   // The products of an eight of the piece's first row, or of another.
-  DSV4_DEVICE void add_eight(int s, int column, bool first, const float (&grad)[8], const float (&y)[8]) {
-    if (partial_ == nullptr) return;
+  DSV4_DEVICE void add_eight(const NormGradientArguments& a, const Team& team, int s, int column, bool first,
+                             const float (&grad)[8], const float (&y)[8]) {
     if constexpr (kSteps > 0) {
       add_to(sum_[s], grad, y);
     } else {
+      if (a.partial == nullptr) return;
+      float* partial = a.partial + team.piece * a.width;
       float sum[8] = {};
-      if (!first) load_eight(partial_, column, width_, true, sum);
+      if (!first) load_eight(partial, column, a.width, true, sum);
       add_to(sum, grad, y);
-      store_eight(partial_, column, width_, true, sum);
+      store_eight(partial, column, a.width, true, sum);
     }
   }
 
-  DSV4_DEVICE void store(int column, int step) const {
+  DSV4_DEVICE void store(const NormGradientArguments& a, const Team& team) const {
     if constexpr (kSteps > 0) {
-      if (partial_ == nullptr) return;
+      if (a.partial == nullptr) return;
+      float* partial = a.partial + team.piece * a.width;
       DSV4_UNROLL
-      for (int s = 0; s < kSteps; ++s) store_eight(partial_, column + s * step, width_, true, sum_[s]);
+      for (int s = 0; s < kSteps; ++s) {
+        store_eight(partial, 8 * (team.thread + s * team.threads), a.width, true, sum_[s]);
+      }
     }
   }
 
@@ -135,8 +138,6 @@ class WeightSums {
     for (int e = 0; e < 8; ++e) sum[e] = ptx::fma(grad[e], y[e], sum[e]);
   }
 
-  float* partial_;
-  int width_;
   float sum_[kSteps > 0 ? kSteps : 1][8] = {};
 };
 
@@ -156,7 +157,7 @@ DSV4_DEVICE void row_gradients(const NormGradientArguments& a) {
   if (kSteps > 0) weight.vector = true;
   // Read again in each pass, from L1: registers have better things to hold.
   const auto weight_of = [&](int at, float(&by)[8]) { weight.eight(at, by); };
-  WeightSums<kSteps> sums(a.partial != nullptr && own > 0 ? a.partial + team.piece * a.width : nullptr, a.width);
+  WeightSums<kSteps> sums;
   FetchedRow<X, (kSteps > 0 ? kSteps : 1)> fetched;
   if constexpr (kSteps > 0) fetched.fetch(row_of(a.x, 0), row_of(a.grad, 0), column, step);
   int turn = 0;
@@ -181,21 +182,21 @@ DSV4_DEVICE void row_gradients(const NormGradientArguments& a) {
           y[e] = gradient.normed(x[e]);
           value[e] = gradient.of(y[e], ptx::multiply(g[e], by[e]));
         }
+        sums.add_eight(a, team, s, at, i == 0, g, y);
         store_eight(to, at, a.dim, kSteps > 0 || a.vector, value);
-        sums.add_eight(s, at, i == 0, g, y);
       });
     }
     if constexpr (kSteps > 0 && !kAhead) {
       if (i + 1 < own) fetched.fetch(row_of(a.x, i + 1), row_of(a.grad, i + 1), column, step);
     }
   }
-  sums.store(column, step);
+  if (own > 0) sums.store(a, team);
 }
 
 using QueryArguments = QueryGradientArguments;
 using NormArguments = NormGradientArguments;
 DSV4_KERNEL(kRowThreads, 8) sm80_bf16_query_norm_rope_backward_1(const QueryArguments a) { query_gradients<bf16, 1>(a); }
-DSV4_KERNEL(kRowThreads, 8) sm80_bf16_query_norm_rope_backward_2(const QueryArguments a) { query_gradients<bf16, 2>(a); }
+DSV4_KERNEL(kRowThreads, 7) sm80_bf16_query_norm_rope_backward_2(const QueryArguments a) { query_gradients<bf16, 2>(a); }
 DSV4_KERNEL(kRowThreads, 6) sm80_bf16_query_norm_rope_backward(const QueryArguments a) { query_gradients<bf16, 0>(a); }
 DSV4_KERNEL(kRowThreads, 8) sm80_f32_query_norm_rope_backward_1(const QueryArguments a) { query_gradients<float, 1>(a); }
 DSV4_KERNEL(kRowThreads, 6) sm80_f32_query_norm_rope_backward_2(const QueryArguments a) { query_gradients<float, 2>(a); }

@@ -112,7 +112,8 @@ class GradientRow {
   DSV4_DEVICE void take(const FetchedRow<X, kHeld>& fetched) {
     DSV4_UNROLL
     for (int s = 0; s < kSteps; ++s) {
-      FetchedRow<X, kHeld>::unpack_eight(fetched.x[s], x_[s]);
+      DSV4_UNROLL
+      for (int i = 0; i < FetchedRow<X, kHeld>::kPieces; ++i) x_[s][i] = fetched.x[s][i];
       FetchedRow<X, kHeld>::unpack_eight(fetched.grad[s], grad_[s]);
       turn_back(grads_, rope_, first_ + s * step_, grad_[s]);
     }
@@ -123,7 +124,11 @@ class GradientRow {
   DSV4_DEVICE void each(const Body& body) const {
     if constexpr (kSteps > 0) {
       DSV4_UNROLL
-      for (int s = 0; s < kSteps; ++s) body(s, first_ + s * step_, x_[s], grad_[s]);
+      for (int s = 0; s < kSteps; ++s) {
+        float x[8];
+        FetchedRow<X, kHeld>::unpack_eight(x_[s], x);
+        body(s, first_ + s * step_, x, grad_[s]);
+      }
     } else {
       for (int column = first_; column < from_.dim; column += step_) {
         float x[8], grad[8];
@@ -155,7 +160,8 @@ class GradientRow {
   GlobalRow<X> from_, grads_;
   RowRope rope_;
   int first_, step_;
-  float x_[kHeld][8], grad_[kHeld][8];
+  Words4 x_[kHeld][FetchedRow<X, kHeld>::kPieces];
+  float grad_[kHeld][8];
 };
 
 // What the sums over whole rows, which `join` makes of a thread's, say; see sum_of_squares.
