@@ -1,8 +1,8 @@
 // compress_entries_backward problems for the CUDA kernels, and their answers in float64.
 #pragma once
 
-#include "cpu/compressor_backward.h"
 #include "compress_cases.h"
+#include "cpu/compressor_backward.h"
 #include "norm_rope_backward_cases.h"
 
 namespace dsv4::testing {
@@ -67,13 +67,19 @@ struct EntriesGradientProblem {
     return any.template as<const T>();
   }
   CompressEntriesBackwardParams params(bool on_host) {
-    const CompressEntriesParams forward = {read(kv, on_host),        read(gate, on_host),      read(ape, on_host),
-                                           view_of<1>(weight, on_host), view_of<3>(rope, on_host), c.ratio,
-                                           kRowEps,                  c.rotate,                 {},
+    const CompressEntriesParams forward = {read(kv, on_host),
+                                           read(gate, on_host),
+                                           read(ape, on_host),
+                                           view_of<1>(weight, on_host),
+                                           view_of<3>(rope, on_host),
+                                           c.ratio,
+                                           kRowEps,
+                                           c.rotate,
+                                           {},
                                            {}};
     const auto written = [&](DeviceTensor<float>& tensor) { return view_of<2>(tensor, on_host).template as<float>(); };
-    return {view_of<2>(grad, on_host), forward, written(grad_kv), written(grad_gate), written(grad_ape),
-            view_of<1>(grad_weight, on_host)};
+    return {view_of<2>(grad, on_host), forward,           written(grad_kv),
+            written(grad_gate),        written(grad_ape), view_of<1>(grad_weight, on_host)};
   }
 
   // Through the list of candidates.
@@ -99,8 +105,8 @@ struct EntriesGradientProblem {
   // What an entry gives its rows. Its row is rounded from where the kernel has it, a float32 away from the exact one.
   Pooled pooled(int64_t j, std::vector<double>& sums, std::vector<double>& sum_terms) {
     const size_t dim = static_cast<size_t>(c.dim);
-    Pooled of = {std::vector<double>(dim), std::vector<double>(dim), std::vector<double>(dim),
-                 std::vector<double>(dim), std::vector<double>(dim)};
+    Pooled of = {std::vector<double>(dim), std::vector<double>(dim), std::vector<double>(dim), std::vector<double>(dim),
+                 std::vector<double>(dim)};
     const CompressEntriesParams f = params(true).forward;
     std::vector<double> turned(dim), row(dim), size(dim);  // size: of the values, which float32 rounds
     for (size_t d = 0; d < dim; ++d) {

@@ -110,8 +110,8 @@ struct NormGradientProblem {
   }
 
   NormRopeBackwardParams params() {
-    NormRopeBackwardParams p = {view_of<2>(grad, false), view_of<2>(x, false), {}, {}, kRowEps,
-                                view_of<2>(grad_x, false), {}, {}};
+    NormRopeBackwardParams p = {
+        view_of<2>(grad, false), view_of<2>(x, false), {}, {}, kRowEps, view_of<2>(grad_x, false), {}, {}};
     if (c.weight > 0) {
       p.weight = c.weight == 1 ? view_of<1>(narrow_weight, false) : view_of<1>(wide_weight, false);
       p.grad_weight = c.weight == 1 ? view_of<1>(narrow_grad, false) : view_of<1>(wide_grad, false);
@@ -144,7 +144,8 @@ struct NormGradientProblem {
     }
     for (int64_t row = 0; row < c.rows; ++row) {
       double square = 0;
-      for (int64_t d = 0; d < c.dim; ++d) square += static_cast<double>(to_float(x.at(row, d))) * to_float(x.at(row, d));
+      for (int64_t d = 0; d < c.dim; ++d)
+        square += static_cast<double>(to_float(x.at(row, d))) * to_float(x.at(row, d));
       square = square / static_cast<double>(c.dim) + kRowEps;
       const std::string fault =
           wrong_row(&x.at(row), &grad.at(row), weight.data(), &rope.at(row), c.dim, c.rope_dim > 0 ? c.rope_dim / 2 : 0,
@@ -193,10 +194,9 @@ struct QueryGradientProblem {
 
   // Through the list of candidates.
   std::string run() {
-    const Status status =
-        query_norm_rope_backward({view_of<3>(grad, false), view_of<3>(query, false), view_of<3>(rope, false), kRowEps,
-                                  view_of<3>(result, false)},
-                                 cuda_context());
+    const Status status = query_norm_rope_backward({view_of<3>(grad, false), view_of<3>(query, false),
+                                                    view_of<3>(rope, false), kRowEps, view_of<3>(result, false)},
+                                                   cuda_context());
     if (!status.is_ok()) return status.message();
     if (!finish_device()) return "the kernel failed";
     result.download();

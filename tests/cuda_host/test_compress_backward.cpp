@@ -1,5 +1,5 @@
-// The sm80 kernels of compress_entries_backward against float64, and against themselves in other company and elsewhere in
-// memory. Runs on the host model, and on a GPU where it is built for one.
+// The sm80 kernels of compress_entries_backward against float64, and against themselves in other company and elsewhere
+// in memory. Runs on the host model, and on a GPU where it is built for one.
 #include "compress_backward_cases.h"
 
 namespace {

@@ -1,6 +1,6 @@
 // The synchronisation of the kernels of norms, quantize and compress, and of their gradients, on the host model: no
-// alarm and the same bits in any order of threads; and every synchronisation is needed: a run that leaves one line's out
-// fails.
+// alarm and the same bits in any order of threads; and every synchronisation is needed: a run that leaves one line's
+// out fails.
 #include <functional>
 
 #include "compress_backward_cases.h"

@@ -1,13 +1,13 @@
 // compress_entries_backward, stage by stage:
 // 1. A block pools an entry as the forward pass does (compress_pool.h), with its bits, and leaves in the workspace, of
-//    each channel, the pooled value rounded to N and the unrounded one, the largest gate and the inverse sum of weights;
-//    besides the entry's gradient in float32.
+//    each channel, the pooled value rounded to N and the unrounded one, the largest gate and the inverse sum of
+//    weights; besides the entry's gradient in float32.
 // 2. Keys: the Hadamard rotation of that gradient, which is its own transpose (quantize.cu).
 // 3. The gradients of rotation and norm, of all entries as rows (norm_rope_backward.cu), and norm_weight's.
 // 4. Rows: a thread takes four neighbouring channels of four rows, place by place the same of all entries of a piece
-//    (piece_sums.h), so that it holds their sums for ape in registers; what it needs of an entry serves four rows, whose
-//    loads are all on their way at once. A channel of a row lies in one entry at most, so nothing is added twice; where
-//    it lies in none, the gradient is 0. Then ape's pieces.
+//    (piece_sums.h), so that it holds their sums for ape in registers; what it needs of an entry serves four rows,
+//    whose loads are all on their way at once. A channel of a row lies in one entry at most, so nothing is added twice;
+//    where it lies in none, the gradient is 0. Then ape's pieces.
 // kv and gate are read twice, the second time from L2 where it holds them: 16 to 24 bytes a channel of a row, some 60
 // instructions. Bound by memory; 60 % of the copy bandwidth expected of many rows.
 #include "cuda/common/launch.h"
@@ -38,8 +38,8 @@ struct SpreadArguments {
   View<const float, 2> kv, gate, ape;
   View<float, 2> grad_kv, grad_gate;
   EntryRows entries;
-  const float* gradient;  // of the pooled rows
-  float* partial;         // [pieces, ratio, sets, width]
+  const float* gradient;          // of the pooled rows
+  float* partial;                 // [pieces, ratio, sets, width]
   int64_t tokens, count, blocks;  // rows; entries; blocks of `ratio` rows, the remainder's included
   int64_t blocks_of_piece, work;  // threads of a piece
   int64_t threads;
@@ -206,8 +206,8 @@ struct Memory {
     const CompressEntriesParams& f = p.forward;
     const auto rows = [&](int64_t i) { return rows_at(base == nullptr ? nullptr : base + i * row_floats); };
     const int64_t grad = f.rotate ? 5 : 4, result = f.rotate ? 4 : 5;
-    NormRopeBackwardParams norm = {rows(grad), rows(0), f.norm_weight, f.rope, f.eps, rows(result), p.grad_norm_weight,
-                                   {}};
+    NormRopeBackwardParams norm = {rows(grad), rows(0),      f.norm_weight,      f.rope,
+                                   f.eps,      rows(result), p.grad_norm_weight, {}};
     norm.workspace = {rows(kEntryRows).data, norm_bytes};
     return norm;
   }

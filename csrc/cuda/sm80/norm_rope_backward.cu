@@ -4,9 +4,9 @@
 // read twice. 6 bytes a bfloat16 element from and to memory and some 25 float32 instructions.
 // Rows: a piece (piece_sums.h) belongs to a team of threads, an eighth of a row's dims up to 512, each of two eights
 // from 4,096 dims on; rows of up to 256 dims have several teams in a block. A team goes through its rows one by one and
-// holds their sums of g y for the weight in registers; bfloat16 rows are fetched while the one before is computed. Teams
-// of several warps meet in shared memory once a row, in two places by turns, so that one barrier is enough. Rows of more
-// than 8,192 dims are read twice and keep their sums in memory. 6 bytes an element and some 20 instructions.
+// holds their sums of g y for the weight in registers; bfloat16 rows are fetched while the one before is computed.
+// Teams of several warps meet in shared memory once a row, in two places by turns, so that one barrier is enough. Rows
+// of more than 8,192 dims are read twice and keep their sums in memory. 6 bytes an element and some 20 instructions.
 // Bound by memory, 75 % of the copy bandwidth expected of many rows; few rows leave a GPU idle.
 #include "cuda/common/launch.h"
 #include "cuda/sm80/head_rows.h"
@@ -49,16 +49,16 @@ DSV4_DEVICE void query_gradients(const QueryGradientArguments& a) {
     fetched.fetch(from, grads, 8 * head.lanes.lane, head.lanes.step());
     held.take(fetched);
   }
-  const auto no_weight = [](int, float(&by)[8]) {
+  const auto no_weight = [](int, float (&by)[8]) {
     DSV4_UNROLL
     for (int e = 0; e < 8; ++e) by[e] = 1.0f;
   };
-  const RowGradient gradient = gradient_of<QuerySquares<X>>(
-      held, a.dim, a.eps, no_weight, [&](const GradientSums& own) -> GradientSums {
+  const RowGradient gradient =
+      gradient_of<QuerySquares<X>>(held, a.dim, a.eps, no_weight, [&](const GradientSums& own) -> GradientSums {
         return {sum_of_row(own.squares, head.lanes), sum_of_row(own.along, head.lanes)};
       });
   if (!head.own) return;
-  held.each([&](int, int column, const float(&x)[8], const float(&g)[8]) {
+  held.each([&](int, int column, const float (&x)[8], const float (&g)[8]) {
     float value[8];
     DSV4_UNROLL
     for (int e = 0; e < 8; ++e) value[e] = gradient.of(gradient.normed(x[e]), g[e]);
@@ -156,25 +156,24 @@ DSV4_DEVICE void row_gradients(const NormGradientArguments& a) {
   NormWeight weight = a.weight;
   if (kSteps > 0) weight.vector = true;
   // Read again in each pass, from L1: registers have better things to hold.
-  const auto weight_of = [&](int at, float(&by)[8]) { weight.eight(at, by); };
+  const auto weight_of = [&](int at, float (&by)[8]) { weight.eight(at, by); };
   WeightSums<kSteps> sums;
   FetchedRow<X, (kSteps > 0 ? kSteps : 1)> fetched;
   if constexpr (kSteps > 0) fetched.fetch(row_of(a.x, 0), row_of(a.grad, 0), column, step);
   int turn = 0;
   for (int i = 0; i < a.rows_of_piece; ++i) {
     const int64_t row = i < own ? first + i : a.rows - 1;
-    GradientRow<X, kSteps> held(row_of(a.x, i), row_of(a.grad, i), row_rope(a.rope, row, a.dim, kSteps > 0 || a.vector_rope, true),
-                                column, step);
+    GradientRow<X, kSteps> held(row_of(a.x, i), row_of(a.grad, i),
+                                row_rope(a.rope, row, a.dim, kSteps > 0 || a.vector_rope, true), column, step);
     if constexpr (kSteps > 0) held.take(fetched);
     if constexpr (kSteps > 0 && kAhead) {
       if (i + 1 < own) fetched.fetch(row_of(a.x, i + 1), row_of(a.grad, i + 1), column, step);
     }
-    const RowGradient gradient =
-        gradient_of<PlainSquares<X>>(held, a.dim, a.eps, weight_of,
-                                     [&](const GradientSums& mine) { return team.sum(mine, turn); });
+    const RowGradient gradient = gradient_of<PlainSquares<X>>(
+        held, a.dim, a.eps, weight_of, [&](const GradientSums& mine) { return team.sum(mine, turn); });
     if (i < own) {
       X* to = static_cast<X*>(a.result.data) + row * a.result.stride[0];
-      held.each([&](int s, int at, const float(&x)[8], const float(&g)[8]) {
+      held.each([&](int s, int at, const float (&x)[8], const float (&g)[8]) {
         float by[8], y[8], value[8];
         weight_of(at, by);
         DSV4_UNROLL
@@ -195,11 +194,19 @@ DSV4_DEVICE void row_gradients(const NormGradientArguments& a) {
 
 using QueryArguments = QueryGradientArguments;
 using NormArguments = NormGradientArguments;
-DSV4_KERNEL(kRowThreads, 8) sm80_bf16_query_norm_rope_backward_1(const QueryArguments a) { query_gradients<bf16, 1>(a); }
-DSV4_KERNEL(kRowThreads, 7) sm80_bf16_query_norm_rope_backward_2(const QueryArguments a) { query_gradients<bf16, 2>(a); }
+DSV4_KERNEL(kRowThreads, 8) sm80_bf16_query_norm_rope_backward_1(const QueryArguments a) {
+  query_gradients<bf16, 1>(a);
+}
+DSV4_KERNEL(kRowThreads, 7) sm80_bf16_query_norm_rope_backward_2(const QueryArguments a) {
+  query_gradients<bf16, 2>(a);
+}
 DSV4_KERNEL(kRowThreads, 6) sm80_bf16_query_norm_rope_backward(const QueryArguments a) { query_gradients<bf16, 0>(a); }
-DSV4_KERNEL(kRowThreads, 8) sm80_f32_query_norm_rope_backward_1(const QueryArguments a) { query_gradients<float, 1>(a); }
-DSV4_KERNEL(kRowThreads, 6) sm80_f32_query_norm_rope_backward_2(const QueryArguments a) { query_gradients<float, 2>(a); }
+DSV4_KERNEL(kRowThreads, 8) sm80_f32_query_norm_rope_backward_1(const QueryArguments a) {
+  query_gradients<float, 1>(a);
+}
+DSV4_KERNEL(kRowThreads, 6) sm80_f32_query_norm_rope_backward_2(const QueryArguments a) {
+  query_gradients<float, 2>(a);
+}
 DSV4_KERNEL(kRowThreads, 6) sm80_f32_query_norm_rope_backward(const QueryArguments a) { query_gradients<float, 0>(a); }
 DSV4_KERNEL(kTeamThreads, 2) sm80_bf16_norm_rope_backward_1(const NormArguments a) { row_gradients<bf16, 1>(a); }
 DSV4_KERNEL(kTeamThreads, 1) sm80_bf16_norm_rope_backward_2(const NormArguments a) { row_gradients<bf16, 2>(a); }
@@ -295,10 +302,10 @@ Status norm_rope_backward(const char* op, const NormRopeBackwardParams& p, const
   }
   if (!p.weight.given()) return Status::ok();
   const int64_t pieces = pieces_of(rows, team_threads(dim));
-  return add_pieces(op,
-                    {static_cast<const float*>(p.workspace.data), pieces, 1, 1, dim, p.grad_weight.data,
-                     p.grad_weight.dtype, dim},
-                    context);
+  return add_pieces(
+      op,
+      {static_cast<const float*>(p.workspace.data), pieces, 1, 1, dim, p.grad_weight.data, p.grad_weight.dtype, dim},
+      context);
 }
 
 Status norm_rope_backward(const NormRopeBackwardParams& p, const Context& context) {

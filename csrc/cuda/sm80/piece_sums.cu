@@ -1,11 +1,10 @@
-// add_pieces: a thread takes four neighbouring columns and every `groups`th piece, eight loads on their way at once; the
-// groups meet in shared memory, where a thread adds them in order for each column. Groups are as many as give each
-// eight pieces, 32 at most; a block's 256 threads are groups by quads of columns. Sums in two floats (two_floats.h), one
-// rounding at the end. 4 bytes a column and piece, read from where the kernel before left them, mostly L2: some
+// add_pieces: a thread takes four neighbouring columns and every `groups`th piece, eight loads on their way at once;
+// the groups meet in shared memory, where a thread adds them in order for each column. Groups are as many as give each
+// eight pieces, 32 at most; a block's 256 threads are groups by quads of columns. Sums in two floats (two_floats.h),
+// one rounding at the end. 4 bytes a column and piece, read from where the kernel before left them, mostly L2: some
 // microseconds beside the rows' own traffic, of which it is 8 bytes for every row of a piece's.
-#include "cuda/sm80/piece_sums.h"
-
 #include "cuda/common/launch.h"
+#include "cuda/sm80/piece_sums.h"
 #include "cuda/sm80/pieces.h"
 #include "cuda/sm80/two_floats.h"
 

@@ -9,12 +9,13 @@
 
 namespace dsv4::sm80 {
 
-// Rows, or blocks of rows, of a piece: at least four, so that the pieces' sums are little beside the rows; enough pieces
-// for every thread of a large GPU, where `work` is the threads that one piece keeps busy; at most 2048 pieces.
+// Rows, or blocks of rows, of a piece: at least four, so that the pieces' sums are little beside the rows; enough
+// pieces for every thread of a large GPU, where `work` is the threads that one piece keeps busy; at most 2048 pieces.
 inline int64_t rows_of_piece(int64_t rows, int64_t work) {
   constexpr int64_t kLeastRows = 4, kThreads = int64_t{1} << 18, kMostPieces = 2048;
   const int64_t by_threads = rows / (kThreads / work > 0 ? kThreads / work : 1);
-  const int64_t by_pieces = (rows + kMostPieces - 1) / kMostPieces, least = by_threads > by_pieces ? by_threads : by_pieces;
+  const int64_t by_pieces = (rows + kMostPieces - 1) / kMostPieces,
+                least = by_threads > by_pieces ? by_threads : by_pieces;
   return least > kLeastRows ? least : kLeastRows;
 }
 inline int64_t pieces_of(int64_t rows, int64_t work) {

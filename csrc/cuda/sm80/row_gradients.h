@@ -1,6 +1,6 @@
-// Gradients of norms, row by row. Of x, its gradient g (turned back, times the weight) and y = x root, what is wanted is
-// g root - y root mean(g y): two sums over the row, then a pass over the same elements, which registers hold between the
-// two where a thread has at most two eights of them. Sums are float32 where X is bfloat16, else two floats.
+// Gradients of norms, row by row. Of x, its gradient g (turned back, times the weight) and y = x root, what is wanted
+// is g root - y root mean(g y): two sums over the row, then a pass over the same elements, which registers hold between
+// the two where a thread has at most two eights of them. Sums are float32 where X is bfloat16, else two floats.
 #pragma once
 
 #include "cuda/sm80/row_norms.h"
@@ -144,13 +144,14 @@ class GradientRow {
   template <class Squares, bool kScaled, class Weight>
   DSV4_DEVICE GradientSums sums(const Weight& weight) const {
     GradientSums sum = {};
-    each([&](int, int column, const float(&x)[8], const float(&grad)[8]) {
+    each([&](int, int column, const float (&x)[8], const float (&grad)[8]) {
       float by[8];
       weight(column, by);
       DSV4_UNROLL
       for (int e = 0; e < 8; ++e) {
         sum.squares = Squares::template add_to<kScaled>(sum.squares, x[e]);
-        sum.along = add_product<X>(sum.along, ptx::multiply(grad[e], by[e]), kScaled ? ptx::multiply(x[e], kSmall) : x[e]);
+        sum.along =
+            add_product<X>(sum.along, ptx::multiply(grad[e], by[e]), kScaled ? ptx::multiply(x[e], kSmall) : x[e]);
       }
     });
     return sum;
