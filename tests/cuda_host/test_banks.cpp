@@ -119,7 +119,7 @@ TEST(rows) {
 TEST(gradients_of_rows) {
   for (const int64_t rows : {9, 300}) {
     check_banks("rms_norm", [&] { return try_norm_gradient<bf16>({rows, 1024}); });
-    check_banks("kv_norm_rope", [&] { return try_norm_gradient<float>({rows, 264, 64}); });
+    check_banks("kv_norm_rope", [&] { return try_norm_gradient<float>({rows, 1032, 64}); });
   }
   check_banks("entries", [] { return try_entries_gradient<bf16>({21, 4, 512, 64, 2}); });
   check_banks("entries", [] { return try_entries_gradient<float>({260, 128, 512, 64, 1}); });

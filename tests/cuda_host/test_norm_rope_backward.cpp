@@ -187,6 +187,23 @@ TEST(queries_of_any_size_anywhere_in_memory) {
   }
 }
 
+// In float32 the sum of squares is 514, whose mean lies in the middle of two bfloat16 numbers: each lane's last six
+// squares, 2^-22, are lost. The exact mean is nearer to the upper one.
+TEST(means_that_are_nearly_ties) {
+  if (no_device()) return;
+  QueryGradientProblem<bf16> p({3, 2, 512, 64});
+  for (int64_t d = 0, large = 0; d < 512; ++d) {
+    const bool small = d >= 256 && d % 8 >= 2;
+    const float value = small ? 0x1p-11f : large < 253 ? 1.0f : large < 316 ? 2.0f : 1.5f;
+    if (!small) ++large;
+    p.query.at(1, d) = from_float<bf16>(value);
+  }
+  p.upload();
+  CHECK(p.run().empty());
+  const std::string wrong = p.wrong();
+  CHECK_MESSAGE(wrong.empty(), wrong);
+}
+
 template <class X>
 void check_heads(int64_t dim) {
   const QueryCase all = {11, 3, dim, 32};

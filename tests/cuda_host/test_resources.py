@@ -97,7 +97,7 @@ CLAIMS = {
     **{
         f"{dtype}_{op}{steps}": ["LDG.E.128", "STG.E.128", "SHFL.BFLY", "VOTE.ANY", *barriers]
         for dtype in ("bf16", "f32")
-        for op, barriers in (("query_norm_rope_backward", []), ("norm_rope_backward", ["BAR.SYNC", "LDS.128"]))
+        for op, barriers in (("query_norm_rope_backward", []), ("norm_rope_backward", ["BAR.SYNC", "STS.128"]))
         for steps in ("", "_1", "_2")
     },
     "f32_add_pieces": ["LDG.E.128", "STS.128", "BAR.SYNC"],

@@ -58,7 +58,7 @@ TEST(gradients_of_norms) {
 // The pool's, those of the norm's gradient, those of pieces.
 TEST(gradients_of_entries) {
   check_synchronisation([] { return try_entries_gradient<bf16>({23, 4, 40, 8, 2}); }, 2);
-  check_synchronisation([] { return try_entries_gradient<float>({70, 33, 264, 64, 1}); }, 3);
+  check_synchronisation([] { return try_entries_gradient<float>({70, 33, 520, 64, 1}); }, 3);
   check_synchronisation([] { return try_entries_gradient<bf16>({13, 4, 128, 64, 2, true}); }, 2);
 }
 

@@ -1,13 +1,15 @@
 // Gradients of query_norm_rope, and of rms_norm and kv_norm_rope with that of their weight; see row_gradients.h.
 //
-// Queries: a head of up to 256 dims is a row of lanes (row_lanes.h), of up to 512 two eights a lane, longer ones are
-// read twice. 6 bytes a bfloat16 element from and to memory and some 25 float32 instructions.
-// Rows: a piece (piece_sums.h) belongs to a team of threads, an eighth of a row's dims up to 512, each of two eights
-// from 4,096 dims on; rows of up to 256 dims have several teams in a block. A team goes through its rows one by one and
-// holds their sums of g y for the weight in registers; bfloat16 rows are fetched while the one before is computed.
-// Teams of several warps meet in shared memory once a row, in two places by turns, so that one barrier is enough. Rows
-// of more than 8,192 dims are read twice and keep their sums in memory. 6 bytes an element and some 20 instructions.
-// Bound by memory, 75 % of the copy bandwidth expected of many rows; few rows leave a GPU idle.
+// Queries: a head is a row of lanes (row_lanes.h), an eight of a lane for up to 256 dims, two for up to 512, held in
+// registers. The mean of the squares must be rounded as in the forward pass: of bfloat16, a float32 sum nearly always
+// says how; else the forward pass's own sum does.
+// Rows: a piece (piece_sums.h) belongs to a team of threads, with an eight each for up to 256 dims, else two: lanes, or
+// whole warps up to 512 threads. A team goes through its rows one by one and holds the weight's sums in registers;
+// bfloat16 rows are fetched while the one before is computed. Teams of several warps meet in shared memory once a row,
+// in two places by turns, so that one barrier is enough.
+// Longer rows, and rows anywhere in memory, are read twice and keep their sums in memory, in the same order.
+// 6 bytes a bfloat16 element from and to memory and some 40 instructions, of which a row's own work is a third: 60 to
+// 70 % of the copy bandwidth expected of many rows, more where memory is slower. Few rows leave a GPU idle.
 #include "cuda/common/launch.h"
 #include "cuda/sm80/head_rows.h"
 #include "cuda/sm80/norm_rope.h"
@@ -16,10 +18,11 @@
 
 namespace dsv4::sm80 {
 
-inline constexpr int kTeamThreads = 512;
+inline constexpr int kTeamThreads = 512, kTeamWarps = kTeamThreads / 32;
 
 struct QueryGradientArguments : HeadArguments {
   AnyView<3> grad;
+  float one_of;  // 1 / dim
 };
 
 struct NormGradientArguments {
@@ -31,6 +34,7 @@ struct NormGradientArguments {
   int64_t rows;
   int rows_of_piece, width;
   int dim, threads;  // of a team
+  float one_of;      // 1 / dim
   bool vector, vector_rope;
 };
 
@@ -49,14 +53,23 @@ DSV4_DEVICE void query_gradients(const QueryGradientArguments& a) {
     fetched.fetch(from, grads, 8 * head.lanes.lane, head.lanes.step());
     held.take(fetched);
   }
-  const auto no_weight = [](int, float (&by)[8]) {
+  GradientSums<X> sums;
+  held.each([&](int, int, const float (&x)[8], const float (&g)[8]) {
+    float square[8];
     DSV4_UNROLL
-    for (int e = 0; e < 8; ++e) by[e] = 1.0f;
-  };
-  const RowGradient gradient =
-      gradient_of<QuerySquares<X>>(held, a.dim, a.eps, no_weight, [&](const GradientSums& own) -> GradientSums {
-        return {sum_of_row(own.squares, head.lanes), sum_of_row(own.along, head.lanes)};
-      });
+    for (int e = 0; e < 8; ++e) square[e] = ptx::multiply(x[e], x[e]);
+    round_eight(square, X{});
+    DSV4_UNROLL
+    for (int e = 0; e < 8; ++e) sums.squares.add(square[e]), sums.along.add_product(g[e], x[e]);
+  });
+  const SumOf<X> along = sums.along.over(head.lanes.count);
+  SumOfSquares squares = {sums.squares.over(head.lanes.count).value, 1.0f};
+  // The mean has the bits of the forward pass.
+  bool unsure = !(squares.sum.high < kLargeSum);
+  if (SumOf<X>::kNarrow) unsure = unsure || kSteps == 0 || !says_rounded_mean(squares.sum.high, a.one_of);
+  const uint32_t any_unsure = ptx::ballot(unsure);
+  if (any_unsure != 0) squares = sum_of_squares<RoundedSquare<X>>(head.lanes, from);
+  const RowGradient gradient = query_gradient<X>(squares, along, a.dim, a.one_of, a.eps);
   if (!head.own) return;
   held.each([&](int, int column, const float (&x)[8], const float (&g)[8]) {
     float value[8];
@@ -79,25 +92,25 @@ struct Team {
   }
 
   // The sums over the team, in each of its threads. turn: how many sums it has made.
-  DSV4_DEVICE GradientSums sum(const GradientSums& own, int& turn) const {
-    const RowLanes lanes(threads < 32 ? threads : 32, 0);
-    const TwoFloats squares = sum_of_row(own.squares, lanes), along = sum_of_row(own.along, lanes);
-    if (threads <= 32) return {squares, along};
-    const uint32_t memory = ptx::shared_base() + static_cast<uint32_t>(turn++ % 2 * (kTeamThreads / 32) * 16);
+  template <class X>
+  DSV4_DEVICE GradientSums<X> sum(const GradientSums<X>& own, int& turn) const {
+    const int lanes = threads < 32 ? threads : 32;
+    GradientSums<X> sums = {own.squares.over(lanes), own.along.over(lanes)};
+    if (threads <= 32) return sums;
+    const uint32_t memory = ptx::shared_base() + static_cast<uint32_t>(turn++ % 2 * kTeamWarps * 16);
     if (thread % 32 == 0) {
+      const TwoFloats squares = sums.squares.value, along = sums.along.value;
       ptx::store_shared_16(memory + static_cast<uint32_t>(thread / 32 * 16),
                            {{bits_from_float(squares.high), bits_from_float(squares.low), bits_from_float(along.high),
                              bits_from_float(along.low)}});
     }
     ptx::sync_threads();
-    GradientSums total = {};
-    for (int warp = 0; warp < threads / 32; ++warp) {
-      float part[4];
-      unpack(ptx::load_shared_16(memory + static_cast<uint32_t>(warp * 16)), part);
-      total.squares = add(total.squares, {part[0], part[1]});
-      total.along = add(total.along, {part[2], part[3]});
-    }
-    return total;
+    const int warp = thread % kTeamWarps;
+    float part[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    if (warp < threads / 32) unpack(ptx::load_shared_16(memory + static_cast<uint32_t>(warp * 16)), part);
+    sums.squares.value = {part[0], part[1]};
+    sums.along.value = {part[2], part[3]};
+    return {sums.squares.over(kTeamWarps), sums.along.over(kTeamWarps)};
   }
 };
 
@@ -141,6 +154,23 @@ class WeightSums {
   float sum_[kSteps > 0 ? kSteps : 1][8] = {};
 };
 
+// A thread's sums over a row; kScaled: of x times kSmall.
+template <class X, bool kScaled, class Row>
+DSV4_DEVICE GradientSums<X> sums_of(const Row& row, const NormWeight& weight) {
+  GradientSums<X> sums;
+  row.each([&](int, int column, const float (&x)[8], const float (&g)[8]) {
+    float by[8];
+    weight.eight(column, by);
+    DSV4_UNROLL
+    for (int e = 0; e < 8; ++e) {
+      const float own = kScaled ? ptx::multiply(x[e], kSmall) : x[e];
+      sums.squares.add_product(own, own);
+      sums.along.add_product(ptx::multiply(g[e], by[e]), own);
+    }
+  });
+  return sums;
+}
+
 template <class X, int kSteps>
 DSV4_DEVICE void row_gradients(const NormGradientArguments& a) {
   constexpr bool kAhead = sizeof(X) == 2;  // registers hold the next row too
@@ -153,10 +183,8 @@ DSV4_DEVICE void row_gradients(const NormGradientArguments& a) {
     const int64_t row = i < own ? first + i : a.rows - 1;
     return {static_cast<const X*>(rows.data) + row * rows.stride[0], a.dim, kSteps > 0 || a.vector};
   };
-  NormWeight weight = a.weight;
+  NormWeight weight = a.weight;  // read again in each pass, from L1: registers have better things to hold
   if (kSteps > 0) weight.vector = true;
-  // Read again in each pass, from L1: registers have better things to hold.
-  const auto weight_of = [&](int at, float (&by)[8]) { weight.eight(at, by); };
   WeightSums<kSteps> sums;
   FetchedRow<X, (kSteps > 0 ? kSteps : 1)> fetched;
   if constexpr (kSteps > 0) fetched.fetch(row_of(a.x, 0), row_of(a.grad, 0), column, step);
@@ -169,13 +197,20 @@ DSV4_DEVICE void row_gradients(const NormGradientArguments& a) {
     if constexpr (kSteps > 0 && kAhead) {
       if (i + 1 < own) fetched.fetch(row_of(a.x, i + 1), row_of(a.grad, i + 1), column, step);
     }
-    const RowGradient gradient = gradient_of<PlainSquares<X>>(
-        held, a.dim, a.eps, weight_of, [&](const GradientSums& mine) { return team.sum(mine, turn); });
+    float scale = 1.0f;
+    GradientSums<X> row_sums = team.sum(sums_of<X, false>(held, weight), turn);
+    const bool lost = !(row_sums.squares.value.high < kLargeSum);  // see sum_of_squares
+    const uint32_t any_lost = ptx::ballot(lost);
+    if (any_lost != 0) {
+      const GradientSums<X> small = team.sum(sums_of<X, true>(held, weight), turn);
+      if (lost) row_sums = small, scale = kSmall;
+    }
+    const RowGradient gradient = norm_gradient(row_sums, scale, a.dim, a.one_of, a.eps);
     if (i < own) {
       X* to = static_cast<X*>(a.result.data) + row * a.result.stride[0];
       held.each([&](int s, int at, const float (&x)[8], const float (&g)[8]) {
         float by[8], y[8], value[8];
-        weight_of(at, by);
+        weight.eight(at, by);
         DSV4_UNROLL
         for (int e = 0; e < 8; ++e) {
           y[e] = gradient.normed(x[e]);
@@ -197,7 +232,7 @@ using NormArguments = NormGradientArguments;
 DSV4_KERNEL(kRowThreads, 8) sm80_bf16_query_norm_rope_backward_1(const QueryArguments a) {
   query_gradients<bf16, 1>(a);
 }
-DSV4_KERNEL(kRowThreads, 7) sm80_bf16_query_norm_rope_backward_2(const QueryArguments a) {
+DSV4_KERNEL(kRowThreads, 8) sm80_bf16_query_norm_rope_backward_2(const QueryArguments a) {
   query_gradients<bf16, 2>(a);
 }
 DSV4_KERNEL(kRowThreads, 6) sm80_bf16_query_norm_rope_backward(const QueryArguments a) { query_gradients<bf16, 0>(a); }
@@ -208,10 +243,10 @@ DSV4_KERNEL(kRowThreads, 6) sm80_f32_query_norm_rope_backward_2(const QueryArgum
   query_gradients<float, 2>(a);
 }
 DSV4_KERNEL(kRowThreads, 6) sm80_f32_query_norm_rope_backward(const QueryArguments a) { query_gradients<float, 0>(a); }
-DSV4_KERNEL(kTeamThreads, 2) sm80_bf16_norm_rope_backward_1(const NormArguments a) { row_gradients<bf16, 1>(a); }
+DSV4_KERNEL(kRowThreads, 6) sm80_bf16_norm_rope_backward_1(const NormArguments a) { row_gradients<bf16, 1>(a); }
 DSV4_KERNEL(kTeamThreads, 1) sm80_bf16_norm_rope_backward_2(const NormArguments a) { row_gradients<bf16, 2>(a); }
 DSV4_KERNEL(kTeamThreads, 2) sm80_bf16_norm_rope_backward(const NormArguments a) { row_gradients<bf16, 0>(a); }
-DSV4_KERNEL(kTeamThreads, 1) sm80_f32_norm_rope_backward_1(const NormArguments a) { row_gradients<float, 1>(a); }
+DSV4_KERNEL(kRowThreads, 5) sm80_f32_norm_rope_backward_1(const NormArguments a) { row_gradients<float, 1>(a); }
 DSV4_KERNEL(kTeamThreads, 1) sm80_f32_norm_rope_backward_2(const NormArguments a) { row_gradients<float, 2>(a); }
 DSV4_KERNEL(kTeamThreads, 1) sm80_f32_norm_rope_backward(const NormArguments a) { row_gradients<float, 0>(a); }
 
@@ -239,12 +274,15 @@ constexpr Kernels<NormArguments> kNarrowRows = {sm80_bf16_norm_rope_backward_1, 
 constexpr Kernels<NormArguments> kWideRows = {sm80_f32_norm_rope_backward_1, sm80_f32_norm_rope_backward_2,
                                               sm80_f32_norm_rope_backward};
 
-// Of a team: a row of lanes, or whole warps.
+// Of a team: a row of lanes of an eight each, or whole warps with two eights a thread.
 int team_threads(int64_t dim) {
   if (dim <= 32 * 8) return row_lanes(dim);
-  const int64_t eights = dim <= kTeamThreads * 8 ? 1 : 2, warps = (dim + 256 * eights - 1) / (256 * eights);
-  return static_cast<int>(warps < kTeamThreads / 32 ? 32 * warps : kTeamThreads);
+  const int64_t warps = (dim + 32 * 16 - 1) / (32 * 16);
+  return static_cast<int>(warps < kTeamWarps ? 32 * warps : kTeamThreads);
 }
+
+// Of a row, for as many threads as it has eights.
+int64_t row_work(int64_t dim) { return dim <= 32 * 8 ? row_lanes(dim) : 2 * team_threads(dim); }
 
 Status launch_rows(const char* op, const NormRopeBackwardParams& p, const Context& context) {
   const int64_t rows = p.x.size(0), dim = p.x.size(1);
@@ -257,8 +295,9 @@ Status launch_rows(const char* op, const NormRopeBackwardParams& p, const Contex
   a.eps = two_floats(p.eps);
   a.rows = rows;
   a.dim = static_cast<int>(dim);
+  a.one_of = 1.0f / static_cast<float>(dim);
   a.threads = team_threads(dim);
-  a.rows_of_piece = static_cast<int>(rows_of_piece(rows, a.threads));
+  a.rows_of_piece = static_cast<int>(rows_of_piece(rows, row_work(dim)));
   a.width = static_cast<int>(padded_width(dim));
   a.partial = p.weight.given() ? static_cast<float*>(p.workspace.data) : nullptr;
   a.vector = in_eights(p.x) && in_eights(p.grad) && in_eights(p.grad_x);
@@ -266,9 +305,9 @@ Status launch_rows(const char* op, const NormRopeBackwardParams& p, const Contex
   const bool block = a.threads > 32;
   const int64_t teams = block ? 1 : kRowThreads / a.threads;
   cuda::LaunchShape shape;
-  shape.blocks_x = (pieces_of(rows, a.threads) + teams - 1) / teams;
+  shape.blocks_x = (pieces_of(rows, row_work(dim)) + teams - 1) / teams;
   shape.threads = block ? a.threads : kRowThreads;
-  shape.shared_bytes = block ? 2 * kTeamThreads / 32 * 16 : 0;
+  shape.shared_bytes = block ? 2 * kTeamWarps * 16 : 0;
   const bool weight = a.weight.vector || a.weight.data == nullptr;
   const auto& kernels = p.x.dtype == DType::kFloat32 ? kWideRows : kNarrowRows;
   return cuda::launch(op, kernels.of(a.vector && a.vector_rope && weight, dim, a.threads), shape, context, a);
@@ -281,6 +320,7 @@ Status query_norm_rope_backward(const QueryNormRopeBackwardParams& p, const Cont
   QueryGradientArguments a = {};
   static_cast<HeadArguments&>(a) = head_arguments(p.query, p.rope, p.result);
   a.grad = p.grad;
+  a.one_of = 1.0f / static_cast<float>(dim);
   a.eps = two_floats(p.eps);
   a.vector = a.vector && in_eights(p.grad);
   const auto& kernels = p.query.dtype == DType::kFloat32 ? kWideQueries : kNarrowQueries;
@@ -290,7 +330,7 @@ Status query_norm_rope_backward(const QueryNormRopeBackwardParams& p, const Cont
 int64_t norm_rope_backward_workspace_bytes(const NormRopeBackwardParams& p) {
   const int64_t rows = p.x.size(0), dim = p.x.size(1);
   if (!p.weight.given()) return 0;
-  return pieces_of(rows, team_threads(dim)) * padded_width(dim) * static_cast<int64_t>(sizeof(float));
+  return pieces_of(rows, row_work(dim)) * padded_width(dim) * static_cast<int64_t>(sizeof(float));
 }
 
 Status norm_rope_backward(const char* op, const NormRopeBackwardParams& p, const Context& context) {
@@ -301,7 +341,7 @@ Status norm_rope_backward(const char* op, const NormRopeBackwardParams& p, const
     if (!status.is_ok() || !p.weight.given()) return status;
   }
   if (!p.weight.given()) return Status::ok();
-  const int64_t pieces = pieces_of(rows, team_threads(dim));
+  const int64_t pieces = pieces_of(rows, row_work(dim));
   return add_pieces(
       op,
       {static_cast<const float*>(p.workspace.data), pieces, 1, 1, dim, p.grad_weight.data, p.grad_weight.dtype, dim},

@@ -1,22 +1,60 @@
 // Gradients of norms, row by row. Of x, its gradient g (turned back, times the weight) and y = x root, what is wanted
-// is g root - y root mean(g y): two sums over the row, then a pass over the same elements, which registers hold between
-// the two where a thread has at most two eights of them. Sums are float32 where X is bfloat16, else two floats.
+// is root (g - y mean(g y)): two sums over the row, then a pass over the same elements, which registers hold between
+// the two where a thread has at most two eights of them.
 #pragma once
 
 #include "cuda/sm80/row_norms.h"
 
 namespace dsv4::sm80 {
 
-// sum + a * b, as exact as X needs.
+// A sum of products of X: where results are rounded to bfloat16 float32 is exact enough, else two floats.
 template <class X>
-DSV4_DEVICE TwoFloats add_product(const TwoFloats& sum, float a, float b) {
-  if constexpr (sizeof(X) == 2) return {ptx::fma(a, b, sum.high), 0.0f};
-  return add(sum, two_product(a, b));
-}
+struct SumOf {
+  static constexpr bool kNarrow = sizeof(X) == 2;
+  TwoFloats value = {0.0f, 0.0f};
+
+  DSV4_DEVICE void add_product(float a, float b) {
+    if constexpr (kNarrow) {
+      value.high = ptx::fma(a, b, value.high);
+    } else {
+      value = sm80::add(value, two_product(a, b));
+    }
+  }
+  DSV4_DEVICE void add(float x) {
+    if constexpr (kNarrow) {
+      value.high = ptx::add(value.high, x);
+    } else {
+      value = sm80::add(value, x);
+    }
+  }
+  DSV4_DEVICE void add(const SumOf& other) {
+    if constexpr (kNarrow) {
+      value.high = ptx::add(value.high, other.value.high);
+    } else {
+      value = sm80::add(value, other.value);
+    }
+  }
+  DSV4_DEVICE float nearest_float() const { return kNarrow ? value.high : nearest(value); }
+
+  // The sum over each so many neighbouring lanes, in each of them.
+  DSV4_DEVICE SumOf over(int lanes) const {
+    SumOf sum = *this;
+    for (int mask = 1; mask < lanes; mask *= 2) {
+      SumOf other;
+      other.value.high = ptx::shuffle_xor(sum.value.high, mask);
+      if constexpr (!kNarrow) {
+        other.value.low = ptx::shuffle_xor(sum.value.low, mask);
+      }
+      sum.add(other);
+    }
+    return sum;
+  }
+};
 
 // Over a row's elements, or those of a thread: of squares, and of gradients times x.
+template <class X>
 struct GradientSums {
-  TwoFloats squares, along;
+  SumOf<X> squares, along;
 };
 
 // The gradient of an element of x from the gradient g of y.
@@ -27,35 +65,39 @@ struct RowGradient {
   DSV4_DEVICE float of(float y, float g) const { return ptx::fma(-y, along, ptx::multiply(g, by)); }
 };
 
-// From the sums of elements times `scale` and the inverse root of their mean square; by: the root that g is multiplied
-// with, which may have been rounded.
-DSV4_DEVICE RowGradient row_gradient(const TwoFloats& along, int dim, float root, float scale, float by) {
-  const float mean = ptx::multiply(ptx::divide(nearest(along), static_cast<float>(dim)), root);
+// Of a norm with a weight, from the sums of elements times `scale`; see inverse_rms. one_of: 1 / dim.
+template <class X>
+DSV4_DEVICE RowGradient norm_gradient(const GradientSums<X>& sums, float scale, int dim, float one_of,
+                                      const TwoFloats& eps) {
+  float root;
+  if constexpr (SumOf<X>::kNarrow) {
+    const float mean = ptx::multiply(sums.squares.value.high, one_of);
+    root = ptx::divide(1.0f, ptx::square_root(scale == 1.0f ? ptx::add(mean, eps.high) : mean));
+  } else {
+    const TwoFloats mean = divide(sums.squares.value, static_cast<float>(dim));
+    root = nearest(inverse_root(scale == 1.0f ? add(mean, eps) : mean));
+  }
+  const float mean = ptx::multiply(ptx::multiply(sums.along.nearest_float(), one_of), root);
   const float whole = ptx::multiply(root, scale);
-  return {whole, ptx::multiply(by, scale), ptx::multiply(mean, whole)};
+  return {whole, whole, ptx::multiply(mean, whole)};
 }
 
-// Squares as a norm with a weight has them; rounded, as a query's.
+// Of a query's norm, whose root is that of a rounded mean, and rounded itself.
 template <class X>
-struct PlainSquares {
-  template <bool kScaled>
-  DSV4_DEVICE static TwoFloats add_to(const TwoFloats& sum, float x) {
-    if (kScaled) x = ptx::multiply(x, kSmall);
-    return add_product<X>(sum, x, x);
-  }
-  DSV4_DEVICE static RowGradient gradient(const GradientSums& sums, float scale, int dim, const TwoFloats& eps) {
-    const TwoFloats mean = divide(sums.squares, static_cast<float>(dim));
-    const float root = nearest(inverse_root(scale == 1.0f ? add(mean, eps) : mean));
-    return row_gradient(sums.along, dim, root, scale, root);
-  }
-};
-template <class X>
-struct QuerySquares : RoundedSquare<X> {
-  DSV4_DEVICE static RowGradient gradient(const GradientSums& sums, float scale, int dim, const TwoFloats& eps) {
-    const float root = nearest(inverse_root({rounded_mean<X>({sums.squares, scale}, dim, eps), 0.0f}));
-    return row_gradient(sums.along, dim, root, scale, rounded_to<X>(root));
-  }
-};
+DSV4_DEVICE RowGradient query_gradient(const SumOfSquares& squares, const SumOf<X>& along, int dim, float one_of,
+                                       const TwoFloats& eps) {
+  const float exact = nearest(inverse_root({rounded_mean<X>(squares, dim, eps), 0.0f}));
+  const float root = ptx::multiply(exact, squares.scale);
+  const float mean = ptx::multiply(ptx::multiply(along.nearest_float(), one_of), root);
+  return {root, ptx::multiply(rounded_to<X>(exact), squares.scale), ptx::multiply(mean, root)};
+}
+
+// Whether a sum of at most 32 additions in float32 says to which bfloat16 number the mean is rounded.
+DSV4_DEVICE bool says_rounded_mean(float sum, float one_of) {
+  const float mean = ptx::multiply(sum, one_of);
+  const float below = ptx::multiply(mean, 1.0f - 0x1p-18f), above = ptx::multiply(mean, 1.0f + 0x1p-18f);
+  return sum == 0.0f || (sum > 0x1p-100f && rounded_to<bf16>(below) == rounded_to<bf16>(above));
+}
 
 // The gradient's pairs turned back, of an eight.
 template <class X>
@@ -66,7 +108,7 @@ DSV4_DEVICE void turn_back(const GlobalRow<X>& grad, const RowRope& rope, int co
     if (column > 0) before = grad.one(column - 1);
     if (column + 8 < rope.dim) after = grad.one(column + 8);
   }
-  rope.rotate(column, value, before, after);
+  rope.rotate<sizeof(X) == 4>(column, value, before, after);
 }
 
 // A thread's eights of a row of x and of its gradient, on their way from memory that nobody writes. Rows of whole,
@@ -140,23 +182,6 @@ class GradientRow {
     }
   }
 
-  // The thread's sums; weight(column, by) gives what an eight of the gradient is multiplied with.
-  template <class Squares, bool kScaled, class Weight>
-  DSV4_DEVICE GradientSums sums(const Weight& weight) const {
-    GradientSums sum = {};
-    each([&](int, int column, const float (&x)[8], const float (&grad)[8]) {
-      float by[8];
-      weight(column, by);
-      DSV4_UNROLL
-      for (int e = 0; e < 8; ++e) {
-        sum.squares = Squares::template add_to<kScaled>(sum.squares, x[e]);
-        sum.along =
-            add_product<X>(sum.along, ptx::multiply(grad[e], by[e]), kScaled ? ptx::multiply(x[e], kSmall) : x[e]);
-      }
-    });
-    return sum;
-  }
-
  private:
   GlobalRow<X> from_, grads_;
   RowRope rope_;
@@ -164,20 +189,5 @@ class GradientRow {
   Words4 x_[kHeld][FetchedRow<X, kHeld>::kPieces];
   float grad_[kHeld][8];
 };
-
-// What the sums over whole rows, which `join` makes of a thread's, say; see sum_of_squares.
-template <class Squares, class Row, class Weight, class Join>
-DSV4_DEVICE RowGradient gradient_of(const Row& row, int dim, const TwoFloats& eps, const Weight& weight,
-                                    const Join& join) {
-  GradientSums sums = join(row.template sums<Squares, false>(weight));
-  const bool lost = !(sums.squares.high < kLargeSum);
-  const uint32_t any_lost = ptx::ballot(lost);
-  float scale = 1.0f;
-  if (any_lost != 0) {
-    const GradientSums small = join(row.template sums<Squares, true>(weight));
-    if (lost) sums = small, scale = kSmall;
-  }
-  return Squares::gradient(sums, scale, dim, eps);
-}
 
 }  // namespace dsv4::sm80
