@@ -38,7 +38,10 @@ constexpr Candidate<CompressEntriesParams> kEntries[] = {
 };
 const Op entries_op("compress_entries", kEntries);
 
+[[maybe_unused]] bool countable(const CompressEntriesBackwardParams& p) { return countable(p.forward); }
+
 constexpr Candidate<CompressEntriesBackwardParams> kEntriesBackward[] = {
+    {"sm80", Isa::kSm80, DSV4_SM80(sm80::compress_entries_backward), countable},
     {"avx512", Isa::kAvx512, DSV4_AVX512(avx512::compress_entries_backward), whole_gradients},
     {"scalar", Isa::kScalar, DSV4_SCALAR(scalar::compress_entries_backward)},
 };
@@ -162,7 +165,15 @@ int64_t compress_entries_workspace_bytes(const CompressEntriesParams& p, const C
 int64_t compress_entries_backward_workspace_bytes(const CompressEntriesBackwardParams& p, const Context& context) {
   Validator v("compress_entries_backward");
   validate_arguments(v, p);
-  return v.status().is_ok() ? compress_gradient_bytes(p, context) : 0;
+  if (!v.status().is_ok()) return 0;
+  if (context.device == Device::kCuda) {
+#if defined(DSV4_WITH_SM80)
+    return sm80::compress_entries_backward_workspace_bytes(p, context);
+#else
+    return 0;
+#endif
+  }
+  return compress_gradient_bytes(p, context);
 }
 
 Status compress_entries(const CompressEntriesParams& p, const Context& c) {

@@ -23,6 +23,8 @@ constexpr int64_t kMostDims = int64_t{1} << 28;
 [[maybe_unused]] bool countable(const KvNormRopeParams& p) { return p.kv.size(1) < kMostDims; }
 [[maybe_unused]] bool countable(const ApplyRopeParams& p) { return p.x.size(2) < kMostDims; }
 [[maybe_unused]] bool countable(const QueryNormRopeParams& p) { return p.query.size(2) < kMostDims; }
+[[maybe_unused]] bool countable(const QueryNormRopeBackwardParams& p) { return p.query.size(2) < kMostDims; }
+[[maybe_unused]] bool countable(const NormRopeBackwardParams& p) { return p.x.size(1) < kMostDims; }
 
 [[maybe_unused]] bool whole_norms(const RmsNormParams& p) { return p.x.size(1) % 32 == 0; }
 
@@ -41,6 +43,7 @@ constexpr Candidate<QueryNormRopeParams> kQueryNormRope[] = {
 const Op query_norm_rope_op("query_norm_rope", kQueryNormRope);
 
 constexpr Candidate<QueryNormRopeBackwardParams> kQueryNormRopeBackward[] = {
+    {"sm80", Isa::kSm80, DSV4_SM80(sm80::query_norm_rope_backward), countable},
     {"avx512", Isa::kAvx512, DSV4_AVX512(avx512::query_norm_rope_backward), whole_heads<QueryNormRopeBackwardParams>},
     {"scalar", Isa::kScalar, DSV4_SCALAR(scalar::query_norm_rope_backward)},
 };
@@ -51,6 +54,7 @@ const Op query_norm_rope_backward_op("query_norm_rope_backward", kQueryNormRopeB
 }
 
 constexpr Candidate<NormRopeBackwardParams> kNormRopeBackward[] = {
+    {"sm80", Isa::kSm80, DSV4_SM80(sm80::norm_rope_backward), countable},
     {"avx512", Isa::kAvx512, DSV4_AVX512(avx512::norm_rope_backward), whole_gradients},
     {"scalar", Isa::kScalar, DSV4_SCALAR(scalar::norm_rope_backward)},
 };
@@ -200,10 +204,18 @@ Status query_norm_rope_backward(const QueryNormRopeBackwardParams& p, const Cont
 
 Status kv_norm_rope(const KvNormRopeParams& p, const Context& c) { return kv_norm_rope_op.run(validate(p), p, c); }
 
-int64_t norm_rope_backward_workspace_bytes(const NormRopeBackwardParams& p, const Context&) {
+int64_t norm_rope_backward_workspace_bytes(const NormRopeBackwardParams& p, const Context& context) {
   Validator v("norm_rope_backward");
   validate_arguments(v, p.rope.given(), p);
-  return v.status().is_ok() && p.weight.given() ? row_sums_bytes(p.x.size(0), p.x.size(1)) : 0;
+  if (!v.status().is_ok() || !p.weight.given()) return 0;
+  if (context.device == Device::kCuda) {
+#if defined(DSV4_WITH_SM80)
+    return sm80::norm_rope_backward_workspace_bytes(p);
+#else
+    return 0;
+#endif
+  }
+  return row_sums_bytes(p.x.size(0), p.x.size(1));
 }
 
 Status rms_norm_backward(const NormRopeBackwardParams& p, const Context& c) {

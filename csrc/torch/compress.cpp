@@ -96,8 +96,6 @@ DSV4_OP(
     "float eps=1e-06, bool rotate=False) -> Tensor",
     compress_entries)
 
-#if !defined(DSV4_TORCH_CUDA)  // the gradient has kernels for the CPU only; elsewhere Python's formula runs
-
 std::tuple<Tensor, Tensor, Tensor, Tensor> compress_entries_backward(const Tensor& grad_, const Tensor& kv_,
                                                                      const Tensor& gate_, const Tensor& ape_,
                                                                      const Tensor& norm_weight_, const Tensor& rope_,
@@ -123,8 +121,6 @@ DSV4_OP(
     "compress_entries_backward(Tensor grad, Tensor kv, Tensor gate, Tensor ape, Tensor norm_weight, Tensor rope, "
     "int ratio, float eps=1e-06, bool rotate=False) -> (Tensor, Tensor, Tensor, Tensor)",
     compress_entries_backward)
-
-#endif
 
 }  // namespace
 }  // namespace dsv4::binding

@@ -19,8 +19,6 @@ Tensor query_norm_rope(const Tensor& q_, const Tensor& rope_, double eps) {
 }
 DSV4_OP("query_norm_rope(Tensor q, Tensor rope, float eps=1e-06) -> Tensor", query_norm_rope)
 
-#if !defined(DSV4_TORCH_CUDA)  // the gradient has kernels for the CPU only; elsewhere Python's formula runs
-
 Tensor query_norm_rope_backward(const Tensor& grad_, const Tensor& q_, const Tensor& rope_, double eps) {
   Check check("query_norm_rope_backward");
   const auto sizes = check.tensor("q", q_, {kAny, kAny, kAny}, {ScalarType::BFloat16, ScalarType::Float},
@@ -34,8 +32,6 @@ Tensor query_norm_rope_backward(const Tensor& grad_, const Tensor& q_, const Ten
 }
 DSV4_OP("query_norm_rope_backward(Tensor grad, Tensor q, Tensor rope, float eps=1e-06) -> Tensor",
         query_norm_rope_backward)
-
-#endif
 
 void store_window(const Tensor& kv_, const Tensor& weight_, const Tensor& rope_, const Tensor& pages,
                   const Tensor& table, const Tensor& sequence_, const Tensor& position_, double eps,
@@ -88,8 +84,6 @@ Tensor kv_norm_rope(const Tensor& kv_, const Tensor& weight_, const Tensor& rope
 }
 DSV4_OP("kv_norm_rope(Tensor kv, Tensor weight, Tensor rope, float eps=1e-06) -> Tensor", kv_norm_rope)
 
-#if !defined(DSV4_TORCH_CUDA)  // see query_norm_rope_backward
-
 std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad_, const Tensor& x_,
                                              const std::optional<Tensor>& weight_, double eps) {
   Check check("rms_norm_backward");
@@ -132,8 +126,6 @@ std::tuple<Tensor, Tensor> kv_norm_rope_backward(const Tensor& grad_, const Tens
 DSV4_OP(
     "kv_norm_rope_backward(Tensor grad, Tensor kv, Tensor weight, Tensor rope, float eps=1e-06) -> (Tensor, Tensor)",
     kv_norm_rope_backward)
-
-#endif
 
 // [tokens, head_dim] as [tokens, 1, head_dim].
 AnyView<3> heads_view(const Tensor& tensor, AnyView<2> rows) {

@@ -2,11 +2,12 @@
 // those named here.
 #include "attention_backward_cases.h"
 #include "compress_cases.h"
+#include "attention_cases.h"
+#include "compress_backward_cases.h"
 #include "index_cases.h"
 #include "linear_cases.h"
 #include "mhc_cases.h"
 #include "moe_stages.h"
-#include "norm_rope_cases.h"
 #include "quantize_cases.h"
 #include "simt/control.h"
 
@@ -125,6 +126,15 @@ TEST(rows) {
     check_banks("entries", [&] { return try_entries<bf16>({ratio, 512, 64, sets}, 2 * ratio); });
     check_banks("keys", [&] { return try_entries<bf16>({ratio, 128, 64, sets}, 2 * ratio, true); });
   }
+}
+
+TEST(gradients_of_rows) {
+  for (const int64_t rows : {9, 300}) {
+    check_banks("rms_norm", [&] { return try_norm_gradient<bf16>({rows, 1024}); });
+    check_banks("kv_norm_rope", [&] { return try_norm_gradient<float>({rows, 1032, 64}); });
+  }
+  check_banks("entries", [] { return try_entries_gradient<bf16>({21, 4, 512, 64, 2}); });
+  check_banks("entries", [] { return try_entries_gradient<float>({260, 128, 512, 64, 1}); });
 }
 
 // Of more than 1,024 dims, which no model here has: neighbours at a distance below a warp's meet in pairs.

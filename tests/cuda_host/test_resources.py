@@ -109,6 +109,17 @@ CLAIMS = {
         for what in ("rows", "keys_1", "keys_4")
     },
     "f32_compress_state": ["LDG.E.128", "STG.E.128"],
+    **{
+        f"{dtype}_{op}{steps}": ["LDG.E.128", "STG.E.128", "SHFL.BFLY", "VOTE.ANY", *barriers]
+        for dtype in ("bf16", "f32")
+        for op, barriers in (("query_norm_rope_backward", []), ("norm_rope_backward", ["BAR.SYNC", "STS.128"]))
+        for steps in ("", "_1", "_2")
+    },
+    "f32_add_pieces": ["LDG.E.128", "STS.128", "BAR.SYNC"],
+    **{
+        f"{dtype}_compress_backward_pool": ["LDG.E.128", "MUFU.EX2", "STS.128", "BAR.SYNC"] for dtype in ("bf16", "f32")
+    },
+    "f32_compress_backward_rows": ["LDG.E.128", "STG.E.128", "MUFU.EX2"],
     "bf16_hadamard_long": ["LDS", "STS", "BAR.SYNC"],
     "f32_hadamard_long": ["LDS", "STS", "BAR.SYNC"],
     **{

@@ -1,4 +1,5 @@
-"""Norms, rotations, quantisers, store_window and compress through torch on a GPU: the bits of the definitions."""
+"""Norms, rotations, quantisers, store_window and compress through torch on a GPU: the bits of the definitions. And
+the gradients of norms and of compress_entries."""
 
 from __future__ import annotations
 
@@ -71,6 +72,42 @@ def test_codes(dtype: torch.dtype) -> None:
     fp8, fp4 = ops.quantize_fp8_reference(x, 128), ops.quantize_fp4_reference(x, 32)
     check("dequantize_fp8", ops.dequantize_fp8, ops.dequantize_fp8_reference, *fp8, 128, dtype)
     check("dequantize_fp4", ops.dequantize_fp4, ops.dequantize_fp4_reference, *fp4, 32, dtype)
+
+
+def check_gradients(op: str, *args: Any) -> None:
+    """Sums are float32 there, float64 here; of bfloat16 entries a pooled value may be rounded the other way."""
+    found = getattr(torch.ops.dsv4, f"{op}_backward")(*map(there, args))
+    assert _library.last_implementation(f"{op}_backward", DEVICE) == "sm80"
+    expected = getattr(ops, f"{op}_backward_reference")(*args)
+    for own, wanted in zip(*([r] if isinstance(r, Tensor) else r for r in (found, expected)), strict=True):
+        close = 2**-7 if torch.bfloat16 in (args[0].dtype, wanted.dtype) else 1e-5
+        size = float(wanted.float().abs().max()) if wanted.numel() else 0.0
+        torch.testing.assert_close(own.cpu().float(), wanted.float(), rtol=close, atol=close / 5 * size)
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize("dim", [40, 512, 1536, 7168])
+def test_gradients_of_norms(dim: int, dtype: torch.dtype) -> None:
+    grad, x, weight, rope = (
+        torch.randn(300, dim).to(dtype),
+        torch.randn(300, dim).to(dtype),
+        torch.randn(dim),
+        turns(300, 16),
+    )
+    check_gradients("rms_norm", grad, x, weight, 1e-5)
+    check_gradients("rms_norm", grad, x, None, 1e-5)
+    check_gradients("kv_norm_rope", grad, x, weight, rope, 1e-5)
+    check_gradients("query_norm_rope", grad.unflatten(0, (60, 5)), x.unflatten(0, (60, 5)), rope[:60], 1e-5)
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize("rotate", [False, True])
+@pytest.mark.parametrize(("ratio", "overlap"), [(4, True), (128, False)])
+def test_gradients_of_entries(ratio: int, overlap: bool, rotate: bool, dtype: torch.dtype) -> None:
+    channels, entries = (2 if overlap else 1) * 512, 600 // ratio
+    rows = [torch.randn(count, channels) for count in (600, 600, ratio)]
+    weight, rope = torch.randn(512).to(dtype), turns(entries, 64)
+    check_gradients("compress_entries", torch.randn(entries, 512).to(dtype), *rows, weight, rope, ratio, 1e-5, rotate)
 
 
 def run_both(op: str, a: dict[str, Any], written: tuple[str, ...]) -> list[tuple[Tensor, Tensor]]:

@@ -8,8 +8,7 @@
 // keeps others waiting. An entry of 128 positions keeps its block some microseconds: few of them leave a GPU idle.
 // State: 16 c D bytes for each of at most `ring` rows a sequence.
 #include "cuda/sm80/compress.h"
-#include "cuda/sm80/compress_pool.h"
-#include "cuda/sm80/row_launch.h"
+#include "cuda/sm80/compress_launch.h"
 
 namespace dsv4::sm80 {
 
@@ -100,51 +99,8 @@ namespace {
 
 constexpr int64_t kBlocksAtLeast = 1024;  // before a block looks through several rows
 
-bool in_fours(const float* data, int64_t stride) { return in_sixteens(data) && stride % 4 == 0; }
-
-template <class Params>
-bool whole_quads(const Params& p) {
-  return p.norm_weight.size(0) % 4 == 0 && in_fours(p.kv.data, p.kv.stride[0]) &&
-         in_fours(p.gate.data, p.gate.stride[0]) && in_fours(p.ape.data, p.ape.stride[0]);
-}
 bool whole_states(const CompressParams& p) {
   return in_fours(p.state.data, p.state.stride[0]) && p.state.stride[1] % 4 == 0 && p.state.stride[2] % 4 == 0;
-}
-
-int power_of_two(int64_t least) {
-  int power = 1;
-  while (power < least) power *= 2;
-  return power;
-}
-
-// Threads by channels and positions; at least a warp.
-void cut_block(CompressArguments& a, int most_threads) {
-  a.quads = power_of_two((a.dim + 3) / 4 < most_threads ? (a.dim + 3) / 4 : most_threads);
-  const int64_t batches = (a.pooled + kPoolBatch - 1) / kPoolBatch;
-  const int most = most_threads / a.quads;
-  a.groups = batches < most ? power_of_two(batches) : most;
-  while (a.quads * a.groups < 32) a.quads *= 2;
-  a.threads = a.quads * a.groups;
-}
-
-// What both ops have in common; places, sequences, state and ring are still to be set.
-template <class Params>
-CompressArguments arguments_of(const Params& p, int rows_per_block) {
-  const int64_t dim = p.norm_weight.size(0);
-  CompressArguments a = {};
-  a.params.kv = p.kv, a.params.gate = p.gate, a.params.ape = p.ape;
-  a.params.norm_weight = p.norm_weight, a.params.rope = p.rope;
-  a.weight = norm_weight(p.norm_weight);
-  a.tokens = p.kv.size(0);
-  a.rows_per_block = rows_per_block;
-  a.eps = two_floats(p.eps);
-  a.hadamard = hadamard_scale(dim);
-  a.dim = static_cast<int>(dim);
-  a.pooled = static_cast<int>(p.kv.size(1) / dim * p.ratio);
-  a.lanes = row_lanes(dim);
-  a.ratio = static_cast<uint32_t>(p.ratio);
-  a.vector_rope = whole_turns(p.rope, dim);
-  return a;
 }
 
 Status launch_entries(const char* op, CompressArguments& a, bool rotate, const Context& context) {

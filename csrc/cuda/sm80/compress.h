@@ -21,4 +21,8 @@ Status compress(const CompressParams&, const Context&);
 Status compress_entries(const CompressEntriesParams&, int rows_per_block, const Context&);
 Status compress_entries(const CompressEntriesParams&, const Context&);
 
+// The workspace holds a few rows of an entry each, and sums of pieces of entries (piece_sums.h).
+int64_t compress_entries_backward_workspace_bytes(const CompressEntriesBackwardParams&, const Context&);
+Status compress_entries_backward(const CompressEntriesBackwardParams&, const Context&);
+
 }  // namespace dsv4::sm80

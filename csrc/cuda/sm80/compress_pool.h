@@ -150,19 +150,29 @@ DSV4_DEVICE void pool_entry(const CompressArguments& a, const PoolEntry& entry) 
   }
 }
 
-// The groups' sums together, rounded to N, where the first group's maxima were.
-template <class N>
-DSV4_DEVICE void join_pools(const CompressArguments& a) {
-  for (int column = ptx::thread_index(); column < a.dim; column += a.threads) {
-    float most = kNoGate, weight = 0.0f, value = 0.0f;
+// Of a channel, over all positions: what the largest gate was taken for, and the sums of weights and of weighed values.
+struct JoinedPool {
+  float base, weight, value;
+
+  DSV4_DEVICE JoinedPool(const CompressArguments& a, int column) : weight(0.0f), value(0.0f) {
+    float most = kNoGate;
     for (int g = 0; g < a.groups; ++g) most = ptx::maximum(most, ptx::load_shared_float(pool_memory(a, g, 0, column)));
-    const float base = most == kNoGate ? 0.0f : most;
+    base = most == kNoGate ? 0.0f : most;
     for (int g = 0; g < a.groups; ++g) {
       const float scale = ptx::exponential(ptx::add(ptx::load_shared_float(pool_memory(a, g, 0, column)), -base));
       weight = ptx::fma(ptx::load_shared_float(pool_memory(a, g, 1, column)), scale, weight);
       value = ptx::fma(ptx::load_shared_float(pool_memory(a, g, 2, column)), scale, value);
     }
-    ptx::store_shared_float(pool_memory(a, 0, 0, column), rounded_to<N>(ptx::divide(value, weight)));
+  }
+  DSV4_DEVICE float mean() const { return ptx::divide(value, weight); }
+};
+
+// The groups' sums together, rounded to N, where the first group's maxima were.
+template <class N>
+DSV4_DEVICE void join_pools(const CompressArguments& a) {
+  for (int column = ptx::thread_index(); column < a.dim; column += a.threads) {
+    const JoinedPool pool(a, column);
+    ptx::store_shared_float(pool_memory(a, 0, 0, column), rounded_to<N>(pool.mean()));
   }
 }
 

@@ -50,7 +50,8 @@ inline HeadArguments head_arguments(const AnyView<3>& x, const AnyView<3>& rope,
 }
 
 // Launches of so many rows that they and blocks fit in 32 bits.
-inline Status launch_heads(const char* name, void (*kernel)(HeadArguments), HeadArguments a, const Context& context) {
+template <class Arguments>
+Status launch_heads(const char* name, void (*kernel)(Arguments), Arguments a, const Context& context) {
   constexpr int64_t kRowsAtOnce = int64_t{1} << 30;
   const int64_t tokens = a.x.size(0), heads = a.x.size(1);
   if (heads == 0 || a.dim == 0) return Status::ok();

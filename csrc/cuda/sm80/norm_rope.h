@@ -14,4 +14,10 @@ Status rope_rows(const RopeRowsParams&, const Context&);
 Status query_norm_rope(const QueryNormRopeParams&, const Context&);
 Status store_window(const StoreWindowParams&, const Context&);
 
+// Also of rms_norm. The workspace holds sums of pieces of rows, see piece_sums.h.
+int64_t norm_rope_backward_workspace_bytes(const NormRopeBackwardParams&);
+Status norm_rope_backward(const NormRopeBackwardParams&, const Context&);
+Status norm_rope_backward(const char* op, const NormRopeBackwardParams&, const Context&);
+Status query_norm_rope_backward(const QueryNormRopeBackwardParams&, const Context&);
+
 }  // namespace dsv4::sm80

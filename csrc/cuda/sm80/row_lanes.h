@@ -182,6 +182,8 @@ struct RowRope {
   DSV4_DEVICE bool across() const { return passed % 2 != 0; }
 
   // Rotates what is to be rotated of an eight that it covers. before, after: the elements beside it, where `across`.
+  // kNearest: to the nearest float32 of the exact result; else with a rounding of each product.
+  template <bool kNearest = true>
   DSV4_DEVICE void rotate(int column, float (&value)[8], float before, float after) const {
     if (vector) {
       const float* turns = turn + (column - passed);
@@ -189,21 +191,28 @@ struct RowRope {
       for (int half = 0; half < 8; half += 4) {
         float two[4];
         unpack(ptx::load_global_16(turns + half), two);
-        rotate_pair(value[half], value[half + 1], two[0], ptx::multiply(two[1], way));
-        rotate_pair(value[half + 2], value[half + 3], two[2], ptx::multiply(two[3], way));
+        rotate_pair<kNearest>(value[half], value[half + 1], two[0], ptx::multiply(two[1], way));
+        rotate_pair<kNearest>(value[half + 2], value[half + 3], two[2], ptx::multiply(two[3], way));
       }
     } else {
-      rotate_slowly(column, value, before, after);
+      rotate_slowly<kNearest>(column, value, before, after);
     }
   }
 
  private:
+  template <bool kNearest>
+  DSV4_DEVICE static float products(float a, float b, float c, float d) {
+    return kNearest ? sum_of_products(a, b, c, d) : ptx::fma(c, d, ptx::multiply(a, b));
+  }
+
+  template <bool kNearest>
   DSV4_DEVICE static void rotate_pair(float& even, float& odd, float cos, float sin) {
-    const float turned = sum_of_products(even, cos, -odd, sin);
-    odd = sum_of_products(even, sin, odd, cos);
+    const float turned = products<kNearest>(even, cos, -odd, sin);
+    odd = products<kNearest>(even, sin, odd, cos);
     even = turned;
   }
 
+  template <bool kNearest>
   DSV4_DEVICE void rotate_slowly(int column, float (&value)[8], float before, float after) const {
     float last = before;
     DSV4_UNROLL
@@ -212,7 +221,7 @@ struct RowRope {
       const float own = value[e], next = e < 7 ? value[e < 7 ? e + 1 : e] : after;
       if (at >= 0 && column + e < dim) {
         const float cos = turn[at / 2 * 2], sin = ptx::multiply(turn[at / 2 * 2 + 1], way);
-        value[e] = at % 2 == 0 ? sum_of_products(own, cos, -next, sin) : sum_of_products(last, sin, own, cos);
+        value[e] = at % 2 == 0 ? products<kNearest>(own, cos, -next, sin) : products<kNearest>(last, sin, own, cos);
       }
       last = own;
     }

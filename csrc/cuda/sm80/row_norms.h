@@ -69,12 +69,19 @@ struct NoNorm {
   DSV4_DEVICE float one(int, float x) const { return x; }
 };
 
+// The mean of a query's squares, and that mean + eps, each rounded to X. A sum that had to be scaled leaves nothing of
+// eps.
+template <class X>
+DSV4_DEVICE float rounded_mean(const SumOfSquares& squares, int dim, const TwoFloats& eps) {
+  const float mean = rounded_to<X>(nearest(divide(squares.sum, static_cast<float>(dim))));
+  return squares.scale == 1.0f ? rounded_to<X>(nearest(add(eps, mean))) : mean;
+}
+
 // The root of queries: mean, mean + eps and root are rounded to X.
 template <class X>
 DSV4_DEVICE float rounded_root(const SumOfSquares& squares, int dim, const TwoFloats& eps) {
-  const float mean = rounded_to<X>(nearest(divide(squares.sum, static_cast<float>(dim))));
-  const float sum = squares.scale == 1.0f ? rounded_to<X>(nearest(add(eps, mean))) : mean;
-  return ptx::multiply(rounded_to<X>(nearest(inverse_root({sum, 0.0f}))), squares.scale);
+  const float mean = rounded_mean<X>(squares, dim, eps);
+  return ptx::multiply(rounded_to<X>(nearest(inverse_root({mean, 0.0f}))), squares.scale);
 }
 
 // Of the host's arguments.
