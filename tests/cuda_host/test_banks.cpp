@@ -1,8 +1,6 @@
 // Accesses of the kernels to shared memory, on the host model: none takes more cycles than its width needs, but for
 // those named here.
 #include "attention_backward_cases.h"
-#include "compress_cases.h"
-#include "attention_cases.h"
 #include "compress_backward_cases.h"
 #include "index_cases.h"
 #include "linear_cases.h"
