@@ -25,8 +25,7 @@ struct PaddedMatrix {
   int64_t experts, out, in, pad;
   DeviceTensor<X> memory;
 
-  PaddedMatrix(int64_t e, int64_t o, int64_t i, int64_t p)
-      : experts(e), out(o), in(i), pad(p), memory({e, o, i + p}) {}
+  PaddedMatrix(int64_t e, int64_t o, int64_t i, int64_t p) : experts(e), out(o), in(i), pad(p), memory({e, o, i + p}) {}
   X& at(int64_t expert, int64_t row, int64_t k) { return memory.at(expert, row * (in + pad) + k); }
   void fill(uint64_t seed) {
     Random random(seed);
@@ -288,8 +287,7 @@ class GradientStages {
       const InnerEnds ends = inner_ends(rounded(sum_of(sum[0], sizes[0])), rounded(sum_of(sum[1], sizes[1])),
                                         sum_of(sum[2], sizes[2]), weight);
       for (int kind = 0; kind < 3; ++kind) {
-        const std::string wrong =
-            check(names[kind], at, i, inner(shared, kind, at, i), ends.of[kind], sizeof(X) == 2);
+        const std::string wrong = check(names[kind], at, i, inner(shared, kind, at, i), ends.of[kind], sizeof(X) == 2);
         if (!wrong.empty()) return wrong;
       }
       parts = {parts.low + ends.part.low, parts.high + ends.part.high};
@@ -311,13 +309,14 @@ class GradientStages {
         for (size_t row = 0; row < all.size(); ++row) {
           if (all[row].expert != e) continue;
           const int64_t out = i / to.in, in = i % to.in;
-          const double token = n == 2 ? to_float(p_.grad.at(all[row].token, out)) : to_float(p_.x.at(all[row].token, in));
+          const double token =
+              n == 2 ? to_float(p_.grad.at(all[row].token, out)) : to_float(p_.x.at(all[row].token, in));
           const double one = token * inner(shared, n, static_cast<int64_t>(row), n == 2 ? in : out);
           sum += one;
           size += std::fabs(one);
         }
-        const std::string wrong = check(names[n], e, i, to_float(to.at(e, i / to.in, i % to.in)),
-                                        rounded(sum_of(sum, size)), sizeof(X) == 2);
+        const std::string wrong =
+            check(names[n], e, i, to_float(to.at(e, i / to.in, i % to.in)), rounded(sum_of(sum, size)), sizeof(X) == 2);
         if (!wrong.empty()) return wrong;
       }
     }

@@ -15,8 +15,8 @@ struct GradientTiles {
 
 // A plain matrix of every expert, whose rows are those of K.
 struct GradientMatrix {
-  TileRows rows;           // of expert 0; first and count: all
-  int64_t expert_stride;   // bytes
+  TileRows rows;          // of expert 0; first and count: all
+  int64_t expert_stride;  // bytes
 
   DSV4_DEVICE TileRows of(int64_t expert, int64_t column_bytes) const {
     TileRows own = rows.from(column_bytes);
@@ -27,8 +27,8 @@ struct GradientMatrix {
 
 struct InnerArguments {
   GradientTiles tiles;
-  TileRows grad;       // of the result: [tokens, hidden], by the map
-  GradientMatrix w2;   // [hidden, inter]
+  TileRows grad;      // of the result: [tokens, hidden], by the map
+  GradientMatrix w2;  // [hidden, inter]
   int64_t hidden, inter;
   const float* row_weights;  // none: 1
   float limit;
@@ -127,8 +127,16 @@ DSV4_DEVICE void gradient_inputs(const InputArguments& a) {
   const int64_t column = ptx::block_index_x() / a.tiles.tile_count * kProductColumns;
   const int64_t bytes = column * static_cast<int64_t>(sizeof(typename Shape::X));
   ProductTile<Shape> product(tile.count);
-  product.add(a.gate.of(tile.first, tile.count), a.w1.of(tile.expert, bytes), a.inter);
-  product.add(a.up.of(tile.first, tile.count), a.w3.of(tile.expert, bytes), a.inter);
+  TileRows left = a.gate.of(tile.first, tile.count), right = a.w1.of(tile.expert, bytes);
+  const TileRows other = a.w3.of(tile.expert, bytes);
+  right.vector = right.vector && other.vector;
+  DSV4_UNROLL_IF(false)
+  for (int part = 0; part < 2; ++part) {
+    product.add(left, right, a.inter);
+    left.data = a.up.data;
+    right.data = other.data;
+    right.stride = other.stride;
+  }
   product.each(tile.count, [&](int row, int unit, const float (&value)[8]) {
     const int64_t at = column + 8 * unit;
     if (row < tile.count && at < a.columns) {

@@ -25,20 +25,20 @@ using FewOutputs = ProductShape<X, true, 1>;
 template <class X>
 using ManyOutputs = ProductShape<X, true, 2>;
 
-#define DSV4_GRADIENT_KERNELS(name, X)                                                                                 \
-  DSV4_KERNEL(FewRows<X>::kThreads, 2)                                                                                 \
-  sm80_##name##_moe_backward_inner_few(const InnerArguments a) { gradient_inner<FewRows<X>>(a); }                      \
-  DSV4_KERNEL(ManyRows<X>::kThreads, 1)                                                                                \
-  sm80_##name##_moe_backward_inner_many(const InnerArguments a) { gradient_inner<ManyRows<X>>(a); }                    \
-  DSV4_KERNEL(FewRows<X>::kThreads, 2)                                                                                 \
-  sm80_##name##_moe_backward_inputs_few(const InputArguments a) { gradient_inputs<FewRows<X>>(a); }                    \
-  DSV4_KERNEL(ManyRows<X>::kThreads, 1)                                                                                \
-  sm80_##name##_moe_backward_inputs_many(const InputArguments a) { gradient_inputs<ManyRows<X>>(a); }                  \
-  DSV4_KERNEL(FewOutputs<X>::kThreads, 2)                                                                              \
-  sm80_##name##_moe_backward_matrix_few(const MatrixArguments a) { gradient_matrix<FewOutputs<X>>(a); }                \
-  DSV4_KERNEL(ManyOutputs<X>::kThreads, 1)                                                                             \
-  sm80_##name##_moe_backward_matrix_many(const MatrixArguments a) { gradient_matrix<ManyOutputs<X>>(a); }              \
-  DSV4_KERNEL(kGradientSumThreads, 4)                                                                                  \
+#define DSV4_GRADIENT_KERNELS(name, X)                                                                    \
+  DSV4_KERNEL(FewRows<X>::kThreads, 2)                                                                    \
+  sm80_##name##_moe_backward_inner_few(const InnerArguments a) { gradient_inner<FewRows<X>>(a); }         \
+  DSV4_KERNEL(ManyRows<X>::kThreads, 1)                                                                   \
+  sm80_##name##_moe_backward_inner_many(const InnerArguments a) { gradient_inner<ManyRows<X>>(a); }       \
+  DSV4_KERNEL(FewRows<X>::kThreads, 2)                                                                    \
+  sm80_##name##_moe_backward_inputs_few(const InputArguments a) { gradient_inputs<FewRows<X>>(a); }       \
+  DSV4_KERNEL(ManyRows<X>::kThreads, 1)                                                                   \
+  sm80_##name##_moe_backward_inputs_many(const InputArguments a) { gradient_inputs<ManyRows<X>>(a); }     \
+  DSV4_KERNEL(FewOutputs<X>::kThreads, 2)                                                                 \
+  sm80_##name##_moe_backward_matrix_few(const MatrixArguments a) { gradient_matrix<FewOutputs<X>>(a); }   \
+  DSV4_KERNEL(ManyOutputs<X>::kThreads, 1)                                                                \
+  sm80_##name##_moe_backward_matrix_many(const MatrixArguments a) { gradient_matrix<ManyOutputs<X>>(a); } \
+  DSV4_KERNEL(kGradientSumThreads, 4)                                                                     \
   sm80_##name##_moe_backward_sum(const GradientSumArguments a) { gradient_sum<X>(a); }
 
 DSV4_GRADIENT_KERNELS(bf16, bf16)
@@ -61,8 +61,13 @@ int64_t size_of(DType dtype) { return dtype == DType::kBFloat16 ? 2 : 4; }
 
 TileRows rows_of(const AnyView<2>& view, const int32_t* map) {
   const int64_t size = size_of(view.dtype);
-  TileRows rows = {static_cast<const uint8_t*>(view.data), map, view.stride[0] * size, view.shape[1] * size, 0,
-                   view.shape[0],                          false};
+  TileRows rows = {static_cast<const uint8_t*>(view.data),
+                   map,
+                   view.stride[0] * size,
+                   view.shape[1] * size,
+                   0,
+                   view.shape[0],
+                   false};
   rows.vector = aligned(rows.data) && rows.bytes % 16 == 0 && (rows.stride % 16 == 0 || rows.count <= 1);
   return rows;
 }
@@ -70,8 +75,13 @@ TileRows rows_of(const AnyView<2>& view, const int32_t* map) {
 GradientMatrix matrix_of(const AnyView<3>& view) {
   const int64_t size = size_of(view.dtype);
   GradientMatrix m = {};
-  m.rows = {static_cast<const uint8_t*>(view.data), nullptr, view.stride[1] * size, view.shape[2] * size, 0,
-            view.shape[1],                          false};
+  m.rows = {static_cast<const uint8_t*>(view.data),
+            nullptr,
+            view.stride[1] * size,
+            view.shape[2] * size,
+            0,
+            view.shape[1],
+            false};
   m.expert_stride = view.stride[0] * size;
   m.rows.vector = aligned(view.data) && m.rows.bytes % 16 == 0 && (m.rows.stride % 16 == 0 || view.shape[1] <= 1) &&
                   (m.expert_stride % 16 == 0 || view.shape[0] <= 1);

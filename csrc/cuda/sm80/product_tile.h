@@ -31,8 +31,7 @@ struct ProductShape {
   // Of the result; rows of a warp's one access lie in different banks.
   static constexpr int kResultRow = (kProductColumns + (kNarrow ? 8 : kAcross ? 4 : 16)) * 4;
   static constexpr int kResultBytes = kRows * kResultRow;
-  static constexpr int kSharedBytes =
-      kStages * kStageBytes > kResultBytes ? kStages * kStageBytes : kResultBytes;
+  static constexpr int kSharedBytes = kStages * kStageBytes > kResultBytes ? kStages * kStageBytes : kResultBytes;
 };
 
 // Rows of an operand from the tile's first column on.
@@ -76,6 +75,7 @@ class ProductTile {
     first_column_ = warp % Shape::kWarpsN * 32;
     rows_ = rows - first_row_;
     clear(sum_);
+    clear(product_);
   }
 
   DSV4_DEVICE void add(const TileRows& a, const TileRows& b, int64_t k) {
@@ -93,7 +93,6 @@ class ProductTile {
       const int64_t ahead = step + Shape::kStages - 1;
       if (ahead < steps) load(a, b, ahead, stage(slot == 0 ? Shape::kStages - 1 : slot - 1));
       ptx::cp_async_commit();
-      if (step % Shape::kStepsOfBlock == 0) clear(product_);
       const int64_t left = k - step * Shape::kStep;
       const int depth = left < Shape::kStep ? static_cast<int>(left) : Shape::kStep;
       if (rows_ > 0) multiply(stage(slot), depth);
@@ -129,6 +128,7 @@ class ProductTile {
   DSV4_DEVICE void close() {
     DSV4_UNROLL
     for (int i = 0; i < 4 * kFragments; ++i) sum_[i / 4][i % 4] = ptx::add(sum_[i / 4][i % 4], product_[i / 4][i % 4]);
+    clear(product_);
   }
 
   static DSV4_DEVICE uint32_t stage(int slot) {
@@ -150,33 +150,45 @@ class ProductTile {
 
   template <bool kVector>
   static DSV4_DEVICE void load(const TileRows& a, const TileRows& b, int64_t step, uint32_t to) {
+    constexpr int kSize = static_cast<int>(sizeof(X));
+    const int64_t row = step * Shape::kStep;
     if constexpr (Shape::kAcross) {
-      load_across<kVector, Shape::kRows>(a, step, to);
+      load<kVector, Shape::kStep, Shape::kRows * kSize>(a, row, 0, to);
     } else {
-      load_along<kVector>(a, step, to);
+      load<kVector, Shape::kRows, Shape::kStepBytes>(a, 0, step * Shape::kStepBytes, to);
     }
-    load_across<kVector, kProductColumns>(b, step, to + Shape::kLeftBytes);
+    load<kVector, Shape::kStep, kProductColumns * kSize>(b, row, 0, to + Shape::kLeftBytes);
   }
 
-  template <bool kVector>
-  static DSV4_DEVICE void load_along(const TileRows& rows, int64_t step, uint32_t to) {
-    constexpr int kPieces = Shape::kStepBytes / kPieceBytes;
+  // kRows rows from `first` on, kRowBytes of each from `offset` on. Where there are steps there is a row 0; its number
+  // stands for those of rows past the last, so that four numbers are asked for before the first is needed.
+  template <bool kVector, int kRows, int kRowBytes>
+  static DSV4_DEVICE void load(const TileRows& rows, int64_t first, int64_t offset, uint32_t to) {
+    constexpr int kPieces = kRowBytes / kPieceBytes, kEach = kRows * kPieces / Shape::kThreads;
+    static_assert(Shape::kThreads % kPieces == 0 && kEach % 4 == 0);
+    const int piece = ptx::thread_index() % kPieces;
+    const int64_t from = offset + piece * kPieceBytes;
     DSV4_UNROLL_IF(kVector)
-    for (int i = 0; i < Shape::kRows * kPieces / Shape::kThreads; ++i) {
-      const int at = ptx::thread_index() + i * Shape::kThreads, row = at / kPieces, piece = at % kPieces;
-      const int64_t offset = step * Shape::kStepBytes + piece * kPieceBytes;
-      stage_piece(to + place(row, Shape::kStepBytes, piece), rows.row(row), offset, rows.bytes, kVector, rows.data);
-    }
-  }
-
-  template <bool kVector, int kColumns>
-  static DSV4_DEVICE void load_across(const TileRows& rows, int64_t step, uint32_t to) {
-    constexpr int kRowBytes = kColumns * static_cast<int>(sizeof(X)), kPieces = kRowBytes / kPieceBytes;
-    DSV4_UNROLL_IF(kVector)
-    for (int i = 0; i < Shape::kStep * kPieces / Shape::kThreads; ++i) {
-      const int at = ptx::thread_index() + i * Shape::kThreads, row = at / kPieces, piece = at % kPieces;
-      stage_piece(to + place(row, kRowBytes, piece), rows.row(step * Shape::kStep + row), piece * kPieceBytes,
-                  rows.bytes, kVector, rows.data);
+    for (int at = 0; at < kEach; at += kVector ? 4 : 1) {
+      const auto row_of = [at](int i) { return (ptx::thread_index() + (at + i) * Shape::kThreads) / kPieces; };
+      if constexpr (kVector) {
+        int64_t number[4];
+        DSV4_UNROLL
+        for (int i = 0; i < 4; ++i) number[i] = rows.first + (first + row_of(i) < rows.count ? first + row_of(i) : 0);
+        if (rows.map != nullptr) {
+          DSV4_UNROLL
+          for (int i = 0; i < 4; ++i) number[i] = rows.map[number[i]];
+        }
+        DSV4_UNROLL
+        for (int i = 0; i < 4; ++i) {
+          const bool exists = first + row_of(i) < rows.count && from < rows.bytes;
+          const uint8_t* source = exists ? rows.data + number[i] * rows.stride + from : rows.data;
+          ptx::cp_async_16(to + place(row_of(i), kRowBytes, piece), source, exists ? 16 : 0);
+        }
+      } else {
+        const uint32_t address = to + place(row_of(0), kRowBytes, piece);
+        stage_piece(address, rows.row(first + row_of(0)), from, rows.bytes, false, rows.data);
+      }
     }
   }
 
