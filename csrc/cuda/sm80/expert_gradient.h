@@ -9,8 +9,8 @@ namespace dsv4::sm80 {
 // The tiles of the map, or, with none, consecutive rows of one expert.
 struct GradientTiles {
   const ExpertTile* tiles;
-  int64_t tile_count, rows;  // tile_count: of the launch
-  int split;                 // 1
+  int64_t rows;
+  int split;  // 1
 };
 
 // A plain matrix of every expert, whose rows are those of K.
@@ -88,14 +88,14 @@ DSV4_DEVICE float inner_gradient(const InnerArguments& a, int64_t row, int64_t b
   return part;
 }
 
-// Grid: blocks of 128 inner values, and for each all tiles, so that neighbours share weights.
+// Grid: tiles, and for each all blocks of 128 inner values: neighbours share rows, and weights where their tiles are
+// one expert's.
 template <class Shape>
 DSV4_DEVICE void gradient_inner(const InnerArguments& a) {
   using X = typename Shape::X;
-  const ExpertTile tile = tile_of(a.tiles, ptx::block_index_x() % a.tiles.tile_count, Shape::kRows);
+  const int64_t blocks = (a.inter + kProductColumns - 1) / kProductColumns, block = ptx::block_index_x() % blocks;
+  const ExpertTile tile = tile_of(a.tiles, ptx::block_index_x() / blocks, Shape::kRows);
   if (tile.expert < 0) return;
-  const int64_t block = ptx::block_index_x() / a.tiles.tile_count;
-  const int64_t blocks = (a.inter + kProductColumns - 1) / kProductColumns;
   ProductTile<Shape> product(tile.count);
   product.add(a.grad.of(tile.first, tile.count),
               a.w2.of(tile.expert, block * kProductColumns * static_cast<int64_t>(sizeof(X))), a.hidden);
@@ -119,12 +119,13 @@ struct InputArguments {
   int64_t out_stride;
 };
 
-// Grid: blocks of 128 columns, and for each all tiles.
+// Grid: tiles, and for each all blocks of 128 columns.
 template <class Shape>
 DSV4_DEVICE void gradient_inputs(const InputArguments& a) {
-  const ExpertTile tile = tile_of(a.tiles, ptx::block_index_x() % a.tiles.tile_count, Shape::kRows);
+  const int64_t blocks = (a.columns + kProductColumns - 1) / kProductColumns;
+  const ExpertTile tile = tile_of(a.tiles, ptx::block_index_x() / blocks, Shape::kRows);
   if (tile.expert < 0) return;
-  const int64_t column = ptx::block_index_x() / a.tiles.tile_count * kProductColumns;
+  const int64_t column = ptx::block_index_x() % blocks * kProductColumns;
   const int64_t bytes = column * static_cast<int64_t>(sizeof(typename Shape::X));
   ProductTile<Shape> product(tile.count);
   TileRows left = a.gate.of(tile.first, tile.count), right = a.w1.of(tile.expert, bytes);

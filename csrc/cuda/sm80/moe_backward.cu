@@ -266,9 +266,10 @@ class GradientRun {
   }
 
   GradientTiles tiles_of(const Group& g) const {
-    GradientTiles t = {g.shared ? nullptr : memory<ExpertTile>(at_.tiles), at_.tile_count, at_.tokens, 1};
-    if (g.shared) t.tile_count = ceil_div(at_.tokens, kRowsOfTile[g.many]);
-    return t;
+    return {g.shared ? nullptr : memory<ExpertTile>(at_.tiles), at_.tokens, 1};
+  }
+  int64_t tile_count(const Group& g) const {
+    return g.shared ? ceil_div(at_.tokens, kRowsOfTile[g.many]) : at_.tile_count;
   }
 
   Status inner(const Group& g) const {
@@ -300,7 +301,7 @@ class GradientRun {
     a.parts = g.shared ? nullptr : memory<float>(at_.parts);
     a.vector = a.inter * size() % 16 == 0;
     cuda::LaunchShape shape = shape_for<FewRows, ManyRows>(g);
-    shape.blocks_x = a.tiles.tile_count * ceil_div(a.inter, kProductColumns);
+    shape.blocks_x = tile_count(g) * ceil_div(a.inter, kProductColumns);
     return shape.blocks_x == 0 ? Status::ok() : cuda::launch(kOp, kInner[narrow()][g.many], shape, context_, a);
   }
 
@@ -356,7 +357,7 @@ class GradientRun {
       a.out = memory<float>(g.outputs);
       a.out_stride = cut_.columns;
       cuda::LaunchShape shape = shape_for<FewRows, ManyRows>(g);
-      shape.blocks_x = a.tiles.tile_count * ceil_div(a.columns, kProductColumns);
+      shape.blocks_x = tile_count(g) * ceil_div(a.columns, kProductColumns);
       if (shape.blocks_x == 0) continue;
       const Status status = cuda::launch(kOp, kInputs[narrow()][g.many], shape, context_, a);
       if (!status.is_ok()) return status;
