@@ -8,7 +8,7 @@
 //   sum        those of a token by ascending expert, the shared one's last
 // A block has 128 columns and 128 rows (product_tile.h): 64 FLOP a byte from L2 in bfloat16, bound by the tensor cores;
 // float32 runs on FMA. Where experts have few rows it has 64 rows, 43 FLOP a byte, and two blocks share an SM, one of
-// which loads or stores while the other multiplies: bound by reading matrices and writing gradients, 8 bytes a weight.
+// which loads or stores while the other multiplies: bound by reading matrices and writing their gradients.
 #include "cuda/common/launch.h"
 #include "cuda/sm80/expert_gradient.h"
 #include "cuda/sm80/expert_launch.h"

@@ -1,6 +1,6 @@
 // The tile of the products that gradients need: C = A B over K, [rows, 128], where the rows of B in memory are those of
-// K, so B is read across, and A's are either the rows of C (along) or those of K too (across). Two more products may be
-// added to the first.
+// K, so B is read across, and A's are either the rows of C (along) or those of K too (across). Further products may be
+// added to it.
 //
 // A stage of shared memory holds 128 bytes of K of each row, 64 bfloat16 or 32 float32; cp.async fills two stages ahead
 // of their use, with one barrier a stage. A warp has 64 rows and 32 columns: bfloat16 by ldmatrix (transposed where an
