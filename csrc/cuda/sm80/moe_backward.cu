@@ -368,7 +368,8 @@ class GradientRun {
   // The matrix from `column`, a multiple of 8, on.
   GradientMatrix matrix_from(const AnyView<3>& view, int64_t column) const {
     GradientMatrix m = matrix_of(view);
-    m.rows = m.rows.from(column * size());
+    m.rows.data += column * size();
+    m.rows.bytes -= column * size();
     return m;
   }
 
