@@ -186,8 +186,6 @@ DSV4_OP(
     "Tensor? w3_scale=None, Tensor? w2_scale=None, Tensor[]? shared=None, float swiglu_limit=0.0) -> Tensor",
     moe_experts)
 
-#if !defined(DSV4_TORCH_CUDA)  // gradients have kernels for the CPU only; elsewhere Python's formulas run
-
 // Of x, weights, w1, w3, w2 and the shared matrices.
 std::vector<Tensor> moe_experts_backward(const Tensor& grad_, const Tensor& x_, const Tensor& weights_,
                                          const Tensor& indices_, const Tensor& w1, const Tensor& w3, const Tensor& w2,
@@ -238,8 +236,6 @@ DSV4_OP(
     "moe_experts_backward(Tensor grad, Tensor x, Tensor weights, Tensor indices, Tensor w1, Tensor w3, Tensor w2, "
     "Tensor[] shared, float swiglu_limit) -> Tensor[]",
     moe_experts_backward)
-
-#endif
 
 }  // namespace
 }  // namespace dsv4::binding

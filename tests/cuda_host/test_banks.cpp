@@ -5,7 +5,7 @@
 #include "index_cases.h"
 #include "linear_cases.h"
 #include "mhc_cases.h"
-#include "moe_stages.h"
+#include "moe_backward_cases.h"
 #include "quantize_cases.h"
 #include "simt/control.h"
 
@@ -107,6 +107,15 @@ TEST(experts) {
           "format " + std::to_string(static_cast<int>(format)), [&] { return try_moe<bf16>(c, &cut); },
           many && format == WeightFormat::kFp4 ? 2 : 1.1);
     }
+  }
+}
+
+TEST(gradients_of_experts) {
+  for (const bool many : {false, true}) {
+    const sm80::GradientCut cut = {many, many, !many, 256};
+    const GradientCase c = {140, 136, 72, 1, 1, 0};
+    check_banks("bfloat16", [&] { return try_gradient<bf16>(c, &cut); });
+    check_banks("float32", [&] { return try_gradient<float>(c, &cut); });
   }
 }
 

@@ -75,6 +75,20 @@ CLAIMS = {
     "i32_moe_map": ["REDUX.SUM", "VOTE.ANY", "POPC", "BAR.SYNC"],
     "bf16_moe_combine": ["LDG.E.128", "STG.E.128"],
     "f32_moe_combine": ["LDG.E.128", "STG.E.128"],
+    **{
+        f"{dtype}_moe_backward_{op}_{tile}": ["LDGSTS.E.BYPASS", "LDS.128", "BAR.SYNC", "STG.E.128", *products, *claims]
+        for dtype, narrow in (("bf16", True), ("f32", False))
+        for op, claims in (("inner", ["LDG.E.128", "MUFU.EX2", "SHFL.BFLY"]), ("inputs", []), ("matrix", []))
+        for products in [
+            ["HMMA.16816.F32.BF16", "LDSM.16.MT88.4", *(["LDSM.16.M88.4"] if op != "matrix" else [])]
+            if narrow
+            else ["FFMA"]
+        ]
+        for tile in ("few", "many")
+    },
+    "bf16_moe_backward_sum": ["LDG.E.128", "STG.E.128"],
+    "f32_moe_backward_sum": ["LDG.E.128", "STG.E.128"],
+    "f32_moe_backward_weights": ["FADD"],
     "f32_moe_gate": ["SHFL.BFLY", "MUFU.EX2"],
     "bf16_linear_prepare": ["LDG.E.128", "STG.E.128", "SHFL.BFLY"],
     "f32_linear_prepare": ["LDG.E.128", "STG.E.128", "SHFL.BFLY"],

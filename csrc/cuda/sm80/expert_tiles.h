@@ -62,7 +62,8 @@ struct PairedRows {
 };
 
 // A shape of fewer tokens than the map's tiles have takes them in `split` parts.
-DSV4_DEVICE ExpertTile tile_of(const ExpertArguments& a, int64_t number, int tokens) {
+template <class Arguments>
+DSV4_DEVICE ExpertTile tile_of(const Arguments& a, int64_t number, int tokens) {
   ExpertTile tile = {0, 0, static_cast<int32_t>(a.rows)};
   if (a.tiles != nullptr) tile = a.tiles[number / a.split];
   const int32_t begin = static_cast<int32_t>(a.tiles != nullptr ? number % a.split : number) * tokens;

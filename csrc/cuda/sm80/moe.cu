@@ -7,7 +7,7 @@
 // e2m1 weights: bound by the tensor cores and the instructions that expand codes. The launch has a tile for every pair
 // or, from some pairs on, for every expert and 64 pairs, whichever is less; tiles without rows end at once.
 #include "cuda/common/launch.h"
-#include "cuda/sm80/expert_tiles.h"
+#include "cuda/sm80/expert_launch.h"
 #include "cuda/sm80/moe.h"
 
 namespace dsv4::sm80 {
@@ -237,6 +237,20 @@ struct Layout {
   }
 };
 
+Status launch_kernel(const char* name, const ExpertKernel& kernel, int64_t tile_count, int64_t tile_rows,
+                     ExpertArguments a, const Context& context) {
+  a.split = a.tiles != nullptr ? static_cast<int>(tile_rows) / kernel.tokens : 1;
+  a.tile_count = a.tiles != nullptr ? tile_count * a.split : ceil_div(a.rows, kernel.tokens);
+  cuda::LaunchShape shape;
+  shape.blocks_x = a.tile_count * ceil_div(a.outputs, kernel.rows);
+  shape.threads = kernel.threads;
+  shape.shared_bytes = kernel.shared_bytes;
+  if (shape.blocks_x == 0) return Status::ok();
+  return cuda::launch(name, kernel.run, shape, context, a);
+}
+
+}  // namespace
+
 Status launch_map(const char* name, const MapArguments& a, const Context& context) {
   cuda::LaunchShape shape;
   shape.blocks_x = a.experts > 0 ? a.experts : 1;
@@ -244,6 +258,23 @@ Status launch_map(const char* name, const MapArguments& a, const Context& contex
   shape.shared_bytes = kMapSharedBytes;
   return cuda::launch(name, sm80_i32_moe_map, shape, context, a);
 }
+
+Status launch_prepare(const char* name, const PrepareArguments& a, const Context& context) {
+  cuda::LaunchShape shape;
+  shape.blocks_x = ceil_div(a.rows * a.units, kPrepareThreads);
+  shape.threads = kPrepareThreads;
+  if (shape.blocks_x == 0) return Status::ok();
+  const bool narrow = a.x.dtype == DType::kBFloat16;
+  return cuda::launch(name, narrow ? sm80_bf16_moe_prepare : sm80_f32_moe_prepare, shape, context, a);
+}
+
+Status launch_product(const char* name, const ExpertMatrix& w, int64_t tile_count, int64_t tile_rows, ExpertArguments a,
+                      const Context& context) {
+  a.first = weights_of(w);
+  return launch_kernel(name, kDown[static_cast<int>(form_of(w))][true], tile_count, tile_rows, a, context);
+}
+
+namespace {
 
 // A run over tokens [first, first + count).
 class ExpertRun {
@@ -295,11 +326,7 @@ class ExpertRun {
     a.planes = wide ? 3 : 1;
     a.quantise = a.permute = !wide;
     a.vector = vector();
-    cuda::LaunchShape shape;
-    shape.blocks_x = ceil_div(a.rows * a.units, kPrepareThreads);
-    shape.threads = kPrepareThreads;
-    if (shape.blocks_x == 0) return Status::ok();
-    return cuda::launch("moe_experts", narrow() ? sm80_bf16_moe_prepare : sm80_f32_moe_prepare, shape, context_, a);
+    return launch_prepare("moe_experts", a, context_);
   }
 
   Status map() const {
@@ -398,15 +425,8 @@ class ExpertRun {
     return launch(kernel, a);
   }
 
-  Status launch(const ExpertKernel& kernel, ExpertArguments a) const {
-    a.split = a.tiles != nullptr ? static_cast<int>(at_.tile_rows) / kernel.tokens : 1;
-    a.tile_count = a.tiles != nullptr ? at_.tile_count * a.split : ceil_div(a.rows, kernel.tokens);
-    cuda::LaunchShape shape;
-    shape.blocks_x = a.tile_count * ceil_div(a.outputs, kernel.rows);
-    shape.threads = kernel.threads;
-    shape.shared_bytes = kernel.shared_bytes;
-    if (shape.blocks_x == 0) return Status::ok();
-    return cuda::launch("moe_experts", kernel.run, shape, context_, a);
+  Status launch(const ExpertKernel& kernel, const ExpertArguments& a) const {
+    return launch_kernel("moe_experts", kernel, at_.tile_count, at_.tile_rows, a, context_);
   }
 
   Status combine() const {

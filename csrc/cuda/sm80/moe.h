@@ -32,6 +32,28 @@ ExpertResults expert_results(const MoeExpertsParams&, const ExpertCut&);
 int64_t moe_experts_workspace_bytes(const MoeExpertsParams&, const ExpertCut&);
 Status moe_experts(const MoeExpertsParams&, const ExpertCut&, const Context&);
 
+// Rows are numbered in 32 bits: fewer than 2^31 pairs of a token and a slot.
+bool accepts_moe_experts_backward(const MoeExpertsBackwardParams&);
+int64_t moe_experts_backward_workspace_bytes(const MoeExpertsBackwardParams&, const Context&);
+Status moe_experts_backward(const MoeExpertsBackwardParams&, const Context&);
+
+// How a call is cut, which changes no bit of the results.
+struct GradientCut {
+  bool many, many_shared;  // tiles of 128 rows, not 64: of the routed experts, of the shared one
+  bool tile_at_row;        // see moe_map.h
+  int64_t columns;         // of the gradient of x, taken at a time: a multiple of 128
+};
+GradientCut gradient_cut(const MoeExpertsBackwardParams&);
+
+// Where in the workspace the rows [rows, inter] of the routed experts or of the shared one lie, in bytes: the gradients
+// of gate and up, and what w2 multiplied. Routed rows are ordered by expert, then pair.
+struct GradientRows {
+  int64_t gate, up, inner;
+};
+GradientRows gradient_rows(const MoeExpertsBackwardParams&, const GradientCut&, bool shared);
+int64_t moe_experts_backward_workspace_bytes(const MoeExpertsBackwardParams&, const GradientCut&);
+Status moe_experts_backward(const MoeExpertsBackwardParams&, const GradientCut&, const Context&);
+
 Status moe_map(const MoeMapParams&, const Context&);
 
 }  // namespace dsv4::sm80

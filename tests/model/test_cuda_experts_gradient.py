@@ -1,0 +1,114 @@
+"""The gradient of plain experts on a CUDA device that the host plays (cuda_device.py): as near to float64 as the
+formula in torch, taken by the backward pass, and nobody waits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from cuda_device import LIBRARY, CudaOnHost, library
+from moe_backward_cases import Problem, assert_no_worse_than, formula, problem, wide
+from torch import Tensor
+from torch.utils import _pytree
+
+from dsv4.ops import _moe_gradient
+from dsv4.testing import assert_same_bits
+
+pytestmark = pytest.mark.skipif(library() is None, reason=f"not run: {LIBRARY} is not built (DSV4_NATIVE=ON)")
+
+DTYPES = (torch.bfloat16, torch.float32)
+PAIRS = 60  # as tests/ops/test_moe_backward.py
+
+
+@pytest.fixture
+def device() -> Iterator[CudaOnHost]:
+    torch.manual_seed(4)
+    with torch.no_grad(), CudaOnHost() as device:
+        yield device
+
+
+def there(value: Any) -> Any:
+    return _pytree.tree_map_only(Tensor, lambda t: t.to("cuda"), value)
+
+
+def run(device: CudaOnHost, a: Problem) -> list[Tensor]:
+    before = device.calls()["moe_experts_backward"]
+    device.waits.clear()
+    found = torch.ops.dsv4.moe_experts_backward(**there(a))
+    assert device.calls()["moe_experts_backward"] == before + 1 and not device.references and not device.waits
+    inputs = [a["x"], a["weights"], a["w1"], a["w3"], a["w2"], *a["shared"]]
+    assert all(value.is_cuda and value.is_contiguous() for value in found)
+    assert [(v.shape, v.dtype) for v in found] == [(v.shape, v.dtype) for v in inputs]
+    return [value.cpu() for value in found]
+
+
+# Of float32 gate and up products below 2^-24 of the largest are left out, as in the forward pass: in sums of a term or
+# two that would be twice the error of torch's.
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"tokens": 0},
+        {"tokens": 1, "hidden": 18, "inter": 1},
+        {"tokens": 5, "hidden": 33, "inter": 31, "limit": 0.7, "shared": True},
+        {"tokens": 19, "hidden": 64, "inter": 129, "shared": True},
+        {"tokens": 19, "hidden": 131, "inter": 64, "limit": 0.7},
+        {"tokens": 23, "count": 9, "top_k": 8, "hidden": 96, "inter": 72},
+        {"tokens": 67, "count": 1, "top_k": 1, "hidden": 65, "inter": 130, "shared": True},
+        {"tokens": 130, "count": 3, "top_k": 3, "hidden": 127, "inter": 72, "limit": 1.0},
+        {"tokens": 4, "count": 1, "top_k": 1, "hidden": 600, "inter": 520},
+        {"tokens": 7, "count": 3, "top_k": 0, "shared": True},
+        {"tokens": 7, "count": 0, "top_k": 2, "shared": True},
+        {"tokens": 4, "inter": 0},
+        {"tokens": 4, "hidden": 0},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_no_worse_than_the_formula(dtype: torch.dtype, sizes: dict[str, Any], device: CudaOnHost) -> None:
+    draws = max(PAIRS // max(sizes["tokens"] * sizes.get("top_k", 2), 1), 1) if sizes["tokens"] else 1
+    problems = [problem(dtype=dtype, **sizes) for _ in range(draws)]
+    found = [run(device, a) for a in problems]
+    assert_no_worse_than(formula, problems, found, [formula(wide(a)) for a in problems])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_layouts_and_wide_indices(dtype: torch.dtype, device: CudaOnHost) -> None:
+    a = problem(tokens=9, dtype=dtype, shared=True, limit=1.0)
+    expected = run(device, a)
+    turned = {**a, **{name: a[name].mT.contiguous().mT for name in ("w1", "w3", "w2", "x", "grad")}}
+    for other in (turned, {**a, "indices": a["indices"].long()}):
+        for value, same in zip(run(device, other), expected, strict=True):
+            assert_same_bits(value, same)
+
+
+def backward(a: Problem) -> list[Tensor]:
+    """What autograd runs, which has no engine for this device."""
+    saved = [a[name] for name in ("x", "weights", "indices", "w1", "w3", "w2")]
+    ctx = SimpleNamespace(
+        saved_tensors=there([*saved, *a["shared"]]), quantized=False, limit=a["swiglu_limit"], has_list=True
+    )
+    d_x, d_weights, _, d_w1, d_w3, d_w2, _, _, _, d_shared, _ = _moe_gradient.experts_backward(ctx, there(a["grad"]))
+    return [value.cpu() for value in (d_x, d_weights, d_w1, d_w3, d_w2, *d_shared)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_backward_pass_takes_the_kernel(dtype: torch.dtype, device: CudaOnHost) -> None:
+    a = problem(tokens=6, dtype=dtype, shared=True, limit=1.0)
+    before = device.calls()["moe_experts_backward"]
+    found = backward(a)
+    assert device.calls()["moe_experts_backward"] == before + 1 and not device.references
+    for value, same in zip(found, run(device, a), strict=True):
+        assert_same_bits(value, same)
+
+
+def test_float64_is_left_to_the_formula(device: CudaOnHost) -> None:
+    a = wide(problem(tokens=4, shared=True))
+    before = device.calls()["moe_experts_backward"]
+    found = backward(a)
+    assert device.calls()["moe_experts_backward"] == before
+    assert device.references == {"_moe_experts_backward_reference": 1}
+    for value, expected in zip(found, formula(a), strict=True):
+        torch.testing.assert_close(value, expected)
