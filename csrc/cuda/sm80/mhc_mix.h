@@ -5,7 +5,9 @@
 // A block holds two stages of [4 streams, tokens, 32 columns] in shared memory, filled by cp.async; the fused kernel
 // turns a stage into the new streams in place.
 // - bfloat16: 128 tokens, 16 a warp. fn, cut into a high and a low bfloat16 part (relative error 2^-17), and the
-//   rows of r go through mma.sync m16n8k16; so does r^2, as the diagonal of r rT.
+//   rows of r go through mma.sync m16n8k16; so does r^2, as the diagonal of r rT. Gradients take fn in three parts,
+//   which leave nothing out, and r^2 by FMA, since tensor cores round sums of one sign down: they are held to the error
+//   of float32 sums.
 // - float32: 32 tokens, one a lane; a warp has 3 of the 24 rows of fn. By FMA.
 #pragma once
 
@@ -49,15 +51,15 @@ struct MixStage {
 template <class X, int kMixes>
 inline constexpr int kFnRows = (kMixes + 7) / 8 * 8;
 
-// Both bfloat16 parts, or float32: the same bytes.
-template <class X, int kMixes>
-inline constexpr int kFnBytes = kFnRows<X, kMixes> * 4 * kChunk * 4;
+// All bfloat16 parts, or float32.
+template <class X, int kMixes, int kParts>
+inline constexpr int kFnBytes = kFnRows<X, kMixes> * 4 * kChunk * (sizeof(X) == 2 ? 2 * kParts : 4);
 
-template <class X, int kMixes, bool kPost>
-inline constexpr int kMixSharedBytes = 2 * MixStage<X, kPost>::kBytes + kFnBytes<X, kMixes>;
+template <class X, int kMixes, bool kPost, int kParts = 2>
+inline constexpr int kMixSharedBytes = 2 * MixStage<X, kPost>::kBytes + kFnBytes<X, kMixes, kParts>;
 
 // A thread's share of one chunk of fn on its way from global to shared memory.
-template <class X, int kMixes, bool kVector>
+template <class X, int kMixes, int kParts, bool kVector>
 struct FnChunk {
   static constexpr int kGroups = kFnRows<X, kMixes> * kChunk / kMixThreads;  // of 4 columns
   Words4 group[kGroups];
@@ -75,7 +77,7 @@ struct FnChunk {
     }
   }
 
-  // bfloat16: [rows, 128] of the high part, then of the low part, the pieces of a row permuted as those of a stage are.
+  // bfloat16: [rows, 128] of the highest part, then of the next, the pieces of a row permuted as those of a stage are.
   DSV4_DEVICE void store(uint32_t fn, bf16) const {
     DSV4_UNROLL
     for (int i = 0; i < kGroups; ++i) {
@@ -83,17 +85,19 @@ struct FnChunk {
       const int row = index / kChunk, piece = index % kChunk / 2;
       float value[4];
       unpack(group[i], value);
-      ptx::Words2 high, low;
-      DSV4_UNROLL
-      for (int j = 0; j < 2; ++j) {
-        const float a = value[2 * j], b = value[2 * j + 1];
-        high.word[j] = ptx::pack_bf16(a, b);
-        low.word[j] =
-            ptx::pack_bf16(ptx::add(a, -ptx::low_bf16(high.word[j])), ptx::add(b, -ptx::high_bf16(high.word[j])));
-      }
       const uint32_t address = fn + static_cast<uint32_t>(row * kFnRowBytes + (piece ^ (row & 7)) * 16 + index % 2 * 8);
-      ptx::store_shared_8(address, high);
-      ptx::store_shared_8(address + kFnRows<X, kMixes> * kFnRowBytes, low);
+      DSV4_UNROLL
+      for (int part = 0; part < kParts; ++part) {
+        ptx::Words2 words;
+        DSV4_UNROLL
+        for (int j = 0; j < 2; ++j) {
+          float &a = value[2 * j], &b = value[2 * j + 1];
+          words.word[j] = ptx::pack_bf16(a, b);
+          a = ptx::add(a, -ptx::low_bf16(words.word[j]));
+          b = ptx::add(b, -ptx::high_bf16(words.word[j]));
+        }
+        ptx::store_shared_8(address + static_cast<uint32_t>(part * kFnRows<X, kMixes> * kFnRowBytes), words);
+      }
     }
   }
 
@@ -107,14 +111,17 @@ struct FnChunk {
 };
 
 // A warp's sums, over one split. Stage is a MixStage.
-template <class X, int kMixes, class Stage>
+template <class X, int kMixes, int kParts, class Stage>
 struct Sums;
 
-template <int kMixes, class Stage>
-struct Sums<bf16, kMixes, Stage> {
+template <int kMixes, int kParts, class Stage>
+struct Sums<bf16, kMixes, kParts, Stage> {
+  static_assert(kParts == 2 || kParts == 3);
   static constexpr int kTiles = kFnRows<bf16, kMixes> / 8;
   float product[kTiles][4];
-  float square[2][4];  // of tokens 0-7 with themselves, and 8-15: the diagonals are the sums of squares
+  // Two parts: of tokens 0-7 with themselves, and 8-15; the diagonals are the sums of squares. Three: this lane's share
+  // of the sums of squares of its two tokens, in [half][0].
+  float square[2][4];
 
   DSV4_DEVICE void clear() {
     DSV4_UNROLL
@@ -132,18 +139,49 @@ struct Sums<bf16, kMixes, Stage> {
     const int lane = ptx::thread_index() % 32, first = ptx::thread_index() / 32 * 16;
     const int token = first + lane % 16;
     const uint32_t fn_row = fn + static_cast<uint32_t>((lane / 16 * kFnRows<bf16, kMixes> + lane % 8) * kFnRowBytes);
+    const uint32_t last_row = fn + static_cast<uint32_t>((2 * kFnRows<bf16, kMixes> + lane % 8) * kFnRowBytes);
+    constexpr int kTogether = kParts == 3 ? 2 : 1;  // steps, since one ldmatrix has two of the third part
     DSV4_UNROLL
-    for (int step = 0; step < 4 * kChunk / 16; ++step) {
-      uint32_t r[4];
-      ptx::ldmatrix_x4(r, Stage::address(stage, step / 2, token, step % 2 * 2 + lane / 16));
+    for (int first_step = 0; first_step < 4 * kChunk / 16; first_step += kTogether) {
+      uint32_t r[kTogether][4];
+      DSV4_UNROLL
+      for (int i = 0; i < kTogether; ++i) {
+        const int step = first_step + i;
+        ptx::ldmatrix_x4(r[i], Stage::address(stage, step / 2, token, step % 2 * 2 + lane / 16));
+      }
       DSV4_UNROLL
       for (int tile = 0; tile < kTiles; ++tile) {
-        uint32_t f[4];  // high part k 0-7 and 8-15, low part alike
-        const int piece = (2 * step + lane / 8 % 2) ^ (lane % 8);
-        ptx::ldmatrix_x4(f, fn_row + static_cast<uint32_t>(tile * 8 * kFnRowBytes + piece * 16));
-        ptx::mma_m16n8k16(product[tile], r, f[0], f[1]);
-        ptx::mma_m16n8k16(product[tile], r, f[2], f[3]);
+        uint32_t last[4];
+        if constexpr (kParts == 3) {
+          const int piece = (2 * first_step + lane / 8) ^ (lane % 8);
+          ptx::ldmatrix_x4(last, last_row + static_cast<uint32_t>(tile * 8 * kFnRowBytes + piece * 16));
+        }
+        DSV4_UNROLL
+        for (int i = 0; i < kTogether; ++i) {
+          uint32_t f[4];  // high part k 0-7 and 8-15, low part alike
+          const int piece = (2 * (first_step + i) + lane / 8 % 2) ^ (lane % 8);
+          ptx::ldmatrix_x4(f, fn_row + static_cast<uint32_t>(tile * 8 * kFnRowBytes + piece * 16));
+          ptx::mma_m16n8k16(product[tile], r[i], f[0], f[1]);
+          ptx::mma_m16n8k16(product[tile], r[i], f[2], f[3]);
+          if constexpr (kParts == 3) ptx::mma_m16n8k16(product[tile], r[i], last[2 * i], last[2 * i + 1]);
+        }
       }
+      DSV4_UNROLL
+      for (int i = 0; i < kTogether; ++i) {
+        add_squares(r[i]);
+      }
+    }
+  }
+
+  DSV4_DEVICE void add_squares(const uint32_t (&r)[4]) {
+    if constexpr (kParts == 3) {
+      DSV4_UNROLL
+      for (int j = 0; j < 4; ++j) {
+        float& sum = square[j % 2][0];
+        sum = ptx::fma(ptx::low_bf16(r[j]), ptx::low_bf16(r[j]), sum);
+        sum = ptx::fma(ptx::high_bf16(r[j]), ptx::high_bf16(r[j]), sum);
+      }
+    } else {
       ptx::mma_m16n8k16(square[0], r, r[0], r[2]);
       ptx::mma_m16n8k16(square[1], r, r[1], r[3]);
     }
@@ -154,6 +192,13 @@ struct Sums<bf16, kMixes, Stage> {
     const int lane = ptx::thread_index() % 32, first = ptx::thread_index() / 32 * 16;
     DSV4_UNROLL
     for (int half = 0; half < 2; ++half) {
+      float squares = lane / 4 % 2 ? square[half][2 * half + 1] : square[half][2 * half];
+      bool has_squares = lane / 8 == lane % 4;
+      if constexpr (kParts == 3) {
+        squares = ptx::add(square[half][0], ptx::shuffle_xor(square[half][0], 1));
+        squares = ptx::add(squares, ptx::shuffle_xor(squares, 2));
+        has_squares = lane % 4 == 0;
+      }
       const int token = first + lane / 4 + 8 * half;
       if (token >= tokens) continue;
       float* row = rows + static_cast<int64_t>(token) * kPartialRow;
@@ -162,13 +207,13 @@ struct Sums<bf16, kMixes, Stage> {
         row[8 * tile + lane % 4 * 2] = product[tile][2 * half];
         row[8 * tile + lane % 4 * 2 + 1] = product[tile][2 * half + 1];
       }
-      if (lane / 8 == lane % 4) row[kSquares] = lane / 4 % 2 ? square[half][2 * half + 1] : square[half][2 * half];
+      if (has_squares) row[kSquares] = squares;
     }
   }
 };
 
-template <int kMixes, class Stage>
-struct Sums<float, kMixes, Stage> {
+template <int kMixes, int kParts, class Stage>
+struct Sums<float, kMixes, kParts, Stage> {
   static constexpr int kRows = kFnRows<float, kMixes> / 8;  // of a warp
   float product[kRows];
   float square;
@@ -268,7 +313,7 @@ struct MixBlock {
 };
 
 // Grid: x over blocks of tokens, y over runs of splits_per_block splits.
-template <class X, int kMixes, bool kPost, bool kVector>
+template <class X, int kMixes, bool kPost, int kParts, bool kVector>
 DSV4_DEVICE void mix(const MixArguments& a) {
   using Stage = MixStage<X, kPost>;
   const uint32_t stages = ptx::shared_base();
@@ -288,8 +333,8 @@ DSV4_DEVICE void mix(const MixArguments& a) {
       if (block.token(i) < tokens) weights[i].load(a.post, block.first_token + block.token(i));
     }
   }
-  FnChunk<X, kMixes, kVector> fn_chunk;
-  Sums<X, kMixes, Stage> sums;
+  FnChunk<X, kMixes, kParts, kVector> fn_chunk;
+  Sums<X, kMixes, kParts, Stage> sums;
   sums.clear();
   block.load(stages, first);
   ptx::cp_async_commit();
@@ -315,12 +360,13 @@ DSV4_DEVICE void mix(const MixArguments& a) {
   }
 }
 
-template <class X, int kMixes, bool kPost>
+// kParts: of fn, for bfloat16 streams.
+template <class X, int kMixes, bool kPost, int kParts = 2>
 DSV4_DEVICE void mix(const MixArguments& a) {
   if (a.vector) {
-    mix<X, kMixes, kPost, true>(a);
+    mix<X, kMixes, kPost, kParts, true>(a);
   } else {
-    mix<X, kMixes, kPost, false>(a);
+    mix<X, kMixes, kPost, kParts, false>(a);
   }
 }
 
