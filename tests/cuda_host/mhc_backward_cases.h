@@ -165,7 +165,7 @@ struct Estimate {
 };
 
 // Of the absolute terms of a sum in float32.
-inline constexpr double kClose = 4e-7;
+inline constexpr double kClose = 5e-7;
 
 inline double spacing_of_bf16(double value) { return value == 0 ? 0 : std::ldexp(1.0 / 128, std::ilogb(value)); }
 template <class X>
@@ -210,7 +210,7 @@ inline void sinkhorn_backward64(const double* logits, double eps, int iterations
 
 // One token in float64.
 struct TokenGradient64 {
-  double pre[4], m[kMixes], inverse, along;
+  double pre[4], pre_off[4], m[kMixes], inverse, along;
   Estimate logit[kMixes], dz[kMixes];
   double norm_inverse = 1, norm_along = 0, norm_loose = 0, norm_along_off = 0;  // loose: relative
   std::vector<double> mixed, mixed_off;  // the input before its norm, and what its rounding may be off
@@ -223,18 +223,18 @@ void norm64(MhcBackwardProblem<X>& p, int64_t t, TokenGradient64& g, Estimate (&
   g.mixed.assign(static_cast<size_t>(d), 0);
   g.mixed_off.assign(static_cast<size_t>(d), 0);
   for (int64_t i = 0; i < d; ++i) {
-    double sum = 0, terms = 0;
+    double sum = 0, off = 0;
     for (int s = 0; s < 4; ++s) {
-      const double term = g.pre[s] * static_cast<double>(to_float(p.streams.at(t, s * d + i)));
-      sum += term;
-      terms += std::abs(term);
+      const double r = to_float(p.streams.at(t, s * d + i));
+      sum += g.pre[s] * r;
+      off += g.pre_off[s] * std::abs(r);
     }
     double& u = g.mixed[i];
     u = to_float(from_float<X>(static_cast<float>(sum)));
     // Near a tie the kernel may round to the other side.
-    const double low = to_float(from_float<X>(static_cast<float>(sum - kClose * terms)));
-    const double high = to_float(from_float<X>(static_cast<float>(sum + kClose * terms)));
-    g.mixed_off[i] = sizeof(X) == 2 ? high - low : kClose * terms;
+    const double low = to_float(from_float<X>(static_cast<float>(sum - off)));
+    const double high = to_float(from_float<X>(static_cast<float>(sum + off)));
+    g.mixed_off[i] = sizeof(X) == 2 ? high - low : off;
     const double weighted =
         static_cast<double>(to_float(p.grad.at(t, i))) * static_cast<double>(p.norm_weight.at(i));
     squares += u * u;
@@ -286,7 +286,11 @@ TokenGradient64 token64(MhcBackwardProblem<X>& p, int64_t t) {
     logits[j] = g.m[j] * static_cast<double>(p.scale.at(group(j))) + static_cast<double>(p.base.at(j));
   }
   Estimate grad_pre[4];
-  for (int j = 0; j < 4; ++j) g.pre[j] = sigmoid64(logits[j]) + static_cast<double>(p.c.hc_eps);
+  for (int j = 0; j < 4; ++j) {
+    const double s = sigmoid64(logits[j]);
+    g.pre[j] = s + static_cast<double>(p.c.hc_eps);
+    g.pre_off[j] = kClose * g.pre[j] + s * (1 - s) * static_cast<double>(p.scale.at(0)) * m_off[j];
+  }
   if (p.c.norm && mixes == kMixes) {
     norm64(p, t, g, grad_pre);
   } else {
@@ -367,7 +371,8 @@ void see_streams(MhcBackwardProblem<X>& p, int64_t t, const TokenGradient64& g, 
                g.norm_along_off * std::abs(g.mixed[column]) + std::abs(g.norm_along) * g.mixed_off[column];
     }
     const double r = to_float(p.streams.at(t, i)), pre = g.pre[i / d];
-    double value = pre * dx - g.along * r, off = pre * dx_off + kClose * (std::abs(pre * dx) + std::abs(g.along * r));
+    double value = pre * dx - g.along * r;
+    double off = pre * dx_off + g.pre_off[i / d] * std::abs(dx) + kClose * std::abs(g.along * r);
     if (p.c.residual && p.op == MhcBackwardOp::kPre) value += static_cast<double>(to_float(p.residual.at(t, i)));
     for (int j = 0; j < p.mixes(); ++j) {
       const double f = p.fn.at(j, i);

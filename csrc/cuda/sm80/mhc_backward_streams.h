@@ -115,11 +115,12 @@ struct StreamBlock {
     }
   }
 
-  DSV4_DEVICE void load_records(uint32_t destination, const void* records, int bytes, int first) const {
-    for (int at = ptx::thread_index() * 16; at < kStreamTokens * bytes; at += kStreamThreads * 16) {
-      const bool exists = first + at / bytes < tokens();
-      const uint8_t* source = static_cast<const uint8_t*>(records) + (exists ? (first_token() + first) * bytes + at : 0);
-      ptx::cp_async_16(destination + static_cast<uint32_t>(at), source, exists ? 16 : 0);
+  template <int kRecordBytes>
+  DSV4_DEVICE void load_records(uint32_t destination, const void* records, int first) const {
+    const uint8_t* source = static_cast<const uint8_t*>(records) + (first_token() + first) * kRecordBytes;
+    const int bytes = (tokens() - first) * kRecordBytes;
+    for (int at = ptx::thread_index() * 16; at < kStreamTokens * kRecordBytes; at += kStreamThreads * 16) {
+      ptx::cp_async_16(destination + static_cast<uint32_t>(at), source + (at < bytes ? at : 0), at < bytes ? 16 : 0);
     }
   }
 
@@ -132,8 +133,8 @@ struct StreamBlock {
       const int64_t token = first_token() + first + own_token();
       load_piece_of(stage, Stage::kGrad, any + token * a.grad_input.stride[0] + own_column(), any, exists);
     }
-    load_records(stage + Stage::kFactors, a.factors, Stage::kFactorBytes, first);
-    load_records(stage + Stage::kValues, a.values, kTokenValues * 4, first);
+    load_records<Stage::kFactorBytes>(stage + Stage::kFactors, a.factors, first);
+    load_records<kTokenValues * 4>(stage + Stage::kValues, a.values, first);
   }
 };
 

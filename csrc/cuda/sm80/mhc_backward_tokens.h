@@ -48,8 +48,9 @@ struct Factors {
 };
 
 // Floats of a token's record for the streams' gradient: pre dx - (along + along) r + fn^T dz, where dx, the gradient of
-// the input before its norm, is norm_inverse weight g - norm_along u.
-enum TokenValue { kTokenPre = 0, kNormInverse = 4, kNormAlong, kAlongPre, kAlongMixes, kTokenValues };
+// the input before its norm, is norm_inverse weight g - norm_along u. 48 bytes: in shared memory eight neighbours' lie in
+// different banks.
+enum TokenValue { kTokenPre = 0, kNormInverse = 4, kNormAlong, kAlongPre, kAlongMixes, kTokenValues = 12 };
 
 // Floats of a token's record of what is summed over tokens: gradients of the logits, then logits times mixes.
 inline constexpr int kSummed = 32, kSummedScales = 24;
