@@ -39,6 +39,8 @@ CLAIMS = {
     },
     **{f"f32_mhc_{op}_backward_streams": ["FFMA", "LDGSTS.E.BYPASS", "LDS.128", "BAR.SYNC"] for op in ("pre", "head")},
     "f32_mhc_backward_sums": ["LDG.E.128", "STG.E.128"],
+    "f32_mhc_pre_backward_mix": ["LDGSTS.E.BYPASS", "LDS.128", "FFMA"],
+    "f32_mhc_head_backward_mix": ["LDGSTS.E.BYPASS", "LDS.128", "FFMA"],
     "f32_mhc_pre_mix": ["LDGSTS.E.BYPASS", "LDS.128", "FFMA"],
     "f32_mhc_post_pre_mix": ["LDGSTS.E.BYPASS", "LDS.128", "FFMA", "STG.E.128"],
     "f32_mhc_head_mix": ["LDGSTS.E.BYPASS", "LDS.128", "FFMA"],

@@ -53,8 +53,14 @@ DSV4_KERNEL(kMixThreads, 2) sm80_bf16_mhc_head_mix(const MixArguments a) { mix<b
 DSV4_KERNEL(kMixThreads, 2) sm80_f32_mhc_pre_mix(const MixArguments a) { mix<float, kMixes, false>(a); }
 DSV4_KERNEL(kMixThreads, 2) sm80_f32_mhc_post_pre_mix(const MixArguments a) { mix<float, kMixes, true>(a); }
 DSV4_KERNEL(kMixThreads, 2) sm80_f32_mhc_head_mix(const MixArguments a) { mix<float, kStreams, false>(a); }
-DSV4_KERNEL(kMixThreads, 2) sm80_bf16_mhc_pre_backward_mix(const MixArguments a) { mix<bf16, kMixes, false, 3>(a); }
-DSV4_KERNEL(kMixThreads, 2) sm80_bf16_mhc_head_backward_mix(const MixArguments a) { mix<bf16, kStreams, false, 3>(a); }
+DSV4_KERNEL(kMixThreads, 2) sm80_bf16_mhc_pre_backward_mix(const MixArguments a) { mix<bf16, kMixes, false, true>(a); }
+DSV4_KERNEL(kMixThreads, 2) sm80_bf16_mhc_head_backward_mix(const MixArguments a) {
+  mix<bf16, kStreams, false, true>(a);
+}
+DSV4_KERNEL(kMixThreads, 2) sm80_f32_mhc_pre_backward_mix(const MixArguments a) { mix<float, kMixes, false, true>(a); }
+DSV4_KERNEL(kMixThreads, 2) sm80_f32_mhc_head_backward_mix(const MixArguments a) {
+  mix<float, kStreams, false, true>(a);
+}
 DSV4_KERNEL(kApplyThreads, 6) sm80_bf16_mhc_pre_apply(const ApplyArguments a) { apply<bf16, true>(a); }
 DSV4_KERNEL(kApplyThreads, 6) sm80_f32_mhc_pre_apply(const ApplyArguments a) { apply<float, true>(a); }
 DSV4_KERNEL(kApplyThreads, 6) sm80_bf16_mhc_head_apply(const ApplyArguments a) { apply<bf16, false>(a); }
@@ -91,12 +97,12 @@ constexpr Mixing kHead = {"mhc_head",
                           false};
 // For gradients.
 constexpr MixKernels kExactMix[2] = {
-    {{sm80_bf16_mhc_pre_backward_mix, sm80_f32_mhc_pre_mix},
-     {kMixSharedBytes<bf16, kMixes, false, 3>, kMixSharedBytes<float, kMixes, false>}},
-    {{sm80_bf16_mhc_head_backward_mix, sm80_f32_mhc_head_mix},
-     {kMixSharedBytes<bf16, kStreams, false, 3>, kMixSharedBytes<float, kStreams, false>}}};
+    {{sm80_bf16_mhc_pre_backward_mix, sm80_f32_mhc_pre_backward_mix},
+     {kMixSharedBytes<bf16, kMixes, false, true>, kMixSharedBytes<float, kMixes, false, true>}},
+    {{sm80_bf16_mhc_head_backward_mix, sm80_f32_mhc_head_backward_mix},
+     {kMixSharedBytes<bf16, kStreams, false, true>, kMixSharedBytes<float, kStreams, false, true>}}};
 static_assert(kMixSharedBytes<bf16, kMixes, true> <= cuda::kMaxSharedBytes);
-static_assert(kMixSharedBytes<bf16, kMixes, false, 3> <= cuda::kMaxSharedBytes);
+static_assert(kMixSharedBytes<bf16, kMixes, false, true> <= cuda::kMaxSharedBytes);
 
 // Both kernels on up to kTokensAtOnce tokens at a time.
 Status run(const Mixing& mixing, MixArguments mix, ApplyArguments apply, const Workspace& workspace,

@@ -91,7 +91,10 @@ struct StreamBlock {
   static DSV4_DEVICE int own_row() { return ptx::thread_index() / kRowPieces; }
   static DSV4_DEVICE int own_token() { return ptx::thread_index() / Stage::kPieces % kStreamTokens; }
   static DSV4_DEVICE int own_piece() { return ptx::thread_index() % Stage::kPieces; }
-  DSV4_DEVICE int64_t own_column() const { return first_column + own_piece() * kElements<X>; }
+  // Columns that the block has.
+  DSV4_DEVICE int columns() const {
+    return a.hidden - first_column < kStreamColumns ? static_cast<int>(a.hidden - first_column) : kStreamColumns;
+  }
 
   // Starts the copy of a 16-byte piece; what is beyond the tokens or the columns becomes zeros.
   DSV4_DEVICE void load_piece_of(uint32_t stage, int row, const X* source, const X* any, bool exists) const {
@@ -99,7 +102,7 @@ struct StreamBlock {
     if constexpr (kVector) {
       ptx::cp_async_16(destination, exists ? source : any, exists ? 16 : 0);
     } else {
-      const int64_t left = exists ? a.hidden - own_column() : 0;
+      const int left = exists ? columns() - own_piece() * kElements<X> : 0;
       ptx::store_shared_16(destination, load_piece_slowly(exists ? source : any, 0, left));
     }
   }
@@ -107,7 +110,7 @@ struct StreamBlock {
   DSV4_DEVICE void load_streams(uint32_t stage, int first_row, const AnyView<3>& from, int first, bool exists) const {
     const X* any = static_cast<const X*>(from.data);
     const int64_t token = first_token() + first + own_token();
-    const X* source = any + token * from.stride[0] + own_row() * from.stride[1] + own_column();
+    const X* source = any + token * from.stride[0] + own_row() * from.stride[1] + first_column + own_piece() * kElements<X>;
     DSV4_UNROLL_IF(kVector)
     for (int stream = 0; stream < kStreams; stream += kRowStep) {
       load_piece_of(stage, first_row + stream + own_row(), source, any, exists);
@@ -118,20 +121,22 @@ struct StreamBlock {
   template <int kRecordBytes>
   DSV4_DEVICE void load_records(uint32_t destination, const void* records, int first) const {
     const uint8_t* source = static_cast<const uint8_t*>(records) + (first_token() + first) * kRecordBytes;
-    const int bytes = (tokens() - first) * kRecordBytes;
-    for (int at = ptx::thread_index() * 16; at < kStreamTokens * kRecordBytes; at += kStreamThreads * 16) {
+    const int bytes = (tokens() - first) * kRecordBytes, at = ptx::thread_index() * 16;
+    static_assert(kStreamTokens * kRecordBytes <= kStreamThreads * 16);
+    if (at < kStreamTokens * kRecordBytes) {
       ptx::cp_async_16(destination + static_cast<uint32_t>(at), source + (at < bytes ? at : 0), at < bytes ? 16 : 0);
     }
   }
 
   DSV4_DEVICE void load(uint32_t stage, int first) const {
-    const bool exists = first + own_token() < tokens() && own_column() < a.hidden;
+    const bool exists = first + own_token() < tokens() && own_piece() * kElements<X> < columns();
     load_streams(stage, 0, a.streams, first, exists);
     if (a.grad_residual.given()) load_streams(stage, kStreams, a.grad_residual, first, exists);
     if (own_row() == 0) {
       const X* any = static_cast<const X*>(a.grad_input.data);
       const int64_t token = first_token() + first + own_token();
-      load_piece_of(stage, Stage::kGrad, any + token * a.grad_input.stride[0] + own_column(), any, exists);
+      const X* source = any + token * a.grad_input.stride[0] + first_column + own_piece() * kElements<X>;
+      load_piece_of(stage, Stage::kGrad, source, any, exists);
     }
     load_records<Stage::kFactorBytes>(stage + Stage::kFactors, a.factors, first);
     load_records<kTokenValues * 4>(stage + Stage::kValues, a.values, first);
@@ -277,12 +282,11 @@ struct StreamColumns<bf16, kMixes> {
     return ptx::load_shared_word(fragment(mixed, tile, part) + static_cast<uint32_t>(k * 4));
   }
 
-  // Where this lane's row of two neighbouring pieces of dz is, for 16 tokens as rows or, transposed, as columns.
-  static DSV4_DEVICE uint32_t factor(uint32_t stage, int first) {
-    constexpr int kLast = Dz::kPieces - 1;
-    const int lane = ptx::thread_index() % 32, token = lane % 16;
-    const int piece = first + lane / 16 < kLast ? first + lane / 16 : kLast;
-    return stage + static_cast<uint32_t>(Stage::kFactors + token * Stage::kFactorBytes + piece * 16);
+  // Where this lane's row of a piece of dz is, in lanes past 15 of the next one, for 16 tokens as rows or, transposed, as
+  // columns. Past the last piece lies what nobody uses.
+  static DSV4_DEVICE uint32_t factor(uint32_t stage, int piece) {
+    const int lane = ptx::thread_index() % 32;
+    return stage + static_cast<uint32_t>(Stage::kFactors + lane % 16 * Stage::kFactorBytes + (piece + lane / 16) * 16);
   }
 
   // fn^T dz, the smaller products first. What is in registers at a time is little: they are short.
@@ -331,17 +335,32 @@ struct StreamColumns<bf16, kMixes> {
       const int piece = column() / 8 + half * 2 + lane / 8 % 2;
       ptx::ldmatrix_x4_transposed(r[half], Stage::address(stage, stream(), token, piece));
     }
+    if constexpr (kTiles == 3) {
+      add_tiles<2, 0>(stage, r, {6, 2, 0});
+      add_tiles<1, 2>(stage, r, {8, 5, 4});
+    } else {
+      add_tiles<1, 0>(stage, r, {2, 1, 0});
+    }
+  }
+
+  // kCount tiles of rows of fn from kFirst on; pieces: the first one's of each part, the lowest first. A stage's sum is
+  // taken for itself, so that the sum over a piece rounds once a stage.
+  template <int kCount, int kFirst>
+  DSV4_DEVICE void add_tiles(uint32_t stage, const uint32_t (&r)[2][4], const int (&pieces)[kFactorParts]) {
+    float of_stage[2][kCount][4] = {};
     DSV4_UNROLL
-    for (int first = 0; first < Dz::kPieces; first += 2) {
+    for (int part = 0; part < kFactorParts; ++part) {
       uint32_t dz[4];
-      ptx::ldmatrix_x4_transposed(dz, factor(stage, first));
+      ptx::ldmatrix_x4_transposed(dz, factor(stage, pieces[part]));
       DSV4_UNROLL
-      for (int i = 0; i < 2; ++i) {
-        if (first + i >= Dz::kPieces) continue;
-        const int tile = Dz::tile_of(first + i);
-        ptx::mma_m16n8k16(sum[0][tile], r[0], dz[2 * i], dz[2 * i + 1]);
-        ptx::mma_m16n8k16(sum[1][tile], r[1], dz[2 * i], dz[2 * i + 1]);
+      for (int i = 0; i < 2 * kCount; ++i) {
+        ptx::mma_m16n8k16(of_stage[i % 2][i / 2], r[i % 2], dz[i / 2 * 2], dz[i / 2 * 2 + 1]);
       }
+    }
+    DSV4_UNROLL
+    for (int i = 0; i < 2 * kCount * 4; ++i) {
+      float& total = sum[i % 2][kFirst + i / 8][i / 2 % 4];
+      total = ptx::add(total, of_stage[i % 2][i / 8][i / 2 % 4]);
     }
   }
 
@@ -349,7 +368,7 @@ struct StreamColumns<bf16, kMixes> {
   DSV4_DEVICE void step(const Block& block, uint32_t stage, int first, bool norm) {
     const StreamArguments& a = block.a;
     const int lane = ptx::thread_index() % 32, piece = column() / 8 + lane % 4;
-    const int64_t at = block.first_column + piece * 8;
+    const int left = block.columns() - piece * 8;  // of the row, from this lane's piece on
     add_fn(stage);
     float sums[4][4];
     back(stage, block.mixed, sums);
@@ -371,8 +390,9 @@ struct StreamColumns<bf16, kMixes> {
         DSV4_UNROLL
         for (int e = 0; e < 8; ++e) value[e] = ptx::add(value[e], r[e]);
       }
-      if (first + token < block.tokens() && at < a.hidden) {
-        store_piece(row_of<bf16>(a.grad_streams, block.first_token() + first + token, stream()), at, a.hidden, Block::kWhole, pack(value));
+      if (first + token < block.tokens() && left > 0) {
+        bf16* row = row_of<bf16>(a.grad_streams, block.first_token() + first + token, stream());
+        store_piece(row + block.first_column + piece * 8, 0, left, Block::kWhole, pack(value));
       }
     }
   }

@@ -23,11 +23,7 @@ struct Factors {
   static constexpr int kRows = sizeof(X) == 2 ? kFnRows<X, kMixes> : kMixes;
   static constexpr int kBytes = sizeof(X) == 2 ? kFactorParts * kRows * 2 : kRows * 4;  // a multiple of 16
 
-  static constexpr int kPieces = kFactorParts * kRows / 8;
-  // Which eight rows a piece has, and which piece has those of a part.
-  static DSV4_DEVICE constexpr int tile_of(int piece) {
-    return kRows == 8 ? 0 : piece < 4 ? piece % 2 : piece < 6 ? 2 : piece - 6;
-  }
+  // Which piece has eight rows of a part.
   static DSV4_DEVICE constexpr int piece_of(int part, int tile) {
     return kRows == 8 ? part : part == 2 ? 6 + tile : tile < 2 ? 2 * part + tile : 4 + part;
   }
