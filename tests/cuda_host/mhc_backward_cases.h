@@ -97,9 +97,9 @@ struct MhcBackwardProblem {
   }
   Workspace scratch() { return {workspace.device(), workspace_bytes()}; }
   MhcPostBackwardParams post_params() {
-    return {grad.template any<3>(),          sublayer.template any<2>(),     streams.template any<3>(),
-            post.const_view<2>(),            comb.const_view<3>(),           grad_sublayer.template any<2>(),
-            grad_streams.template any<3>(),  grad_post.template view<2>(),   grad_comb.template view<3>()};
+    return {grad.template any<3>(),         sublayer.template any<2>(),   streams.template any<3>(),
+            post.const_view<2>(),           comb.const_view<3>(),         grad_sublayer.template any<2>(),
+            grad_streams.template any<3>(), grad_post.template view<2>(), grad_comb.template view<3>()};
   }
   MhcPreBackwardParams pre_params() {
     MhcPreBackwardParams p = {};
@@ -120,8 +120,9 @@ struct MhcBackwardProblem {
     return p;
   }
   MhcHeadBackwardParams head_params() {
-    return {rows(grad),        streams.template any<3>(), mixing(),           grad_streams.template any<3>(),
-            grad_fn.view<2>(), grad_scale.view<1>(),      grad_base.view<1>(), scratch()};
+    return {
+        rows(grad),           streams.template any<3>(), mixing(), grad_streams.template any<3>(), grad_fn.view<2>(),
+        grad_scale.view<1>(), grad_base.view<1>(),       scratch()};
   }
 
   void download() {
@@ -235,8 +236,7 @@ void norm64(MhcBackwardProblem<X>& p, int64_t t, TokenGradient64& g, Estimate (&
     const double low = to_float(from_float<X>(static_cast<float>(sum - off)));
     const double high = to_float(from_float<X>(static_cast<float>(sum + off)));
     g.mixed_off[i] = sizeof(X) == 2 ? high - low : off;
-    const double weighted =
-        static_cast<double>(to_float(p.grad.at(t, i))) * static_cast<double>(p.norm_weight.at(i));
+    const double weighted = static_cast<double>(to_float(p.grad.at(t, i))) * static_cast<double>(p.norm_weight.at(i));
     squares += u * u;
     squares_off += 2 * std::abs(u) * g.mixed_off[i];
     dot += weighted * u;
@@ -252,8 +252,7 @@ void norm64(MhcBackwardProblem<X>& p, int64_t t, TokenGradient64& g, Estimate (&
     double value = 0, off = 0, with_mixed = 0;
     for (int64_t i = 0; i < d; ++i) {
       const double r = to_float(p.streams.at(t, s * d + i));
-      const double weighted =
-          static_cast<double>(to_float(p.grad.at(t, i))) * static_cast<double>(p.norm_weight.at(i));
+      const double weighted = static_cast<double>(to_float(p.grad.at(t, i))) * static_cast<double>(p.norm_weight.at(i));
       value += r * (weighted - quotient * g.mixed[i]);
       off += kClose * (std::abs(r * weighted) + std::abs(quotient * r * g.mixed[i])) +
              std::abs(quotient * r) * g.mixed_off[i];
@@ -412,7 +411,8 @@ Worst compare_mhc_backward(MhcBackwardProblem<X>& p) {
     for (int64_t i = 0; !g.mixed.empty() && i < d; ++i) {
       const double grad = to_float(p.grad.at(t, i));
       norm[i].value += grad * g.mixed[i] * g.norm_inverse;
-      norm[i].off += std::abs(grad) * g.norm_inverse * ((kClose + g.norm_loose) * std::abs(g.mixed[i]) + g.mixed_off[i]);
+      norm[i].off +=
+          std::abs(grad) * g.norm_inverse * ((kClose + g.norm_loose) * std::abs(g.mixed[i]) + g.mixed_off[i]);
     }
   }
   const double least = 1e-30;  // of no token

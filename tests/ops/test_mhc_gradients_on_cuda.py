@@ -1,6 +1,7 @@
-"""mHC's gradients through torch on CUDA, which the host plays where there is no GPU: the limits of the CPU's kernels."""
+"""mHC's gradients through torch on CUDA, which the host plays where there is no GPU; the limits are the CPU's."""
 
 from contextlib import nullcontext
+from itertools import chain
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ GPU = torch.cuda.is_available()
 pytestmark = pytest.mark.skipif(not GPU and library() is None, reason=f"not run: no CUDA device, no {LIBRARY}")
 
 CASES = grid(tokens=[0, 2, 17, 70], hidden=[31, 96, 272], dtype=[torch.bfloat16, torch.float32])
+WITH_NORMS = [("mhc_pre", norm) for norm in NORMS]
 SETTINGS = {"mhc_pre": (1e-6, 1e-6, 20, 1e-6), "mhc_post": (), "mhc_head": (1e-6, 1e-6)}
 
 
@@ -49,20 +51,20 @@ def device_gradients(op, made, residual=None):
     return actual
 
 
-@pytest.mark.parametrize(("op", "norm"), [*(("mhc_pre", norm) for norm in NORMS), ("mhc_post", None), ("mhc_head", None)])
+@pytest.mark.parametrize(("op", "norm"), [*WITH_NORMS, ("mhc_post", None), ("mhc_head", None)])
 @pytest.mark.parametrize("case", CASES)
 def test_gradients(op, norm, case):
     made = problems(op, case["tokens"], case["hidden"], case["dtype"], norm_dtype(norm, case["dtype"]), True)
     assert_gradients_as_accurate(op, made, device_gradients(op, made))
 
 
-@pytest.mark.parametrize(("op", "norm"), [*(("mhc_pre", norm) for norm in NORMS), ("mhc_head", None)])
+@pytest.mark.parametrize(("op", "norm"), [*WITH_NORMS, ("mhc_head", None)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("hidden", [31, 96])
 def test_gradients_of_scale_and_base(hidden, dtype, op, norm):
     sizes = [problems(op, tokens, hidden, dtype, norm_dtype(norm, dtype), True) for tokens in (1, 2, 17, 33, 70)]
     actual = [device_gradients(op, made) for made in sizes]
-    assert_sums_as_accurate(op, sum(sizes, []), sum(actual, []))
+    assert_sums_as_accurate(op, [*chain(*sizes)], [*chain(*actual)])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

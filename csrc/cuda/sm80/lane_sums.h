@@ -5,8 +5,8 @@
 
 namespace dsv4::sm80 {
 
-// Lanes whose bit `kMask` is set keep the upper half of 2 kMask values, the others the lower, each with what the other has
-// of it; then so on down to one value. By template: nvcc keeps values in memory whose index takes two loops.
+// Lanes whose bit `kMask` is set keep the upper half of 2 kMask values, the others the lower, each with what the other
+// has of it; then so on down to one value. By template: nvcc keeps values in memory whose index takes two loops.
 template <int kMask, int kCount>
 DSV4_DEVICE void halve(float (&value)[kCount], int lane) {
   if constexpr (kMask > 0) {

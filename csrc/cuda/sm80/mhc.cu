@@ -9,7 +9,6 @@
 // mhc_post_pre: the first kernel makes the new streams as well, in shared memory, so they are written once and read
 // once: 28 D + 160 B a token against 36 D for the two ops.
 #include "cuda/sm80/mhc.h"
-
 #include "cuda/sm80/mhc_apply.h"
 #include "cuda/sm80/mhc_launch.h"
 

@@ -1,28 +1,43 @@
 // The gradients of mhc_pre and mhc_head. Four kernels:
-//   1. the mixing product again (mhc_mix.h; bfloat16: from three parts of fn), 8192 tokens at a time
+//   1. the mixing product again (mhc_mix.h, kExact), 8192 tokens at a time
 //   2. what follows within a token (mhc_backward_tokens.h): a block a token, and one for Sinkhorn's chains of 8 tokens
 //   3. the streams' gradient and sums over pieces of the tokens (mhc_backward_streams.h): 64 columns of each stream a
-//      block, 16 tokens a stage; the piece is the smallest that leaves some 512 blocks, of 64 to 1024 tokens
-//   4. the sums of the pieces, in ascending order
+//      block, 16 tokens a stage; pieces have 64 to 1024 tokens, so many that some 512 blocks are left
+//   4. the sums of the pieces, in ascending order (mhc_backward_sums.h)
 // The streams are read three times, their gradient is written once: 44 D bytes a token in bfloat16 with a residual, and
-// 96 D bytes a piece twice; some 1,700 D FLOP a token on the tensor cores: bound by bandwidth.
+// 384 D bytes a piece twice; some 1,800 D FLOP a token on the tensor cores: bound by bandwidth.
 #include "cuda/sm80/mhc.h"
 #include "cuda/sm80/mhc_backward_streams.h"
+#include "cuda/sm80/mhc_backward_sums.h"
 #include "cuda/sm80/mhc_launch.h"
 
 namespace dsv4::sm80 {
 
-// clang-format off
-DSV4_KERNEL(kApplyThreads, 6) sm80_bf16_mhc_pre_backward_tokens(const TokenArguments a) { token_gradients<bf16, kMixes>(a); }
-DSV4_KERNEL(kApplyThreads, 6) sm80_f32_mhc_pre_backward_tokens(const TokenArguments a) { token_gradients<float, kMixes>(a); }
-DSV4_KERNEL(kApplyThreads, 6) sm80_bf16_mhc_head_backward_tokens(const TokenArguments a) { token_gradients<bf16, kStreams>(a); }
-DSV4_KERNEL(kApplyThreads, 6) sm80_f32_mhc_head_backward_tokens(const TokenArguments a) { token_gradients<float, kStreams>(a); }
-DSV4_KERNEL(kStreamThreads, 2) sm80_bf16_mhc_pre_backward_streams(const StreamArguments a) { stream_gradients<bf16, kMixes>(a); }
-DSV4_KERNEL(kStreamThreads, 2) sm80_f32_mhc_pre_backward_streams(const StreamArguments a) { stream_gradients<float, kMixes>(a); }
-DSV4_KERNEL(kStreamThreads, 2) sm80_bf16_mhc_head_backward_streams(const StreamArguments a) { stream_gradients<bf16, kStreams>(a); }
-DSV4_KERNEL(kStreamThreads, 2) sm80_f32_mhc_head_backward_streams(const StreamArguments a) { stream_gradients<float, kStreams>(a); }
+DSV4_KERNEL(kApplyThreads, 6) sm80_bf16_mhc_pre_backward_tokens(const TokenArguments a) {
+  token_gradients<bf16, kMixes>(a);
+}
+DSV4_KERNEL(kApplyThreads, 6) sm80_f32_mhc_pre_backward_tokens(const TokenArguments a) {
+  token_gradients<float, kMixes>(a);
+}
+DSV4_KERNEL(kApplyThreads, 6) sm80_bf16_mhc_head_backward_tokens(const TokenArguments a) {
+  token_gradients<bf16, kStreams>(a);
+}
+DSV4_KERNEL(kApplyThreads, 6) sm80_f32_mhc_head_backward_tokens(const TokenArguments a) {
+  token_gradients<float, kStreams>(a);
+}
+DSV4_KERNEL(kStreamThreads, 2) sm80_bf16_mhc_pre_backward_streams(const StreamArguments a) {
+  stream_gradients<bf16, kMixes>(a);
+}
+DSV4_KERNEL(kStreamThreads, 2) sm80_f32_mhc_pre_backward_streams(const StreamArguments a) {
+  stream_gradients<float, kMixes>(a);
+}
+DSV4_KERNEL(kStreamThreads, 2) sm80_bf16_mhc_head_backward_streams(const StreamArguments a) {
+  stream_gradients<bf16, kStreams>(a);
+}
+DSV4_KERNEL(kStreamThreads, 2) sm80_f32_mhc_head_backward_streams(const StreamArguments a) {
+  stream_gradients<float, kStreams>(a);
+}
 DSV4_KERNEL(kSumThreads, 4) sm80_f32_mhc_backward_sums(const SumArguments a) { add_pieces(a); }
-// clang-format on
 
 namespace {
 

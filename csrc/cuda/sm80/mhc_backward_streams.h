@@ -2,8 +2,9 @@
 //   d streams = pre dx - along r + fn^T dz (+ residual), d fn = sum_t dz rT, d norm_weight = sum_t g u norm_inverse
 //
 // A block has 64 columns of each stream and a piece of the tokens, whose size follows from the shape alone; it goes
-// through it 16 tokens at a time, two stages of shared memory filled by cp.async, and keeps its columns' share of fn and
-// of d fn in registers throughout. The pieces' sums go to the workspace; a last kernel adds them in ascending order.
+// through it 16 tokens at a time, two stages of shared memory filled by cp.async, and keeps its columns' share of fn
+// and of d fn in registers throughout. The pieces' sums go to the workspace; a last kernel adds them in ascending
+// order.
 // - bfloat16: a warp has 32 columns of one stream. fn^T dz by mma.sync m16n8k16 from two parts of each (what their low
 //   parts have in common is below 2^-16 of a result rounded to bfloat16), columns of fn dealt out so that a lane's
 //   results are eight neighbours; d fn from three parts of dz, which leave nothing out.
@@ -34,7 +35,7 @@ inline constexpr int kStreamTokens = 16;   // of a stage
 
 template <class X, int kMixes>
 struct StreamStage {
-  static constexpr int kPieces = kStreamColumns / kElements<X>;  // of a row
+  static constexpr int kPieces = kStreamColumns / kElements<X>;                                    // of a row
   static constexpr int kRowsBytes = kStreamTokens * kStreamColumns * static_cast<int>(sizeof(X));  // of one stream
   static constexpr int kGrad = 2 * kStreams;  // rows: streams, residual, gradient of the input
   static constexpr int kFactors = (kGrad + 1) * kRowsBytes;
@@ -55,7 +56,8 @@ struct StreamStage {
 
 // Behind the stages: dx of a stage in float32, [tokens, columns], four at a time; neighbouring tokens' in other banks.
 inline constexpr int kMixedBytes = kStreamTokens * kStreamColumns * 4;
-// Behind it, since registers are short: the sums of the norm's gradient, as dx is, and the norm's weight of the columns.
+// Behind it, since registers are short: the sums of the norm's gradient, as dx is, and the norm's weight of the
+// columns.
 inline constexpr int kNormSums = kMixedBytes, kNormWeights = 2 * kMixedBytes;
 inline constexpr int kFragments = kNormWeights + kStreamColumns * 4;
 DSV4_DEVICE uint32_t mixed_address(uint32_t mixed, int token, int four) {
@@ -110,7 +112,8 @@ struct StreamBlock {
   DSV4_DEVICE void load_streams(uint32_t stage, int first_row, const AnyView<3>& from, int first, bool exists) const {
     const X* any = static_cast<const X*>(from.data);
     const int64_t token = first_token() + first + own_token();
-    const X* source = any + token * from.stride[0] + own_row() * from.stride[1] + first_column + own_piece() * kElements<X>;
+    const X* source =
+        any + token * from.stride[0] + own_row() * from.stride[1] + first_column + own_piece() * kElements<X>;
     DSV4_UNROLL_IF(kVector)
     for (int stream = 0; stream < kStreams; stream += kRowStep) {
       load_piece_of(stage, first_row + stream + own_row(), source, any, exists);
@@ -215,7 +218,8 @@ struct NormColumns {
     if (column >= kStreamColumns || block.first_column + column >= a.hidden) return;
     float total = 0.0f;
     for (int t = 0; t < kStreamTokens; ++t) {
-      const uint32_t address = mixed_address(block.mixed + kNormSums, t, column / 4) + static_cast<uint32_t>(column % 4 * 4);
+      const uint32_t address =
+          mixed_address(block.mixed + kNormSums, t, column / 4) + static_cast<uint32_t>(column % 4 * 4);
       total = ptx::add(total, ptx::load_shared_float(address));
     }
     a.norm_sums[block.piece * ((a.hidden + 3) / 4 * 4) + block.first_column + column] = total;
@@ -243,7 +247,7 @@ struct StreamColumns<bf16, kMixes> {
   using Stage = StreamStage<bf16, kMixes>;
   using Dz = Factors<bf16, kMixes>;
   static constexpr int kTiles = kFnRows<bf16, kMixes> / 8;  // of rows of fn
-  float sum[2][kTiles][4];  // d fn, [16 columns]
+  float sum[2][kTiles][4];                                  // d fn, [16 columns]
 
   static DSV4_DEVICE int stream() { return ptx::thread_index() / 64; }
   static DSV4_DEVICE int column() { return ptx::thread_index() / 32 % 2 * 32; }  // the warp's first
@@ -268,8 +272,8 @@ struct StreamColumns<bf16, kMixes> {
           value[e] = row < kMixes && at < a.hidden ? a.fn.data[row * a.fn.stride[0] + stream() * a.hidden + at] : 0.0f;
         }
         const uint32_t high = ptx::pack_bf16(value[0], value[1]);
-        const uint32_t low = ptx::pack_bf16(ptx::add(value[0], -ptx::low_bf16(high)),
-                                            ptx::add(value[1], -ptx::high_bf16(high)));
+        const uint32_t low =
+            ptx::pack_bf16(ptx::add(value[0], -ptx::low_bf16(high)), ptx::add(value[1], -ptx::high_bf16(high)));
         ptx::store_shared_word(fragment(mixed, tile, 0) + static_cast<uint32_t>(k * 4), high);
         ptx::store_shared_word(fragment(mixed, tile, 1) + static_cast<uint32_t>(k * 4), low);
       }
@@ -282,8 +286,8 @@ struct StreamColumns<bf16, kMixes> {
     return ptx::load_shared_word(fragment(mixed, tile, part) + static_cast<uint32_t>(k * 4));
   }
 
-  // Where this lane's row of a piece of dz is, in lanes past 15 of the next one, for 16 tokens as rows or, transposed, as
-  // columns. Past the last piece lies what nobody uses.
+  // Where this lane's row of a piece of dz is, in lanes past 15 of the next one, for 16 tokens as rows or, transposed,
+  // as columns. Past the last piece lies what nobody uses.
   static DSV4_DEVICE uint32_t factor(uint32_t stage, int piece) {
     const int lane = ptx::thread_index() % 32;
     return stage + static_cast<uint32_t>(Stage::kFactors + lane % 16 * Stage::kFactorBytes + (piece + lane / 16) * 16);
@@ -555,61 +559,6 @@ DSV4_DEVICE void stream_gradients(const StreamArguments& a) {
     stream_columns<X, kMixes, true>(a, block * kStreamColumns, piece);
   } else {
     stream_columns<X, kMixes, false>(a, block * kStreamColumns, piece);
-  }
-}
-
-struct SumArguments {
-  const float *fn_sums, *norm_sums, *rest_sums;  // as in StreamArguments
-  View<float, 2> grad_fn;                        // [mixes, 4 D]
-  View<float, 1> grad_scale, grad_base;
-  View<float, 1> grad_norm_weight;  // [D], or without data
-  int64_t pieces, mixes, hidden;
-  bool vector_fn, vector_norm;
-};
-
-// The sums of four neighbours over the pieces, `stride` floats apart.
-DSV4_DEVICE Words4 sum_pieces(const float* sums, int64_t stride, int64_t pieces) {
-  TwoFloats sum[4] = {};
-  for (int64_t piece = 0; piece < pieces; ++piece) {
-    float value[4];
-    unpack(ptx::load_global_16(sums + piece * stride), value);
-    DSV4_UNROLL
-    for (int i = 0; i < 4; ++i) sum[i] = add(sum[i], value[i]);
-  }
-  const float total[4] = {nearest(sum[0]), nearest(sum[1]), nearest(sum[2]), nearest(sum[3])};
-  return pack(total);
-}
-
-inline constexpr int kSumThreads = 256;
-
-// Threads of the grid: four elements of grad_fn each, then of grad_norm_weight, then one of grad_base or grad_scale.
-DSV4_DEVICE void add_pieces(const SumArguments& a) {
-  const int64_t width = kStreams * a.hidden, norm_fours = a.grad_norm_weight.data == nullptr ? 0 : (a.hidden + 3) / 4;
-  int64_t index = ptx::block_index_x() * kSumThreads + ptx::thread_index();
-  if (index < a.mixes * a.hidden) {
-    const Words4 total = sum_pieces(a.fn_sums + index * 4, a.mixes * width, a.pieces);
-    float* row = a.grad_fn.data + index / a.hidden * a.grad_fn.stride[0];
-    store_piece(row, index % a.hidden * 4, width, a.vector_fn, total);
-    return;
-  }
-  index -= a.mixes * a.hidden;
-  if (index < norm_fours) {
-    const Words4 total = sum_pieces(a.norm_sums + index * 4, norm_fours * 4, a.pieces);
-    store_piece(a.grad_norm_weight.data, index * 4, a.hidden, a.vector_norm, total);
-    return;
-  }
-  index -= norm_fours;
-  const bool is_base = index < a.mixes;
-  if (!is_base && (index < kSummedScales || index >= kSummedScales + a.grad_scale.shape[0])) return;
-  TwoFloats sum = {0.0f, 0.0f};
-  for (int64_t piece = 0; piece < a.pieces; ++piece) {
-    const float* part = a.rest_sums + (piece * kSummed + index) * 2;
-    sum = add(sum, {part[0], part[1]});
-  }
-  if (is_base) {
-    a.grad_base.data[index * a.grad_base.stride[0]] = nearest(sum);
-  } else {
-    a.grad_scale.data[(index - kSummedScales) * a.grad_scale.stride[0]] = nearest(sum);
   }
 }
 

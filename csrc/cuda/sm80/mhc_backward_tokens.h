@@ -16,8 +16,8 @@ namespace dsv4::sm80 {
 // Parts that dz is cut into for the tensor cores; they leave nothing out.
 inline constexpr int kFactorParts = 3;
 
-// A token's dz: bfloat16 parts, eight rows of one in a 16-byte piece, zeros past kMixes; or float32. Parts' pieces lie so
-// that two neighbours from an even one on are what one mma of fn^T dz takes.
+// A token's dz: bfloat16 parts, eight rows of one in a 16-byte piece, zeros past kMixes; or float32. Parts' pieces lie
+// so that two neighbours from an even one on are what one mma of fn^T dz takes.
 template <class X, int kMixes>
 struct Factors {
   static constexpr int kRows = sizeof(X) == 2 ? kFnRows<X, kMixes> : kMixes;
@@ -44,8 +44,8 @@ struct Factors {
 };
 
 // Floats of a token's record for the streams' gradient: pre dx - (along + along) r + fn^T dz, where dx, the gradient of
-// the input before its norm, is norm_inverse weight g - norm_along u. 48 bytes: in shared memory eight neighbours' lie in
-// different banks.
+// the input before its norm, is norm_inverse weight g - norm_along u. 48 bytes: in shared memory eight neighbours' lie
+// in different banks.
 enum TokenValue { kTokenPre = 0, kNormInverse = 4, kNormAlong, kAlongPre, kAlongMixes, kTokenValues = 12 };
 
 // Floats of a token's record of what is summed over tokens: gradients of the logits, then logits times mixes.
@@ -61,7 +61,7 @@ struct TokenArguments {
   float* summed;  // [T, kSummed]
 };
 
-inline constexpr int kKeptSteps = 40;  // all of 20 iterations'
+inline constexpr int kKeptSteps = 40;                                     // all of 20 iterations'
 inline constexpr int kTokenSharedBytes = kKeptSteps * kApplyThreads * 4;  // of either kind
 
 // The sum over the row of a comb's element, or its column.
@@ -82,7 +82,8 @@ DSV4_DEVICE float sinkhorn_backward(float value, float grad, float eps, int iter
     const int begin = (end - 1) / kKeptSteps * kKeptSteps;
     value = ptx::add(softmax, eps);
     for (int step = 0; step < end; ++step) {
-      if (step >= begin) ptx::store_shared_float(own + static_cast<uint32_t>((step - begin) * kApplyThreads * 4), value);
+      if (step >= begin)
+        ptx::store_shared_float(own + static_cast<uint32_t>((step - begin) * kApplyThreads * 4), value);
       value = ptx::divide(value, ptx::add(sum_of_line(value, step % 2 == 0), eps));
     }
     for (int step = end - 1; step >= begin; --step) {

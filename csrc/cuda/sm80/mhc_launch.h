@@ -40,7 +40,8 @@ inline Status launch_mix(const char* name, const MixKernels& kernels, bool wide,
                          const Context& context) {
   constexpr int64_t kBlocks = 512;  // as many as fill every GPU; fewer, longer runs of splits beyond
   const int64_t splits = splits_of(mix.hidden), tokens = mix.end_token - mix.first_token;
-  const int64_t token_blocks = ceil_div(tokens, wide ? MixStage<float, false>::kTokens : MixStage<bf16, false>::kTokens);
+  const int64_t token_blocks =
+      ceil_div(tokens, wide ? MixStage<float, false>::kTokens : MixStage<bf16, false>::kTokens);
   mix.splits_per_block = static_cast<int>(ceil_div(splits, ceil_div(kBlocks, token_blocks)));
   cuda::LaunchShape shape;
   shape.blocks_x = token_blocks;

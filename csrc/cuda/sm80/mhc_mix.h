@@ -7,9 +7,9 @@
 // - bfloat16: 128 tokens, 16 a warp. fn, cut into a high and a low bfloat16 part (relative error 2^-17), and the
 //   rows of r go through mma.sync m16n8k16; so does r^2, as the diagonal of r rT.
 // - float32: 32 tokens, one a lane; a warp has 3 of the 24 rows of fn. By FMA.
-// Gradients are held to the error of torch's float32 sums (kExact): bfloat16 takes fn in three parts, which leave nothing
-// out, the small ones first, and r^2 by FMA, since tensor cores round sums of one sign down; what a stage adds up to is
-// added to totals in shared memory.
+// Gradients are held to the error of torch's float32 sums (kExact): bfloat16 takes fn in three parts, which leave
+// nothing out, the small ones first, and r^2 by FMA, since tensor cores round sums of one sign down; what a stage adds
+// up to is added to totals in shared memory.
 #pragma once
 
 #include "cuda/sm80/mhc_rows.h"

@@ -1,6 +1,7 @@
-// The gradients of mhc_post: a block a token, 16 bytes a thread and access. A thread makes its pieces of the gradients of
-// the sublayer's output and of the streams, and gathers its share of the 20 sums over the hidden width, which the block
-// then adds at once (lane_sums.h). Reads 18 D and writes 10 D bytes a token in bfloat16, 80 D FLOP: bound by bandwidth.
+// The gradients of mhc_post: a block a token, 16 bytes a thread and access. A thread makes its pieces of the gradients
+// of the sublayer's output and of the streams, and gathers its share of the 20 sums over the hidden width, which the
+// block then adds at once (lane_sums.h). Reads 18 D and writes 10 D bytes a token in bfloat16, 80 D FLOP: bound by
+// bandwidth.
 #include "cuda/common/launch.h"
 #include "cuda/sm80/lane_sums.h"
 #include "cuda/sm80/mhc.h"
@@ -33,7 +34,9 @@ DSV4_DEVICE Words4 weighted(const float (&weight)[kStreams], const float (&x)[kS
   return pack(sum);
 }
 
-DSV4_DEVICE Words4 stream_of(const TokenPiece& p, int i) { return i == 0 ? p.r0 : i == 1 ? p.r1 : i == 2 ? p.r2 : p.r3; }
+DSV4_DEVICE Words4 stream_of(const TokenPiece& p, int i) {
+  return i == 0 ? p.r0 : i == 1 ? p.r1 : i == 2 ? p.r2 : p.r3;
+}
 
 template <class X>
 DSV4_DEVICE void post_piece(const PostBackwardArguments& a, int64_t token, int64_t column, const PostWeights& weights,
