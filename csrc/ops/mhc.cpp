@@ -39,15 +39,18 @@ constexpr Candidate<MhcHeadParams> kMhcHead[] = {
     {"scalar", Isa::kScalar, DSV4_SCALAR(scalar::mhc_head)},
 };
 constexpr Candidate<MhcPreBackwardParams> kMhcPreBackward[] = {
+    {"sm80", Isa::kSm80, DSV4_SM80(sm80::mhc_pre_backward)},
     {"amx", Isa::kAmx, DSV4_AMX(amx::mhc_pre_backward), has_bf16_streams<MhcPreBackwardParams>},
     {"avx512", Isa::kAvx512, DSV4_AVX512(avx512::mhc_pre_backward)},
     {"scalar", Isa::kScalar, DSV4_SCALAR(scalar::mhc_pre_backward)},
 };
 constexpr Candidate<MhcPostBackwardParams> kMhcPostBackward[] = {
+    {"sm80", Isa::kSm80, DSV4_SM80(sm80::mhc_post_backward)},
     {"avx512", Isa::kAvx512, DSV4_AVX512(avx512::mhc_post_backward)},
     {"scalar", Isa::kScalar, DSV4_SCALAR(scalar::mhc_post_backward)},
 };
 constexpr Candidate<MhcHeadBackwardParams> kMhcHeadBackward[] = {
+    {"sm80", Isa::kSm80, DSV4_SM80(sm80::mhc_head_backward)},
     {"amx", Isa::kAmx, DSV4_AMX(amx::mhc_head_backward), has_bf16_streams<MhcHeadBackwardParams>},
     {"avx512", Isa::kAvx512, DSV4_AVX512(avx512::mhc_head_backward)},
     {"scalar", Isa::kScalar, DSV4_SCALAR(scalar::mhc_head_backward)},
@@ -215,10 +218,15 @@ int64_t forward_workspace(int64_t tokens, int64_t hidden, int mixes, const Conte
   return bytes;
 }
 
-int64_t backward_workspace(int64_t tokens, int64_t hidden, int mixes, const Context& context) {
+int64_t backward_workspace(int64_t tokens, int64_t hidden, DType x, int mixes, const Context& context) {
+#if defined(DSV4_WITH_SM80)
+  if (context.device == Device::kCuda) {
+    return sm80::mhc_backward_workspace_bytes(tokens, hidden, x, mixes == kStreams);
+  }
+#endif
   int64_t bytes = tokens * static_cast<int64_t>(sizeof(MhcTokenGradient));
   const auto at_least = [&](int64_t needed) { bytes = needed > bytes ? needed : bytes; };
-  (void)hidden, (void)mixes, (void)context, (void)at_least;
+  (void)hidden, (void)x, (void)mixes, (void)context, (void)at_least;
 #if defined(DSV4_WITH_AVX512)
   if (context.best >= Isa::kAvx512) at_least(avx512::mhc_backward_bytes(tokens, hidden, mixes, context));
 #endif
@@ -245,12 +253,12 @@ int64_t mhc_head_workspace_bytes(int64_t tokens, int64_t hidden, DType, const Co
   return forward_workspace(tokens, hidden, kStreams, context);
 }
 
-int64_t mhc_pre_backward_workspace_bytes(int64_t tokens, int64_t hidden, DType, const Context& context) {
-  return backward_workspace(tokens, hidden, kMixes, context);
+int64_t mhc_pre_backward_workspace_bytes(int64_t tokens, int64_t hidden, DType x, const Context& context) {
+  return backward_workspace(tokens, hidden, x, kMixes, context);
 }
 
-int64_t mhc_head_backward_workspace_bytes(int64_t tokens, int64_t hidden, DType, const Context& context) {
-  return backward_workspace(tokens, hidden, kStreams, context);
+int64_t mhc_head_backward_workspace_bytes(int64_t tokens, int64_t hidden, DType x, const Context& context) {
+  return backward_workspace(tokens, hidden, x, kStreams, context);
 }
 
 Status mhc_post(const MhcPostParams& p, const Context& c) { return mhc_post_op.run(validate(p), p, c); }

@@ -164,8 +164,6 @@ DSV4_OP(
     "-> Tensor",
     mhc_head)
 
-#if !defined(DSV4_TORCH_CUDA)  // gradients have kernels for the CPU only; elsewhere Python's formulas run
-
 std::tuple<Tensor, Tensor, Tensor, Tensor> mhc_post_backward(const Tensor& grad_result_, const Tensor& sublayer_,
                                                              const Tensor& streams_, const Tensor& post_,
                                                              const Tensor& comb_) {
@@ -261,8 +259,6 @@ DSV4_OP(
     "mhc_head_backward(Tensor grad_output, Tensor streams, Tensor fn, Tensor scale, Tensor base, float norm_eps, "
     "float hc_eps) -> (Tensor, Tensor, Tensor, Tensor)",
     mhc_head_backward)
-
-#endif
 
 }  // namespace
 }  // namespace dsv4::binding

@@ -4,7 +4,7 @@
 #include "compress_backward_cases.h"
 #include "index_cases.h"
 #include "linear_cases.h"
-#include "mhc_cases.h"
+#include "mhc_backward_cases.h"
 #include "moe_backward_cases.h"
 #include "quantize_cases.h"
 #include "simt/control.h"
@@ -123,6 +123,13 @@ TEST(hyper_connections) {
   for (const MhcOp op : {MhcOp::kPre, MhcOp::kPostPre, MhcOp::kHead}) {
     check_banks("bfloat16", [&] { return try_mhc<bf16>({128, 512, true}, op); });
     check_banks("float32", [&] { return try_mhc<float>({128, 512, true}, op); });
+  }
+}
+
+TEST(gradients_of_hyper_connections) {
+  for (const MhcBackwardOp op : kBackwardOps) {
+    check_banks("bfloat16", [&] { return try_mhc_backward<bf16>({128, 256, true, true}, op); });
+    check_banks("float32", [&] { return try_mhc_backward<float>({128, 256, true, true}, op); });
   }
 }
 

@@ -4,7 +4,7 @@
 #include "cuda/sm80/mhc_mix.h"
 #include "mhc_cases.h"
 #if !defined(DSV4_ON_GPU)
-#include <sys/mman.h>
+#include "far_rows.h"
 #endif
 
 namespace dsv4::sm80 {
@@ -240,29 +240,6 @@ TEST(runs_of_splits_change_nothing) {
   check_runs_of_splits<bf16>(sm80::sm80_bf16_mhc_pre_mix);
   check_runs_of_splits<float>(sm80::sm80_f32_mhc_pre_mix);
 }
-
-// Three tokens so far apart that the last one's offset is no 32-bit number, in memory that exists only where it is
-// touched.
-template <class X>
-struct FarRows {
-  static constexpr int64_t kStride = int64_t{1} << 30;  // elements
-  static constexpr size_t kBytes = (2 * kStride + 4096) * sizeof(X);
-  X* data;
-  FarRows() {
-    void* memory = mmap(nullptr, kBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (memory == MAP_FAILED) throw std::bad_alloc();
-    data = static_cast<X*>(memory);
-  }
-  ~FarRows() { munmap(data, kBytes); }
-  template <int N>
-  AnyView<N> spread(AnyView<N> view, DeviceTensor<X>* from = nullptr) {
-    for (int64_t t = 0; from != nullptr && t < 3; ++t)
-      memcpy(data + t * kStride, &from->at(t), from->inner() * sizeof(X));
-    view.data = data;
-    view.stride[0] = kStride;
-    return view;
-  }
-};
 
 template <class X>
 void check_far_rows() {

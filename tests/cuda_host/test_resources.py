@@ -30,6 +30,17 @@ CLAIMS = {
     "bf16_mhc_pre_mix": TENSOR_CORES,
     "bf16_mhc_post_pre_mix": [*TENSOR_CORES, "STG.E.128"],
     "bf16_mhc_head_mix": TENSOR_CORES,
+    "bf16_mhc_pre_backward_mix": [*TENSOR_CORES, "FFMA"],
+    "bf16_mhc_head_backward_mix": [*TENSOR_CORES, "FFMA"],
+    **{
+        f"bf16_mhc_{op}_backward_streams": [claim for claim in TENSOR_CORES if claim != "LDG.E.128"]
+        + ["LDSM.16.MT88.4", "LDS.128", "STG.E.128"]
+        for op in ("pre", "head")
+    },
+    **{f"f32_mhc_{op}_backward_streams": ["FFMA", "LDGSTS.E.BYPASS", "LDS.128", "BAR.SYNC"] for op in ("pre", "head")},
+    "f32_mhc_backward_sums": ["LDG.E.128", "STG.E.128"],
+    "f32_mhc_pre_backward_mix": ["LDGSTS.E.BYPASS", "LDS.128", "FFMA"],
+    "f32_mhc_head_backward_mix": ["LDGSTS.E.BYPASS", "LDS.128", "FFMA"],
     "f32_mhc_pre_mix": ["LDGSTS.E.BYPASS", "LDS.128", "FFMA"],
     "f32_mhc_post_pre_mix": ["LDGSTS.E.BYPASS", "LDS.128", "FFMA", "STG.E.128"],
     "f32_mhc_head_mix": ["LDGSTS.E.BYPASS", "LDS.128", "FFMA"],
@@ -140,6 +151,15 @@ CLAIMS = {
         f"{dtype}_mhc_{op}": ["LDG.E.128", "STG.E.128"]
         for dtype in ("bf16", "f32")
         for op in ("post", "pre_apply", "head_apply")
+    },
+    **{
+        f"{dtype}_mhc_{op}": ["LDG.E.128", "SHFL.BFLY", "BAR.SYNC", *stores]
+        for dtype in ("bf16", "f32")
+        for op, stores in (
+            ("post_backward", ["STG.E.128"]),
+            ("pre_backward_tokens", []),
+            ("head_backward_tokens", []),
+        )
     },
 }
 

@@ -146,3 +146,32 @@ def assert_as_accurate_as_torch(problems, actual, fn_in_parts=False):
             assert a.numel() == 0 or own.max() <= 2 * other.max() + 4e-6 * exact.abs().max()
         else:
             assert_no_worse(a, eager, exact)
+
+
+def assert_gradients_as_accurate(op, made, actual):
+    """All gradients but those of scale and base. Each is divided by the power of two above its largest value, or the
+    problem with the largest would be the only one of its size that counts."""
+    names = [name for name, value in zip(arguments(op, 1, 1), made[0].values, strict=True) if value is not None]
+
+    def relative(grads, problem):
+        return [
+            g / e.abs().max().log2().ceil().exp2().to(g.dtype) if e.any() else g
+            for name, g, e in zip(names, grads, problem.exact, strict=True)
+            if name not in ("scale", "base")
+        ]
+
+    actual = [relative(grads, p) for p, grads in zip(made, actual, strict=True)]
+    assert_as_accurate_as_torch(
+        [p._replace(eager=relative(p.eager, p), exact=relative(p.exact, p)) for p in made], actual
+    )
+
+
+def assert_sums_as_accurate(op, made, actual):
+    """The gradients of scale and base."""
+    first = list(arguments(op, 1, 1)).index("scale")
+
+    def sums(grads, problem):
+        return (torch.cat(list(grads[first : first + 2])) / problem.values[0].shape[0] ** 0.5,)
+
+    actual = [sums(grads, p) for p, grads in zip(made, actual, strict=True)]
+    assert_as_accurate_as_torch([p._replace(eager=sums(p.eager, p), exact=sums(p.exact, p)) for p in made], actual)

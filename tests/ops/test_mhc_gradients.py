@@ -1,5 +1,7 @@
 """mHC's gradients: native kernels against float64 autograd of the references, and the formulas themselves."""
 
+from itertools import chain
+
 import pytest
 import torch
 from mhc_cases import (
@@ -7,7 +9,8 @@ from mhc_cases import (
     NORMS,
     X,
     arguments,
-    assert_as_accurate_as_torch,
+    assert_gradients_as_accurate,
+    assert_sums_as_accurate,
     double,
     eager_post_pre,
     gradients,
@@ -33,23 +36,8 @@ def native_gradients(op, implementation, made, settings=()):
 
 
 def check_gradients(op, implementation, case, norm=None, settings=()):
-    """All gradients but those of scale and base. Each is divided by the power of two above its largest value, or the
-    problem with the largest would be the only one of its size that counts."""
     made = problems(op, case["tokens"], case["hidden"], case["dtype"], norm, True, settings, case.get("draw", 0))
-    names = [name for name, value in zip(arguments(op, 1, 1), made[0].values, strict=True) if value is not None]
-
-    def relative(grads, problem):
-        return [
-            g / e.abs().max().log2().ceil().exp2().to(g.dtype) if e.any() else g
-            for name, g, e in zip(names, grads, problem.exact, strict=True)
-            if name not in ("scale", "base")
-        ]
-
-    actual = [
-        relative(grads, p) for p, grads in zip(made, native_gradients(op, implementation, made, settings), strict=True)
-    ]
-    made = [p._replace(eager=relative(p.eager, p), exact=relative(p.exact, p)) for p in made]
-    assert_as_accurate_as_torch(made, actual)
+    assert_gradients_as_accurate(op, made, native_gradients(op, implementation, made, settings))
 
 
 GRADIENT_CASES = grid(
@@ -84,15 +72,9 @@ def test_mhc_head_backward(implementation, case):
 @pytest.mark.parametrize("hidden", [31, 96])
 def test_gradients_of_scale_and_base(hidden, dtype, op, norm, implementation):
     """Sums over tokens and hidden elements, a handful a problem: taken as one over problems of several sizes."""
-    first = list(arguments(op, 1, 1)).index("scale")
-    made, actual = [], []
-    for tokens in (1, 2, 17, 33, 70):
-        some = problems(op, tokens, hidden, dtype, norm_dtype(norm, dtype), True)
-        for p, native in zip(some, native_gradients(op, implementation, some), strict=True):
-            eager, exact, own = (torch.cat(g[first : first + 2]) / tokens**0.5 for g in (p.eager, p.exact, native))
-            made.append(p._replace(eager=(eager,), exact=(exact,)))
-            actual.append((own,))
-    assert_as_accurate_as_torch(made, actual)
+    sizes = [problems(op, tokens, hidden, dtype, norm_dtype(norm, dtype), True) for tokens in (1, 2, 17, 33, 70)]
+    actual = [native_gradients(op, implementation, made) for made in sizes]
+    assert_sums_as_accurate(op, [*chain(*sizes)], [*chain(*actual)])
 
 
 @pytest.mark.parametrize("norm", NORMS)

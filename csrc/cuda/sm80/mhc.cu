@@ -8,10 +8,9 @@
 //
 // mhc_post_pre: the first kernel makes the new streams as well, in shared memory, so they are written once and read
 // once: 28 D + 160 B a token against 36 D for the two ops.
-#include "cuda/common/launch.h"
 #include "cuda/sm80/mhc.h"
 #include "cuda/sm80/mhc_apply.h"
-#include "cuda/sm80/mhc_mix.h"
+#include "cuda/sm80/mhc_launch.h"
 
 namespace dsv4::sm80 {
 
@@ -23,8 +22,6 @@ struct PostArguments {
 namespace {
 
 constexpr int kPostThreads = 256;
-constexpr int64_t kTokensAtOnce = 8192;  // bounds the workspace
-constexpr int64_t kMixBlocks = 512;      // as many as fill every GPU; fewer, longer runs of splits beyond
 
 // Grid: x over tokens, y over runs of kPostThreads pieces.
 template <class X>
@@ -55,6 +52,14 @@ DSV4_KERNEL(kMixThreads, 2) sm80_bf16_mhc_head_mix(const MixArguments a) { mix<b
 DSV4_KERNEL(kMixThreads, 2) sm80_f32_mhc_pre_mix(const MixArguments a) { mix<float, kMixes, false>(a); }
 DSV4_KERNEL(kMixThreads, 2) sm80_f32_mhc_post_pre_mix(const MixArguments a) { mix<float, kMixes, true>(a); }
 DSV4_KERNEL(kMixThreads, 2) sm80_f32_mhc_head_mix(const MixArguments a) { mix<float, kStreams, false>(a); }
+DSV4_KERNEL(kMixThreads, 2) sm80_bf16_mhc_pre_backward_mix(const MixArguments a) { mix<bf16, kMixes, false, true>(a); }
+DSV4_KERNEL(kMixThreads, 2) sm80_bf16_mhc_head_backward_mix(const MixArguments a) {
+  mix<bf16, kStreams, false, true>(a);
+}
+DSV4_KERNEL(kMixThreads, 2) sm80_f32_mhc_pre_backward_mix(const MixArguments a) { mix<float, kMixes, false, true>(a); }
+DSV4_KERNEL(kMixThreads, 2) sm80_f32_mhc_head_backward_mix(const MixArguments a) {
+  mix<float, kStreams, false, true>(a);
+}
 DSV4_KERNEL(kApplyThreads, 6) sm80_bf16_mhc_pre_apply(const ApplyArguments a) { apply<bf16, true>(a); }
 DSV4_KERNEL(kApplyThreads, 6) sm80_f32_mhc_pre_apply(const ApplyArguments a) { apply<float, true>(a); }
 DSV4_KERNEL(kApplyThreads, 6) sm80_bf16_mhc_head_apply(const ApplyArguments a) { apply<bf16, false>(a); }
@@ -62,53 +67,41 @@ DSV4_KERNEL(kApplyThreads, 6) sm80_f32_mhc_head_apply(const ApplyArguments a) { 
 
 namespace {
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-int64_t element_bytes(DType dtype) { return dtype == DType::kBFloat16 ? 2 : 4; }
-
-bool aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
-
-// Whether every row is made of whole, aligned 16-byte pieces. Strides of the last axis are 1.
-template <int N>
-bool vector_rows(const AnyView<N>& view) {
-  const int64_t elements = 16 / element_bytes(view.dtype);
-  bool whole = aligned(view.data) && view.shape[N - 1] % elements == 0;
-  for (int axis = 0; axis + 1 < N; ++axis)
-    whole = whole && (view.stride[axis] % elements == 0 || view.shape[axis] == 1);
-  return whole;
-}
-
 bool vector_post(const MhcPostParams& p) {
   return vector_rows(p.sublayer) && vector_rows(p.streams) && vector_rows(p.result);
 }
 
-// What mhc_pre, mhc_post_pre and mhc_head have in common. kernels[0]: bfloat16, [1]: float32.
+// What mhc_pre, mhc_post_pre and mhc_head have in common. apply[0]: bfloat16, [1]: float32.
 struct Mixing {
   const char* name;
-  void (*mix[2])(MixArguments);
+  MixKernels mix;
   void (*apply[2])(ApplyArguments);
-  int shared_bytes[2];
   bool makes_weights;
 };
 
 constexpr Mixing kPre = {"mhc_pre",
-                         {sm80_bf16_mhc_pre_mix, sm80_f32_mhc_pre_mix},
+                         {{sm80_bf16_mhc_pre_mix, sm80_f32_mhc_pre_mix},
+                          {kMixSharedBytes<bf16, kMixes, false>, kMixSharedBytes<float, kMixes, false>}},
                          {sm80_bf16_mhc_pre_apply, sm80_f32_mhc_pre_apply},
-                         {kMixSharedBytes<bf16, kMixes, false>, kMixSharedBytes<float, kMixes, false>},
                          true};
 constexpr Mixing kPostPre = {"mhc_post_pre",
-                             {sm80_bf16_mhc_post_pre_mix, sm80_f32_mhc_post_pre_mix},
+                             {{sm80_bf16_mhc_post_pre_mix, sm80_f32_mhc_post_pre_mix},
+                              {kMixSharedBytes<bf16, kMixes, true>, kMixSharedBytes<float, kMixes, true>}},
                              {sm80_bf16_mhc_pre_apply, sm80_f32_mhc_pre_apply},
-                             {kMixSharedBytes<bf16, kMixes, true>, kMixSharedBytes<float, kMixes, true>},
                              true};
 constexpr Mixing kHead = {"mhc_head",
-                          {sm80_bf16_mhc_head_mix, sm80_f32_mhc_head_mix},
+                          {{sm80_bf16_mhc_head_mix, sm80_f32_mhc_head_mix},
+                           {kMixSharedBytes<bf16, kStreams, false>, kMixSharedBytes<float, kStreams, false>}},
                           {sm80_bf16_mhc_head_apply, sm80_f32_mhc_head_apply},
-                          {kMixSharedBytes<bf16, kStreams, false>, kMixSharedBytes<float, kStreams, false>},
                           false};
+// For gradients.
+constexpr MixKernels kExactMix[2] = {
+    {{sm80_bf16_mhc_pre_backward_mix, sm80_f32_mhc_pre_backward_mix},
+     {kMixSharedBytes<bf16, kMixes, false, true>, kMixSharedBytes<float, kMixes, false, true>}},
+    {{sm80_bf16_mhc_head_backward_mix, sm80_f32_mhc_head_backward_mix},
+     {kMixSharedBytes<bf16, kStreams, false, true>, kMixSharedBytes<float, kStreams, false, true>}}};
 static_assert(kMixSharedBytes<bf16, kMixes, true> <= cuda::kMaxSharedBytes);
-
-int64_t splits_of(int64_t hidden) { return ceil_div(hidden, kChunk * kChunksPerSplit); }
+static_assert(kMixSharedBytes<bf16, kMixes, false, true> <= cuda::kMaxSharedBytes);
 
 // Both kernels on up to kTokensAtOnce tokens at a time.
 Status run(const Mixing& mixing, MixArguments mix, ApplyArguments apply, const Workspace& workspace,
@@ -125,23 +118,15 @@ Status run(const Mixing& mixing, MixArguments mix, ApplyArguments apply, const W
   mix.partial = static_cast<float*>(workspace.data);
   apply.partial = mix.partial;
   apply.splits = static_cast<int>(splits_of(hidden));
-  mix.vector = apply.vector && aligned(mix.fn.data) && mix.fn.stride[0] % 4 == 0;
+  mix.vector = apply.vector && vector_rows(mix.fn);
   for (int64_t first = 0; first < tokens; first += kTokensAtOnce) {
     const int64_t count = tokens - first < kTokensAtOnce ? tokens - first : kTokensAtOnce;
     mix.first_token = apply.first_token = first;
     mix.end_token = apply.end_token = first + count;
-    const int64_t token_blocks =
-        ceil_div(count, wide ? MixStage<float, false>::kTokens : MixStage<bf16, false>::kTokens);
-    mix.splits_per_block = static_cast<int>(ceil_div(apply.splits, ceil_div(kMixBlocks, token_blocks)));
-    cuda::LaunchShape shape;
-    shape.blocks_x = token_blocks;
-    shape.blocks_y = ceil_div(apply.splits, mix.splits_per_block);
-    shape.threads = kMixThreads;
-    shape.shared_bytes = mixing.shared_bytes[wide];
-    const Status mixed = cuda::launch(mixing.name, mixing.mix[wide], shape, context, mix);
+    const Status mixed = launch_mix(mixing.name, mixing.mix, wide, mix, context);
     if (!mixed.is_ok()) return mixed;
+    cuda::LaunchShape shape;
     shape.blocks_x = count + (mixing.makes_weights ? ceil_div(count, kCombTokens) : 0);
-    shape.blocks_y = 1;
     shape.threads = kApplyThreads;
     shape.shared_bytes = kApplySharedBytes;
     const Status applied = cuda::launch(mixing.name, mixing.apply[wide], shape, context, apply);
@@ -168,6 +153,10 @@ ApplyArguments apply_arguments(const MhcPreParams& p) {
 int64_t mhc_workspace_bytes(int64_t tokens, int64_t hidden) {
   const int64_t at_once = tokens < kTokensAtOnce ? tokens : kTokensAtOnce;
   return at_once * splits_of(hidden) * kPartialRow * static_cast<int64_t>(sizeof(float));
+}
+
+Status launch_exact_mix(const char* name, bool head, bool wide, const MixArguments& mix, const Context& context) {
+  return launch_mix(name, kExactMix[head], wide, mix, context);
 }
 
 Status mhc_post(const MhcPostParams& p, const Context& context) {

@@ -91,14 +91,23 @@ DSV4_DEVICE void make_weights(const ApplyArguments& a, int64_t block) {
   }
 }
 
-// The four pre weights of a token, in every lane.
-DSV4_DEVICE void make_pre(const ApplyArguments& a, int64_t token, float (&pre)[kStreams]) {
+// What becomes row i < 4 of the mixing product of a token, in lane i; 1 / rms of its streams in every lane.
+struct PreMix {
+  float mix, sigmoid, inverse;
+};
+
+DSV4_DEVICE PreMix make_pre_mix(const ApplyArguments& a, int64_t token) {
   const int lane = ptx::thread_index() % 32;
   const int row = lane % kStreams;
   const float sum = combine(a, token, lane == kStreams ? kSquares : row);
   const float squares = ptx::shuffle(sum, kStreams);
   const float inverse = inverse_rms(squares, kStreams * a.hidden, a.mixing.norm_eps);
-  const float mine = ptx::add(sigmoid(logit(a.mixing, 0, row, sum, inverse)), a.mixing.hc_eps);
+  return {ptx::multiply(sum, inverse), sigmoid(logit(a.mixing, 0, row, sum, inverse)), inverse};
+}
+
+// The four pre weights of a token, in every lane.
+DSV4_DEVICE void share_pre(const ApplyArguments& a, const PreMix& own, float (&pre)[kStreams]) {
+  const float mine = ptx::add(own.sigmoid, a.mixing.hc_eps);
   DSV4_UNROLL
   for (int i = 0; i < kStreams; ++i) {
     pre[i] = ptx::shuffle(mine, i);
@@ -162,7 +171,7 @@ DSV4_DEVICE void make_output(const ApplyArguments& a, int64_t token) {
   Words4 next[kStreams] = {};
   load_streams<X>(a, token, start, next);  // on its way while the partial sums are read
   float pre[kStreams];
-  make_pre(a, token, pre);
+  share_pre(a, make_pre_mix(a, token), pre);
   float squares = 0.0f;
   for (int64_t column = start; column < a.hidden; column += kApplyThreads * n) {
     float r[n], sum[n];

@@ -22,9 +22,10 @@ struct PostWeights {
   float post[kStreams];
   float comb[kStreams][kStreams];
 
-  DSV4_DEVICE void load(const MhcPostParams& p, int64_t token) {
-    const float* post_row = p.post.data + token * p.post.stride[0];
-    const float* comb_row = p.comb.data + token * p.comb.stride[0];
+  DSV4_DEVICE void load(const MhcPostParams& p, int64_t token) { load(p.post, p.comb, token); }
+  DSV4_DEVICE void load(const View<const float, 2>& all_post, const View<const float, 3>& all_comb, int64_t token) {
+    const float* post_row = all_post.data + token * all_post.stride[0];
+    const float* comb_row = all_comb.data + token * all_comb.stride[0];
     DSV4_UNROLL
     for (int o = 0; o < kStreams; ++o) post[o] = post_row[o];
     DSV4_UNROLL

@@ -50,6 +50,12 @@ DSV4_DEVICE TwoFloats divide(const TwoFloats& a, float b) {
   return {quotient, ptx::divide(rest, b)};
 }
 
+DSV4_DEVICE TwoFloats quotient(float a, const TwoFloats& b) {
+  const float quotient = ptx::divide(a, b.high);
+  const float rest = ptx::fma(-quotient, b.low, ptx::fma(-quotient, b.high, a));
+  return {quotient, ptx::divide(rest, b.high)};
+}
+
 // 1 / sqrt(x), by one step of Newton's from the float32 result.
 DSV4_DEVICE TwoFloats inverse_root(const TwoFloats& x) {
   const float root = ptx::divide(1.0f, ptx::square_root(nearest(x)));

@@ -1,0 +1,57 @@
+// How the mHC kernels are launched, and what their operands' memory allows.
+#pragma once
+
+#include "cuda/common/launch.h"
+#include "cuda/sm80/mhc_mix.h"
+
+namespace dsv4::sm80 {
+
+inline constexpr int64_t kTokensAtOnce = 8192;  // of the mixing product: bounds the workspace
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+inline int64_t element_bytes(DType dtype) { return dtype == DType::kBFloat16 ? 2 : 4; }
+
+inline bool aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
+
+// Whether every row is made of whole, aligned 16-byte pieces. Strides of the last axis are 1.
+template <int N>
+bool vector_rows(const AnyView<N>& view) {
+  const int64_t elements = 16 / element_bytes(view.dtype);
+  bool whole = aligned(view.data) && view.shape[N - 1] % elements == 0;
+  for (int axis = 0; axis + 1 < N; ++axis)
+    whole = whole && (view.stride[axis] % elements == 0 || view.shape[axis] == 1);
+  return whole;
+}
+
+// Of fn.
+inline bool vector_rows(const View<const float, 2>& view) { return aligned(view.data) && view.stride[0] % 4 == 0; }
+
+inline int64_t splits_of(int64_t hidden) { return ceil_div(hidden, kChunk * kChunksPerSplit); }
+
+// A kernel of the mixing product. [0]: bfloat16, [1]: float32.
+struct MixKernels {
+  void (*kernel[2])(MixArguments);
+  int shared_bytes[2];
+};
+
+// The mixing product of tokens [first_token, end_token) into mix.partial. `wide`: float32 streams.
+inline Status launch_mix(const char* name, const MixKernels& kernels, bool wide, MixArguments mix,
+                         const Context& context) {
+  constexpr int64_t kBlocks = 512;  // as many as fill every GPU; fewer, longer runs of splits beyond
+  const int64_t splits = splits_of(mix.hidden), tokens = mix.end_token - mix.first_token;
+  const int64_t token_blocks =
+      ceil_div(tokens, wide ? MixStage<float, false>::kTokens : MixStage<bf16, false>::kTokens);
+  mix.splits_per_block = static_cast<int>(ceil_div(splits, ceil_div(kBlocks, token_blocks)));
+  cuda::LaunchShape shape;
+  shape.blocks_x = token_blocks;
+  shape.blocks_y = ceil_div(splits, mix.splits_per_block);
+  shape.threads = kMixThreads;
+  shape.shared_bytes = kernels.shared_bytes[wide];
+  return cuda::launch(name, kernels.kernel[wide], shape, context, mix);
+}
+
+// The product for gradients, as exact as float32 (mhc.cu); of mhc_head's fn or of mhc_pre's.
+Status launch_exact_mix(const char* name, bool head, bool wide, const MixArguments& mix, const Context& context);
+
+}  // namespace dsv4::sm80
