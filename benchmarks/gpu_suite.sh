@@ -65,7 +65,9 @@ for program in $programs; do
 done
 
 if has_package; then
-  step ops 120 "$PYTHON" -m pytest -q -p no:cacheprovider tests/ops/test_mhc.py tests/ops/test_rows_on_cuda.py
+  step ops 120 "$PYTHON" -m pytest -q -p no:cacheprovider tests/ops/test_mhc.py tests/ops/test_rows_on_cuda.py \
+    tests/ops/test_mhc_gradients_on_cuda.py tests/model/test_cuda_attention_gradient.py tests/model/test_cuda_row_gradients.py \
+    tests/model/test_cuda_experts_gradient.py
   step bench.attention 120 "$PYTHON" -m dsv4 bench --device cuda --op sparse_attention --op index_topk \
     --op sparse_attention_backward --json "$LOGS/attention.jsonl"
   step bench 120 "$PYTHON" -m dsv4 bench --device cuda --shape v4-flash --shape v4-pro --context 1 --context 64 \
@@ -75,9 +77,10 @@ else
 fi
 
 # A sanitizer slows a program down by 10 to 100 times: a part of the cases, of a program that is not named here all.
-declare -A part=([test_mhc]=token_counts [test_attention]=key_counts [test_attention_backward]=key_counts
-  [test_index]=heads [test_norm_rope]=every_count [test_quantize]=every_width [test_linear]=input_counts [test_moe]=float32_scales
-  [test_compress]=every_format)
+declare -A part=([test_mhc]=token_counts [test_attention]=key_counts [test_index]=heads [test_norm_rope]=every_count
+  [test_quantize]=every_width [test_linear]=input_counts [test_moe]=float32_scales [test_compress]=every_format
+  [test_mhc_backward]=token_counts [test_attention_backward]=key_counts [test_norm_rope_backward]=every_count
+  [test_moe_backward]=rows_of_an_expert [test_compress_backward]=token_counts)
 sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null)
 if [ -n "$sanitizer" ]; then
   for tool in memcheck racecheck synccheck initcheck; do

@@ -1,13 +1,8 @@
 """What the tests of the command line share."""
 
-import sys
-from pathlib import Path
-
 import pytest
 
 from dsv4 import cli
-
-sys.path.append(str(Path(__file__).parent.parent / "ops"))  # problems of ops, for the CUDA kernels
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dsv4 import _library
 from dsv4.ops import _registry
 
 LIBRARY = "libdsv4_cuda_host_model.so"
@@ -171,6 +172,38 @@ class CudaOnHost(TorchDispatchMode):
         sizes = func is aten.repeat_interleave.Tensor
         if ours and (packet in _WAITS or masks or down or leaves or sizes):
             self.waits[packet.__name__] += 1
+
+
+class Gpu(TorchDispatchMode):
+    """A GPU, with what the tests ask of CudaOnHost; waits are not counted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits: Counter[str] = Counter()
+        self.references: Counter[str] = Counter()
+
+    @staticmethod
+    def calls() -> dict[str, int]:
+        return {op: by_name.get("sm80", 0) for op, by_name in _library.calls("cuda").items()}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        name = func._schema.name.removeprefix("dsv4::")
+        if func.namespace == "dsv4" and name.endswith("_reference"):
+            self.references[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+Device = Gpu | CudaOnHost
+GPU = torch.cuda.is_available()
+NO_DEVICE = not GPU and library() is None
+WHY_NOT = f"not run: no CUDA device, and {LIBRARY} is not built (DSV4_NATIVE=ON)"
+
+
+def cuda_device() -> Device:
+    """The machine's own, else one that the host plays."""
+    return Gpu() if GPU else CudaOnHost()
 
 
 def _wrapped(result: Any, ours: list[DeviceTensor], tensors: list[Tensor]) -> Any:

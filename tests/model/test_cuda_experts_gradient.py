@@ -1,5 +1,5 @@
-"""The gradient of plain experts on a CUDA device that the host plays (cuda_device.py): as near to float64 as the
-formula in torch, taken by the backward pass, and nobody waits."""
+"""The gradient of plain experts on a CUDA device, which the host plays where there is none (cuda_device.py): as near
+to float64 as the formula in torch, taken by the backward pass, and nobody waits."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from cuda_device import LIBRARY, CudaOnHost, library
+from cuda_device import NO_DEVICE, WHY_NOT, Device, cuda_device
 from moe_backward_cases import Problem, assert_no_worse_than, formula, problem, wide
 from torch import Tensor
 from torch.utils import _pytree
@@ -17,16 +17,16 @@ from torch.utils import _pytree
 from dsv4.ops import _moe_gradient
 from dsv4.testing import assert_same_bits
 
-pytestmark = pytest.mark.skipif(library() is None, reason=f"not run: {LIBRARY} is not built (DSV4_NATIVE=ON)")
+pytestmark = pytest.mark.skipif(NO_DEVICE, reason=WHY_NOT)
 
 DTYPES = (torch.bfloat16, torch.float32)
 PAIRS = 60  # as tests/ops/test_moe_backward.py
 
 
 @pytest.fixture
-def device() -> Iterator[CudaOnHost]:
+def device() -> Iterator[Device]:
     torch.manual_seed(4)
-    with torch.no_grad(), CudaOnHost() as device:
+    with torch.no_grad(), cuda_device() as device:
         yield device
 
 
@@ -34,7 +34,7 @@ def there(value: Any) -> Any:
     return _pytree.tree_map_only(Tensor, lambda t: t.to("cuda"), value)
 
 
-def run(device: CudaOnHost, a: Problem) -> list[Tensor]:
+def run(device: Device, a: Problem) -> list[Tensor]:
     before = device.calls()["moe_experts_backward"]
     device.waits.clear()
     found = torch.ops.dsv4.moe_experts_backward(**there(a))
@@ -67,7 +67,7 @@ def run(device: CudaOnHost, a: Problem) -> list[Tensor]:
     ids=str,
 )
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_no_worse_than_the_formula(dtype: torch.dtype, sizes: dict[str, Any], device: CudaOnHost) -> None:
+def test_no_worse_than_the_formula(dtype: torch.dtype, sizes: dict[str, Any], device: Device) -> None:
     draws = max(PAIRS // max(sizes["tokens"] * sizes.get("top_k", 2), 1), 1) if sizes["tokens"] else 1
     problems = [problem(dtype=dtype, **sizes) for _ in range(draws)]
     found = [run(device, a) for a in problems]
@@ -75,7 +75,7 @@ def test_no_worse_than_the_formula(dtype: torch.dtype, sizes: dict[str, Any], de
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_layouts_and_wide_indices(dtype: torch.dtype, device: CudaOnHost) -> None:
+def test_layouts_and_wide_indices(dtype: torch.dtype, device: Device) -> None:
     a = problem(tokens=9, dtype=dtype, shared=True, limit=1.0)
     expected = run(device, a)
     turned = {**a, **{name: a[name].mT.contiguous().mT for name in ("w1", "w3", "w2", "x", "grad")}}
@@ -95,7 +95,7 @@ def backward(a: Problem) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_backward_pass_takes_the_kernel(dtype: torch.dtype, device: CudaOnHost) -> None:
+def test_the_backward_pass_takes_the_kernel(dtype: torch.dtype, device: Device) -> None:
     a = problem(tokens=6, dtype=dtype, shared=True, limit=1.0)
     before = device.calls()["moe_experts_backward"]
     found = backward(a)
@@ -104,7 +104,7 @@ def test_the_backward_pass_takes_the_kernel(dtype: torch.dtype, device: CudaOnHo
         assert_same_bits(value, same)
 
 
-def test_float64_is_left_to_the_formula(device: CudaOnHost) -> None:
+def test_float64_is_left_to_the_formula(device: Device) -> None:
     a = wide(problem(tokens=4, shared=True))
     before = device.calls()["moe_experts_backward"]
     found = backward(a)

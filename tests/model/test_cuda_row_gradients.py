@@ -1,5 +1,5 @@
-"""Gradients of norms and of compress_entries on a CUDA device that the host plays (cuda_device.py): their kernels
-against the formulas, and against autograd."""
+"""Gradients of norms and of compress_entries on a CUDA device, which the host plays where there is none
+(cuda_device.py): their kernels against the formulas, and against autograd."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from cuda_device import LIBRARY, CudaOnHost, library
+from cuda_device import NO_DEVICE, WHY_NOT, Device, cuda_device
 from torch import Tensor
 from torch.utils import _pytree
 
 import dsv4.ops as ops
 from dsv4.testing import assert_no_worse, ulp_distance
 
-pytestmark = pytest.mark.skipif(library() is None, reason=f"not run: {LIBRARY} is not built (DSV4_NATIVE=ON)")
+pytestmark = pytest.mark.skipif(NO_DEVICE, reason=WHY_NOT)
 
 NARROW = [torch.bfloat16, torch.float32]
 EPS = 1e-5
@@ -28,8 +28,8 @@ def seeded(request: pytest.FixtureRequest) -> None:
 
 
 @pytest.fixture
-def device() -> Iterator[CudaOnHost]:
-    with CudaOnHost() as device:
+def device() -> Iterator[Device]:
+    with cuda_device() as device:
         yield device
 
 
@@ -42,7 +42,7 @@ def there(values: Any) -> Any:
     return _pytree.tree_map_only(Tensor, lambda value: value.to("cuda"), values)
 
 
-def run(device: CudaOnHost, op: str, *arguments: Any) -> list[Tensor]:
+def run(device: Device, op: str, *arguments: Any) -> list[Tensor]:
     """The op's results on the device, in host memory; that its kernel made them."""
     before, given = device.calls()[op], there(arguments)
     device.waits.clear()
@@ -66,7 +66,7 @@ def assert_near(own: Tensor, expected: Tensor) -> None:
 
 @pytest.mark.parametrize("dtype", NARROW)
 @pytest.mark.parametrize("dims", [(512, 64), (128, 64), (40, 8), (33, 2)])
-def test_queries(dims: tuple[int, int], dtype: torch.dtype, device: CudaOnHost) -> None:
+def test_queries(dims: tuple[int, int], dtype: torch.dtype, device: Device) -> None:
     grad, q = torch.randn(7, 5, dims[0]).to(dtype), (3 * torch.randn(7, 5, dims[0])).to(dtype)
     case = (grad, q, turns(7, dims[1]), EPS)
     assert_near(run(device, "query_norm_rope_backward", *case)[0], ops.query_norm_rope_backward_reference(*case))
@@ -77,7 +77,7 @@ def test_queries(dims: tuple[int, int], dtype: torch.dtype, device: CudaOnHost) 
 @pytest.mark.parametrize("dims", [(512, 64), (96, 32), (1032, 8), (33, 2)])
 @pytest.mark.parametrize("rows", [0, 1, 70])
 def test_norms(
-    rows: int, dims: tuple[int, int], weight: torch.dtype | None, dtype: torch.dtype, device: CudaOnHost
+    rows: int, dims: tuple[int, int], weight: torch.dtype | None, dtype: torch.dtype, device: Device
 ) -> None:
     grad, x = torch.randn(rows, dims[0]).to(dtype), (3 * torch.randn(rows, dims[0])).to(dtype)
     scale = None if weight is None else (1 + 0.3 * torch.randn(dims[0])).to(weight)
@@ -110,7 +110,7 @@ def entries_case(tokens: int, ratio: int, overlap: bool, rotate: bool, weight: t
 @pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("weight", NARROW)
 @pytest.mark.parametrize(("tokens", "ratio"), [(0, 4), (3, 4), (23, 4), (260, 128)])
-def test_entries(tokens: int, ratio: int, weight: torch.dtype, overlap: bool, rotate: bool, device: CudaOnHost) -> None:
+def test_entries(tokens: int, ratio: int, weight: torch.dtype, overlap: bool, rotate: bool, device: Device) -> None:
     """To the limits of tests/ops/test_compress_entries.py, but where float32 rounds a pooled value to bfloat16 the
     other way: then the entry moves by as much."""
     a = entries_case(tokens, ratio, overlap, rotate, weight)
@@ -125,7 +125,7 @@ def test_entries(tokens: int, ratio: int, weight: torch.dtype, overlap: bool, ro
         torch.testing.assert_close(own.float(), expected.float(), rtol=2**-7, atol=2**-9 * size)
 
 
-def test_no_worse_than_autograd_of_the_same_dtype(device: CudaOnHost) -> None:
+def test_no_worse_than_autograd_of_the_same_dtype(device: Device) -> None:
     """torch's engine does not know this device: the ops are called as autograd calls them."""
     x, weight, grad = 3 * torch.randn(70, 128), 1 + 0.3 * torch.randn(128), torch.randn(70, 128)
 
@@ -142,7 +142,7 @@ def test_no_worse_than_autograd_of_the_same_dtype(device: CudaOnHost) -> None:
             assert_no_worse(own, other, truth)
 
 
-def test_keys_that_registers_do_not_hold(device: CudaOnHost) -> None:
+def test_keys_that_registers_do_not_hold(device: Device) -> None:
     """compress_entries leaves them to its reference, whose gradient is the formula; the kernel's op refuses them."""
     values = [torch.randn(8, 2048), torch.randn(8, 2048), torch.randn(4, 2048), torch.ones(2048), turns(2, 0)]
     ops.compress_entries(*there(values), 4, EPS, True)

@@ -1,5 +1,5 @@
 """No op that a model calls in mode `checkpoint` is left on its reference, on the CPU or on CUDA; nor one that a
-training step calls on the CPU, forward or backward."""
+training step calls, forward or backward."""
 
 from __future__ import annotations
 
@@ -69,6 +69,9 @@ def test_a_training_step_runs_kernels(dtype: torch.dtype) -> None:
     found = dsv4.ops.implementations()
     calls.names.discard("_grouped_linear_reference")
     assert {op: found[op]["cpu"] for op in calls.names if "reference" in found[op]["cpu"]} == {}
+    cuda = _library.build_info()["libraries"].get("cuda")
+    if cuda is not None:  # built, whether or not there is a GPU
+        assert {op for op in calls.names if "sm80" not in cuda["built"].get(op, ())} == set()
     assert {
         "compress_entries_backward",
         "kv_norm_rope_backward",

@@ -1,11 +1,10 @@
 """mHC's gradients through torch on CUDA, which the host plays where there is no GPU; the limits are the CPU's."""
 
-from contextlib import nullcontext
 from itertools import chain
 
 import pytest
 import torch
-from cuda_device import LIBRARY, CudaOnHost, library
+from cuda_device import NO_DEVICE, WHY_NOT, cuda_device
 from mhc_cases import (
     NORMS,
     arguments,
@@ -15,11 +14,9 @@ from mhc_cases import (
     problems,
 )
 
-from dsv4 import _library
 from dsv4.testing import assert_same_bits, grid
 
-GPU = torch.cuda.is_available()
-pytestmark = pytest.mark.skipif(not GPU and library() is None, reason=f"not run: no CUDA device, no {LIBRARY}")
+pytestmark = pytest.mark.skipif(NO_DEVICE, reason=WHY_NOT)
 
 CASES = grid(tokens=[0, 2, 17, 70], hidden=[31, 96, 272], dtype=[torch.bfloat16, torch.float32])
 WITH_NORMS = [("mhc_pre", norm) for norm in NORMS]
@@ -33,8 +30,8 @@ def there(value):
 def device_gradients(op, made, residual=None):
     """As autograd would have them, from the op's backward on the device."""
     actual = []
-    with torch.no_grad(), nullcontext() if GPU else CudaOnHost() as device:
-        before = None if GPU else device.calls()[f"{op}_backward"]
+    with torch.no_grad(), cuda_device() as device:
+        before = device.calls()[f"{op}_backward"]
         for p in made:
             extra = [residual] if op == "mhc_pre" else []
             function = getattr(torch.ops.dsv4, f"{op}_backward")
@@ -43,11 +40,8 @@ def device_gradients(op, made, residual=None):
                 weight = p.values[4]
                 grads = grads[:4] if weight is None else (*grads[:4], grads[4].to(weight.dtype))
             actual.append(tuple(grad.cpu() for grad in grads))
-        if GPU:
-            assert _library.last_implementation(f"{op}_backward", "cuda") == "sm80"
-        else:
-            assert device.calls()[f"{op}_backward"] == before + len(made)
-            assert not device.references
+        assert device.calls()[f"{op}_backward"] == before + len(made)
+        assert not device.references
     return actual
 
 
@@ -86,7 +80,7 @@ def test_arguments_of_any_layout():
     values = list(arguments("mhc_post", 9, 40).values())
     grad = torch.randn(9, 4, 40).bfloat16()
     strange = [torch.stack([v, torch.full_like(v, torch.nan)], -1)[..., 0] for v in (grad, *values)]
-    with torch.no_grad(), nullcontext() if GPU else CudaOnHost():
+    with torch.no_grad(), cuda_device():
         expected = torch.ops.dsv4.mhc_post_backward(*map(there, (grad, *values)))
         actual = torch.ops.dsv4.mhc_post_backward(*map(there, strange))
         for a, b in zip(actual, expected, strict=True):

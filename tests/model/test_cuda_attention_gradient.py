@@ -1,4 +1,5 @@
-"""Gradients on a CUDA device that the host plays (cuda_device.py): the package's CUDA kernels against the CPU's."""
+"""Attention's gradient on a CUDA device, which the host plays where there is none (cuda_device.py): the package's
+CUDA kernels against the CPU's."""
 
 from __future__ import annotations
 
@@ -8,21 +9,21 @@ from typing import Any
 import pytest
 import torch
 from cuda_cases import DTYPES, attention_case
-from cuda_device import LIBRARY, CudaOnHost, library
+from cuda_device import NO_DEVICE, WHY_NOT, Device, cuda_device
 from golden import rel_rms
 from torch import Tensor
 from torch.utils import _pytree
 
-pytestmark = pytest.mark.skipif(library() is None, reason=f"not run: {LIBRARY} is not built (DSV4_NATIVE=ON)")
+pytestmark = pytest.mark.skipif(NO_DEVICE, reason=WHY_NOT)
 
 
 @pytest.fixture
-def device() -> Iterator[CudaOnHost]:
-    with torch.no_grad(), CudaOnHost() as device:
+def device() -> Iterator[Device]:
+    with torch.no_grad(), cuda_device() as device:
         yield device
 
 
-def both(device: CudaOnHost, op: str, *args: Any) -> list[tuple[Tensor, Tensor]]:
+def both(device: Device, op: str, *args: Any) -> list[tuple[Tensor, Tensor]]:
     """Results of an op on the device, by its kernel, and on the CPU."""
     function = getattr(torch.ops.dsv4, op)
     before = device.calls()[op]
@@ -38,7 +39,7 @@ def both(device: CudaOnHost, op: str, *args: Any) -> list[tuple[Tensor, Tensor]]
 @pytest.mark.parametrize("query", DTYPES)
 @pytest.mark.parametrize("window", [*DTYPES, torch.uint8])
 @pytest.mark.parametrize("entries", [*DTYPES, torch.uint8])
-def test_attention(query: torch.dtype, window: torch.dtype, entries: torch.dtype, device: CudaOnHost) -> None:
+def test_attention(query: torch.dtype, window: torch.dtype, entries: torch.dtype, device: Device) -> None:
     case = attention_case(query, window, entries)
     out, lse = torch.ops.dsv4.sparse_attention(**case)
     generator = torch.Generator().manual_seed(6)
