@@ -113,4 +113,7 @@ def test_sizes():
     assert pages.prefill_rows(65536, 2.0**40) == 2048
     assert pages.prefill_rows(100, 1.0) == 100
     assert pages.prefill_rows(1 << 20, 2.0**28) == 256
-    assert (pages.batch(1 << 20), pages.batch(1 << 30), pages.batch(1 << 40)) == (8, 4, 2)
+    assert [pages.batch(8, nbytes) for nbytes in (1 << 20, 1 << 30, 1 << 40)] == [8, 4, 2]
+    assert [pages.batch(64, nbytes) for nbytes in (1 << 20, 1 << 28, 1 << 30)] == [64, 16, 0]
+    assert [pages.batch(wanted, 1 << 40) for wanted in (1, None)] == [1, 1]
+    assert [pages.steps(torch.device(kind)) for kind in ("cpu", "cuda")] == [(1, 8, None), (1, 8, 64, None)]

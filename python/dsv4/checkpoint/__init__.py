@@ -1,10 +1,21 @@
-"""Checkpoints: reading the released and the transformers layout, writing the released one, random weights."""
+"""Checkpoints: reading the released and the transformers layout, writing the released one, random weights and trained."""
 
 from dsv4.checkpoint.errors import CheckpointError
 from dsv4.checkpoint.init import init
 from dsv4.checkpoint.inspect import Inspection, inspect
 from dsv4.checkpoint.loader import load, resolve
+from dsv4.checkpoint.quantize import quantize
 from dsv4.checkpoint.reader import Checkpoint
 from dsv4.checkpoint.writer import save_released
 
-__all__ = ["Checkpoint", "CheckpointError", "Inspection", "init", "inspect", "load", "resolve", "save_released"]
+__all__ = [
+    "Checkpoint",
+    "CheckpointError",
+    "Inspection",
+    "init",
+    "inspect",
+    "load",
+    "quantize",
+    "resolve",
+    "save_released",
+]

@@ -1,11 +1,15 @@
-"""Rounding plain weights to the formats of the release."""
+"""Plain weights in the formats of the release."""
+
+from abc import ABC, abstractmethod
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from dsv4 import ops
-from dsv4.checkpoint.expected import FP8_BLOCK
+from dsv4.checkpoint.expected import FP8_BLOCK, Storage, expected_tensors
+from dsv4.checkpoint.reader import ITEM_BITS
+from dsv4.model.config import Config
 
 _E4M3_MAX = 448.0
 
@@ -31,3 +35,48 @@ def quantize_weight_fp4(weight: Tensor) -> tuple[Tensor, Tensor]:
     """FP4 pair of a plain weight [out, in]: codes int8 [out, in / 2], even input low; scale e8m0 [out, in / 32]."""
     codes, scale = ops.quantize_fp4(weight.float())
     return codes.view(torch.int8), scale
+
+
+class FormatSource(ABC):
+    """The tensors of a checkpoint of `config`, under released names, made of plain values when they are asked for."""
+
+    def __init__(self, config: Config, note: str = ""):
+        self.config, self.note = config, note
+        self.storage = Storage.of(config)
+        self.table = expected_tensors(config, self.storage)
+        self._pair: tuple[str, tuple[Tensor, Tensor]] | None = None
+
+    @abstractmethod
+    def plain(self, key: str, shape: tuple[int, ...]) -> Tensor:
+        """The values of a weight, of any float dtype."""
+
+    @abstractmethod
+    def whole(self, key: str, shape: tuple[int, ...]) -> Tensor:
+        """A table of whole numbers, int64."""
+
+    def ordered_keys(self) -> list[str]:
+        return list(self.table)
+
+    def nbytes(self, key: str) -> int:
+        expected = self.table[key]
+        return torch.Size(expected.shape).numel() * ITEM_BITS[expected.dtypes[0]] // 8
+
+    def name(self, key: str) -> str:
+        return key
+
+    def get(self, key: str) -> Tensor:
+        expected = self.table[key]
+        if expected.pair:
+            stem, _, part = key.rpartition(".")
+            return self._quantized(stem)[part == "scale"]
+        if expected.dtypes == ("I64",):
+            return self.whole(key, expected.shape)
+        return self.plain(key, expected.shape).to(torch.float32 if expected.dtypes == ("F32",) else torch.bfloat16)
+
+    def _quantized(self, stem: str) -> tuple[Tensor, Tensor]:
+        if self._pair is None or self._pair[0] != stem:
+            out, inputs = self.table[stem + ".weight"].shape
+            packed = self.table[stem + ".weight"].dtypes[0] == "I8"
+            weight = self.plain(stem + ".weight", (out, inputs * 2 if packed else inputs))
+            self._pair = (stem, (quantize_weight_fp4 if packed else quantize_weight_fp8)(weight))
+        return self._pair[1]

@@ -5,10 +5,8 @@ import hashlib
 import torch
 from torch import Tensor
 
-from dsv4.checkpoint.expected import Storage, expected_tensors
-from dsv4.checkpoint.formats import quantize_weight_fp4, quantize_weight_fp8
+from dsv4.checkpoint.formats import FormatSource
 from dsv4.checkpoint.loader import RANDOM, build
-from dsv4.checkpoint.reader import ITEM_BITS
 from dsv4.model.config import Config
 from dsv4.model.transformer import Transformer
 
@@ -43,47 +41,19 @@ def init(
     return build(RandomSource(config, seed), device, quantization, dtype, title="random weights", place="dsv4.init")
 
 
-class RandomSource:
+class RandomSource(FormatSource):
     """Random tensors of a checkpoint of `config`, under released names, each made when asked for."""
 
     def __init__(self, config: Config, seed: int = 0):
-        self.config, self.seed, self.note = config, seed, RANDOM
-        self.storage = Storage.of(config)
-        self.table = expected_tensors(config, self.storage)
-        self._pair: tuple[str, tuple[Tensor, Tensor]] | None = None
+        super().__init__(config, RANDOM)
+        self.seed = seed
 
-    def ordered_keys(self) -> list[str]:
-        return list(self.table)
+    def whole(self, key: str, shape: tuple[int, ...]) -> Tensor:
+        # The first experts of a random order: valid, different from each other, and evenly spread.
+        order = torch.rand((shape[0], self.config.n_routed_experts), generator=self._generator(key)).argsort(-1)
+        return order[:, : shape[1]].contiguous()
 
-    def nbytes(self, key: str) -> int:
-        expected = self.table[key]
-        return torch.Size(expected.shape).numel() * ITEM_BITS[expected.dtypes[0]] // 8
-
-    def name(self, key: str) -> str:
-        return key
-
-    def get(self, key: str) -> Tensor:
-        expected = self.table[key]
-        if expected.pair:
-            stem, _, part = key.rpartition(".")
-            return self._quantized(stem)[part == "scale"]
-        if expected.dtypes == ("I64",):
-            # The first experts of a random order: valid, different from each other, and evenly spread.
-            shape = (expected.shape[0], self.config.n_routed_experts)
-            order = torch.rand(shape, generator=self._generator(key)).argsort(-1)
-            return order[:, : expected.shape[1]].contiguous()
-        dtype = torch.float32 if expected.dtypes == ("F32",) else torch.bfloat16
-        return self._normal(key, expected.shape).to(dtype)
-
-    def _quantized(self, stem: str) -> tuple[Tensor, Tensor]:
-        if self._pair is None or self._pair[0] != stem:
-            out, inputs = self.table[stem + ".weight"].shape
-            packed = self.table[stem + ".weight"].dtypes[0] == "I8"
-            weight = self._normal(stem + ".weight", (out, inputs * 2 if packed else inputs))
-            self._pair = (stem, (quantize_weight_fp4 if packed else quantize_weight_fp8)(weight))
-        return self._pair[1]
-
-    def _normal(self, key: str, shape: tuple[int, ...]) -> Tensor:
+    def plain(self, key: str, shape: tuple[int, ...]) -> Tensor:
         mean, deviation = _spread(key, shape)
         return torch.randn(shape, generator=self._generator(key)) * deviation + mean
 

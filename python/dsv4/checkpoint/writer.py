@@ -54,7 +54,7 @@ def save_released(
     if (folder / INDEX).exists() or any(folder.glob("*.safetensors")):
         raise ValueError(f"{folder}: holds a checkpoint already; choose an empty folder")
     state = model.state_dict() if isinstance(model, nn.Module) else model
-    tensors = dict(_released(state))
+    tensors = dict(released_tensors(state))
     for key, tensor in tensors.items():
         if tensor.dtype not in _DTYPE_NAMES:
             raise ValueError(f"save_released: {key} is {tensor.dtype}, which a checkpoint cannot hold")
@@ -105,7 +105,8 @@ def write_safetensors(
         partial.unlink(missing_ok=True)
 
 
-def _released(state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+def released_tensors(state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a state dict under released names: stacked experts one by one."""
     for name, tensor in state.items():
         stacked = _STACKED.fullmatch(name)
         if stacked is None:

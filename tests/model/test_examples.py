@@ -1,0 +1,38 @@
+"""The examples do what they say, on little text and for a second."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+import dsv4
+
+ROOT = Path(__file__).parents[2]
+TRAIN = ROOT / "examples" / "train.py"
+
+
+def run(*arguments):
+    command = [sys.executable, TRAIN, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
+
+
+def test_train(tmp_path):
+    out = tmp_path / "model"
+    done = run(out, "--minutes", "0.05", "--text", ROOT / "python", "--batch", "2", "--length", "64")
+    assert done.returncode == 0, done.stderr
+    before, after, rounded = map(float, re.findall(r"(\d+\.\d{3})", done.stdout))
+    assert after < before - 0.1 and rounded < before
+    model = dsv4.load(out)
+    assert model.note == "" and (out / "tokenizer.json").is_file()
+    with torch.no_grad():
+        assert model(torch.arange(60).unsqueeze(0)).isfinite().all()
+    again = run(out)
+    assert again.returncode == 2 and "holds a checkpoint already" in again.stderr
+
+
+def test_too_little_text(tmp_path):
+    done = run(tmp_path / "model", "--text", tmp_path)
+    assert done.returncode != 0 and "0 tokens of Python sources are too few" in done.stderr
+    assert not (tmp_path / "model").exists()
