@@ -44,6 +44,13 @@ inline bool has_device() { return true; }
 inline bool finish_device() { return true; }
 #endif
 
+// Says so where there is none.
+inline bool no_device() {
+  if (has_device()) return false;
+  not_run("no CUDA device");
+  return true;
+}
+
 // Bytes with guards on both sides.
 class DeviceBytes {
  public:

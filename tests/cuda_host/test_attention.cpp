@@ -7,12 +7,6 @@ namespace {
 using namespace dsv4;
 using namespace dsv4::testing;
 
-bool no_device() {
-  if (has_device()) return false;
-  not_run("no CUDA device");
-  return true;
-}
-
 void check_case(const AttentionCase& c, const std::string& what) {
   for (const int heads_per_block : {16, 32}) {
     if (heads_per_block == 32 && c.f32_query) continue;  // 16, whatever is asked for

@@ -10,12 +10,6 @@ using namespace dsv4::testing;
 constexpr PageFormat kRows[] = {PageFormat::kFp8Rows, PageFormat::kFloat32, PageFormat::kBFloat16};
 constexpr PageFormat kKeys[] = {PageFormat::kFp4Keys, PageFormat::kFp8Keys};
 
-bool no_device() {
-  if (has_device()) return false;
-  not_run("no CUDA device");
-  return true;
-}
-
 std::string text(int64_t value) { return std::to_string(value) + " "; }
 
 void check_case(const CompressCase& c, int rows_per_block = 0, bool rotated = false) {

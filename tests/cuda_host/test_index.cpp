@@ -14,12 +14,6 @@ constexpr IndexKeyFormat kFormats[] = {IndexKeyFormat::kFp4, IndexKeyFormat::kFp
                                        IndexKeyFormat::kFloat32};
 constexpr const char* kFormatNames[] = {"float32", "bfloat16", "FP8", "FP4"};
 
-bool no_device() {
-  if (has_device()) return false;
-  not_run("no CUDA device");
-  return true;
-}
-
 void check_case(const IndexCase& c, const IndexCutCase& cut = {}) {
   const std::string wrong = try_index(c, cut);
   const auto text = [](int64_t value) { return std::to_string(value) + " "; };

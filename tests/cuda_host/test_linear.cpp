@@ -11,12 +11,6 @@ constexpr LinearOp kOps[] = {LinearOp::kFp8, LinearOp::kFp4, LinearOp::kGrouped,
 constexpr const char* kNames[] = {"fp8_linear", "fp4_linear", "grouped_linear", "dense_linear"};
 constexpr const char* kTileNames[] = {"few", "some", "many"};
 
-bool no_device() {
-  if (has_device()) return false;
-  not_run("no CUDA device");
-  return true;
-}
-
 void check_case(const LinearCase& c, const sm80::LinearTile* tile = nullptr) {
   const std::string wrong = try_linear(c, tile);
   const auto text = [](int64_t value) { return std::to_string(value) + " "; };

@@ -20,12 +20,6 @@ using namespace dsv4::testing;
 constexpr MhcOp kOps[] = {MhcOp::kPost, MhcOp::kPre, MhcOp::kPostPre, MhcOp::kHead};
 constexpr const char* kNames[] = {"mhc_post", "mhc_pre", "mhc_post_pre", "mhc_head"};
 
-bool no_device() {
-  if (has_device()) return false;
-  not_run("no CUDA device");
-  return true;
-}
-
 void check_case(const MhcCase& c) {
   for (const MhcOp op : kOps) {
     const std::string name = std::string(kNames[static_cast<int>(op)]) + " " + std::to_string(c.tokens) + " x " +

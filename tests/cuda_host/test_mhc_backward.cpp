@@ -13,12 +13,6 @@ using namespace dsv4::testing;
 
 constexpr const char* kNames[] = {"mhc_post_backward", "mhc_pre_backward", "mhc_head_backward"};
 
-bool no_device() {
-  if (has_device()) return false;
-  not_run("no CUDA device");
-  return true;
-}
-
 void check_case(const MhcBackwardCase& c, MhcBackwardOp op) {
   const std::string name = std::string(kNames[static_cast<int>(op)]) + " " + std::to_string(c.tokens) + " x " +
                            std::to_string(c.hidden) + (c.norm ? " norm" : "") + (c.residual ? " residual" : "") +

@@ -14,12 +14,6 @@ constexpr sm80::ExpertCut kCuts[] = {{4096, false, false, true},
                                      {4096, true, false, false},
                                      {3, false, false, false}};
 
-bool no_device() {
-  if (has_device()) return false;
-  not_run("no CUDA device");
-  return true;
-}
-
 std::string text(const MoeCase& c) {
   std::string words;
   for (const int64_t value :

@@ -10,12 +10,6 @@ using namespace dsv4::testing;
 constexpr sm80::GradientCut kCuts[] = {
     {false, false, true, 128}, {true, true, true, 384}, {false, true, false, 128}, {true, false, false, 256}};
 
-bool no_device() {
-  if (has_device()) return false;
-  not_run("no CUDA device");
-  return true;
-}
-
 std::string text(const GradientCase& c) {
   std::string words;
   for (const int64_t value : {c.tokens, c.hidden, c.inter, c.experts, c.top_k, c.shared_inter, c.pad}) {

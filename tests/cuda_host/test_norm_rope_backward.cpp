@@ -10,12 +10,6 @@ namespace {
 using namespace dsv4;
 using namespace dsv4::testing;
 
-bool no_device() {
-  if (has_device()) return false;
-  not_run("no CUDA device");
-  return true;
-}
-
 std::string text(int64_t value) { return std::to_string(value) + " "; }
 
 template <class X>

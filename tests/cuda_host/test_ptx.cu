@@ -47,12 +47,6 @@ std::vector<uint32_t> random_words(size_t count, uint64_t seed) {
   return words;
 }
 
-bool no_device() {
-  if (has_device()) return false;
-  not_run("no CUDA device");
-  return true;
-}
-
 DSV4_KERNEL(kThreads, 1) position(const Arguments a) {
   const int64_t block = ptx::block_index_y() * 3 + ptx::block_index_x();
   uint32_t* out = a.out + (block * kThreads + ptx::thread_index()) * 16;

@@ -7,12 +7,6 @@ namespace {
 using namespace dsv4;
 using namespace dsv4::testing;
 
-bool no_device() {
-  if (has_device()) return false;
-  not_run("no CUDA device");
-  return true;
-}
-
 template <class X>
 void check_hadamard(const HadamardCase& c, bool exact = true) {
   const std::string wrong = try_hadamard<X>(c, exact);
