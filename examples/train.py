@@ -184,6 +184,7 @@ def main() -> None:
     except KeyboardInterrupt:
         seen = "an interrupted run"
     print(f"\nafter {seen}: {held_out_loss(model, held_out, options.length):.3f} nats a token held out")
+    model.note = f"learned from {seen} of Python sources: knows how code looks, not what it does"
     rounded = quantize(model)
     print(f"rounded to FP8 and FP4: {held_out_loss(rounded, held_out, options.length):.3f}")
     save_released(rounded, options.out)

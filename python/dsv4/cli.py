@@ -17,6 +17,7 @@ from typing import Any, NoReturn, TextIO
 
 import dsv4
 from dsv4.checkpoint import memory
+from dsv4.checkpoint.loader import RANDOM
 from dsv4.checkpoint.memory import parse_size, size
 from dsv4.console import Run, end_tokens, say
 from dsv4.planner import format_context, parse_context
@@ -30,7 +31,7 @@ _EXAMPLES = """examples:
   dsv4 plan v4-flash --plot plan.svg                the same over the context length, drawn
   dsv4 inspect ./DeepSeek-V4-Flash                  what a checkpoint holds, without loading it
   dsv4 inspect ./DeepSeek-V4-Flash --check-layers   runs it layer by layer, with memory for one
-  dsv4 generate nano --prompt "Hello" --stats       the bundled model (random weights)
+  dsv4 generate nano --prompt "import os" --raw     the bundled model
   dsv4 generate ./DeepSeek-V4-Flash --prompt-file question.txt --thinking --temperature 0.6 --top-p 0.95
   dsv4 bench --op mhc_post --json results.jsonl     an op against eager torch and the machine's own peaks
 
@@ -152,7 +153,7 @@ _GENERATE_HELP = """The prompt is one user message, wrapped as the released mode
 Text goes to standard output as it comes; notes, progress and --stats go to standard error.
 
 examples:
-  dsv4 generate nano --prompt "Once upon a time" --raw --max-new-tokens 40 --stats
+  dsv4 generate nano --prompt "def main():" --raw --max-new-tokens 40 --stats
   echo "What is 6*7?" | dsv4 generate ./DeepSeek-V4-Flash --prompt-file - --thinking"""
 
 
@@ -208,7 +209,7 @@ def _generate(options: argparse.Namespace) -> int:
     memory.keep_freed()
     run = Run(model, tokenizer, ids)
     if model.note:
-        say(f"note: {options.model} has {model.note}; its text means nothing")
+        say(f"note: {options.model}: {model.note}{'; its text means nothing' * (model.note == RANDOM)}")
     try:
         run.stream(
             max_new_tokens=options.max_new_tokens,

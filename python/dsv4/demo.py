@@ -5,20 +5,37 @@ from __future__ import annotations
 from pathlib import Path
 
 from dsv4 import checkpoint
+from dsv4.checkpoint.loader import RANDOM
 from dsv4.cli import plan_lines
 from dsv4.console import Run, end_tokens
 from dsv4.environment import environment, environment_lines
-from dsv4.generation import Tokenizer, encode_messages
+from dsv4.generation import Tokenizer
 from dsv4.model.config import Config
 from dsv4.planner import plan
 
-QUESTION = """\
-A cache keeps what a model has read, so that every new token can look back without reading all of it again. In most
-models it grows by the same amount with every token, and after a million tokens it no longer fits into the memory of one
-machine. DeepSeek-V4 keeps the last 128 tokens as they are, and what lies further back in compressed form: one entry
-for every 4 tokens, of which each query chooses the best, and one entry for every 128 tokens, which it reads in full.
-Which questions about a long text can still be answered exactly, and which only approximately?"""
-NEW_TOKENS = 48
+PROMPT = '''\
+"""Counting words in text files."""
+
+import os
+import re
+
+
+class WordCounter:
+    """Count how often each word is used in a set of files."""
+
+    def __init__(self, encoding="utf-8"):
+        self.encoding = encoding
+        self.counts = {}
+
+    def add_file(self, filename):
+        """Read a file and add its words to the counts."""
+        with open(filename, encoding=self.encoding) as file:
+            for line in file:
+                for word in re.findall(r"[a-z]+", line.lower()):
+                    self.counts[word] = self.counts.get(word, 0) + 1
+
+    def '''
+NEW_TOKENS = 96
 
 
 def run(folder: Path) -> None:
@@ -40,15 +57,16 @@ def run(folder: Path) -> None:
     _title(f"Text from the bundled model {folder.name}")
     model, tokenizer = checkpoint.load(folder), Tokenizer(folder)
     config = model.config
-    ids = tokenizer.encode(encode_messages([{"role": "user", "content": QUESTION}]))
+    ids = tokenizer.encode(PROMPT)
     kinds = " ".join(config.layer_kind(layer).upper() for layer in range(config.num_hidden_layers))
     print(f"model      {config.num_hidden_layers} layers ({kinds}), released format, FP8 and FP4 weights")
+    meaningless = model.note == RANDOM
     if model.note:
-        print(f"note       it has {model.note}: its text means nothing, its speed and its bytes do")
-    print(f"prompt     {len(ids)} tokens, the window is {config.sliding_window}\n\n{QUESTION}\n")
+        print(f"note       {model.note}{': its text means nothing, its speed and its bytes do' * meaningless}")
+    print(f"prompt     {len(ids)} tokens, the window is {config.sliding_window}\n\n{PROMPT}", end="", flush=True)
     going = Run(model, tokenizer, ids)
-    ends = () if model.note else end_tokens(config)  # random weights would end the text at random
-    going.stream(max_new_tokens=NEW_TOKENS, stop_tokens=ends, temperature=1.0, seed=0)
+    ends = () if meaningless else end_tokens(config)  # random weights would end the text at random
+    going.stream(max_new_tokens=NEW_TOKENS, stop_tokens=ends, temperature=0.5, seed=0)
     print()
     print("\n".join(going.stats_lines()))
     planned = plan(config, going.cache.length).cache_bytes

@@ -1,4 +1,4 @@
-"""Checkpoints: reading the released and the transformers layout, writing the released one, random weights and trained."""
+"""Checkpoints: reading the released and the transformers layout, writing the released one, random weights."""
 
 from dsv4.checkpoint.errors import CheckpointError
 from dsv4.checkpoint.init import init
