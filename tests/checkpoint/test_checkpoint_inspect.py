@@ -6,7 +6,7 @@ import pytest
 import torch
 from checkpoint_cases import TINY, released_state, write, write_sharded
 
-from dsv4.checkpoint import CheckpointError, inspect
+from dsv4.checkpoint import CheckpointError, init, inspect, save_released
 
 STATE = released_state()
 
@@ -34,9 +34,14 @@ def test_shards_are_listed(tmp_path: Path) -> None:
     assert found.nbytes == sum(t.nbytes for t in STATE.values())
 
 
-def test_bundled_model_is_known_random() -> None:
+def test_random_weights_are_known_as_such(tmp_path: Path) -> None:
+    save_released(init(TINY), tmp_path)
+    assert inspect(tmp_path).random
+
+
+def test_bundled_model() -> None:
     found = inspect("nano")
-    assert found.random
+    assert not found.random and "knows how code looks" in found.note
     assert found.problems == ()
     text = "\n".join(found.config_lines())
     for fragment in ("8 (2 SWA, 3 CSA, 3 HCA)", "16 top-2", "window 128", "4 heads x 128, top 64", "YaRN 16 x 65536"):
