@@ -66,8 +66,8 @@ done
 
 if has_package; then
   step ops 120 "$PYTHON" -m pytest -q -p no:cacheprovider tests/ops/test_mhc.py tests/ops/test_rows_on_cuda.py \
-    tests/ops/test_mhc_gradients_on_cuda.py tests/model/test_cuda_attention_gradient.py tests/model/test_cuda_row_gradients.py \
-    tests/model/test_cuda_experts_gradient.py
+    tests/ops/test_mhc_gradients_on_cuda.py tests/model/test_cuda_attention_gradient.py \
+    tests/model/test_cuda_row_gradients.py tests/model/test_cuda_experts_gradient.py
   step bench.attention 120 "$PYTHON" -m dsv4 bench --device cuda --op sparse_attention --op index_topk \
     --op sparse_attention_backward --json "$LOGS/attention.jsonl"
   step bench 120 "$PYTHON" -m dsv4 bench --device cuda --shape v4-flash --shape v4-pro --context 1 --context 64 \

@@ -8,7 +8,7 @@ experts compute with weights rounded to FP4 while their copies learn, and a bias
 not trained: a selection has no gradient. At the end all weights are rounded to FP8 and FP4, and
 `dsv4 generate OUT --prompt "import os" --raw` continues text with them.
 
-Interrupt it at any time: what it has learned until then is written.
+Interrupt it while it trains: what it has learned until then is written.
 
 Sources: DeepSeek-V4 report, 2.4 and 4.2; Muon: K. Jordan et al., 2024; the update's size: Moonlight, 2025.
 """
@@ -41,7 +41,8 @@ BIAS_STEP = 1e-3
 
 def text_tokens(folder: Path, tokenizer: Tokenizer) -> tuple[Tensor, Tensor]:
     """The folder's Python sources as tokens: (to learn from, held out)."""
-    files = [path for path in sorted(folder.rglob("*.py")) if not {"test", "tests", "site-packages"} & set(path.parts)]
+    left_out = {"test", "tests", "site-packages"}
+    files = [path for path in sorted(folder.rglob("*.py")) if not left_out & set(path.relative_to(folder).parts)]
     texts = [path.read_text("utf-8", errors="ignore") for path in files]
     generator = torch.Generator().manual_seed(0)
     order = torch.randperm(len(texts), generator=generator).tolist()
@@ -176,9 +177,8 @@ def main() -> None:
     config = dsv4.Config.preset("nano")
     model = dsv4.init(config, options.seed, quantization="off", dtype=torch.bfloat16, device=options.device)
     model.note = ""
-    print(
-        f"{len(tokens):,} tokens of text; held out: {held_out_loss(model, held_out, options.length):.3f} nats a token"
-    )
+    before = held_out_loss(model, held_out, options.length)
+    print(f"{len(tokens):,} tokens of text; before training {before:.3f} nats a token held out", flush=True)
     try:
         seen = f"{train(model, tokens, options):,} tokens"
     except KeyboardInterrupt:

@@ -249,6 +249,14 @@ def assert_holds_what_is_claimed(code: MachineCode) -> None:
         assert missing == [], f"{name} has {sorted(instructions)}"
 
 
+def test_machine_code_is_made_for_all_of_these_unless_told_otherwise() -> None:
+    """A build for fewer, which leaves out cases above, is somebody's choice."""
+    defaults = re.findall(
+        r"(?:set|list)\((?:APPEND )?DSV4_SM80_ARCHITECTURES ([^\")]+)\)", (ROOT / "CMakeLists.txt").read_text()
+    )
+    assert tuple(map(int, re.findall(r"\d+", " ".join(defaults)))) == BUILT
+
+
 def is_known(architecture: int) -> bool:
     """Whether nvcc, if there is one, compiles for it."""
     nvcc = find_nvcc()

@@ -1,6 +1,7 @@
 """The examples do what they say, on little text and for a second."""
 
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -30,6 +31,18 @@ def test_train(tmp_path):
         assert model(torch.arange(60).unsqueeze(0)).isfinite().all()
     again = run(out)
     assert again.returncode == 2 and "holds a checkpoint already" in again.stderr
+
+
+def test_what_was_learned_until_an_interrupt_is_written(tmp_path):
+    out = tmp_path / "model"
+    command = [sys.executable, TRAIN, out, "--text", ROOT / "python", "--batch", "1", "--length", "32"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        while "step 10:" not in (line := process.stderr.readline()):
+            assert line, "it ended by itself"
+        process.send_signal(signal.SIGINT)
+        printed, _ = process.communicate(timeout=120)
+    assert process.returncode == 0 and "after an interrupted run" in printed
+    assert "an interrupted run" in dsv4.load(out).note
 
 
 def test_too_little_text(tmp_path):

@@ -210,18 +210,7 @@ DSV4_DEVICE void gradient_sum(const GradientSumArguments& a) {
     DSV4_UNROLL
     for (int i = 0; i < 8; ++i) sum[i] = ptx::add(sum[i], value[i]);
   };
-  const int32_t* places = a.places + token * a.top_k;
-  constexpr int32_t kNone = 0x7FFFFFFF;
-  for (int32_t last = -1;;) {
-    int32_t next = kNone;
-    for (int k = 0; k < a.top_k; ++k) {
-      const int32_t place = places[k];
-      if (place > last && place < next) next = place;
-    }
-    if (next == kNone) break;
-    add(a.outputs, next);
-    last = next;
-  }
+  for_ascending(a.places + token * a.top_k, a.top_k, [&](int32_t row) { add(a.outputs, row); });
   if (a.shared != nullptr) add(a.shared, token);
   const int64_t left = a.columns - column;
   store_eight(static_cast<X*>(a.result) + token * a.result_stride + column, 0, left < 8 ? static_cast<int>(left) : 8,

@@ -65,18 +65,7 @@ DSV4_DEVICE void combine(const CombineArguments& a) {
     DSV4_UNROLL
     for (int i = 0; i < kElements<X>; ++i) sum[i] = ptx::add(sum[i], value[i]);
   };
-  const int32_t* places = a.places + token * a.top_k;
-  constexpr int32_t kNone = 0x7FFFFFFF;
-  for (int32_t last = -1;;) {
-    int32_t next = kNone;
-    for (int k = 0; k < a.top_k; ++k) {
-      const int32_t place = places[k];
-      if (place > last && place < next) next = place;
-    }
-    if (next == kNone) break;
-    add(a.outputs, next);
-    last = next;
-  }
+  for_ascending(a.places + token * a.top_k, a.top_k, [&](int32_t row) { add(a.outputs, row); });
   if (a.shared != nullptr) add(a.shared, token);
   store_piece(static_cast<X*>(a.result) + token * a.result_stride, column, a.hidden, a.vector, pack(sum));
 }

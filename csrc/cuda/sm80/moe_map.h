@@ -130,4 +130,20 @@ DSV4_DEVICE void moe_map(const MapArguments& a) {
   if (a.tiles != nullptr) write_tiles(a, rows);
 }
 
+// Calls body(row) for a token's rows in the order of their experts. places: its row of each slot, below 0 for none.
+template <class Body>
+DSV4_DEVICE void for_ascending(const int32_t* places, int top_k, const Body& body) {
+  constexpr int32_t kNone = 0x7FFFFFFF;
+  for (int32_t last = -1;;) {
+    int32_t next = kNone;
+    for (int k = 0; k < top_k; ++k) {
+      const int32_t place = places[k];
+      if (place > last && place < next) next = place;
+    }
+    if (next == kNone) break;
+    body(next);
+    last = next;
+  }
+}
+
 }  // namespace dsv4::sm80
