@@ -314,13 +314,17 @@ struct AttentionProblem {
     SparseAttentionParams p = {};
     p.query.dtype = sizeof(X) == 2 ? DType::kBFloat16 : DType::kFloat32;
     p.query.shape[0] = rows, p.query.shape[1] = c.heads, p.query.shape[2] = c.head_dim;
+    const auto blocks = [&](int64_t ratio, int64_t page_size) {
+      const std::vector<int64_t> counts = ends(c, ratio);
+      return std::max<int64_t>((*std::max_element(counts.begin(), counts.end()) + page_size - 1) / page_size, 1);
+    };
     p.window = c.window;
+    p.window_pool.page_size = c.window_page_size;
+    p.window_pool.table.shape[1] = blocks(1, c.window_page_size);
     if (c.entries != Entries::kNone) {
       p.compressed.bytes.dtype = DType::kUInt8;
       p.compressed.page_size = c.page_size;
-      const std::vector<int64_t> counts = ends(c, c.ratio);
-      const int64_t most = *std::max_element(counts.begin(), counts.end());
-      p.compressed.table.shape[1] = std::max((most + c.page_size - 1) / c.page_size, c.blocks);
+      p.compressed.table.shape[1] = std::max(blocks(c.ratio, c.page_size), c.blocks);
     }
     if (c.entries == Entries::kIndices) p.indices.dtype = DType::kInt32, p.indices.shape[1] = c.k;
     return sm80::sparse_attention_workspace_bytes(p, cuda_context());

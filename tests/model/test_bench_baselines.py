@@ -5,8 +5,9 @@ import json
 import pytest
 import torch
 
-from dsv4 import bench, cli
-from dsv4.bench import attention, index, moe, pages, transformers_cores
+from dsv4 import bench, cli, ops
+from dsv4.bench import attention, index, linear, moe, pages, transformers_cores
+from dsv4.bench.library_products import against_scaled_mm
 from dsv4.bench.measure import Clock, Peaks, Timing
 from dsv4.testing import relative_rms
 
@@ -47,7 +48,7 @@ def test_index_of_transformers_is_the_op(context):
 @pytest.mark.parametrize("tokens", [1, 9])
 def test_experts_of_transformers_are_the_op(tokens):
     """On unquantised activations, and with the routing weight after the down projection: a few per cent apart."""
-    case, other, _ = moe.cases("moe_experts", "nano", tokens, torch.device("cpu"))
+    case, _, other, _ = moe.cases("moe_experts", "nano", tokens, torch.device("cpu"))
     assert (case.baseline, other.baseline) == ("eager torch bf16", "transformers")
     expected, eager, theirs = case.run().float(), case.run_baseline().float(), other.run_baseline().float()
     assert relative_rms(theirs, eager).max() <= 0.01
@@ -57,12 +58,51 @@ def test_experts_of_transformers_are_the_op(tokens):
 @pytest.mark.parametrize("tokens", [1, 9])
 def test_experts_of_kt_kernel_are_the_op(tokens):
     """Its activations are not quantised: a few per cent apart. Without it the line says how to get it."""
-    case, _, other = moe.cases("moe_experts", "nano", tokens, torch.device("cpu"))
+    case, *_, other = moe.cases("moe_experts", "nano", tokens, torch.device("cpu"))
     if other.run_baseline is None:
         assert other.baseline == "kt-kernel FP4 not run: pip install --no-deps kt-kernel==0.7.2 gguf"
         pytest.skip("not run: kt-kernel is not installed")
     assert relative_rms(other.run_baseline().float(), case.run().float()).max() <= 0.06
     assert (torch.tensor(1e-40) * 0.5).item() > 0, "kt-kernel left denormals flushed for the whole process"
+
+
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_grouped_products_are_the_op(tokens):
+    """On unquantised activations; beside transformers' rounding of the routing weights, the same sums."""
+    case, other, *_ = moe.cases("moe_experts", "nano", tokens, torch.device("cpu"))
+    assert other.baseline == "torch._grouped_mm bf16"
+    grouped, eager = other.run_baseline().float(), case.run_baseline().float()
+    assert relative_rms(grouped, eager).max() <= 0.01
+
+
+def _scaled_mm(a, b, a_scale, b_scale, out_dtype):
+    """torch's, for scales of 1 x 128 and 128 x 128 in the strides that cuBLAS takes."""
+    (rows, inner), outputs = a.shape, b.shape[1]
+    blocks, padded = inner // 128, -(-inner // 128 // 4) * 4
+    assert (a.dtype, b.dtype, a_scale.dtype, b_scale.dtype) == (*[torch.float8_e4m3fn] * 2, *[torch.float32] * 2)
+    assert a.is_contiguous() and b.mT.is_contiguous()
+    assert (a_scale.shape, a_scale.stride()) == ((rows, blocks), (1, rows))
+    assert (b_scale.mT.shape, b_scale.mT.stride()) == ((-(-outputs // 128), blocks), (padded, 1))
+    a_wide = a_scale.repeat_interleave(128, 1)
+    b_wide = b_scale.repeat_interleave(128, 0).repeat_interleave(128, 1)[:, :outputs]
+    return ((a.float() * a_wide) @ (b.float() * b_wide)).to(out_dtype)
+
+
+@pytest.mark.parametrize("rows", [2, 9])
+@pytest.mark.parametrize(("inputs", "outputs"), [(256, 128), (640, 200)])
+def test_scaled_product_is_the_op(rows, inputs, outputs, monkeypatch):
+    torch.manual_seed(3)
+    x, (weight, scale) = torch.randn(rows, inputs).bfloat16(), linear.draw_weight("fp8", outputs, inputs)
+
+    def against():
+        return against_scaled_mm(x, weight, scale, lambda: ops.fp8_linear(x, weight, scale))
+
+    # torch itself: of whole matrices on a CPU.
+    assert against()["run_baseline"] is None and against()["baseline"].startswith("torch._scaled_mm not run: ")
+    monkeypatch.setattr(torch, "_scaled_mm", _scaled_mm)
+    assert against()["baseline"] == "torch._scaled_mm" and against()["run_baseline"] is not None
+    monkeypatch.setattr(torch, "_scaled_mm", lambda *args, **kwargs: 1.1 * _scaled_mm(*args, **kwargs))
+    assert against() == {"baseline": "torch._scaled_mm not run: differs by 1.0e-01", "run_baseline": None}
 
 
 def test_batch_of_other_sequences():

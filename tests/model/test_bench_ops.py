@@ -51,7 +51,7 @@ SHAPES = {
     **{op: ["tokens=33 hidden=256 bf16"] for op in MHC},
     "moe_map": ["tokens=33 experts=16 top_k=2"],
     "moe_gate": ["tokens=33 hidden=256 experts=16 top_k=2 bf16"],
-    "moe_experts": ["tokens=33 hidden=256 inter=128 experts=16 top_k=2 fp4"] * 3,
+    "moe_experts": ["tokens=33 hidden=256 inter=128 experts=16 top_k=2 fp4"] * 4,
     "moe_experts_backward": ["tokens=33 hidden=256 inter=128 experts=16 top_k=2 bf16"],
     "query_norm_rope": ["rows=33 heads=8 head_dim=128 bf16"],
     "store_window": ["rows=33 head_dim=128 fp8"],
@@ -142,7 +142,7 @@ def test_bytes_and_flops_of_weights(run, fast_bench, tmp_path):
     results = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()[3:]]
     wq_a, _, _, wo_a, w1, _, experts, *others = results
     baselines = [result["baseline"].split(" not run")[0] for result in (experts, *others)]
-    assert baselines == ["eager torch bf16", "transformers", "kt-kernel FP4"]
+    assert baselines == ["eager torch bf16", "torch._grouped_mm bf16", "transformers", "kt-kernel FP4"]
     assert wq_a["mbyte"] * 1e6 == pytest.approx(256 * 128 + 2 + 2 * (256 + 128))
     assert wo_a["mbyte"] * 1e6 == pytest.approx(2 * 64 * 512 + 4 + 2 * 2 * (512 + 64))
     assert w1["mbyte"] * 1e6 == pytest.approx(256 * 128 * (1 / 2 + 1 / 32) + 2 * (256 + 128))

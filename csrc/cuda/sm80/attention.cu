@@ -196,7 +196,8 @@ struct Plan {
   explicit Plan(const SparseAttentionParams& p) {
     slice = warp_slice(p.query.shape[2]);
     groups = ceil_div(p.query.shape[1], kGroupHeads);
-    splits = ceil_div(slots_of_any_row(p), kSplitSlots);
+    const int64_t slots = slots_of_any_row(p);
+    splits = slots > 0 ? ceil_div(slots, kSplitSlots) : 1;
     const int64_t floats = 2 * kGroupHeads + static_cast<int64_t>(slice) * 64;
     partial_bytes = splits > 1 ? splits * groups * floats * static_cast<int64_t>(sizeof(float)) : 0;
     rows_at_once = kMaxBlocks / (groups * splits + 1);

@@ -69,7 +69,8 @@ inline int64_t slots_of_any_row(const SparseAttentionParams& p) {
   }
   constexpr int64_t kMost = int64_t{1} << 31;  // positions and lengths have 31 bits
   const auto bounded = [](int64_t count) { return count < kMost ? count : kMost; };
-  return bounded(p.window) + bounded(entries);
+  const int64_t places = p.window_pool.table.shape[1] * p.window_pool.page_size;
+  return bounded(p.window < places ? p.window : places) + bounded(entries);
 }
 
 // Heads of a block on tensor cores, which change no bit: few rows need many blocks, many rows are better served by

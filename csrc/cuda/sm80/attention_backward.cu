@@ -165,7 +165,7 @@ struct GradientPlan {
     keys_wanted = has_gradient(p.window_pool) || has_gradient(p.compressed);
     groups = ceil_div(p.query.shape[1], kGroupHeads);
     wide_dim = round_up(p.query.shape[2], kSliceDims);
-    slots = round_up(most_slots(p), kTileKeys);
+    slots = round_up(slots_of_any_row(p), kTileKeys);
     classes = 1;
     while (classes < kMostClasses && classes * (wide_dim / kSliceDims) < kKeyBlocks) classes *= 2;
     rows_at_once = kMaxBlocks / (groups + 1);
@@ -177,15 +177,6 @@ struct GradientPlan {
   int64_t row_bytes() const {
     return (groups * kGroupWeights * (wide_dim + slots)) * element() +
            slots * static_cast<int64_t>(sizeof(ListedKey) + sizeof(uint32_t)) + (classes + 1) * 4;
-  }
-
- private:
-  // GradientRow leaves out what the window's table has no place for.
-  static int64_t most_slots(const SparseAttentionParams& p) {
-    const int64_t stored = p.window_pool.table.shape[1] * p.window_pool.page_size;
-    const int64_t all = slots_of_any_row(p), beyond = p.window - stored;
-    const int64_t left_out = beyond > 0 ? beyond : 0;
-    return all - (left_out < all ? left_out : all);
   }
 };
 

@@ -42,18 +42,7 @@ struct AttentionGradientArguments {
   DSV4_DEVICE bool keys_wanted() const { return window_sums != nullptr || compressed_sums != nullptr; }
 };
 
-// As AttentionRow, without the positions that the table has no place for: they would take memory.
-struct GradientRow : AttentionRow {
-  DSV4_DEVICE void load(const AttentionArguments& a, int64_t row) {
-    AttentionRow::load(a, row);
-    const int64_t stored = a.window.blocks * a.window.page_size - first, entries = slots - window_slots;
-    if (slots == 0 || window_slots <= stored) return;
-    window_slots = stored > 0 ? stored : 0;
-    slots = window_slots + entries;
-  }
-};
-
-// The number of a slot's key, if it has one that takes a gradient. Pools with gradients are dense.
+// The number of a slot's key, if it has one that takes a gradient.
 DSV4_DEVICE uint32_t number_of(const AttentionGradientArguments& g, const AttentionRow& row,
                                const AttentionSlot& slot) {
   AttentionKey key;
@@ -61,8 +50,7 @@ DSV4_DEVICE uint32_t number_of(const AttentionGradientArguments& g, const Attent
   if (key.form == KeyForm::kNone) return kNoNumber;
   const bool window = slot.source == Source::kWindow;
   if ((window ? g.window_sums : g.compressed_sums) == nullptr) return kNoNumber;
-  const AttentionPool& pool = window ? g.call.window : g.call.compressed;
-  return static_cast<uint32_t>((key.data - pool.data) / pool.row_stride + (window ? 0 : g.window_rows));
+  return static_cast<uint32_t>(key.number + (window ? 0 : g.window_rows));
 }
 
 // What the weights of a head follow from, in a lane that has some of its keys. First the sums over them, then, once

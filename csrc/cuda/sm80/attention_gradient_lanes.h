@@ -188,7 +188,7 @@ template <class X>
 DSV4_DEVICE void differentiate_in_lanes(const AttentionGradientArguments& g, int64_t index, int64_t group) {
   const AttentionArguments& a = g.call;
   const int64_t row = a.first_row + index;
-  GradientRow keys;
+  AttentionRow keys;
   keys.load(a, row);
   GradientHeads<X> heads;
   heads.locate(a, group);

@@ -180,7 +180,7 @@ DSV4_DEVICE void differentiate(const AttentionGradientArguments& g, int64_t inde
   constexpr int kThreads = 32 * kGroupWarps * kGroups;
   const AttentionArguments& a = g.call;
   const int64_t row = a.first_row + index;
-  GradientRow keys;
+  AttentionRow keys;
   keys.load(a, row);
   const GradientShared<kGroups> shared(a);
   GradientPart warp;

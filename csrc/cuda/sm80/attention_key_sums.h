@@ -328,7 +328,7 @@ DSV4_DEVICE void add_to_keys(const AttentionGradientArguments& g, int64_t slice,
 
 // The number of each of a row's keys.
 DSV4_DEVICE void number_keys(const AttentionGradientArguments& g, int64_t index) {
-  GradientRow row;
+  AttentionRow row;
   row.load(g.call, g.call.first_row + index);
   for (int64_t i = ptx::thread_index(); i < row.slots; i += kKeyThreads) {
     AttentionSlot slot;
@@ -339,7 +339,7 @@ DSV4_DEVICE void number_keys(const AttentionGradientArguments& g, int64_t index)
 
 // Which keys of a row take a gradient, class by class: a block's work.
 DSV4_DEVICE void list_keys(const AttentionGradientArguments& g, int64_t index) {
-  GradientRow row;
+  AttentionRow row;
   row.load(g.call, g.call.first_row + index);
   const int lane = ptx::thread_index() % 32, warp = ptx::thread_index() / 32;
   const uint32_t* numbers = g.numbers + index * g.slots;

@@ -60,7 +60,10 @@ struct AttentionRow {
     const int64_t end =
         static_cast<int64_t>(static_cast<const int32_t*>(p.position.data)[row * p.position.stride[0]]) + 1;
     first = end > p.window ? end - p.window : 0;
-    window_slots = end > first ? end - first : 0;
+    // Not those that the table has no place for, however long the window: they would take splits and memory.
+    const int64_t places = a.window.blocks * a.window.page_size;
+    const int64_t last = end < places ? end : places;
+    window_slots = last > first ? last - first : 0;
     length = 0;
     int64_t entries = 0;
     indices = nullptr;
@@ -110,10 +113,12 @@ struct AttentionSlot {
 struct AttentionKey {
   const uint8_t* data;
   const uint8_t* scales;
+  int64_t number;  // of its row in the pool, page after page
   KeyForm form;
 
   DSV4_DEVICE void clear() {
     data = scales = nullptr;
+    number = 0;
     form = KeyForm::kNone;
   }
 
@@ -126,6 +131,7 @@ struct AttentionKey {
     const uint8_t* start = pool.data + page * pool.page_stride;
     data = start + offset * pool.row_stride;
     scales = start + pool.scales + static_cast<int64_t>(offset) * pool.scale_stride;
+    number = page * pool.page_size + offset;
     form = pool.form;
   }
 

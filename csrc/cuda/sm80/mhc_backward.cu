@@ -37,7 +37,7 @@ DSV4_KERNEL(kStreamThreads, 2) sm80_bf16_mhc_head_backward_streams(const StreamA
 DSV4_KERNEL(kStreamThreads, 2) sm80_f32_mhc_head_backward_streams(const StreamArguments a) {
   stream_gradients<float, kStreams>(a);
 }
-DSV4_KERNEL(kSumThreads, 4) sm80_f32_mhc_backward_sums(const SumArguments a) { add_pieces(a); }
+DSV4_KERNEL(kMhcSumThreads, 4) sm80_f32_mhc_backward_sums(const MhcSumArguments a) { add_pieces(a); }
 
 namespace {
 
@@ -197,7 +197,7 @@ Status run_streams(const Gradient& gradient, const Problem& p, const Memory& mem
 }
 
 Status run_sums(const Gradient& gradient, const Problem& p, const Memory& memory, const Context& context) {
-  SumArguments a = {};
+  MhcSumArguments a = {};
   a.fn_sums = memory.fn_sums;
   a.norm_sums = memory.norm_sums;
   a.rest_sums = memory.rest_sums;
@@ -212,8 +212,8 @@ Status run_sums(const Gradient& gradient, const Problem& p, const Memory& memory
   a.vector_norm = aligned(p.grad_norm_weight.data) && p.hidden() % 4 == 0;
   cuda::LaunchShape shape;
   const int64_t norm_fours = p.norm_weight.given() ? ceil_div(p.hidden(), 4) : 0;
-  shape.blocks_x = ceil_div(gradient.mixes * p.hidden() + norm_fours + kSummed, kSumThreads);
-  shape.threads = kSumThreads;
+  shape.blocks_x = ceil_div(gradient.mixes * p.hidden() + norm_fours + kSummed, kMhcSumThreads);
+  shape.threads = kMhcSumThreads;
   return cuda::launch(gradient.name, sm80_f32_mhc_backward_sums, shape, context, a);
 }
 

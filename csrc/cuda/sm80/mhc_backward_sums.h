@@ -7,7 +7,7 @@
 
 namespace dsv4::sm80 {
 
-struct SumArguments {
+struct MhcSumArguments {
   const float *fn_sums, *norm_sums, *rest_sums;  // as in StreamArguments
   View<float, 2> grad_fn;                        // [mixes, 4 D]
   View<float, 1> grad_scale, grad_base;
@@ -29,12 +29,12 @@ DSV4_DEVICE Words4 sum_pieces(const float* sums, int64_t stride, int64_t pieces)
   return pack(total);
 }
 
-inline constexpr int kSumThreads = 256;
+inline constexpr int kMhcSumThreads = 256;
 
 // Threads of the grid: four elements of grad_fn each, then of grad_norm_weight, then one of grad_base or grad_scale.
-DSV4_DEVICE void add_pieces(const SumArguments& a) {
+DSV4_DEVICE void add_pieces(const MhcSumArguments& a) {
   const int64_t width = kStreams * a.hidden, norm_fours = a.grad_norm_weight.data == nullptr ? 0 : (a.hidden + 3) / 4;
-  int64_t index = ptx::block_index_x() * kSumThreads + ptx::thread_index();
+  int64_t index = ptx::block_index_x() * kMhcSumThreads + ptx::thread_index();
   if (index < a.mixes * a.hidden) {
     const Words4 total = sum_pieces(a.fn_sums + index * 4, a.mixes * width, a.pieces);
     float* row = a.grad_fn.data + index / a.hidden * a.grad_fn.stride[0];

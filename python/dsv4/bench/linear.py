@@ -1,4 +1,5 @@
-"""The linear layers on stored weights against torch's product with the dequantised or plain weight.
+"""The linear layers on stored weights against torch's product with the dequantised or plain weight, on a GPU also
+beside its product of FP8 operands (bench/library_products).
 
 `context` counts rows: one decodes, thousands prefill. FLOPs: 2 in out a row; bytes: codes and scales of the weight,
 rows, outputs. The check is against float64 with the activations as the definition quantises them.
@@ -7,12 +8,14 @@ rows, outputs. The check is against float64 with the activations as the definiti
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from dsv4 import ops
+from dsv4.bench.library_products import against_scaled_mm
 from dsv4.bench.measure import Case, Comparison
 from dsv4.bench.pages import spread
 from dsv4.model.config import Config
@@ -23,7 +26,11 @@ CONTEXTS = (1, 8, 64, 2048)
 QUICK_CONTEXTS = (1, 64)
 
 _CHECKED_ROWS = 8
-_MOST_ROWS = 4096
+
+
+def most_rows(device: torch.device) -> int:
+    """Of a prompt's chunk."""
+    return 4096 if device.type == "cpu" else 8192
 
 
 def _matrices(op: str, config: Config) -> list[tuple[str, int, int, int]]:
@@ -45,25 +52,26 @@ def _matrices(op: str, config: Config) -> list[tuple[str, int, int, int]]:
     ]
 
 
-def draw_weight(kind: str, *size: int) -> tuple[Tensor, Tensor]:
+def draw_weight(kind: str, *size: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
     """Codes and scales of a weight [..., out, in]: "fp8" in blocks of 128 x 128, "fp4" in rows of 32."""
     *leading, outputs, inputs = size
     if kind == "fp4":
-        codes = torch.randint(0, 256, (*leading, outputs, inputs // 2), dtype=torch.uint8)
-        scale = torch.randint(118, 122, (*leading, outputs, -(-inputs // 32)), dtype=torch.uint8)
+        codes = torch.randint(0, 256, (*leading, outputs, inputs // 2), dtype=torch.uint8, device=device)
+        blocks = (outputs, -(-inputs // 32))
     else:
-        codes = torch.randn(*leading, outputs, inputs).to(torch.float8_e4m3fn)
-        scale = torch.randint(118, 122, (*leading, -(-outputs // 128), -(-inputs // 128)), dtype=torch.uint8)
+        codes = torch.randn(*leading, outputs, inputs, device=device).to(torch.float8_e4m3fn)
+        blocks = (-(-outputs // 128), -(-inputs // 128))
+    scale = torch.randint(118, 122, (*leading, *blocks), dtype=torch.uint8, device=device)
     return codes, scale.view(torch.float8_e8m0fnu)
 
 
-def _case(op: str, shape: str, matrix: tuple[str, int, int, int], rows: int, device: torch.device) -> Case:
+def _cases(op: str, shape: str, matrix: tuple[str, int, int, int], rows: int, device: torch.device) -> Iterator[Case]:
     torch.manual_seed(0)
     name, groups, inputs, outputs = matrix
     kind = "fp4" if op == "fp4_linear" else "fp8"
-    weight, scale = (value.to(device) for value in draw_weight(kind, groups * outputs, inputs))
+    weight, scale = draw_weight(kind, groups * outputs, inputs, device=device)
     grouped = op == "grouped_linear"
-    x = torch.randn(rows, *([groups] if grouped else []), inputs).bfloat16().to(device)
+    x = torch.randn(rows, *([groups] if grouped else []), inputs, device=device).bfloat16()
     dense = ops.dequantize_weight(weight, scale, torch.bfloat16)
     call = getattr(ops, op)
 
@@ -79,11 +87,14 @@ def _case(op: str, shape: str, matrix: tuple[str, int, int, int], rows: int, dev
         return [Comparison(call(x, weight, scale)[index], product(some, dense), exact)]
 
     text = f"{shape} {name} rows={rows} in={inputs} out={outputs}{f' groups={groups}' if grouped else ''} {kind}"
-    return Case(
+    case = Case(
         op, text, lambda: call(x, weight, scale), "eager torch bf16", lambda: product(x, dense), compare,
         2.0 * rows * groups * inputs * outputs,
         weight.nbytes + scale.nbytes + x.nbytes + 2.0 * rows * groups * outputs, "bfloat16",
     )  # fmt: skip
+    yield case
+    if op == "fp8_linear" and device.type == "cuda":
+        yield replace(case, **against_scaled_mm(x, weight, scale, case.run))
 
 
 def _dense_case(shape: str, matrix: tuple[str, int, int, int], rows: int, device: torch.device) -> Case:
@@ -110,9 +121,10 @@ def _dense_case(shape: str, matrix: tuple[str, int, int, int], rows: int, device
 
 
 def cases(op: str, shape: str, context: int, device: torch.device) -> Iterator[Case]:
-    """`op` for the matrices of the model `shape`, on `context` rows at once (4096 at most: prompts come in chunks)."""
+    """`op` for the matrices of the model `shape`, on `context` rows at once: at most a chunk of a prompt."""
+    rows = min(context, most_rows(device))
     for matrix in _matrices(op, Config.preset(shape)):
         if op == "dense_linear":
-            yield _dense_case(shape, matrix, min(context, _MOST_ROWS), device)
-            continue
-        yield _case(op, shape, matrix, min(context, _MOST_ROWS), device)
+            yield _dense_case(shape, matrix, rows, device)
+        else:
+            yield from _cases(op, shape, matrix, rows, device)

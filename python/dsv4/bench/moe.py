@@ -1,9 +1,11 @@
-"""moe_experts on FP4 weights against a loop over experts with bfloat16 products in eager torch, and on a second line
-against transformers' experts module on the same bfloat16 weights (bench/transformers_cores), on a third against
-kt-kernel's experts on the same FP4 weights (bench/kt_kernel).
+"""moe_experts on FP4 weights against a loop over experts with bfloat16 products in eager torch, and on lines of their
+own against torch's grouped product (bench/library_products) and transformers' experts module
+(bench/transformers_cores) on the same bfloat16 weights, and kt-kernel's experts on the same FP4 weights
+(bench/kt_kernel).
 
-`context` counts tokens at once. As many of the model's experts as leave room for their bfloat16 copies. FLOPs: 6
-hidden inter a token and expert; bytes: the stored weights of the experts that are touched, rows, outputs.
+`context` counts tokens at once. As many of the model's experts as leave room for their bfloat16 copies: all, on large
+GPUs. FLOPs: 6 hidden inter a token and expert; bytes: the stored weights of the experts that are touched, rows,
+outputs.
 
 moe_experts_backward, on bfloat16 weights, against autograd through the same loop. FLOPs: 16 hidden inter a token and
 expert, gate and up being taken again from x; bytes: weights read and their gradients written once, three rows a token.
@@ -28,7 +30,8 @@ from torch import Tensor
 
 from dsv4 import ops
 from dsv4.bench.kt_kernel import against_kt_kernel
-from dsv4.bench.linear import draw_weight
+from dsv4.bench.library_products import against_grouped_mm
+from dsv4.bench.linear import draw_weight, most_rows
 from dsv4.bench.measure import Case, Comparison
 from dsv4.bench.pages import spread
 from dsv4.bench.transformers_cores import against_transformers, prepare_experts
@@ -45,9 +48,9 @@ _NO_ERROR = 1e-9  # far below what one wrong number of any size measured here ma
 _FEW_NUMBERS = 2.0**-7
 _CHECKED_ROWS = 3
 _CHECKED_GRADIENT_ROWS = 48  # gradients of the matrices sum over them
-_MOST_ROWS = 4096
 _MOST_GRADIENT_ROWS = 512
 _COPY_BYTES = 3 << 29  # 1.5 GiB
+_SHARE_OF_A_GPU = 0.4
 
 
 def eager_experts(
@@ -71,7 +74,14 @@ def eager_experts(
     return out.to(x.dtype)
 
 
-def _experts(config: Config, room: int = _COPY_BYTES) -> int:
+def _room(device: torch.device) -> int:
+    """Bytes for the experts' bfloat16 copies."""
+    if device.type == "cpu":
+        return _COPY_BYTES
+    return int(_SHARE_OF_A_GPU * torch.cuda.mem_get_info(device)[0])
+
+
+def _experts(config: Config, room: int) -> int:
     """Of the model's experts, those whose bfloat16 copies fit."""
     expert = 2 * 3 * config.hidden_size * config.moe_intermediate_size
     return max(min(config.n_routed_experts, room // expert), config.num_experts_per_tok)
@@ -80,9 +90,9 @@ def _experts(config: Config, room: int = _COPY_BYTES) -> int:
 def _experts_cases(shape: str, config: Config, tokens: int, device: torch.device) -> Iterator[Case]:
     torch.manual_seed(0)
     hidden, inter, limit = config.hidden_size, config.moe_intermediate_size, config.swiglu_limit
-    experts, top_k = _experts(config), config.num_experts_per_tok
+    experts, top_k = _experts(config, _room(device)), config.num_experts_per_tok
     sizes = ((inter, hidden), (inter, hidden), (hidden, inter))
-    stored = [tuple(value.to(device) for value in draw_weight("fp4", experts, *size)) for size in sizes]
+    stored = [draw_weight("fp4", experts, *size, device=device) for size in sizes]
     gate_up = torch.empty(experts, 2 * inter, hidden, dtype=torch.bfloat16, device=device)
     dense = (gate_up[:, :inter], gate_up[:, inter:], gate_up.new_empty(experts, hidden, inter))
     for (codes, scale), matrices in zip(stored, dense, strict=True):
@@ -109,6 +119,7 @@ def _experts_cases(shape: str, config: Config, tokens: int, device: torch.device
         6.0 * hidden * inter * top_k * tokens, len(indices.unique()) * expert_bytes + 2.0 * x.nbytes, "bfloat16",
     )  # fmt: skip
     yield case
+    yield replace(case, **against_grouped_mm(x, weights, indices, (gate_up, dense[2]), limit, run))
     # Its rows, gate and up of one expert at a time.
     needed = 2 * tokens * top_k * (2 * hidden + 3 * inter)
     prepare = partial(prepare_experts, x, weights, indices, gate_up, dense[2], limit)
@@ -227,9 +238,9 @@ def _dequantize(codes: Tensor, scale: Tensor, to: Tensor) -> None:
 
 
 def cases(op: str, shape: str, context: int, device: torch.device) -> Iterator[Case]:
-    """`op` for the sizes of the model `shape`, on `context` tokens at once: 4096 at most, as prompts come in chunks,
-    512 for gradients."""
-    config, tokens = Config.preset(shape), min(context, _MOST_ROWS)
+    """`op` for the sizes of the model `shape`, on `context` tokens at once: at most a chunk of a prompt, 512 for
+    gradients."""
+    config, tokens = Config.preset(shape), min(context, most_rows(device))
     if op == "moe_map":
         yield _map_case(shape, config, tokens, device)
     elif op == "moe_gate":
