@@ -64,16 +64,28 @@ for program in $programs; do
   step "device.${program#device_}" 60 "$DEVICE_TESTS/$program"
 done
 
+attention=(sparse_attention index_topk sparse_attention_backward)
+weights=(fp8_linear grouped_linear fp4_linear moe_gate moe_experts)
+# bench NAME LIMIT ARGUMENT...: a part of `dsv4 bench` on the GPU.
+bench() {
+  step "bench.$1" "$2" "$PYTHON" -m dsv4 bench --device cuda --json "$LOGS/$1.jsonl" "${@:3}"
+}
+
 if has_package; then
   step ops 120 "$PYTHON" -m pytest -q -p no:cacheprovider tests/ops/test_mhc.py tests/ops/test_rows_on_cuda.py \
     tests/ops/test_mhc_gradients_on_cuda.py tests/model/test_cuda_attention_gradient.py \
     tests/model/test_cuda_row_gradients.py tests/model/test_cuda_experts_gradient.py
-  step bench.attention 120 "$PYTHON" -m dsv4 bench --device cuda --op sparse_attention --op index_topk \
-    --op sparse_attention_backward --json "$LOGS/attention.jsonl"
-  step bench 120 "$PYTHON" -m dsv4 bench --device cuda --shape v4-flash --shape v4-pro --context 1 --context 64 \
-    --context 4096 --json "$LOGS/rows.jsonl"
+  step model 60 "$PYTHON" -m pytest -q -p no:cacheprovider tests/model/test_cuda_device.py
+  both=(--shape v4-flash --shape v4-pro)
+  bench attention 100 "${attention[@]/#/--op=}"
+  bench weights 120 "${weights[@]/#/--op=}" "${both[@]}" --context={1,8,64,256,2048,8192}
+  others=$(cd / && "$PYTHON" -c 'import sys; from dsv4 import bench; print(*sorted(bench.families().keys() - sys.argv[1:]))' \
+    "${attention[@]}" "${weights[@]}")
+  bench rows 90 $(printf -- '--op=%s ' $others) "${both[@]}" --context={1,64,4096}
 else
-  for name in ops bench.attention bench; do not_run "$name" "dsv4 with CUDA kernels does not import"; done
+  for name in ops model bench.attention bench.weights bench.rows; do
+    not_run "$name" "dsv4 with CUDA kernels does not import"
+  done
 fi
 
 # A sanitizer slows a program down by 10 to 100 times: a part of the cases, of a program that is not named here all.
@@ -111,8 +123,7 @@ for line in (logs / "steps").read_text().splitlines():
         log = (logs / f"{name}.log").read_text(errors="replace").strip().splitlines()
         result = "passed" if status == "0" else f"failed with {status}"
         steps.append({"step": name, "result": result, "seconds": int(note), "last_line": log[-1] if log else ""})
-files = [logs / "attention.jsonl", logs / "rows.jsonl"]
-results = [json.loads(line) for file in files if file.exists() for line in file.read_text().splitlines()]
+results = [json.loads(line) for file in sorted(logs.glob("*.jsonl")) for line in file.read_text().splitlines()]
 record = {
     "device": os.environ["NAME"],
     "driver": os.environ["DRIVER"],

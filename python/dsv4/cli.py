@@ -516,8 +516,8 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shape", action="append", metavar="NAME", choices=("nano", "v4-flash", "v4-pro"),
                         help="nano, v4-flash, v4-pro; may be repeated; default v4-flash")  # fmt: skip
     parser.add_argument("--context", action="append", type=_context, metavar="N",
-                        help="tokens of the sequence for attention, rows at once for others (4096 at most); may be "
-                        "repeated; default: several, as the op needs")  # fmt: skip
+                        help="tokens of the sequence for attention, rows at once for others (at most 4096, experts and "
+                        "linears on a GPU 8192); may be repeated; default: several, as the op needs")  # fmt: skip
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument("--quick", action="store_true", help="small shapes and few repeats, to see that it works")
     parser.add_argument("--million", action="store_true", help="prefill a million tokens in one process, and decode")
