@@ -58,6 +58,54 @@ TEST(keys) {
   }
 }
 
+// The workspace begins with the pooled rows. As rows of one position an entry, whose mean is that position's value,
+// they become what the forward pass makes of the whole sequence.
+template <class N>
+std::string try_pooled_rows(const EntriesGradientCase& c) {
+  EntriesGradientProblem<N> p(c);
+  CompressEntriesBackwardParams params = p.params(false);
+  CompressEntriesParams& forward = params.forward;
+  forward.workspace = p.memory.of(compress_entries_backward_workspace_bytes(params, cuda_context()));
+  if (!compress_entries_backward(params, cuda_context()).is_ok() || !finish_device()) return "the kernel failed";
+  DeviceTensor<float> none({p.entries, c.dim});
+  DeviceTensor<N> entries({p.entries, c.dim}), again({p.entries, c.dim});
+  for (int64_t j = 0; j < p.entries; ++j) {
+    for (int64_t d = 0; d < c.dim; ++d) none.at(j, d) = 0;
+  }
+  none.upload();
+  const auto run = [&](DeviceTensor<N>& result) {
+    forward.result = view_of<2>(result, false);
+    const bool done = compress_entries(forward, cuda_context()).is_ok() && finish_device();
+    result.download();
+    return done;
+  };
+  if (!run(entries)) return "the kernel failed";
+  forward.kv = {static_cast<const float*>(forward.workspace.data), {p.entries, c.dim}, {c.dim, 1}};
+  forward.gate = p.read(none, false);
+  forward.ape = {none.device(), {1, c.dim}, {c.dim, 1}};
+  forward.ratio = 1;
+  if (!run(again)) return "the kernel failed";
+  for (int64_t j = 0; j < p.entries; ++j) {
+    if (memcmp(&entries.at(j), &again.at(j), static_cast<size_t>(c.dim) * sizeof(N)) != 0) {
+      return "entry " + std::to_string(j);
+    }
+  }
+  return "";
+}
+
+TEST(pooled_rows_have_the_bits_of_the_forward_pass) {
+  if (no_device()) return;
+  for (const bool rotate : {false, true}) {
+    for (const int64_t dim : {256, 512, 1024}) {
+      for (const EntriesGradientCase& c :
+           {EntriesGradientCase{12, 4, dim, 64, 2, rotate}, {256, 128, dim, 64, 1, rotate}}) {
+        const std::string wrong = try_pooled_rows<bf16>(c) + try_pooled_rows<float>(c);
+        CHECK_MESSAGE(wrong.empty(), "ratio " + text(c.ratio) + "dim " + text(dim) + "rotate " + text(rotate) + wrong);
+      }
+    }
+  }
+}
+
 // Many pieces of few entries each.
 TEST(many_entries) {
   if (no_device()) return;

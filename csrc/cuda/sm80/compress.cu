@@ -104,16 +104,15 @@ bool whole_states(const CompressParams& p) {
 }
 
 Status launch_entries(const char* op, CompressArguments& a, bool rotate, const Context& context) {
-  const bool wide_keys = rotate && a.dim > 32 * 8;
-  cut_block(a, wide_keys ? kWideKeyThreads : kPoolThreads);
+  cut_block(a, rotate);
   cuda::LaunchShape shape;
   shape.blocks_x = (a.tokens + a.rows_per_block - 1) / a.rows_per_block;
   shape.threads = a.threads;
   shape.shared_bytes = 12 * a.groups * a.dim;
   const bool wide = a.params.norm_weight.dtype == DType::kFloat32;
   const auto rows = wide ? sm80_f32_compress_rows : sm80_bf16_compress_rows;
-  const auto keys = wide_keys ? (wide ? sm80_f32_compress_keys_4 : sm80_bf16_compress_keys_4)
-                              : (wide ? sm80_f32_compress_keys_1 : sm80_bf16_compress_keys_1);
+  const auto keys = wide_keys(a.dim, rotate) ? (wide ? sm80_f32_compress_keys_4 : sm80_bf16_compress_keys_4)
+                                             : (wide ? sm80_f32_compress_keys_1 : sm80_bf16_compress_keys_1);
   return cuda::launch(op, rotate ? keys : rows, shape, context, a);
 }
 

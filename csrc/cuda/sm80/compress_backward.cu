@@ -220,7 +220,7 @@ Status pool_entries(const CompressEntriesBackwardParams& p, const Memory& memory
   a.pool.params.state.data = const_cast<float*>(p.forward.kv.data);  // never read, see compress_entries
   a.pool.ring = 1;
   a.pool.vector = whole_quads(p.forward);
-  cut_block(a.pool, kPoolThreads);
+  cut_block(a.pool, p.forward.rotate);
   a.entries = {memory.row(p, 0), memory.row(p, 1), memory.row(p, 2), memory.row(p, 3)};
   a.grad = p.grad;
   a.turned = memory.row(p, 4);

@@ -20,8 +20,13 @@ inline int power_of_two(int64_t least) {
   return power;
 }
 
-// Threads by channels and positions; at least a warp.
-inline void cut_block(CompressArguments& a, int most_threads) {
+// Keys of which a lane turns more than eight dims, in many registers.
+inline bool wide_keys(int64_t dim, bool rotate) { return rotate && dim > 32 * 8; }
+
+// Threads by channels and positions; at least a warp. The gradient's blocks are the forward pass's, though it turns no
+// keys while it pools: an entry's sums have one order.
+inline void cut_block(CompressArguments& a, bool rotate) {
+  const int most_threads = wide_keys(a.dim, rotate) ? kWideKeyThreads : kPoolThreads;
   a.quads = power_of_two((a.dim + 3) / 4 < most_threads ? (a.dim + 3) / 4 : most_threads);
   const int64_t batches = (a.pooled + kPoolBatch - 1) / kPoolBatch;
   const int most = most_threads / a.quads;
