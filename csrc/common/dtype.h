@@ -77,12 +77,15 @@ DSV4_HOST_DEVICE uint8_t e4m3_code(float value) {
 }
 
 // e2m1 of a finite value: magnitudes 0, .5, 1, 1.5, 2, 3, 4, 6, clamped, rounded to nearest even; the sign of zero is
-// kept.
+// kept. Magnitudes from 2^e on, e = 1 and 2, have steps of 2^(e - 1), those below 2 steps of 1/2; adding 2^(22 + e)
+// rounds to the step. The code is the number of steps, the sum's lowest bits, plus 2 e, the lowest of its exponent,
+// whose bias of 298 steps six more make a multiple of 8.
 DSV4_HOST_DEVICE uint8_t e2m1_code(float value) {
   const uint32_t bits = bits_from_float(value);
-  const float x = float_from_bits(bits & 0x7FFFFFFFu);
-  const int magnitude = (x > 0.25f) + (x >= 0.75f) + (x > 1.25f) + (x >= 1.75f) + (x > 2.5f) + (x >= 3.5f) + (x > 5.f);
-  return static_cast<uint8_t>(static_cast<uint32_t>(magnitude) | (bits >> 28 & 8u));
+  const float x = float_from_bits(bits & 0x7FFFFFFFu), clamped = x < 6.0f ? x : 6.0f;
+  const float power = float_from_bits(bits_from_float(clamped < 1.0f ? 1.0f : clamped) & 0x7F800000u);
+  const uint32_t sum = bits_from_float(power * 4194307.0f + clamped);  // 2^22 + 3; the product is exact, fused or not
+  return static_cast<uint8_t>(((sum + (sum >> 22)) & 7u) | (bits >> 28 & 8u));
 }
 
 }  // namespace dsv4
