@@ -1,5 +1,6 @@
 // The sm80 kernels of quantize against the scalar ones, bit for bit. Runs on the host model, and on a GPU where it is
 // built for one.
+#include "cuda/sm80/divisor.h"
 #include "quantize_cases.h"
 
 namespace {
@@ -62,6 +63,29 @@ TEST(codes_of_what_is_not_finite) {
       const std::string wrong = p.wrong();
       CHECK_MESSAGE(wrong.empty(), wrong);
     }
+  }
+}
+
+void check_divisor(uint32_t value) {
+  constexpr uint32_t kMost = (uint32_t{1} << 31) - 1;
+  const sm80::Divisor divisor(value);
+  const auto right = [&](uint32_t number) {
+    const auto [quotient, rest] = divisor.divide(number);
+    return quotient == number / value && rest == number % value;
+  };
+  bool all = right(0) && right(1) && right(kMost);
+  Random random(value);
+  for (int i = 0; i < 1000; ++i) {
+    const uint32_t number = static_cast<uint32_t>(random.bits() >> 8) & kMost, multiple = number / value * value;
+    all = all && right(number) && right(multiple) && (multiple == 0 || right(multiple - 1));
+  }
+  CHECK_MESSAGE(all, std::to_string(value));
+}
+
+TEST(divisors_divide) {
+  for (uint32_t value = 1; value < 1000; ++value) check_divisor(value);
+  for (int bits = 10; bits < 31; ++bits) {
+    for (const uint32_t off : {0u, 1u, ~0u}) check_divisor((uint32_t{1} << bits) + off);
   }
 }
 

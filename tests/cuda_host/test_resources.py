@@ -118,7 +118,8 @@ CLAIMS = {
             ("index_query_1", ["LDG.E.128", "STG.E.128", "SHFL.BFLY"]),
             ("index_query_4", ["LDG.E.128", "STG.E.128", "SHFL.BFLY"]),
             ("quantize_fp8", ["LDG.E.128", "STG.E.64", "SHFL.BFLY"]),
-            ("dequantize", ["LDG.E", "STG.E.128"]),
+            ("dequantize_fp8", ["LDG.E.64", "STG.E.128"]),
+            ("dequantize_fp4", ["LDG.E", "STG.E.128"]),
             ("quantize_fp4", ["LDG.E.128", "STG.E", "SHFL.BFLY"]),
         )
     },

@@ -6,6 +6,7 @@
 // the copy bandwidth expected where the processor converts to e4m3 (8.9 and newer). dequantize_*: eight codes a thread;
 // 3 (or 2.5) bytes an element and 5 instructions: bound by memory.
 #include "cuda/common/launch.h"
+#include "cuda/sm80/divisor.h"
 #include "cuda/sm80/hadamard_row.h"
 #include "cuda/sm80/page_rows.h"
 #include "cuda/sm80/quantize.h"
@@ -26,7 +27,8 @@ struct HadamardArguments {
 struct QuantizeArguments {
   QuantizeParams params;
   int64_t first_row;
-  uint32_t units, blocks;  // blocks of this launch, and of a row
+  uint32_t units;  // blocks of this launch
+  Divisor blocks;  // of a row
   int dim, block, lanes;
   bool vector;
 };
@@ -58,7 +60,8 @@ DSV4_DEVICE void quantize_blocks(const QuantizeArguments& a) {
   const RowLanes lanes(a.lanes);
   const bool own = lanes.row < a.units;
   const uint32_t unit = own ? static_cast<uint32_t>(lanes.row) : a.units - 1;  // shuffles need whole warps
-  const int64_t row = a.first_row + unit / a.blocks, block = unit % a.blocks;
+  const auto [launch_row, block] = a.blocks.divide(unit);
+  const int64_t row = a.first_row + launch_row;
   const int start = static_cast<int>(block) * a.block, count = a.dim - start < a.block ? a.dim - start : a.block;
   const X* x = static_cast<const X*>(a.params.x.data) + row * a.params.x.stride[0] + start;
   uint8_t* codes = static_cast<uint8_t*>(a.params.codes.data) + row * a.params.codes.stride[0] + start / (kFp4 ? 2 : 1);
@@ -85,16 +88,32 @@ DSV4_DEVICE void quantize_blocks(const QuantizeArguments& a) {
 
 struct DequantizeArguments {
   DequantizeParams params;
-  int64_t first_row;             // of all batches' rows
-  uint32_t units, eights, rows;  // eights of this launch, and of a row; rows of a batch
-  int dim, block;
+  int64_t first_batch;
+  uint32_t first_row, units;  // of the first batch; eights of this launch
+  Divisor eights, rows;       // of a row; of a batch
+  Divisor group, block;
+  int dim;
   bool vector;
 };
 
-DSV4_DEVICE float code_value(uint32_t code, bool fp4) {
-  if (fp4) return ptx::multiply(float_from_bits((code & 8u) << 28 | (code & 7u) << 22), 0x1p126f);
-  if ((code & 0x7Fu) == 0x7Fu) return float_from_bits(0x7FC00000u);
-  return ptx::multiply(float_from_bits((code & 0x80u) << 24 | (code & 0x7Fu) << 20), 0x1p120f);
+// A code moved into a float's fields, with copies of its sign masked out, is its value times 2^-126 (e2m1) or 2^-120
+// (e4m3).
+template <bool kFp4>
+DSV4_DEVICE void values_of(const ptx::Words2& codes, float (&value)[8]) {
+  DSV4_UNROLL
+  for (int e = 0; e < 8; ++e) {
+    const uint32_t first = kFp4 ? codes.word[0] << (28 - 4 * e) : codes.word[e / 4] << (24 - e % 4 * 8);
+    const uint32_t moved = static_cast<uint32_t>(static_cast<int32_t>(first) >> (kFp4 ? 6 : 4));
+    value[e] = ptx::multiply(float_from_bits(moved & (kFp4 ? 0x81C00000u : 0x87F00000u)), kFp4 ? 0x1p126f : 0x1p120f);
+  }
+  if constexpr (kFp4) return;
+  const auto nan = [](uint32_t word) { return ((word & 0x7F7F7F7Fu) + 0x01010101u) & 0x80808080u; };
+  const uint32_t any[2] = {nan(codes.word[0]), nan(codes.word[1])};
+  if ((any[0] | any[1]) == 0) return;
+  DSV4_UNROLL
+  for (int e = 0; e < 8; ++e) {
+    if ((any[e / 4] >> (e % 4 * 8) & 0x80u) != 0) value[e] = float_from_bits(0x7FC00000u);
+  }
 }
 
 // Scales of a row, one a block.
@@ -102,46 +121,47 @@ struct ScaleRow {
   const void* data;
   bool wide;
 
-  DSV4_DEVICE float at(int block) const {
-    return wide ? static_cast<const float*>(data)[block] : e8m0_value(static_cast<const uint8_t*>(data)[block]);
+  DSV4_DEVICE float at(uint32_t block) const {
+    const uint32_t bits = wide ? static_cast<const uint32_t*>(data)[block] : static_cast<const uint8_t*>(data)[block];
+    return wide ? float_from_bits(bits) : e8m0_value(static_cast<uint8_t>(bits));
   }
 };
 
 // Eight codes a thread.
-template <class X>
+template <class X, bool kFp4>
 DSV4_DEVICE void expand_codes(const DequantizeArguments& a) {
   const DequantizeParams& p = a.params;
-  const int64_t unit = ptx::block_index_x() * kRowThreads + ptx::thread_index();
+  const uint32_t unit = static_cast<uint32_t>(ptx::block_index_x() * kRowThreads + ptx::thread_index());
   if (unit >= a.units) return;
-  const int column = static_cast<int>(static_cast<uint32_t>(unit) % a.eights) * 8;
-  const int64_t at = a.first_row + static_cast<uint32_t>(unit) / a.eights, batch = at / a.rows, row = at % a.rows;
-  const uint8_t* codes = static_cast<const uint8_t*>(p.codes.data) + batch * p.codes.stride[0] +
-                         row * p.codes.stride[1] + column / (p.fp4 ? 2 : 1);
+  const auto [launch_row, eight] = a.eights.divide(unit);
+  const auto [launch_batch, row] = a.rows.divide(a.first_row + launch_row);
+  const int64_t batch = a.first_batch + launch_batch;
+  const int column = static_cast<int>(eight) * 8;
+  const uint8_t* from = static_cast<const uint8_t*>(p.codes.data) + batch * p.codes.stride[0] + row * p.codes.stride[1];
+  X* to = static_cast<X*>(p.result.data) + batch * p.result.stride[0] + row * p.result.stride[1];
   const bool wide = p.scale.dtype == DType::kFloat32;
-  const int64_t scales = batch * p.scale.stride[0] + row / p.group * p.scale.stride[1];
+  const int64_t scales = batch * p.scale.stride[0] + a.group.quotient(row) * p.scale.stride[1];
   const ScaleRow scale = {static_cast<const uint8_t*>(p.scale.data) + scales * (wide ? 4 : 1), wide};
-  float value[8];
   if (a.vector) {
-    uint32_t word[2] = {0, 0};
-    word[0] = reinterpret_cast<const uint32_t*>(codes)[0];
-    if (!p.fp4) word[1] = reinterpret_cast<const uint32_t*>(codes)[1];
-    const float by = scale.at(column / a.block);
-    DSV4_UNROLL
-    for (int e = 0; e < 8; ++e) {
-      const uint32_t code = p.fp4 ? word[0] >> (4 * e) & 15u : word[e / 4] >> (e % 4 * 8) & 255u;
-      value[e] = ptx::multiply(code_value(code, p.fp4), by);
+    ptx::Words2 codes;
+    if constexpr (kFp4) {
+      codes.word[0] = *reinterpret_cast<const uint32_t*>(from + column / 2);
+    } else {
+      codes = *reinterpret_cast<const ptx::Words2*>(from + column);
     }
-  } else {
+    const float by = scale.at(a.block.quotient(static_cast<uint32_t>(column)));
+    float value[8];
+    values_of<kFp4>(codes, value);
     DSV4_UNROLL
-    for (int e = 0; e < 8; ++e) {
-      value[e] = 0.0f;
-      if (column + e >= a.dim) continue;
-      const uint32_t code = p.fp4 ? codes[e / 2] >> (e % 2 * 4) & 15u : codes[e];
-      value[e] = ptx::multiply(code_value(code, p.fp4), scale.at((column + e) / a.block));
+    for (int e = 0; e < 8; ++e) value[e] = ptx::multiply(value[e], by);
+    store_eight(to, column, a.dim, true, value);
+  } else {
+    for (int d = column; d < column + 8 && d < a.dim; ++d) {
+      const float value =
+          kFp4 ? e2m1_value(static_cast<uint8_t>(from[d / 2] >> (d % 2 * 4) & 15)) : e4m3_value(from[d]);
+      to[d] = from_float<X>(ptx::multiply(value, scale.at(a.block.quotient(static_cast<uint32_t>(d)))));
     }
   }
-  X* to = static_cast<X*>(p.result.data) + batch * p.result.stride[0] + row * p.result.stride[1];
-  store_eight(to, column, a.dim, a.vector, value);
 }
 
 template <class X, int kSteps>
@@ -223,8 +243,10 @@ DSV4_KERNEL(kRowThreads, 8) sm80_bf16_quantize_fp8(const QuantizeArguments a) { 
 DSV4_KERNEL(kRowThreads, 8) sm80_f32_quantize_fp8(const QuantizeArguments a) { quantize_blocks<float, false>(a); }
 DSV4_KERNEL(kRowThreads, 8) sm80_bf16_quantize_fp4(const QuantizeArguments a) { quantize_blocks<bf16, true>(a); }
 DSV4_KERNEL(kRowThreads, 8) sm80_f32_quantize_fp4(const QuantizeArguments a) { quantize_blocks<float, true>(a); }
-DSV4_KERNEL(kRowThreads, 8) sm80_bf16_dequantize(const DequantizeArguments a) { expand_codes<bf16>(a); }
-DSV4_KERNEL(kRowThreads, 8) sm80_f32_dequantize(const DequantizeArguments a) { expand_codes<float>(a); }
+DSV4_KERNEL(kRowThreads, 8) sm80_bf16_dequantize_fp8(const DequantizeArguments a) { expand_codes<bf16, false>(a); }
+DSV4_KERNEL(kRowThreads, 8) sm80_f32_dequantize_fp8(const DequantizeArguments a) { expand_codes<float, false>(a); }
+DSV4_KERNEL(kRowThreads, 8) sm80_bf16_dequantize_fp4(const DequantizeArguments a) { expand_codes<bf16, true>(a); }
+DSV4_KERNEL(kRowThreads, 8) sm80_f32_dequantize_fp4(const DequantizeArguments a) { expand_codes<float, true>(a); }
 DSV4_KERNEL(kRowThreads, 8) sm80_bf16_hadamard_1(const HadamardArguments a) { rotate_rows<bf16, 1>(a); }
 DSV4_KERNEL(kRowThreads, 8) sm80_f32_hadamard_1(const HadamardArguments a) { rotate_rows<float, 1>(a); }
 DSV4_KERNEL(kRowThreads, 3) sm80_bf16_hadamard_4(const HadamardArguments a) { rotate_rows<bf16, 4>(a); }
@@ -234,21 +256,25 @@ DSV4_KERNEL(kLongThreads, 2) sm80_f32_hadamard_long(const HadamardArguments a) {
 
 namespace {
 
+// Eights or blocks of a launch; with the rows of a batch before the first they stay below what a Divisor divides. A
+// row has fewer: ops/quantize.cpp bounds dims and rows.
+constexpr int64_t kUnitsAtOnce = int64_t{1} << 30;
+
 Status quantize(const char* name, void (*kernel)(QuantizeArguments), const QuantizeParams& p, const Context& context) {
-  constexpr int64_t kUnitsAtOnce = int64_t{1} << 30;  // so that they fit in 32 bits
   const int64_t rows = p.x.size(0), dim = p.x.size(1), block = p.block < dim ? p.block : dim;
   if (rows == 0 || dim == 0) return Status::ok();
   QuantizeArguments a = {};
   a.params = p;
-  a.blocks = static_cast<uint32_t>((dim + block - 1) / block);
+  const int64_t blocks = (dim + block - 1) / block;
+  a.blocks = Divisor(static_cast<uint32_t>(blocks));
   a.dim = static_cast<int>(dim);
   a.block = static_cast<int>(block);
   a.lanes = row_lanes(block);
   a.vector = in_eights(p.x) && block % 8 == 0 && in_sixteens(p.codes.data) && p.codes.stride[0] % 8 == 0;
-  const int64_t at_once = kUnitsAtOnce / a.blocks > 0 ? kUnitsAtOnce / a.blocks : 1;
+  const int64_t at_once = kUnitsAtOnce / blocks;
   for (a.first_row = 0; a.first_row < rows; a.first_row += at_once) {
     const int64_t left = rows - a.first_row;
-    a.units = static_cast<uint32_t>((left < at_once ? left : at_once) * a.blocks);
+    a.units = static_cast<uint32_t>((left < at_once ? left : at_once) * blocks);
     const Status status = cuda::launch(name, kernel, row_shape(a.units, a.lanes), context, a);
     if (!status.is_ok()) return status;
   }
@@ -258,22 +284,27 @@ Status quantize(const char* name, void (*kernel)(QuantizeArguments), const Quant
 }  // namespace
 
 Status dequantize(const DequantizeParams& p, const Context& context) {
-  constexpr int64_t kUnitsAtOnce = int64_t{1} << 30;
   const int64_t batches = p.result.size(0), rows = p.result.size(1), dim = p.result.size(2), size = p.fp4 ? 4 : 8;
   if (batches == 0 || rows == 0 || dim == 0) return Status::ok();
+  const int64_t eights = (dim + 7) / 8, block = p.block < dim ? p.block : dim;
   DequantizeArguments a = {};
   a.params = p;
-  a.eights = static_cast<uint32_t>((dim + 7) / 8);
-  a.rows = static_cast<uint32_t>(rows);
+  a.eights = Divisor(static_cast<uint32_t>(eights));
+  a.rows = Divisor(static_cast<uint32_t>(rows));
+  a.group = Divisor(static_cast<uint32_t>(p.group < rows ? p.group : rows));
+  a.block = Divisor(static_cast<uint32_t>(block));
   a.dim = static_cast<int>(dim);
-  a.block = static_cast<int>(p.block < dim ? p.block : dim);
-  a.vector = in_eights(p.result) && a.block % 8 == 0 && reinterpret_cast<uintptr_t>(p.codes.data) % 8 == 0 &&
+  a.vector = in_eights(p.result) && block % 8 == 0 && reinterpret_cast<uintptr_t>(p.codes.data) % 8 == 0 &&
              p.codes.stride[0] % size == 0 && p.codes.stride[1] % size == 0;
-  const auto kernel = p.result.dtype == DType::kFloat32 ? sm80_f32_dequantize : sm80_bf16_dequantize;
-  const int64_t at_once = kUnitsAtOnce / a.eights > 0 ? kUnitsAtOnce / a.eights : 1;
-  for (a.first_row = 0; a.first_row < batches * rows; a.first_row += at_once) {
-    const int64_t left = batches * rows - a.first_row;
-    a.units = static_cast<uint32_t>((left < at_once ? left : at_once) * a.eights);
+  const bool wide = p.result.dtype == DType::kFloat32;
+  const auto kernel = p.fp4 ? (wide ? sm80_f32_dequantize_fp4 : sm80_bf16_dequantize_fp4)
+                            : (wide ? sm80_f32_dequantize_fp8 : sm80_bf16_dequantize_fp8);
+  const int64_t at_once = kUnitsAtOnce / eights;
+  for (int64_t first = 0; first < batches * rows; first += at_once) {
+    const int64_t left = batches * rows - first;
+    a.first_batch = first / rows;
+    a.first_row = static_cast<uint32_t>(first % rows);
+    a.units = static_cast<uint32_t>((left < at_once ? left : at_once) * eights);
     const Status status = cuda::launch("dequantize", kernel, row_shape(a.units, 1), context, a);
     if (!status.is_ok()) return status;
   }

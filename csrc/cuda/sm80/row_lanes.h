@@ -24,14 +24,13 @@ struct RowLanes {
   int count, lane;
   int64_t row;  // of all; the launch has more rows than there are
 
-  DSV4_DEVICE explicit RowLanes(int lanes) : count(lanes) {
-    const uint32_t thread = static_cast<uint32_t>(ptx::thread_index()), all = static_cast<uint32_t>(lanes);
-    lane = static_cast<int>(thread % all);
-    row = ptx::block_index_x() * (kRowThreads / all) + thread / all;
+  DSV4_DEVICE explicit RowLanes(int lanes) : count(lanes), lane(ptx::thread_index() & (lanes - 1)) {
+    const int shift = ptx::count_ones(static_cast<uint32_t>(lanes - 1));  // a power of two
+    row = ptx::block_index_x() * (kRowThreads >> shift) + (ptx::thread_index() >> shift);
   }
   // Every lane of a warp on one row: copies of it where it has fewer lanes.
   DSV4_DEVICE RowLanes(int lanes, int64_t the_row)
-      : count(lanes), lane(ptx::thread_index() % 32 % lanes), row(the_row) {}
+      : count(lanes), lane(ptx::thread_index() % 32 & (lanes - 1)), row(the_row) {}
   DSV4_DEVICE int step() const { return 8 * count; }
 };
 
