@@ -149,8 +149,9 @@ struct CompressProblem {
   // What went wrong, or nothing. rows_per_block 0: what the op takes.
   std::string run(int64_t first, int64_t rows, int rows_per_block = 0) {
     const CompressParams p = params(false, first, rows);
+    const sm80::CompressRows rows_of_block = {rows_per_block, rows_per_block};
     const Status status =
-        sm80::compress(p, rows_per_block > 0 ? rows_per_block : sm80::compress_rows_per_block(p), cuda_context());
+        sm80::compress(p, rows_per_block > 0 ? rows_of_block : sm80::compress_rows_per_block(p), cuda_context());
     if (!status.is_ok()) return status.message();
     if (!finish_device()) return "the kernel failed";
     state.download();

@@ -105,20 +105,23 @@ TEST(page_sizes_and_rings) {
 
 TEST(rows_that_a_block_looks_through) {
   if (no_device()) return;
-  for (const int rows : {1, 2, 5, 16, 100}) {
+  for (const int rows : {1, 2, 5, 16, 31, 32, 33, 100}) {
     check_case({4, 96, 32, 2}, rows);
     check_case({1, 96, 32, 2}, rows);
     check_case({4, 128, 64, 2, PageFormat::kFp4Keys}, rows);
   }
   CompressProblem p({128, 64, 32, 1});
   CompressParams params = p.params(false, 0, p.tokens);
-  CHECK(sm80::compress_rows_per_block(params) == 1);
-  params.kv.shape[0] = 4096;
-  CHECK(sm80::compress_rows_per_block(params) == 4);
-  params.kv.shape[0] = 1 << 20;
-  CHECK(sm80::compress_rows_per_block(params) == 16);
-  params.ratio = 4;
-  CHECK(sm80::compress_rows_per_block(params) == 4);
+  const auto looks_through = [&](int64_t tokens, int64_t ratio, int entries, int state) {
+    params.kv.shape[0] = tokens;
+    params.ratio = ratio;
+    const sm80::CompressRows rows = sm80::compress_rows_per_block(params);
+    CHECK(rows.entries == entries && rows.state == state);
+  };
+  looks_through(100, 128, 1, 1);
+  looks_through(4096, 128, 16, 16);
+  looks_through(1 << 20, 128, 128, 32);
+  looks_through(1 << 20, 4, 4, 32);
 }
 
 // A call in two pieces, wherever it is cut, leaves the same bits: the second finds in `state` what the first left

@@ -11,9 +11,12 @@ namespace dsv4::sm80 {
 inline constexpr int64_t kMostEntryDims = 8192, kMostKeyDims = 1024;
 inline constexpr int64_t kMostRatio = int64_t{1} << 24;
 
-// Rows that a block looks through, on which no result depends.
-int compress_rows_per_block(const CompressParams&);
-Status compress(const CompressParams&, int rows_per_block, const Context&);
+// Rows that a block looks through for entries to make and for rows to keep, on which no result depends.
+struct CompressRows {
+  int entries, state;
+};
+CompressRows compress_rows_per_block(const CompressParams&);
+Status compress(const CompressParams&, CompressRows rows_per_block, const Context&);
 
 Status compress(const CompressParams&, const Context&);
 

@@ -51,7 +51,7 @@ struct SpreadArguments {
 
 template <class N>
 DSV4_DEVICE void pool_with_weights(const PoolGradientArguments& a) {
-  const int64_t entry = ptx::block_index_x(), last = (entry + 1) * a.pool.ratio - 1;
+  const int64_t entry = ptx::block_index_x(), last = (entry + 1) * a.pool.ratio.value() - 1;
   pool_entry(a.pool, {last, 0, last});
   ptx::sync_threads();
   const N* grad = static_cast<const N*>(a.grad.data) + entry * a.grad.stride[0];
@@ -215,10 +215,9 @@ struct Memory {
 
 Status pool_entries(const CompressEntriesBackwardParams& p, const Memory& memory, const Context& context) {
   PoolGradientArguments a = {};
-  a.pool = arguments_of(p.forward, 1);
+  a.pool = arguments_of(p.forward);
   a.pool.whole = true;
   a.pool.params.state.data = const_cast<float*>(p.forward.kv.data);  // never read, see compress_entries
-  a.pool.ring = 1;
   a.pool.vector = whole_quads(p.forward);
   cut_block(a.pool, p.forward.rotate);
   a.entries = {memory.row(p, 0), memory.row(p, 1), memory.row(p, 2), memory.row(p, 3)};

@@ -37,20 +37,19 @@ inline void cut_block(CompressArguments& a, bool rotate) {
 
 // What the ops have in common; places, sequences, state and ring are still to be set.
 template <class Params>
-CompressArguments arguments_of(const Params& p, int rows_per_block) {
+CompressArguments arguments_of(const Params& p) {
   const int64_t dim = p.norm_weight.size(0);
   CompressArguments a = {};
   a.params.kv = p.kv, a.params.gate = p.gate, a.params.ape = p.ape;
   a.params.norm_weight = p.norm_weight, a.params.rope = p.rope;
   a.weight = norm_weight(p.norm_weight);
   a.tokens = p.kv.size(0);
-  a.rows_per_block = rows_per_block;
   a.eps = two_floats(p.eps);
   a.hadamard = hadamard_scale(dim);
   a.dim = static_cast<int>(dim);
   a.pooled = static_cast<int>(p.kv.size(1) / dim * p.ratio);
   a.lanes = row_lanes(dim);
-  a.ratio = static_cast<uint32_t>(p.ratio);
+  a.ratio = Divisor(static_cast<uint32_t>(p.ratio));
   a.vector_rope = whole_turns(p.rope, dim);
   return a;
 }

@@ -4,6 +4,7 @@
 // Sizes and orders depend on dims, ratio and overlap alone.
 #pragma once
 
+#include "cuda/sm80/divisor.h"
 #include "cuda/sm80/hadamard_row.h"
 #include "cuda/sm80/page_rows.h"
 #include "cuda/sm80/row_norms.h"
@@ -22,12 +23,12 @@ struct CompressArguments {
   NormWeight weight;
   TwoFloats eps;
   HadamardScale hadamard;
-  int64_t tokens;
+  int64_t tokens, blocks;
   int rows_per_block;
   int dim, pooled;  // positions of an entry, whether they exist or not
   int quads, groups, threads;
   int lanes;  // of the finished row
-  uint32_t ratio, ring;
+  Divisor ratio, ring;
   bool whole;  // one sequence from position 0, see compress_entries: no sequence, position, state and table
   bool vector, vector_rope, vector_place;
 };
@@ -59,7 +60,8 @@ struct PoolEntry {
     if (!within) i = end - 1;
     const int back = a.pooled - 1 - i;
     const int64_t row = t - back, position = at - back;
-    const bool second = i >= static_cast<int>(a.ratio);
+    const int ratio = static_cast<int>(a.ratio.value());
+    const bool second = i >= ratio;
     const int64_t channel = second ? a.dim : 0;
     PoolSource s;
     s.exists = within && position >= 0;
@@ -67,11 +69,11 @@ struct PoolEntry {
     const bool here =
         a.whole || (static_cast<const int32_t*>(p.sequence.data)[from * p.sequence.stride[0]] == own && row >= 0);
     s.biased = here;
-    const int64_t slot = s.exists ? static_cast<uint32_t>(position) % a.ring : 0;
+    const int64_t slot = s.exists ? a.ring.divide(static_cast<uint32_t>(position)).rest : 0;
     const float* kept = p.state.data + own * p.state.stride[0] + slot * p.state.stride[1] + channel;
     s.kv = here ? p.kv.data + from * p.kv.stride[0] + channel : kept;
     s.gate = here ? p.gate.data + from * p.gate.stride[0] + channel : kept + p.state.stride[2];
-    s.bias = p.ape.data + (second ? i - static_cast<int>(a.ratio) : i) * p.ape.stride[0] + channel;
+    s.bias = p.ape.data + (second ? i - ratio : i) * p.ape.stride[0] + channel;
     return s;
   }
 };

@@ -19,6 +19,7 @@ class Divisor {
     factor_ = static_cast<uint32_t>(((uint64_t{1} << shift_) + value - 1) / value);
   }
 
+  DSV4_HOST_DEVICE uint32_t value() const { return value_; }
   DSV4_HOST_DEVICE uint32_t quotient(uint32_t number) const {
     return static_cast<uint32_t>(static_cast<uint64_t>(number) * factor_ >> shift_);
   }
