@@ -1,9 +1,9 @@
 // compress in two kernels, since entries read what the state held before: the entries; then the last rows of each
 // sequence to their slots.
 //
-// Entries (compress_pool.h): a block looks through a few rows for those that complete an entry, pools it, and a warp
-// norms, rotates, quantises and writes it; compress_entries the same, where every row's place is known. Every row of kv
-// and gate is read once from memory, 8 c D bytes (of a block's 512 threads some 96 KB on their way), for some 25
+// Entries (compress_pool.h): a block looks through rows, a lane each, for those that complete an entry, pools it, and a
+// warp norms, rotates, quantises and writes it; compress_entries the same, where every row's place is known. Every row
+// of kv and gate is read once from memory, 8 c D bytes (of a block's 512 threads some 96 KB on their way), for some 25
 // instructions an element: bound by memory, 60 % of the read bandwidth expected of long prompts, since the one warp
 // keeps others waiting. An entry of 128 positions keeps its block some microseconds: few of them leave a GPU idle.
 // State: 16 c D bytes for each of at most `ring` rows a sequence.
@@ -96,7 +96,7 @@ DSV4_DEVICE void keep_rows(const CompressArguments& a) {
     const bool stored = own >= 0 && own < p.state.shape[0] && position_of(t) >= 0;
     return stored && !(t + ring < a.tokens && sequence_of(t + ring) == own);
   };
-  const int channels = a.dim * (a.pooled / static_cast<int>(a.ratio.value()));
+  const int channels = static_cast<int>(p.kv.shape[1]);
   const auto keep = [&](int64_t t) {
     const uint32_t at = static_cast<uint32_t>(position_of(t));
     const float *kv = p.kv.data + t * p.kv.stride[0], *gate = p.gate.data + t * p.gate.stride[0];

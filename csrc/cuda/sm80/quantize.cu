@@ -1,10 +1,12 @@
 // hadamard: rows of up to 1024 dims in registers (hadamard_row.h), longer ones in shared memory, a block a row. 4 bytes
 // a bfloat16 element from and to memory and, at 128 dims, some 40 instructions, half of them additions: two thirds of
 // the copy bandwidth expected.
-// quantize_fp8, quantize_fp4: a block of 128 (or 32) values is a row of 16 (or 4) lanes and stays in registers between
-// its maximum and its codes; 3 (or 2.5) bytes a bfloat16 element and 15 (or 25) instructions: bound by memory, 80 % of
-// the copy bandwidth expected where the processor converts to e4m3 (8.9 and newer). dequantize_*: eight codes a thread;
-// 3 (or 2.5) bytes an element and 5 instructions: bound by memory.
+// quantize_fp8, quantize_fp4: a block of 128 (or 32) values is a row of 8 (or 2) lanes, 16 values each, and stays in
+// registers between its maximum and its codes; 3 (or 2.5) bytes a bfloat16 element and 15 (or 23) instructions: bound
+// by memory in FP8, where the processor converts to e4m3 (8.9 and newer), 80 % of the copy bandwidth expected; by
+// instructions in FP4, 60 %.
+// dequantize_*: eight codes a thread; 3 (or 2.5) bytes an element and 19 (or 17) instructions, half of them for
+// addresses: near the limit of both.
 #include "cuda/common/launch.h"
 #include "cuda/sm80/divisor.h"
 #include "cuda/sm80/hadamard_row.h"
@@ -15,6 +17,7 @@
 namespace dsv4::sm80 {
 
 inline constexpr int kLongThreads = 256;
+inline constexpr int kHeldEights = 2;  // of a block to quantise, in a lane's registers
 
 struct HadamardArguments {
   HadamardParams params;
@@ -55,6 +58,19 @@ DSV4_DEVICE void store_codes(uint8_t* codes, int column, int count, bool vector,
   }
 }
 
+// A lane's eights of a block of `count`, all loads on their way at once. Past the end stand zeros or, of whole eights,
+// the block's first once more, on which no maximum depends either.
+template <class X>
+DSV4_DEVICE void load_held(const X* block, int first, int step, int count, bool vector, float (&held)[kHeldEights][8]) {
+  DSV4_UNROLL
+  for (int s = 0; vector && s < kHeldEights; ++s) {
+    const int column = first + s * step < count ? first + s * step : 0;
+    load_eight(block, column, column + 8, true, held[s]);
+  }
+  DSV4_UNROLL
+  for (int s = 0; !vector && s < kHeldEights; ++s) load_eight(block, first + s * step, count, false, held[s]);
+}
+
 template <class X, bool kFp4>
 DSV4_DEVICE void quantize_blocks(const QuantizeArguments& a) {
   const RowLanes lanes(a.lanes);
@@ -65,21 +81,31 @@ DSV4_DEVICE void quantize_blocks(const QuantizeArguments& a) {
   const int start = static_cast<int>(block) * a.block, count = a.dim - start < a.block ? a.dim - start : a.block;
   const X* x = static_cast<const X*>(a.params.x.data) + row * a.params.x.stride[0] + start;
   uint8_t* codes = static_cast<uint8_t*>(a.params.codes.data) + row * a.params.codes.stride[0] + start / (kFp4 ? 2 : 1);
-  float first[8];
-  load_eight(x, 8 * lanes.lane, count, a.vector, first);
-  uint32_t largest = largest_magnitude(first, 8);
-  for (int column = 8 * lanes.lane + lanes.step(); column < count; column += lanes.step()) {
-    float value[8];
-    load_eight(x, column, count, a.vector, value);
+  float held[kHeldEights][8];
+  uint32_t largest = 0;
+  const auto add = [&](const float (&value)[8]) {
     const uint32_t other = largest_magnitude(value, 8);
     largest = largest < other ? other : largest;
+  };
+  const int first = 8 * lanes.lane, beyond = first + kHeldEights * lanes.step();
+  load_held(x, first, lanes.step(), count, a.vector, held);
+  DSV4_UNROLL
+  for (int s = 0; s < kHeldEights; ++s) add(held[s]);
+  for (int column = beyond; column < count; column += lanes.step()) {
+    float value[8];
+    load_eight(x, column, count, a.vector, value);
+    add(value);
   }
   largest = largest_of_lanes(largest, lanes.count);
-  if (!own || 8 * lanes.lane >= count) return;
+  if (!own) return;
   const CodeScale by = code_scale(kFp4 ? fp4_scale(largest) : fp8_scale(largest));
   if (lanes.lane == 0) static_cast<uint8_t*>(a.params.scale.data)[row * a.params.scale.stride[0] + block] = by.scale;
-  store_codes<kFp4>(codes, 8 * lanes.lane, count, a.vector, first, by);
-  for (int column = 8 * lanes.lane + lanes.step(); column < count; column += lanes.step()) {
+  DSV4_UNROLL
+  for (int s = 0; s < kHeldEights; ++s) {
+    const int column = first + s * lanes.step();
+    if (column < count) store_codes<kFp4>(codes, column, count, a.vector, held[s], by);
+  }
+  for (int column = beyond; column < count; column += lanes.step()) {
     float value[8];
     load_eight(x, column, count, a.vector, value);
     store_codes<kFp4>(codes, column, count, a.vector, value, by);
@@ -154,7 +180,7 @@ DSV4_DEVICE void expand_codes(const DequantizeArguments& a) {
     values_of<kFp4>(codes, value);
     DSV4_UNROLL
     for (int e = 0; e < 8; ++e) value[e] = ptx::multiply(value[e], by);
-    store_eight(to, column, a.dim, true, value);
+    store_eight(to, column, column + 8, true, value);
   } else {
     for (int d = column; d < column + 8 && d < a.dim; ++d) {
       const float value =
@@ -269,7 +295,7 @@ Status quantize(const char* name, void (*kernel)(QuantizeArguments), const Quant
   a.blocks = Divisor(static_cast<uint32_t>(blocks));
   a.dim = static_cast<int>(dim);
   a.block = static_cast<int>(block);
-  a.lanes = row_lanes(block);
+  a.lanes = row_lanes((block + kHeldEights - 1) / kHeldEights);
   a.vector = in_eights(p.x) && block % 8 == 0 && in_sixteens(p.codes.data) && p.codes.stride[0] % 8 == 0;
   const int64_t at_once = kUnitsAtOnce / blocks;
   for (a.first_row = 0; a.first_row < rows; a.first_row += at_once) {
