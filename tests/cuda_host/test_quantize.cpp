@@ -25,7 +25,7 @@ void check_quantize(const QuantizeCase& c) {
 TEST(codes_of_every_block) {
   if (no_device()) return;
   for (const int64_t block : {1, 2, 3, 7, 8, 16, 32, 64, 100, 128, 256, 264, 1000}) {
-    for (const int64_t n : {1, 2, 8, 31, 64, 128, 200, 384, 777}) {
+    for (const int64_t n : {1, 2, 8, 31, 64, 128, 200, 384, 777, 1024}) {
       check_quantize<bf16>({3, n, block});
       check_quantize<float>({2, n, block});
       if (n % 2 != 0 || block % 2 != 0) continue;
