@@ -100,9 +100,10 @@ TEST(linears) {
 // linears.
 TEST(experts) {
   for (const WeightFormat format : {WeightFormat::kPlain, WeightFormat::kFp8, WeightFormat::kFp4}) {
-    for (const bool many : {false, true}) {
-      const sm80::ExpertCut cut = {4096, many, many, !many};
-      const MoeCase c = {24, 256, 136, 3, 2, format, format, format, 128};
+    for (const sm80::SharedTile tile : {sm80::SharedTile::kFew, sm80::SharedTile::kSome, sm80::SharedTile::kMany}) {
+      const bool many = tile == sm80::SharedTile::kMany;
+      const sm80::ExpertCut cut = {4096, many, tile, !many};
+      const MoeCase c = {40, 256, 136, 3, 2, format, format, format, 128};
       check_banks(
           "format " + std::to_string(static_cast<int>(format)), [&] { return try_moe<bf16>(c, &cut); },
           many && format == WeightFormat::kFp4 ? 2 : 1.1);

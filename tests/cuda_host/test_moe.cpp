@@ -8,11 +8,11 @@ using namespace dsv4;
 using namespace dsv4::testing;
 
 constexpr WeightFormat kFormats[] = {WeightFormat::kPlain, WeightFormat::kFp8, WeightFormat::kFp4};
-constexpr sm80::ExpertCut kCuts[] = {{4096, false, false, true},
-                                     {4096, true, true, true},
-                                     {4096, false, true, false},
-                                     {4096, true, false, false},
-                                     {3, false, false, false}};
+constexpr sm80::ExpertCut kCuts[] = {{4096, false, sm80::SharedTile::kFew, true},
+                                     {4096, true, sm80::SharedTile::kMany, true},
+                                     {4096, false, sm80::SharedTile::kSome, false},
+                                     {4096, true, sm80::SharedTile::kFew, false},
+                                     {3, false, sm80::SharedTile::kSome, false}};
 
 std::string text(const MoeCase& c) {
   std::string words;
@@ -458,13 +458,13 @@ TEST(cuts) {
   params.w1.data.shape[0] = 256;
   params.weights.shape[1] = 6;
   sm80::ExpertCut cut = sm80::expert_cut(params);
-  CHECK(cut.tokens == 1 && !cut.many && !cut.many_shared && cut.tile_at_row);
+  CHECK(cut.tokens == 1 && !cut.many && cut.shared == sm80::SharedTile::kFew && cut.tile_at_row);
   params.x.shape[0] = 64;
   cut = sm80::expert_cut(params);
-  CHECK(!cut.many && cut.many_shared && !cut.tile_at_row);
+  CHECK(!cut.many && cut.shared == sm80::SharedTile::kSome && !cut.tile_at_row);
   params.x.shape[0] = 10000;
   cut = sm80::expert_cut(params);
-  CHECK(cut.tokens == 4096 && cut.many && !cut.tile_at_row);
+  CHECK(cut.tokens == 4096 && cut.many && cut.shared == sm80::SharedTile::kMany && !cut.tile_at_row);
   params = p.params();
   params.workspace = {};
   CHECK(std::string(sm80::moe_experts(params, cuda_context()).message()).find("workspace has 0 bytes, needs") !=

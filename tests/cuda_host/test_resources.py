@@ -79,6 +79,11 @@ CLAIMS = {
         for op, stores in (("gate_up", ["STG.E.128", "MUFU.EX2"]), ("down", []))
         for tile in ("few", "many")
     },
+    **{
+        f"{form}_moe_shared_{tile}": ["HMMA.16816.F32.BF16", "LDGSTS.E.BYPASS", "LDS.128", "BAR.SYNC", "LDGDEPBAR"]
+        for form in ("fp8", "fp4", "fp4_wide", "bf16", "f32")
+        for tile in ("few", "some")
+    },
     "bf16_moe_prepare": ["LDG.E.128", "STG.E.128", "SHFL.BFLY"],
     "f32_moe_prepare": ["LDG.E.128", "STG.E.128", "SHFL.BFLY"],
     "bf16_moe_activate": ["LDG.E.128", "STG.E.128", "SHFL.BFLY", "MUFU.EX2"],

@@ -4,8 +4,8 @@
 // rows of one expert, gathered by the map. A warp has 16 rows of both, so that gate and up of an output meet in one
 // thread: clamp, SwiGLU and routing weight follow in registers, and the block quantises the 128 outputs, which share a
 // scale, on their way out in the form that w2's tiles read. down: rows of w2 times those, to one row of outputs for
-// each pair. w1 and w3 of different forms, for which gate_up has no tile, take the way of down one after the other,
-// and `activate` makes of their outputs what gate_up does in registers.
+// each pair. w1 and w3 of different forms, for which gate_up has no tile, and those of the shared expert where tiles of
+// 128 rows are too few, take the way of down, and `activate` makes of their outputs what gate_up does in registers.
 #pragma once
 
 #include "cuda/sm80/moe_map.h"
@@ -44,8 +44,8 @@ struct ExpertArguments {
   // Of activate: [rows, outputs].
   const void *gate, *up;
   bool vector;  // rows of those are made of whole, aligned 16-byte pieces
-  // Of down: [rows, outputs].
-  void* out;
+  // Of down: [rows, outputs] of `first`; of `second`, or none.
+  void *out, *second_out;
 };
 
 // A tile's rows of w1 and w3: 16 of each by turns.
@@ -208,22 +208,26 @@ DSV4_DEVICE void gate_up(const ExpertArguments& a) {
   write_inner<Shape>(a, tile, block, inner);
 }
 
-// Grid: tiles of rows of w2, and for each all tiles of the map.
+// Grid: tiles of rows of `first`, then of `second` if it has an output, and for each all tiles of the map.
 template <class Shape>
 DSV4_DEVICE void down(const ExpertArguments& a) {
   const ExpertTile tile = tile_of(a, ptx::block_index_x() % a.tile_count, Shape::kTokens);
   if (tile.expert < 0) return;
-  const int64_t first = ptx::block_index_x() / a.tile_count * Shape::kRows;
-  const WeightRows weights = rows_of<Shape::kForm>(a.first, tile, first, a.outputs, Shape::kRows);
+  const int64_t number = ptx::block_index_x() / a.tile_count, row_tiles = (a.outputs + Shape::kRows - 1) / Shape::kRows;
+  const bool second = number >= row_tiles;
+  const int64_t first = (second ? number - row_tiles : number) * Shape::kRows;
+  const ExpertWeights matrix = second ? a.second : a.first;
+  const WeightRows weights = rows_of<Shape::kForm>(matrix, tile, first, a.outputs, Shape::kRows);
+  void* out = second ? a.second_out : a.out;
   WeightTile<Shape> product;
   product.run(weights, rows_of(a.x, tile));
   product.each([&](int row, int token, float value) {
     if (row >= weights.count || token >= tile.count) return;
     const int64_t at = (tile.first + token) * a.outputs + first + row;
     if (a.narrow) {
-      static_cast<bf16*>(a.out)[at] = bf16{static_cast<uint16_t>(ptx::pack_bf16(value, 0.0f))};
+      static_cast<bf16*>(out)[at] = bf16{static_cast<uint16_t>(ptx::pack_bf16(value, 0.0f))};
     } else {
-      static_cast<float*>(a.out)[at] = value;
+      static_cast<float*>(out)[at] = value;
     }
   });
 }

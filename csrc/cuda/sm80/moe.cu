@@ -6,6 +6,9 @@
 // (e2m1): bound by the bandwidth of the bytes of the experts touched. Many: tiles of 64, 57 FLOP a byte from L2 with
 // e2m1 weights: bound by the tensor cores and the instructions that expand codes. The launch has a tile for every pair
 // or, from some pairs on, for every expert and 64 pairs, whichever is less; tiles without rows end at once.
+//
+// The shared expert is one alone: blocks of 128 rows of its matrices would leave most of a GPU idle until tokens are
+// many. Up to then it takes 32 rows a block, w1 and w3 apart, so that some hundred blocks read each matrix of a model.
 #include "cuda/common/launch.h"
 #include "cuda/sm80/expert_launch.h"
 #include "cuda/sm80/moe.h"
@@ -51,6 +54,15 @@ using DownMany = TileShape<kForm, kForm == WeightForm::kFloat32 ? 1 : 2, 4, 4, 2
                            : kIsPlain<kForm> ? 2
                                              : 3>;
 
+// The shared expert, of which there is one: 32 rows a block, K dealt out to warps.
+template <WeightForm kForm>
+using SharedFew = TileShape<kForm, 1, 1, kForm == WeightForm::kFloat32 ? 1 : 2, 1, 4,
+                            kIsFp4<kForm>     ? 4
+                            : kIsPlain<kForm> ? 2
+                                              : 3>;
+template <WeightForm kForm>
+using SharedSome = TileShape<kForm, 1, kForm == WeightForm::kFloat32 ? 2 : 4, 2, 1, 2, kIsPlain<kForm> ? 2 : 3>;
+
 // Grid: x over tokens, y over runs of pieces of the outputs.
 template <class X>
 DSV4_DEVICE void combine(const CombineArguments& a) {
@@ -80,7 +92,11 @@ DSV4_DEVICE void combine(const CombineArguments& a) {
   DSV4_KERNEL(DownFew<form>::kThreads, 1)                                                   \
   sm80_##name##_moe_down_few(const ExpertArguments a) { down<DownFew<form>>(a); }           \
   DSV4_KERNEL(DownMany<form>::kThreads, 1)                                                  \
-  sm80_##name##_moe_down_many(const ExpertArguments a) { down<DownMany<form>>(a); }
+  sm80_##name##_moe_down_many(const ExpertArguments a) { down<DownMany<form>>(a); }         \
+  DSV4_KERNEL(SharedFew<form>::kThreads, 1)                                                 \
+  sm80_##name##_moe_shared_few(const ExpertArguments a) { down<SharedFew<form>>(a); }       \
+  DSV4_KERNEL(SharedSome<form>::kThreads, 2)                                                \
+  sm80_##name##_moe_shared_some(const ExpertArguments a) { down<SharedSome<form>>(a); }
 
 DSV4_EXPERT_KERNELS(fp8, WeightForm::kFp8)
 DSV4_EXPERT_KERNELS(fp4, WeightForm::kFp4)
@@ -127,6 +143,9 @@ constexpr ExpertKernel down_of(void (*run)(ExpertArguments)) {
    gate_up_of<GateUpMany<form>>(sm80_##name##_moe_gate_up_many)}
 #define DSV4_DOWN(name, form) \
   {down_of<DownFew<form>>(sm80_##name##_moe_down_few), down_of<DownMany<form>>(sm80_##name##_moe_down_many)}
+#define DSV4_SHARED(name, form)                                                                                      \
+  {down_of<SharedFew<form>>(sm80_##name##_moe_shared_few), down_of<SharedSome<form>>(sm80_##name##_moe_shared_some), \
+   down_of<DownMany<form>>(sm80_##name##_moe_down_many)}
 
 constexpr ExpertKernel kGateUp[][2] = {DSV4_GATE_UP(fp8, WeightForm::kFp8), DSV4_GATE_UP(fp4, WeightForm::kFp4),
                                        DSV4_GATE_UP(fp4_wide, WeightForm::kFp4Wide),
@@ -135,6 +154,10 @@ constexpr ExpertKernel kGateUp[][2] = {DSV4_GATE_UP(fp8, WeightForm::kFp8), DSV4
 constexpr ExpertKernel kDown[][2] = {DSV4_DOWN(fp8, WeightForm::kFp8), DSV4_DOWN(fp4, WeightForm::kFp4),
                                      DSV4_DOWN(fp4_wide, WeightForm::kFp4Wide), DSV4_DOWN(bf16, WeightForm::kBFloat16),
                                      DSV4_DOWN(f32, WeightForm::kFloat32)};
+// By SharedTile.
+constexpr ExpertKernel kShared[][3] = {
+    DSV4_SHARED(fp8, WeightForm::kFp8), DSV4_SHARED(fp4, WeightForm::kFp4), DSV4_SHARED(fp4_wide, WeightForm::kFp4Wide),
+    DSV4_SHARED(bf16, WeightForm::kBFloat16), DSV4_SHARED(f32, WeightForm::kFloat32)};
 
 WeightForm form_of(const ExpertMatrix& w) {
   const bool wide = w.scale.dtype == DType::kFloat32;
@@ -172,7 +195,7 @@ struct Expert {
 Expert routed(const MoeExpertsParams& p) { return {&p.w1, &p.w3, &p.w2}; }
 Expert shared(const MoeExpertsParams& p) { return {p.shared, p.shared + 1, p.shared + 2}; }
 
-// Whether one tile holds rows of both.
+// Whether one kernel multiplies both.
 bool alike(const Expert& e) { return form_of(*e.w1) == form_of(*e.w3) && e.w1->scale.dtype == e.w3->scale.dtype; }
 
 // Whether some w1 or w3 multiplies x as it is, or else quantised.
@@ -213,7 +236,8 @@ struct Layout {
     outputs = take(pairs * hidden * size);
     shared_outputs = take(has_shared ? tokens * hidden * size : 0);
     const int64_t apart = alike(routed(p)) ? 0 : pairs * routed(p).inter() * size;
-    const int64_t shared_apart = !has_shared || alike(shared(p)) ? 0 : tokens * shared(p).inter() * size;
+    const bool shared_at_once = !has_shared || (alike(shared(p)) && cut.shared == SharedTile::kMany);
+    const int64_t shared_apart = shared_at_once ? 0 : tokens * shared(p).inter() * size;
     gate = take(apart > shared_apart ? apart : shared_apart);
     up = take(apart > shared_apart ? apart : shared_apart);
   }
@@ -231,7 +255,7 @@ Status launch_kernel(const char* name, const ExpertKernel& kernel, int64_t tile_
   a.split = a.tiles != nullptr ? static_cast<int>(tile_rows) / kernel.tokens : 1;
   a.tile_count = a.tiles != nullptr ? tile_count * a.split : ceil_div(a.rows, kernel.tokens);
   cuda::LaunchShape shape;
-  shape.blocks_x = a.tile_count * ceil_div(a.outputs, kernel.rows);
+  shape.blocks_x = a.tile_count * ceil_div(a.outputs, kernel.rows) * (a.second_out != nullptr ? 2 : 1);
   shape.threads = kernel.threads;
   shape.shared_bytes = kernel.shared_bytes;
   if (shape.blocks_x == 0) return Status::ok();
@@ -361,7 +385,6 @@ class ExpertRun {
   }
 
   Status expert(const Expert& e, bool is_shared) const {
-    const bool many = is_shared ? cut_.many_shared : cut_.many;
     ExpertArguments a = {};
     a.tiles = is_shared ? nullptr : memory<ExpertTile>(at_.tiles);
     a.rows = count_;
@@ -374,7 +397,8 @@ class ExpertRun {
     a.inner_plane_stride = padded_bytes(a.outputs);
     a.inner_stride = a.inner_planes * a.inner_plane_stride;
     a.quantise = !plain(*e.w2);
-    const Status gated = alike(e) ? gate_up(e, is_shared, many, a) : gate_and_up(e, is_shared, many, a);
+    const bool at_once = alike(e) && (!is_shared || cut_.shared == SharedTile::kMany);
+    const Status gated = at_once ? gate_up(e, is_shared, a) : gate_and_up(e, is_shared, a);
     if (!gated.is_ok()) return gated;
     a.first = weights_of(*e.w2);
     a.x = {};
@@ -386,32 +410,53 @@ class ExpertRun {
     a.x.vector = true;
     a.outputs = p_.x.size(1);
     a.out = memory(is_shared ? at_.shared_outputs : at_.outputs);
-    return launch(kDown[static_cast<int>(form_of(*e.w2))][many], a);
+    return launch(product_of(*e.w2, is_shared), a);
   }
 
-  Status gate_up(const Expert& e, bool is_shared, bool many, ExpertArguments a) const {
+  // Of w2, or of w1 and w3 apart.
+  const ExpertKernel& product_of(const ExpertMatrix& w, bool is_shared) const {
+    const int form = static_cast<int>(form_of(w));
+    return is_shared ? kShared[form][static_cast<int>(cut_.shared)] : kDown[form][cut_.many];
+  }
+
+  Status gate_up(const Expert& e, bool is_shared, ExpertArguments a) const {
     a.first = weights_of(*e.w1);
     a.second = weights_of(*e.w3);
     a.first.matrix.vector = a.second.matrix.vector = a.first.matrix.vector && a.second.matrix.vector;
     a.x = input(*e.w1, is_shared);
-    return launch(kGateUp[static_cast<int>(form_of(*e.w1))][many], a);
+    return launch(kGateUp[static_cast<int>(form_of(*e.w1))][is_shared || cut_.many], a);
   }
 
-  // The same of matrices that are not alike.
-  Status gate_and_up(const Expert& e, bool is_shared, bool many, ExpertArguments a) const {
+  // The same where w1 and w3 are not alike, or tiles of the shared expert narrower than a quantiser's block.
+  Status gate_and_up(const Expert& e, bool is_shared, ExpertArguments a) const {
     a.gate = memory(at_.gate);
     a.up = memory(at_.up);
     a.vector = a.outputs * size() % 16 == 0;
+    const Status multiplied = alike(e) ? gate_beside_up(e, is_shared, a) : gate_then_up(e, is_shared, a);
+    if (!multiplied.is_ok()) return multiplied;
+    const ExpertKernel kernel = {narrow() ? sm80_bf16_moe_activate : sm80_f32_moe_activate, kBlockInputs, kActivateRows,
+                                 kActivateThreads, 0};
+    return launch(kernel, a);
+  }
+
+  Status gate_beside_up(const Expert& e, bool is_shared, ExpertArguments a) const {
+    a.first = weights_of(*e.w1);
+    a.second = weights_of(*e.w3);
+    a.x = input(*e.w1, is_shared);
+    a.out = memory(at_.gate);
+    a.second_out = memory(at_.up);
+    return launch(product_of(*e.w1, is_shared), a);
+  }
+
+  Status gate_then_up(const Expert& e, bool is_shared, ExpertArguments a) const {
     for (const ExpertMatrix* w : {e.w1, e.w3}) {
       a.first = weights_of(*w);
       a.x = input(*w, is_shared);
       a.out = memory(w == e.w1 ? at_.gate : at_.up);
-      const Status status = launch(kDown[static_cast<int>(form_of(*w))][many], a);
+      const Status status = launch(product_of(*w, is_shared), a);
       if (!status.is_ok()) return status;
     }
-    const ExpertKernel kernel = {narrow() ? sm80_bf16_moe_activate : sm80_f32_moe_activate, kBlockInputs, kActivateRows,
-                                 kActivateThreads, 0};
-    return launch(kernel, a);
+    return Status::ok();
   }
 
   Status launch(const ExpertKernel& kernel, const ExpertArguments& a) const {
@@ -445,12 +490,20 @@ class ExpertRun {
   Layout at_;
 };
 
+// Large tiles where there are enough of them to occupy a GPU.
+SharedTile shared_tile(const MoeExpertsParams& p, int64_t tokens) {
+  constexpr int64_t kEnough = 64;
+  if (!shared(p).given() || tokens <= kTilesRows[0]) return SharedTile::kFew;
+  const int64_t large = ceil_div(tokens, kTilesRows[1]) * ceil_div(shared(p).inter(), kBlockInputs);
+  return large < kEnough ? SharedTile::kSome : SharedTile::kMany;
+}
+
 }  // namespace
 
 ExpertCut expert_cut(const MoeExpertsParams& p) {
   const int64_t tokens = p.x.size(0) < kTokensAtOnce ? p.x.size(0) : kTokensAtOnce;
   const int64_t pairs = tokens * p.weights.size(1), experts = p.w1.data.shape[0];
-  ExpertCut cut = {tokens, pairs > kTilesRows[0] * experts, tokens > kTilesRows[0], false};
+  ExpertCut cut = {tokens, pairs > kTilesRows[0] * experts, shared_tile(p, tokens), false};
   cut.tile_at_row = pairs <= pairs / kTilesRows[cut.many] + experts;
   return cut;
 }

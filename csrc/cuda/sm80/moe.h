@@ -14,11 +14,15 @@ Status moe_gate(const MoeGateParams&, const Context&);
 int64_t moe_experts_workspace_bytes(const MoeExpertsParams&, const Context&);
 Status moe_experts(const MoeExpertsParams&, const Context&);
 
+// Tiles of the shared expert: of 8, 32 or 64 tokens.
+enum class SharedTile { kFew, kSome, kMany };
+
 // How a call is cut, which changes no bit of the results.
 struct ExpertCut {
-  int64_t tokens;          // taken at a time
-  bool many, many_shared;  // tiles of 64 rows, not 8: of the routed experts, of the shared one
-  bool tile_at_row;        // see moe_map.h
+  int64_t tokens;  // taken at a time
+  bool many;       // tiles of 64 rows, not 8, of the routed experts
+  SharedTile shared;
+  bool tile_at_row;  // see moe_map.h
 };
 ExpertCut expert_cut(const MoeExpertsParams&);
 
