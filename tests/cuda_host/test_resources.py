@@ -74,15 +74,12 @@ CLAIMS = {
         for tile in ("few", "some", "many")
     },
     **{
-        f"{form}_moe_{op}_{tile}": ["HMMA.16816.F32.BF16", "LDGSTS.E.BYPASS", "LDS.128", "BAR.SYNC", *stores]
+        f"{form}_moe_{op}": ["HMMA.16816.F32.BF16", "LDGSTS.E.BYPASS", "LDS.128", "BAR.SYNC", *stores]
         for form in ("fp8", "fp4", "fp4_wide", "bf16", "f32")
-        for op, stores in (("gate_up", ["STG.E.128", "MUFU.EX2"]), ("down", []))
-        for tile in ("few", "many")
-    },
-    **{
-        f"{form}_moe_shared_{tile}": ["HMMA.16816.F32.BF16", "LDGSTS.E.BYPASS", "LDS.128", "BAR.SYNC", "LDGDEPBAR"]
-        for form in ("fp8", "fp4", "fp4_wide", "bf16", "f32")
-        for tile in ("few", "some")
+        for op, stores in (
+            ("gate_up_many", ["STG.E.128", "MUFU.EX2"]),
+            *((op, []) for op in ("product_few", "product_many", "shared_few", "shared_some")),
+        )
     },
     "bf16_moe_prepare": ["LDG.E.128", "STG.E.128", "SHFL.BFLY"],
     "f32_moe_prepare": ["LDG.E.128", "STG.E.128", "SHFL.BFLY"],

@@ -1,11 +1,11 @@
 // The products of the experts on the tiles of weight_tile.h.
 //
-// gate_up: a block takes 128 rows of w1 and the same of w3 (in passes, where their form is wide), for up to 8 or 64
-// rows of one expert, gathered by the map. A warp has 16 rows of both, so that gate and up of an output meet in one
+// gate_up: a block takes 128 rows of w1 and the same of w3 (in passes, where their form is wide), for up to 64 rows of
+// one expert, gathered by the map. A warp has 16 rows of both, so that gate and up of an output meet in one
 // thread: clamp, SwiGLU and routing weight follow in registers, and the block quantises the 128 outputs, which share a
-// scale, on their way out in the form that w2's tiles read. down: rows of w2 times those, to one row of outputs for
-// each pair. w1 and w3 of different forms, for which gate_up has no tile, and those of the shared expert where tiles of
-// 128 rows are too few, take the way of down, and `activate` makes of their outputs what gate_up does in registers.
+// scale, on their way out in the form that w2's tiles read. product: rows of w2 times those, to one row of outputs for
+// each pair. w1 and w3 of different forms, for which gate_up has no tile, and those for few rows, which would make too
+// few blocks of 128, are products too, and `activate` makes of their outputs what gate_up does in registers.
 #pragma once
 
 #include "cuda/sm80/moe_map.h"
@@ -44,7 +44,7 @@ struct ExpertArguments {
   // Of activate: [rows, outputs].
   const void *gate, *up;
   bool vector;  // rows of those are made of whole, aligned 16-byte pieces
-  // Of down: [rows, outputs] of `first`; of `second`, or none.
+  // Of product: [rows, outputs] of `first`; of `second`, or none.
   void *out, *second_out;
 };
 
@@ -210,7 +210,7 @@ DSV4_DEVICE void gate_up(const ExpertArguments& a) {
 
 // Grid: tiles of rows of `first`, then of `second` if it has an output, and for each all tiles of the map.
 template <class Shape>
-DSV4_DEVICE void down(const ExpertArguments& a) {
+DSV4_DEVICE void product(const ExpertArguments& a) {
   const ExpertTile tile = tile_of(a, ptx::block_index_x() % a.tile_count, Shape::kTokens);
   if (tile.expert < 0) return;
   const int64_t number = ptx::block_index_x() / a.tile_count, row_tiles = (a.outputs + Shape::kRows - 1) / Shape::kRows;
@@ -219,9 +219,9 @@ DSV4_DEVICE void down(const ExpertArguments& a) {
   const ExpertWeights matrix = second ? a.second : a.first;
   const WeightRows weights = rows_of<Shape::kForm>(matrix, tile, first, a.outputs, Shape::kRows);
   void* out = second ? a.second_out : a.out;
-  WeightTile<Shape> product;
-  product.run(weights, rows_of(a.x, tile));
-  product.each([&](int row, int token, float value) {
+  WeightTile<Shape> sums;
+  sums.run(weights, rows_of(a.x, tile));
+  sums.each([&](int row, int token, float value) {
     if (row >= weights.count || token >= tile.count) return;
     const int64_t at = (tile.first + token) * a.outputs + first + row;
     if (a.narrow) {

@@ -2,13 +2,15 @@
 // of pairs by expert (moe_map.h); gate and up (expert_tiles.h), down, each for the routed experts and for the shared
 // one; the sum of a token's outputs by ascending expert, then the shared one's, in float32.
 //
-// Few rows an expert: tiles of 8 rows, each weight read once, 128 rows of a matrix a block, 48 KB of weights in flight
-// (e2m1): bound by the bandwidth of the bytes of the experts touched. Many: tiles of 64, 57 FLOP a byte from L2 with
-// e2m1 weights: bound by the tensor cores and the instructions that expand codes. The launch has a tile for every pair
-// or, from some pairs on, for every expert and 64 pairs, whichever is less; tiles without rows end at once.
+// Few rows an expert: tiles of 8 rows, each weight read once, bound by the bytes of the experts touched or by the
+// instructions that expand them. 64 rows of a matrix a block, w1 and w3 apart and `activate` after them: one token's
+// six experts are three blocks for each SM of a large GPU, where blocks of a quantiser's 128 outputs of both would be
+// fewer than it has SMs. Many: tiles of 64, 57 FLOP a byte from L2 with e2m1 weights: bound by the tensor cores and the
+// instructions that expand codes. The launch has a tile for every pair or, from some pairs on, for every expert and 64
+// pairs, whichever is less; tiles without rows end at once.
 //
-// The shared expert is one alone: blocks of 128 rows of its matrices would leave most of a GPU idle until tokens are
-// many. Up to then it takes 32 rows a block, w1 and w3 apart, so that some hundred blocks read each matrix of a model.
+// The shared expert is one alone: until tokens are many it takes 32 rows a block, so that some hundred blocks read each
+// matrix of a model.
 #include "cuda/common/launch.h"
 #include "cuda/sm80/expert_launch.h"
 #include "cuda/sm80/moe.h"
@@ -40,26 +42,23 @@ template <WeightForm kForm>
 inline constexpr int kManyN = kForm == WeightForm::kFp8 || kForm == WeightForm::kFp4 ? 8 : 4;
 
 template <WeightForm kForm>
-using GateUpFew = TileShape<kForm, 2, 1, kPassWarps<kForm>, 1, 1, kIsFp4<kForm> ? 4 : 2>;
+inline constexpr int kFewStages = kIsFp4<kForm>     ? 4
+                                  : kIsPlain<kForm> ? 2
+                                                    : 3;
+
 template <WeightForm kForm>
 using GateUpMany = TileShape<kForm, 2, kManyN<kForm>, kPassWarps<kForm>, 1, 1, kIsFp4<kForm> ? 3 : 2>;
 template <WeightForm kForm>
-using DownFew = TileShape<kForm, 1, 1, kForm == WeightForm::kFloat32 ? 4 : 8, 1, 1,
-                          kIsFp4<kForm>     ? 5
-                          : kIsPlain<kForm> ? 2
-                                            : 4>;
+using ProductFew = TileShape<kForm, kForm == WeightForm::kFloat32 ? 1 : 2, 1, 2, 1, 2, kFewStages<kForm>>;
 template <WeightForm kForm>
-using DownMany = TileShape<kForm, kForm == WeightForm::kFloat32 ? 1 : 2, 4, 4, 2, 1,
-                           kIsFp4<kForm>     ? 4
-                           : kIsPlain<kForm> ? 2
-                                             : 3>;
+using ProductMany = TileShape<kForm, kForm == WeightForm::kFloat32 ? 1 : 2, 4, 4, 2, 1,
+                              kIsFp4<kForm>     ? 4
+                              : kIsPlain<kForm> ? 2
+                                                : 3>;
 
 // The shared expert, of which there is one: 32 rows a block, K dealt out to warps.
 template <WeightForm kForm>
-using SharedFew = TileShape<kForm, 1, 1, kForm == WeightForm::kFloat32 ? 1 : 2, 1, 4,
-                            kIsFp4<kForm>     ? 4
-                            : kIsPlain<kForm> ? 2
-                                              : 3>;
+using SharedFew = TileShape<kForm, 1, 1, kForm == WeightForm::kFloat32 ? 1 : 2, 1, 4, kFewStages<kForm>>;
 template <WeightForm kForm>
 using SharedSome = TileShape<kForm, 1, kForm == WeightForm::kFloat32 ? 2 : 4, 2, 1, 2, kIsPlain<kForm> ? 2 : 3>;
 
@@ -84,19 +83,17 @@ DSV4_DEVICE void combine(const CombineArguments& a) {
 
 }  // namespace
 
-#define DSV4_EXPERT_KERNELS(name, form)                                                     \
-  DSV4_KERNEL(GateUpFew<form>::kThreads, 1)                                                 \
-  sm80_##name##_moe_gate_up_few(const ExpertArguments a) { gate_up<GateUpFew<form>>(a); }   \
-  DSV4_KERNEL(GateUpMany<form>::kThreads, 1)                                                \
-  sm80_##name##_moe_gate_up_many(const ExpertArguments a) { gate_up<GateUpMany<form>>(a); } \
-  DSV4_KERNEL(DownFew<form>::kThreads, 1)                                                   \
-  sm80_##name##_moe_down_few(const ExpertArguments a) { down<DownFew<form>>(a); }           \
-  DSV4_KERNEL(DownMany<form>::kThreads, 1)                                                  \
-  sm80_##name##_moe_down_many(const ExpertArguments a) { down<DownMany<form>>(a); }         \
-  DSV4_KERNEL(SharedFew<form>::kThreads, 1)                                                 \
-  sm80_##name##_moe_shared_few(const ExpertArguments a) { down<SharedFew<form>>(a); }       \
-  DSV4_KERNEL(SharedSome<form>::kThreads, 2)                                                \
-  sm80_##name##_moe_shared_some(const ExpertArguments a) { down<SharedSome<form>>(a); }
+#define DSV4_EXPERT_KERNELS(name, form)                                                      \
+  DSV4_KERNEL(GateUpMany<form>::kThreads, 1)                                                 \
+  sm80_##name##_moe_gate_up_many(const ExpertArguments a) { gate_up<GateUpMany<form>>(a); }  \
+  DSV4_KERNEL(ProductFew<form>::kThreads, 1)                                                 \
+  sm80_##name##_moe_product_few(const ExpertArguments a) { product<ProductFew<form>>(a); }   \
+  DSV4_KERNEL(ProductMany<form>::kThreads, 1)                                                \
+  sm80_##name##_moe_product_many(const ExpertArguments a) { product<ProductMany<form>>(a); } \
+  DSV4_KERNEL(SharedFew<form>::kThreads, 1)                                                  \
+  sm80_##name##_moe_shared_few(const ExpertArguments a) { product<SharedFew<form>>(a); }     \
+  DSV4_KERNEL(SharedSome<form>::kThreads, 2)                                                 \
+  sm80_##name##_moe_shared_some(const ExpertArguments a) { product<SharedSome<form>>(a); }
 
 DSV4_EXPERT_KERNELS(fp8, WeightForm::kFp8)
 DSV4_EXPERT_KERNELS(fp4, WeightForm::kFp4)
@@ -132,32 +129,35 @@ constexpr ExpertKernel gate_up_of(void (*run)(ExpertArguments)) {
   return {run, kBlockInputs, Shape::kTokens, Shape::kThreads, Plan::kSharedBytes};
 }
 template <class Shape>
-constexpr ExpertKernel down_of(void (*run)(ExpertArguments)) {
+constexpr ExpertKernel product_of(void (*run)(ExpertArguments)) {
   static_assert(Shape::kSharedBytes <= cuda::kMaxSharedBytes);
   return {run, Shape::kRows, Shape::kTokens, Shape::kThreads, Shape::kSharedBytes};
 }
 
-// By form, then few or many.
-#define DSV4_GATE_UP(name, form)                               \
-  {gate_up_of<GateUpFew<form>>(sm80_##name##_moe_gate_up_few), \
-   gate_up_of<GateUpMany<form>>(sm80_##name##_moe_gate_up_many)}
-#define DSV4_DOWN(name, form) \
-  {down_of<DownFew<form>>(sm80_##name##_moe_down_few), down_of<DownMany<form>>(sm80_##name##_moe_down_many)}
-#define DSV4_SHARED(name, form)                                                                                      \
-  {down_of<SharedFew<form>>(sm80_##name##_moe_shared_few), down_of<SharedSome<form>>(sm80_##name##_moe_shared_some), \
-   down_of<DownMany<form>>(sm80_##name##_moe_down_many)}
+// The kernels of a form of weights.
+struct ExpertForm {
+  ExpertKernel gate_up_many;
+  ExpertKernel product[2];  // few, many
+  ExpertKernel shared[3];   // by SharedTile
+};
 
-constexpr ExpertKernel kGateUp[][2] = {DSV4_GATE_UP(fp8, WeightForm::kFp8), DSV4_GATE_UP(fp4, WeightForm::kFp4),
-                                       DSV4_GATE_UP(fp4_wide, WeightForm::kFp4Wide),
-                                       DSV4_GATE_UP(bf16, WeightForm::kBFloat16),
-                                       DSV4_GATE_UP(f32, WeightForm::kFloat32)};
-constexpr ExpertKernel kDown[][2] = {DSV4_DOWN(fp8, WeightForm::kFp8), DSV4_DOWN(fp4, WeightForm::kFp4),
-                                     DSV4_DOWN(fp4_wide, WeightForm::kFp4Wide), DSV4_DOWN(bf16, WeightForm::kBFloat16),
-                                     DSV4_DOWN(f32, WeightForm::kFloat32)};
-// By SharedTile.
-constexpr ExpertKernel kShared[][3] = {
-    DSV4_SHARED(fp8, WeightForm::kFp8), DSV4_SHARED(fp4, WeightForm::kFp4), DSV4_SHARED(fp4_wide, WeightForm::kFp4Wide),
-    DSV4_SHARED(bf16, WeightForm::kBFloat16), DSV4_SHARED(f32, WeightForm::kFloat32)};
+#define DSV4_EXPERT_FORM(name, form)                                     \
+  {                                                                      \
+    gate_up_of<GateUpMany<form>>(sm80_##name##_moe_gate_up_many),        \
+        {product_of<ProductFew<form>>(sm80_##name##_moe_product_few),    \
+         product_of<ProductMany<form>>(sm80_##name##_moe_product_many)}, \
+    {                                                                    \
+      product_of<SharedFew<form>>(sm80_##name##_moe_shared_few),         \
+          product_of<SharedSome<form>>(sm80_##name##_moe_shared_some),   \
+          product_of<ProductMany<form>>(sm80_##name##_moe_product_many)  \
+    }                                                                    \
+  }
+
+// By WeightForm.
+constexpr ExpertForm kForms[] = {DSV4_EXPERT_FORM(fp8, WeightForm::kFp8), DSV4_EXPERT_FORM(fp4, WeightForm::kFp4),
+                                 DSV4_EXPERT_FORM(fp4_wide, WeightForm::kFp4Wide),
+                                 DSV4_EXPERT_FORM(bf16, WeightForm::kBFloat16),
+                                 DSV4_EXPERT_FORM(f32, WeightForm::kFloat32)};
 
 WeightForm form_of(const ExpertMatrix& w) {
   const bool wide = w.scale.dtype == DType::kFloat32;
@@ -186,6 +186,8 @@ ExpertWeights weights_of(const ExpertMatrix& w) {
   return e;
 }
 
+const ExpertForm& kernels_of(const ExpertMatrix& w) { return kForms[static_cast<int>(form_of(w))]; }
+
 // The three matrices of the routed experts, or of the shared one.
 struct Expert {
   const ExpertMatrix *w1, *w3, *w2;
@@ -197,6 +199,9 @@ Expert shared(const MoeExpertsParams& p) { return {p.shared, p.shared + 1, p.sha
 
 // Whether one kernel multiplies both.
 bool alike(const Expert& e) { return form_of(*e.w1) == form_of(*e.w3) && e.w1->scale.dtype == e.w3->scale.dtype; }
+
+// Whether a block takes rows of both, a quantiser's block of them.
+bool at_once(const Expert& e, bool many) { return many && alike(e); }
 
 // Whether some w1 or w3 multiplies x as it is, or else quantised.
 bool wants_x(const MoeExpertsParams& p, bool as_it_is) {
@@ -235,8 +240,8 @@ struct Layout {
     shared_inner = take(has_shared ? tokens * planes_of(p, p.shared[2]) * padded_bytes(shared(p).inter()) : 0);
     outputs = take(pairs * hidden * size);
     shared_outputs = take(has_shared ? tokens * hidden * size : 0);
-    const int64_t apart = alike(routed(p)) ? 0 : pairs * routed(p).inter() * size;
-    const bool shared_at_once = !has_shared || (alike(shared(p)) && cut.shared == SharedTile::kMany);
+    const int64_t apart = at_once(routed(p), cut.many) ? 0 : pairs * routed(p).inter() * size;
+    const bool shared_at_once = !has_shared || at_once(shared(p), cut.shared == SharedTile::kMany);
     const int64_t shared_apart = shared_at_once ? 0 : tokens * shared(p).inter() * size;
     gate = take(apart > shared_apart ? apart : shared_apart);
     up = take(apart > shared_apart ? apart : shared_apart);
@@ -284,7 +289,7 @@ Status launch_prepare(const char* name, const PrepareArguments& a, const Context
 Status launch_product(const char* name, const ExpertMatrix& w, int64_t tile_count, int64_t tile_rows, ExpertArguments a,
                       const Context& context) {
   a.first = weights_of(w);
-  return launch_kernel(name, kDown[static_cast<int>(form_of(w))][true], tile_count, tile_rows, a, context);
+  return launch_kernel(name, kernels_of(w).product[true], tile_count, tile_rows, a, context);
 }
 
 namespace {
@@ -397,8 +402,8 @@ class ExpertRun {
     a.inner_plane_stride = padded_bytes(a.outputs);
     a.inner_stride = a.inner_planes * a.inner_plane_stride;
     a.quantise = !plain(*e.w2);
-    const bool at_once = alike(e) && (!is_shared || cut_.shared == SharedTile::kMany);
-    const Status gated = at_once ? gate_up(e, is_shared, a) : gate_and_up(e, is_shared, a);
+    const bool many = is_shared ? cut_.shared == SharedTile::kMany : cut_.many;
+    const Status gated = at_once(e, many) ? gate_up(e, is_shared, a) : gate_and_up(e, is_shared, a);
     if (!gated.is_ok()) return gated;
     a.first = weights_of(*e.w2);
     a.x = {};
@@ -415,8 +420,8 @@ class ExpertRun {
 
   // Of w2, or of w1 and w3 apart.
   const ExpertKernel& product_of(const ExpertMatrix& w, bool is_shared) const {
-    const int form = static_cast<int>(form_of(w));
-    return is_shared ? kShared[form][static_cast<int>(cut_.shared)] : kDown[form][cut_.many];
+    const ExpertForm& form = kernels_of(w);
+    return is_shared ? form.shared[static_cast<int>(cut_.shared)] : form.product[cut_.many];
   }
 
   Status gate_up(const Expert& e, bool is_shared, ExpertArguments a) const {
@@ -424,10 +429,10 @@ class ExpertRun {
     a.second = weights_of(*e.w3);
     a.first.matrix.vector = a.second.matrix.vector = a.first.matrix.vector && a.second.matrix.vector;
     a.x = input(*e.w1, is_shared);
-    return launch(kGateUp[static_cast<int>(form_of(*e.w1))][is_shared || cut_.many], a);
+    return launch(kernels_of(*e.w1).gate_up_many, a);
   }
 
-  // The same where w1 and w3 are not alike, or tiles of the shared expert narrower than a quantiser's block.
+  // The same where w1 and w3 are not alike, or tiles are narrower than a quantiser's block.
   Status gate_and_up(const Expert& e, bool is_shared, ExpertArguments a) const {
     a.gate = memory(at_.gate);
     a.up = memory(at_.up);
