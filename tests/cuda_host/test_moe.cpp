@@ -98,6 +98,9 @@ TEST(sizes) {
     for (const int64_t hidden : {2, 34, 126, 128, 130, 258}) check_case<bf16>({4, hidden, 40, 3, 2, format, format});
     for (const int64_t inter : {2, 34, 126, 128, 130, 258}) check_cuts<bf16>({3, 64, inter, 3, 2, format, format});
     check_cuts<bf16>({3, 144, 272, 3, 2, format, format, format, 160});
+    // More blocks of K than all stages hold.
+    check_cuts<bf16>({3, 1672, 136, 2, 1, format, format, format, 72});
+    check_cuts<bf16>({3, 72, 1672, 2, 1, format, format, format, 1672});
   }
 }
 
@@ -462,6 +465,14 @@ TEST(cuts) {
   params.x.shape[0] = 64;
   cut = sm80::expert_cut(params);
   CHECK(!cut.many && cut.shared == sm80::SharedTile::kSome && !cut.tile_at_row);
+  params.shared[0].data.shape[1] = 2048;
+  for (const int64_t tokens : {8, 9, 192, 193}) {
+    params.x.shape[0] = tokens;
+    const sm80::SharedTile tile = sm80::expert_cut(params).shared;
+    CHECK(tile == (tokens == 8     ? sm80::SharedTile::kFew
+                   : tokens <= 192 ? sm80::SharedTile::kSome
+                                   : sm80::SharedTile::kMany));
+  }
   params.x.shape[0] = 10000;
   cut = sm80::expert_cut(params);
   CHECK(cut.tokens == 4096 && cut.many && cut.shared == sm80::SharedTile::kMany && !cut.tile_at_row);
