@@ -5,49 +5,21 @@
 #pragma once
 
 #include "cuda/sm80/attention_keys.h"
+#include "cuda/sm80/code_pairs.h"
 
 namespace dsv4::sm80 {
 
-// Two floats that bfloat16 holds exactly.
-DSV4_DEVICE uint32_t pack_exact(float low, float high) {
-  return bits_from_float(low) >> 16 | (bits_from_float(high) & 0xFFFF0000u);
-}
+// What a row's 16-byte pieces are permuted by, piece ^ turn. In different banks lie any eight rows' same piece, as one
+// ldmatrix phase reads them, and of an even row and the next four neighbouring pieces, from a multiple of four on, and
+// four of which every second is left out.
+DSV4_DEVICE int turn_of_row(int row) { return 5 * row & 7; }
 
-// Four e4m3 codes times 2^(scale - 127), as bfloat16. A code's exponent and mantissa, moved into a float's fields, are
-// the value times 2^-120, denormals too; one multiplication mends that and applies the scale. Exact where bfloat16
-// holds the result as a normal number.
-DSV4_DEVICE ptx::Words2 decode_e4m3(uint32_t codes, uint32_t scale) {
-  // Beyond 2^7 the factor would be no float: the scale comes in a second multiplication.
-  const bool large = scale > 134;
-  const float factor = float_from_bits((large ? 247u : scale + 120u) << 23);
-  float value[4];
-  DSV4_UNROLL
-  for (int i = 0; i < 4; ++i) {
-    const uint32_t code = codes >> (8 * i);
-    value[i] = ptx::multiply(float_from_bits((code & 0x80u) << 24 | (code & 0x7Fu) << 20), factor);
-  }
-  if (large) {
-    DSV4_UNROLL
-    for (int i = 0; i < 4; ++i) value[i] = ptx::multiply(value[i], e8m0_value(static_cast<uint8_t>(scale)));
-  }
-  if ((((codes & 0x7F7F7F7Fu) + 0x01010101u) & 0x80808080u) != 0) {  // some code is NaN
-    DSV4_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      if ((codes >> (8 * i) & 0x7Fu) == 0x7Fu) value[i] = float_from_bits(0x7FC00000u);
-    }
-  }
-  return ptx::Words2{{pack_exact(value[0], value[1]), pack_exact(value[2], value[3])}};
-}
-
-// What a row's 16-byte pieces are permuted by, piece ^ turn: any eight rows' same piece lie in different banks, as one
-// ldmatrix phase reads them, and so do four neighbouring pieces, from a multiple of four on, of two rows.
-DSV4_DEVICE int turn_of_row(int row) { return (row & 1) * 4 | (row & 2) | (row >> 2 & 1); }
-
-// Tiles of bfloat16.
+// Tiles of bfloat16. Eight threads that are served together are four of a key and four of the next.
 struct Bf16Tile {
   static constexpr int kKeys = 32;
   static constexpr KeyForm kCopied = KeyForm::kBf16;  // rows that are copied as they are
   static constexpr int kPieceDims = 8;
+  static constexpr int kNeighbours = 4;
   // Pieces of an FP8 row that a block has on their way for a key while the tile before is worked on: all of the
   // released rows' 36. Rows with wider rope parts have more; those are read late.
   static constexpr int kAhead = 36;
@@ -72,6 +44,7 @@ struct F32Tile {
   static constexpr int kKeys = 16;
   static constexpr KeyForm kCopied = KeyForm::kF32;
   static constexpr int kPieceDims = 4;
+  static constexpr int kNeighbours = 8;
   static constexpr int kAhead = 0;  // queries and sums take the registers; rows to be converted are read late
 
   static DSV4_DEVICE uint32_t address(const AttentionArguments& a, uint32_t tile, int key, int piece) {
@@ -117,14 +90,17 @@ struct TilePair {
   DSV4_DEVICE uint32_t end() const { return counts + 2 * Tile::kKeys * 4; }
 };
 
-// Fills tiles, a few threads a key.
+// Fills tiles, a few threads a key: kNeighbours side by side, then as many of the next key, then others of the first.
 template <class Tile, int kThreads>
 struct TileLoader {
   static constexpr int kThreadsPerKey = kThreads / Tile::kKeys;
   static constexpr int kAhead = (Tile::kAhead + kThreadsPerKey - 1) / kThreadsPerKey;
 
-  static DSV4_DEVICE int key() { return ptx::thread_index() / kThreadsPerKey; }
-  static DSV4_DEVICE int member() { return ptx::thread_index() % kThreadsPerKey; }
+  static DSV4_DEVICE int key() { return thread() / (2 * kThreadsPerKey) * 2 + thread() / Tile::kNeighbours % 2; }
+  static DSV4_DEVICE int member() {
+    const int of_both = thread() % (2 * kThreadsPerKey);
+    return of_both / (2 * Tile::kNeighbours) * Tile::kNeighbours + of_both % Tile::kNeighbours;
+  }
 
   // Starts this thread's share: copies of rows that stay as they are, reads of FP8 rows, zeros where there is no key.
   DSV4_DEVICE void start(const AttentionArguments& a, const AttentionKey& from, uint32_t tile) {
@@ -153,58 +129,65 @@ struct TileLoader {
   DSV4_DEVICE void finish(const AttentionArguments& a, const AttentionKey& from, uint32_t tile) const {
     if (from.form == KeyForm::kNone || from.form == Tile::kCopied) return;
     if (from.form == KeyForm::kFp8) {
+      bool exact = true;
       DSV4_UNROLL
       for (int i = 0; i < kAhead; ++i) {
         const int piece = member() + i * kThreadsPerKey;
-        if (piece < fp8_pieces(a)) store_fp8(a, tile, piece, ahead[i]);
+        exact &= store_fp8(a, tile, piece, ahead[i]);
       }
       for (int piece = member() + kAhead * kThreadsPerKey; piece < fp8_pieces(a); piece += kThreadsPerKey) {
-        store_fp8(a, tile, piece, ptx::load_global_16(from.data + 16 * piece));
+        exact &= store_fp8(a, tile, piece, ptx::load_global_16(from.data + 16 * piece));
       }
       pad(a, tile);
+      if (exact) return;
+      for (int piece = member(); piece < a.nope / 16; piece += kThreadsPerKey) {
+        DSV4_UNROLL_IF(false)
+        for (int half = 0; half < 2; ++half) gather(a, from, tile, 2 * piece + half);
+      }
     } else if (Tile::kCopied != KeyForm::kBf16 && from.form == KeyForm::kBf16) {
       for (int piece = member(); piece < a.head_dim / 8; piece += kThreadsPerKey) {
         Tile::store(a, tile, key(), piece, ptx::load_global_16(from.data + 16 * piece));
       }
       pad(a, tile);
     } else {
-      for (int eight = member(); eight < a.padded_dim / 8; eight += kThreadsPerKey) {
-        float value[8];
-        DSV4_UNROLL
-        for (int i = 0; i < 8; ++i) value[i] = element(a, from, 8 * eight + i);
-        Tile::store(a, tile, key(), eight, value);
-      }
+      for (int eight = member(); eight < a.padded_dim / 8; eight += kThreadsPerKey) gather(a, from, tile, eight);
     }
   }
 
  private:
+  static DSV4_DEVICE int thread() { return ptx::thread_index() & (kThreads - 1); }  // not negative, for the compiler
+
   // Of the released rows: codes, then rope dims.
   static DSV4_DEVICE int fp8_pieces(const AttentionArguments& a) { return a.nope / 16 + a.rope / 8; }
 
-  // A piece of an FP8 row: 16 codes, or 8 rope dims.
-  DSV4_DEVICE void store_fp8(const AttentionArguments& a, uint32_t tile, int piece, const Words4& value) const {
+  // A piece of an FP8 row, if there is such a piece: 16 codes, or 8 rope dims. Whether that was exact: not of a NaN,
+  // nor of a scale whose factor bfloat16 does not hold or that makes some code denormal in bfloat16.
+  DSV4_DEVICE bool store_fp8(const AttentionArguments& a, uint32_t tile, int piece, const Words4& value) const {
+    constexpr uint32_t kLeastScale = 10, kMostScale = 134;
     const int codes = a.nope / 16;
-    if (piece >= codes) {
-      Tile::store(a, tile, key(), piece + codes, value);
-      return;
+    if (piece < codes) {
+      const uint32_t block = static_cast<uint32_t>(piece) / 4;
+      const uint32_t scale = ptx::select_bytes(scales.word[0], scales.word[1], block) & 0xFFu;
+      const uint32_t factors = bf16_twice((scale + 120u) << 7);
+      Tile::store(a, tile, key(), 2 * piece, decode_e4m3(value.word[0], value.word[1], factors));
+      Tile::store(a, tile, key(), 2 * piece + 1, decode_e4m3(value.word[2], value.word[3], factors));
+      return e4m3_nans(value) == 0 && scale - kLeastScale <= kMostScale - kLeastScale;
     }
-    const int block = piece / 4;
-    const uint32_t scale = (block < 4 ? scales.word[0] : scales.word[1]) >> (8 * (block % 4)) & 0xFFu;
-    // Of eight threads that are served together half begin with their second eight codes, or two would meet in a bank.
-    const int late = ptx::thread_index() >> 2 & 1;
-    DSV4_UNROLL
-    for (int i = 0; i < 2; ++i) {
-      const int eight = i ^ late;
-      const uint32_t first = eight == 0 ? value.word[0] : value.word[2];
-      const uint32_t second = eight == 0 ? value.word[1] : value.word[3];
-      const ptx::Words2 low = decode_e4m3(first, scale), high = decode_e4m3(second, scale);
-      Tile::store(a, tile, key(), 2 * piece + eight, Words4{{low.word[0], low.word[1], high.word[0], high.word[1]}});
-    }
+    if (piece < fp8_pieces(a)) Tile::store(a, tile, key(), piece + codes, value);
+    return true;
   }
 
   // Zeros after a row of an odd number of eights.
   static DSV4_DEVICE void pad(const AttentionArguments& a, uint32_t tile) {
     if (member() == 0 && a.padded_dim > a.head_dim) Tile::store(a, tile, key(), a.head_dim / 8, Words4{});
+  }
+
+  // Eight dims, one by one.
+  static DSV4_DEVICE void gather(const AttentionArguments& a, const AttentionKey& from, uint32_t tile, int eight) {
+    float value[8];
+    DSV4_UNROLL
+    for (int i = 0; i < 8; ++i) value[i] = element(a, from, 8 * eight + i);
+    Tile::store(a, tile, key(), eight, value);
   }
 
   // Zero past the row's end.
@@ -215,7 +198,8 @@ struct TileLoader {
     }
     if (from.form == KeyForm::kBf16Slow) return to_float(reinterpret_cast<const bf16*>(from.data)[dim]);
     if (dim < a.nope) {
-      return ptx::low_bf16(decode_e4m3(from.data[dim], from.scales[dim / static_cast<int>(kRowBlock)]).word[0]);
+      const float scale = e8m0_value(from.scales[dim / static_cast<int>(kRowBlock)]);
+      return ptx::high_bf16(bits_from_float(ptx::multiply(e4m3_value(from.data[dim]), scale)));
     }
     const uint8_t* bytes = from.data + a.nope + 2 * (dim - a.nope);
     return ptx::low_bf16(bytes[0] | static_cast<uint32_t>(bytes[1]) << 8);

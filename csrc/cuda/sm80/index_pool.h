@@ -3,14 +3,11 @@
 // key's products are multiplied by it.
 #pragma once
 
-#include "common/pages.h"
-#include "cuda/common/ptx.h"
+#include "cuda/sm80/code_pairs.h"
 #include "ops/index.h"
 #include "ops/index_keys.h"
 
 namespace dsv4::sm80 {
-
-using ptx::Words4;
 
 // Strides in bytes.
 struct IndexPool {
@@ -61,49 +58,6 @@ DSV4_DEVICE float index_key_value(const IndexPool& pool, const IndexKey& key, in
   }
 }
 
-// Two floats that bfloat16 holds exactly.
-DSV4_DEVICE uint32_t pack_index_pair(float low, float high) {
-  return bits_from_float(low) >> 16 | (bits_from_float(high) & 0xFFFF0000u);
-}
-
-// Eight e2m1 codes, the first in the lowest bits, times the scale. Moved into a float's fields a code is its value
-// times 2^-126.
-DSV4_DEVICE Words4 decode_index_fp4(uint32_t codes, uint8_t scale) {
-  // The factor 2^126 and the scale are one float up to 2^127.
-  const bool small = scale <= 128;
-  const float factor = float_from_bits((small ? scale + 126u : 253u) << 23);
-  Words4 piece;
-  DSV4_UNROLL
-  for (int i = 0; i < 4; ++i) {
-    float value[2];
-    DSV4_UNROLL
-    for (int e = 0; e < 2; ++e) {
-      const uint32_t code = codes >> (8 * i + 4 * e);
-      value[e] = ptx::multiply(float_from_bits((code & 8u) << 28 | (code & 7u) << 22), factor);
-      if (!small) value[e] = ptx::multiply(value[e], e8m0_value(scale));
-    }
-    piece.word[i] = pack_index_pair(value[0], value[1]);
-  }
-  return piece;
-}
-
-// Eight e4m3 codes. Moved into a float's fields a code is its value times 2^-120.
-DSV4_DEVICE Words4 decode_index_fp8(uint32_t low, uint32_t high) {
-  Words4 piece;
-  DSV4_UNROLL
-  for (int i = 0; i < 4; ++i) {
-    float value[2];
-    DSV4_UNROLL
-    for (int e = 0; e < 2; ++e) {
-      const uint32_t code = (i < 2 ? low : high) >> (i % 2 * 16 + 8 * e);
-      const float moved = float_from_bits((code & 0x80u) << 24 | (code & 0x7Fu) << 20);
-      value[e] = (code & 0x7Fu) == 0x7Fu ? float_from_bits(0x7FC00000u) : ptx::multiply(moved, 0x1p120f);
-    }
-    piece.word[i] = pack_index_pair(value[0], value[1]);
-  }
-  return piece;
-}
-
 // Eight dims element by element, zeros past the last.
 DSV4_DEVICE Words4 gather_index_key(const IndexPool& pool, const IndexKey& key, int first) {
   Words4 piece;
@@ -112,7 +66,7 @@ DSV4_DEVICE Words4 gather_index_key(const IndexPool& pool, const IndexKey& key, 
     const int d = first + 2 * i;
     const float low = d < pool.dim ? index_key_value(pool, key, d) : 0.0f;
     const float high = d + 1 < pool.dim ? index_key_value(pool, key, d + 1) : 0.0f;
-    piece.word[i] = pack_index_pair(low, high);
+    piece.word[i] = pack_exact(low, high);
   }
   return piece;
 }

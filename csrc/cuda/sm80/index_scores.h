@@ -115,11 +115,10 @@ DSV4_DEVICE void stage_index_keys(const IndexArguments& a, int64_t sequence, int
   ptx::store_shared_float(scales + static_cast<uint32_t>(4 * t),
                           stored ? index_key_scale(pool, key) : float_from_bits(0x7FC00000u));
   const auto store = [&](int piece, const Words4& value) { ptx::store_shared_16(index_piece(keys, t, piece), value); };
+  bool whole = stored && pool.vector;
   if (!stored) {
     for (int piece = 0; piece < 4 * a.units; ++piece) store(piece, Words4{});
-  } else if (!pool.vector) {
-    for (int piece = 0; piece < 4 * a.units; ++piece) store(piece, gather_index_key(pool, key, 8 * piece));
-  } else if (pool.format == IndexKeyFormat::kFp4) {
+  } else if (whole && pool.format == IndexKeyFormat::kFp4) {
     Words4 codes[kIndexMaxDim / 32];
     uint8_t scale[kIndexMaxDim / 32];
     DSV4_UNROLL
@@ -131,26 +130,33 @@ DSV4_DEVICE void stage_index_keys(const IndexArguments& a, int64_t sequence, int
     DSV4_UNROLL
     for (int unit = 0; unit < kIndexMaxDim / 32; ++unit) {
       if (unit >= a.units) continue;
+      const uint32_t twice = bf16_twice(bits_from_float(e8m0_value(scale[unit])) >> 16);
       DSV4_UNROLL
-      for (int w = 0; w < 4; ++w) store(4 * unit + w, decode_index_fp4(codes[unit].word[w], scale[unit]));
+      for (int w = 0; w < 4; ++w) store(4 * unit + w, decode_e2m1(codes[unit].word[w], twice));
     }
-  } else if (pool.format == IndexKeyFormat::kFp8) {
+  } else if (whole && pool.format == IndexKeyFormat::kBFloat16) {
+    for (int piece = 0; piece < 4 * a.units; ++piece) {
+      ptx::cp_async_16(index_piece(keys, t, piece), key.values + 16 * piece, 16);
+    }
+  } else if (whole) {
     Words4 codes[kIndexMaxDim / 16];
     DSV4_UNROLL
     for (int i = 0; i < kIndexMaxDim / 16; ++i) {
       if (i < 2 * a.units) codes[i] = ptx::load_constant_16(key.values + 16 * i);
     }
+    uint32_t nans = 0;
     DSV4_UNROLL
     for (int i = 0; i < kIndexMaxDim / 16; ++i) {
       if (i >= 2 * a.units) continue;
-      store(2 * i, decode_index_fp8(codes[i].word[0], codes[i].word[1]));
-      store(2 * i + 1, decode_index_fp8(codes[i].word[2], codes[i].word[3]));
+      const uint32_t twice = bf16_twice(0x7B80u);  // 2^120
+      store(2 * i, decode_e4m3(codes[i].word[0], codes[i].word[1], twice));
+      store(2 * i + 1, decode_e4m3(codes[i].word[2], codes[i].word[3], twice));
+      nans |= e4m3_nans(codes[i]);
     }
-  } else {
-    for (int piece = 0; piece < 4 * a.units; ++piece) {
-      ptx::cp_async_16(index_piece(keys, t, piece), key.values + 16 * piece, 16);
-    }
+    whole = nans == 0;
   }
+  if (whole || !stored) return;
+  for (int piece = 0; piece < 4 * a.units; ++piece) store(piece, gather_index_key(pool, key, 8 * piece));
 }
 
 // A thread's share of the scores of its warp's 32 keys: keys 16 m + lane / 4 + 8 half, and of each 8 heads two.
