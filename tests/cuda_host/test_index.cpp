@@ -54,7 +54,7 @@ TEST(float32_queries) {
 
 TEST(page_sizes) {
   if (no_device()) return;
-  for (const IndexKeyFormat format : {IndexKeyFormat::kFp4, IndexKeyFormat::kFp8}) {
+  for (const IndexKeyFormat format : {IndexKeyFormat::kFp4, IndexKeyFormat::kFp8, IndexKeyFormat::kBFloat16}) {
     for (const int64_t page_size : {1, 2, 7, 64, 130}) {
       check_case({4, 8, 32, 30, format, page_size, 300 / page_size + 1});
     }

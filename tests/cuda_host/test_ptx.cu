@@ -167,11 +167,13 @@ DSV4_KERNEL(kThreads, 1) shuffles(const Arguments a) {
   const int t = ptx::thread_index();
   const float value = float_from_bits(a.in[t]);
   const float turned = ptx::shuffle(value, (t * 7 + 3) % 32);
+  const uint32_t turned_bits = ptx::shuffle(a.in[t], (t * 5 + 2) % 32);
   const float crossed = ptx::shuffle_xor(value, 21);
   const uint32_t crossed_bits = ptx::shuffle_xor(a.in[t], 9);
   a.out[16 * t] = bits_from_float(turned);
   a.out[16 * t + 1] = bits_from_float(crossed);
   a.out[16 * t + 2] = crossed_bits;
+  a.out[16 * t + 3] = turned_bits;
 }
 
 TEST(shuffles_within_a_warp) {
@@ -181,6 +183,7 @@ TEST(shuffles_within_a_warp) {
     CHECK(out[16 * t] == in[t / 32 * 32 + (t * 7 + 3) % 32]);
     CHECK(out[16 * t + 1] == in[t ^ 21]);
     CHECK(out[16 * t + 2] == in[t ^ 9]);
+    CHECK(out[16 * t + 3] == in[t / 32 * 32 + (t * 5 + 2) % 32]);
   }
 }
 

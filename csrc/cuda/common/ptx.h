@@ -284,6 +284,14 @@ DSV4_DEVICE float shuffle(float value, int source_lane, Site site = Site::here()
 #endif
 }
 
+DSV4_DEVICE uint32_t shuffle(uint32_t value, int source_lane, Site site = Site::here()) {
+#if defined(__CUDACC__)
+  return __shfl_sync(0xFFFFFFFFu, value, source_lane);
+#else
+  return simt::shuffle(value, source_lane, site);
+#endif
+}
+
 DSV4_DEVICE float shuffle_xor(float value, int mask, Site site = Site::here()) {
 #if defined(__CUDACC__)
   return __shfl_xor_sync(0xFFFFFFFFu, value, mask);

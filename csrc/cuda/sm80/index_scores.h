@@ -104,6 +104,23 @@ DSV4_DEVICE void start_index_query(const IndexArguments& a, const IndexStep& ste
   }
 }
 
+// Starts copying a warp's bfloat16 keys, eight lanes together 128 bytes of one; zeros for those that are not stored.
+DSV4_DEVICE void start_index_keys(const IndexArguments& a, const IndexKey& own, uint32_t keys) {
+  const int t = ptx::thread_index();
+  const uint64_t address = reinterpret_cast<uintptr_t>(own.values);
+  DSV4_UNROLL_IF(false)
+  for (int i = 0; i < 8; ++i) {
+    const int owner = t / 8 * 8 + i;
+    const uint64_t low = ptx::shuffle(static_cast<uint32_t>(address), owner % 32);
+    const uint64_t high = ptx::shuffle(static_cast<uint32_t>(address >> 32), owner % 32);
+    const auto* values = reinterpret_cast<const uint8_t*>(static_cast<uintptr_t>(high << 32 | low));
+    const bool stored = values != nullptr;
+    for (int piece = t % 8; piece < 4 * a.units; piece += 8) {
+      ptx::cp_async_16(index_piece(keys, owner, piece), stored ? values + 16 * piece : a.pool.data, stored ? 16 : 0);
+    }
+  }
+}
+
 // One key a thread: its dims to `keys`, its scale to `scales`, where NaN marks one that is not stored.
 DSV4_DEVICE void stage_index_keys(const IndexArguments& a, int64_t sequence, int64_t first, uint32_t keys,
                                   uint32_t scales) {
@@ -114,6 +131,7 @@ DSV4_DEVICE void stage_index_keys(const IndexArguments& a, int64_t sequence, int
   const bool stored = key.values != nullptr;
   ptx::store_shared_float(scales + static_cast<uint32_t>(4 * t),
                           stored ? index_key_scale(pool, key) : float_from_bits(0x7FC00000u));
+  if (pool.vector && pool.format == IndexKeyFormat::kBFloat16) return start_index_keys(a, key, keys);
   const auto store = [&](int piece, const Words4& value) { ptx::store_shared_16(index_piece(keys, t, piece), value); };
   bool whole = stored && pool.vector;
   if (!stored) {
@@ -133,10 +151,6 @@ DSV4_DEVICE void stage_index_keys(const IndexArguments& a, int64_t sequence, int
       const uint32_t twice = bf16_twice(bits_from_float(e8m0_value(scale[unit])) >> 16);
       DSV4_UNROLL
       for (int w = 0; w < 4; ++w) store(4 * unit + w, decode_e2m1(codes[unit].word[w], twice));
-    }
-  } else if (whole && pool.format == IndexKeyFormat::kBFloat16) {
-    for (int piece = 0; piece < 4 * a.units; ++piece) {
-      ptx::cp_async_16(index_piece(keys, t, piece), key.values + 16 * piece, 16);
     }
   } else if (whole) {
     Words4 codes[kIndexMaxDim / 16];
