@@ -140,9 +140,9 @@ struct TileLoader {
       }
       pad(a, tile);
       if (exact) return;
-      for (int piece = member(); piece < a.nope / 16; piece += kThreadsPerKey) {
-        DSV4_UNROLL_IF(false)
-        for (int half = 0; half < 2; ++half) gather(a, from, tile, 2 * piece + half);
+      DSV4_UNROLL_IF(false)  // this thread's codes once more, one by one
+      for (int eight = 2 * member(); eight < a.nope / 8; eight += eight % 2 == 0 ? 1 : 2 * kThreadsPerKey - 1) {
+        gather(a, from, tile, eight);
       }
     } else if (Tile::kCopied != KeyForm::kBf16 && from.form == KeyForm::kBf16) {
       for (int piece = member(); piece < a.head_dim / 8; piece += kThreadsPerKey) {
