@@ -161,6 +161,24 @@ TEST(key_counts) {
   });
 }
 
+// More splits than are read at once, among them empty ones, the first too; widths of which a warp or a block of the
+// second kernel has but a part.
+TEST(split_counts) {
+  if (no_device()) return;
+  check_both([](AttentionCase c, auto) {
+    for (const auto& [splits, head_dim] : {std::pair(2, 512), {4, 24}, {5, 168}, {9, 40}}) {
+      c.runs = {{320 * splits - 8, 1}, {320 * splits - 1, 1}};
+      c.heads = 2;
+      c.head_dim = head_dim;
+      c.entries = Entries::kNone;
+      c.window = 4000;
+      c.window_page_size = 320;
+      c.gaps = true;
+      check_case(c, std::to_string(splits) + " splits");
+    }
+  });
+}
+
 // A table for so many entries that the partial results of one row fill what the workspace may have: a launch a row.
 TEST(more_rows_than_one_launch_takes) {
   if (no_device()) return;

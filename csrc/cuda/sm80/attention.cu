@@ -1,7 +1,7 @@
 // sparse_attention: a block takes one row, 16 or 32 of its heads and one split of its slots (320, by their number in
 // the row alone), tile by tile of 32 keys with a running softmax. A tile lies in shared memory once, as bfloat16, and
 // serves as keys (mma.sync m16n8k16, scores) and, read by ldmatrix.trans, as values. bfloat16 rows come by cp.async;
-// FP8 rows through registers, decoded by bit operations; both while the tile before is worked on. A row of one split is
+// FP8 rows through registers, decoded two codes at once; both while the tile before is worked on. A row of one split is
 // finished there; the partial results of longer rows are combined in order of the splits by a second kernel. Neither
 // the heads of a block nor what stands beside a row has a part in any sum.
 //
@@ -20,7 +20,10 @@
 namespace dsv4::sm80 {
 namespace {
 
-constexpr int kCombineThreads = 32 * kGroupWarps;
+constexpr int kCombineWarps = 4;
+constexpr int kCombineEights = 4;  // of dims, of a warp
+constexpr int kCombineSplits = 4;  // that are read at once
+constexpr int kCombineDims = kCombineWarps * kCombineEights * 8;
 
 // What a split knows of its heads, for `combine`.
 DSV4_DEVICE void store_partial(const AttentionArguments& a, int64_t row, int64_t split, int64_t group, WarpPart& warp) {
@@ -33,7 +36,7 @@ DSV4_DEVICE void store_partial(const AttentionArguments& a, int64_t row, int64_t
   DSV4_UNROLL
   for (int i = 0; i < 2 * kSteps; ++i) {
     if (i >= 2 * warp.steps) break;
-    ptx::store_global_16(partial_sum(a, partial, warp.part, i, warp.lane),
+    ptx::store_global_16(partial + partial_sum(warp.first_dim / 8 + i, warp.lane),
                          Words4{{bits_from_float(warp.sum[i][0]), bits_from_float(warp.sum[i][1]),
                                  bits_from_float(warp.sum[i][2]), bits_from_float(warp.sum[i][3])}});
   }
@@ -91,7 +94,7 @@ DSV4_DEVICE void attend(const AttentionArguments& a) {
   ptx::sync_threads();  // the divisors of all heads are there
   const uint32_t mine = shared.divisors + static_cast<uint32_t>((warp.group * kGroupHeads + warp.lane / 4) * 4);
   const float divisor[2] = {ptx::load_shared_float(mine), ptx::load_shared_float(mine + 32)};
-  warp.write<bf16>(a, block.row, divisor);
+  write_sums<bf16>(a, block.row, warp.first_head, warp.first_dim, warp.sum, 2 * warp.steps, divisor);
 }
 
 template <class X>
@@ -113,62 +116,85 @@ DSV4_DEVICE void attend_in_lanes(const AttentionArguments& a) {
   }
 }
 
-// Grid: x over rows and head groups.
+// What a warp of `combine` reads of a split.
+struct SplitPart {
+  float most[2], total[2];  // of heads lane / 4 and 8 more
+  Words4 sum[kCombineEights];
+
+  DSV4_DEVICE void load(const float* partial, int first, int eights) {
+    const int lane = ptx::thread_index() % 32;
+    DSV4_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      most[half] = partial[lane / 4 + 8 * half];
+      total[half] = partial[kGroupHeads + lane / 4 + 8 * half];
+    }
+    DSV4_UNROLL
+    for (int i = 0; i < kCombineEights; ++i) {
+      sum[i] = i < eights ? ptx::load_global_16(partial + partial_sum(first + i, lane)) : Words4{};
+    }
+  }
+};
+
+// Grid: x over rows, head groups and runs of kCombineDims dims, the last fastest.
 template <class X>
 DSV4_DEVICE void combine(const AttentionArguments& a) {
-  const int64_t group = ptx::block_index_x() % a.groups, row = a.first_row + ptx::block_index_x() / a.groups;
+  const int64_t runs = (a.padded_dim + kCombineDims - 1) / kCombineDims, block = ptx::block_index_x() / runs;
+  const int64_t group = block % a.groups, row = a.first_row + block / a.groups;
   AttentionRow keys_of_row;
   keys_of_row.load(a, row);
   const int64_t splits = keys_of_row.splits();
-  if (splits == 1) return;
-  WarpPart warp;
-  warp.locate(a, group);
-  warp.clear();
-  const int low = warp.lane / 4;  // this lane's heads: low and low + 8
+  const int run = static_cast<int>(ptx::block_index_x() % runs), lane = ptx::thread_index() % 32;
+  const int first = (run * kCombineWarps + ptx::thread_index() / 32) * kCombineEights;
+  const int eights = a.padded_dim / 8 - first;
+  if (splits == 1 || eights <= 0) return;
+  const float* partial = partial_of(a, row, 0, group);
+  const int64_t stride = partial_of(a, row, 1, group) - partial;
   float most[2] = {-INFINITY, -INFINITY}, total[2] = {0.0f, 0.0f};
   for (int64_t split = 0; split < splits; ++split) {
-    const float* partial = partial_of(a, row, split, group);
-    most[0] = ptx::maximum(most[0], partial[low]);
-    most[1] = ptx::maximum(most[1], partial[low + 8]);
+    const float* heads = partial + split * stride + lane / 4;
+    most[0] = ptx::maximum(most[0], heads[0]);
+    most[1] = ptx::maximum(most[1], heads[8]);
   }
-  bool empty[2] = {true, true};
-  for (int64_t split = 0; split < splits; ++split) {
-    float* partial = partial_of(a, row, split, group);
-    float weight[2];
+  // From -0 on, so that the first split that has keys is taken as if it were the only one.
+  float sum[kCombineEights][4];
+  DSV4_UNROLL
+  for (int i = 0; i < 4 * kCombineEights; ++i) sum[i / 4][i % 4] = -0.0f;
+  for (int64_t split = 0; split < splits; split += kCombineSplits) {
+    SplitPart parts[kCombineSplits];
     DSV4_UNROLL
-    for (int half = 0; half < 2; ++half) {
-      const float share = partial[kGroupHeads + low + 8 * half], base = most[half] == -INFINITY ? 0.0f : most[half];
-      weight[half] = ptx::exponential(ptx::add(partial[low + 8 * half], -base));
-      total[half] = ptx::fma(weight[half], share, total[half]);
+    for (int s = 0; s < kCombineSplits; ++s) {
+      if (split + s < splits) parts[s].load(partial + (split + s) * stride, first, eights);
     }
-    const bool some[2] = {partial[kGroupHeads + low] != 0.0f, partial[kGroupHeads + low + 8] != 0.0f};
     DSV4_UNROLL
-    for (int i = 0; i < 2 * kSteps; ++i) {
-      if (i >= 2 * warp.steps) break;
-      const Words4 sum = ptx::load_global_16(partial_sum(a, partial, warp.part, i, warp.lane));
+    for (int s = 0; s < kCombineSplits; ++s) {
+      if (split + s >= splits) break;
       DSV4_UNROLL
-      for (int j = 0; j < 4; ++j) {
-        const int half = j / 2;
-        const float value = float_from_bits(sum.word[j]);
-        // The first that has keys is taken as it is, zeros with their sign: as if it were the only one.
-        if (some[half]) {
-          warp.sum[i][j] =
-              empty[half] ? ptx::multiply(weight[half], value) : ptx::fma(weight[half], value, warp.sum[i][j]);
+      for (int half = 0; half < 2; ++half) {
+        const float base = most[half] == -INFINITY ? 0.0f : most[half], share = parts[s].total[half];
+        const float weight = ptx::exponential(ptx::add(parts[s].most[half], -base));
+        total[half] = ptx::fma(weight, share, total[half]);
+        DSV4_UNROLL
+        for (int i = 0; i < 2 * kCombineEights; ++i) {
+          float& so_far = sum[i / 2][2 * half + i % 2];
+          const float more = ptx::fma(weight, float_from_bits(parts[s].sum[i / 2].word[2 * half + i % 2]), so_far);
+          so_far = share != 0.0f ? more : so_far;
         }
       }
     }
-    DSV4_UNROLL
-    for (int half = 0; half < 2; ++half) empty[half] = empty[half] && !some[half];
   }
   float divisor[2];
   DSV4_UNROLL
   for (int half = 0; half < 2; ++half) {
-    const int64_t head = warp.first_head + low + 8 * half;
+    const int64_t head = group * kGroupHeads + lane / 4 + 8 * half;
     const HeadEnd ends(most[half], total[half], sink_of(a, head));
     divisor[half] = ends.divisor;
-    if (warp.part == 0 && warp.lane % 4 == 0) ends.write_lse(a, row, head);
+    if (first == 0 && lane % 4 == 0) ends.write_lse(a, row, head);
+    DSV4_UNROLL
+    for (int i = 0; i < 2 * kCombineEights; ++i) {
+      if (total[half] == 0.0f) sum[i / 2][2 * half + i % 2] = 0.0f;
+    }
   }
-  warp.write<X>(a, row, divisor);
+  write_sums<X>(a, row, group * kGroupHeads, 8 * first, sum, eights, divisor);
 }
 
 }  // namespace
@@ -177,8 +203,8 @@ DSV4_KERNEL(128, 2) sm80_bf16_sparse_attention_16(const AttentionArguments a) { 
 DSV4_KERNEL(256, 1) sm80_bf16_sparse_attention_32(const AttentionArguments a) { attend<2>(a); }
 DSV4_KERNEL(128, 2) sm80_bf16_sparse_attention_f32_rows(const AttentionArguments a) { attend_in_lanes<bf16>(a); }
 DSV4_KERNEL(128, 2) sm80_f32_sparse_attention(const AttentionArguments a) { attend_in_lanes<float>(a); }
-DSV4_KERNEL(kCombineThreads, 2) sm80_bf16_sparse_attention_combine(const AttentionArguments a) { combine<bf16>(a); }
-DSV4_KERNEL(kCombineThreads, 2) sm80_f32_sparse_attention_combine(const AttentionArguments a) { combine<float>(a); }
+DSV4_KERNEL(32 * kCombineWarps, 3) sm80_bf16_sparse_attention_combine(const AttentionArguments a) { combine<bf16>(a); }
+DSV4_KERNEL(32 * kCombineWarps, 3) sm80_f32_sparse_attention_combine(const AttentionArguments a) { combine<float>(a); }
 
 namespace {
 
@@ -237,8 +263,8 @@ Status combine_rows(const AttentionArguments& a, int64_t rows, const Context& co
   const Kernel kernel =
       a.params.query.dtype == DType::kFloat32 ? sm80_f32_sparse_attention_combine : sm80_bf16_sparse_attention_combine;
   cuda::LaunchShape shape;
-  shape.blocks_x = rows * a.groups;
-  shape.threads = kCombineThreads;
+  shape.blocks_x = rows * a.groups * ceil_div(a.padded_dim, kCombineDims);
+  shape.threads = 32 * kCombineWarps;
   return cuda::launch("sparse_attention", kernel, shape, context, a);
 }
 

@@ -110,23 +110,43 @@ struct RowOut {
   }
 };
 
-// A split's result, float32: the greatest scores of its 16 heads, their totals, and the sums in the order in which the
-// lanes of `combine`, four warps, take them.
+// Divides sums of a group's heads, eights of dims from first_dim on, and writes them to a row's out. Of each eight a
+// lane has heads lane / 4 and 8 more, dims lane % 4 * 2 and the next. divisor: of the two heads.
+template <class X, int kEights>
+DSV4_DEVICE void write_sums(const AttentionArguments& a, int64_t row, int64_t first_head, int first_dim,
+                            const float (&sum)[kEights][4], int eights, const float (&divisor)[2]) {
+  const int lane = ptx::thread_index() % 32;
+  const RowOut<X> out(a, row);
+  DSV4_UNROLL
+  for (int i = 0; i < kEights; ++i) {
+    const int dim = first_dim + 8 * i + lane % 4 * 2;
+    if (i >= eights || dim >= a.head_dim) continue;
+    const Turn turn = out.turn(dim);
+    DSV4_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      const int64_t head = first_head + lane / 4 + 8 * half;
+      if (head >= a.heads) continue;
+      out.write(head, dim, turn, ptx::divide(sum[i][2 * half], divisor[half]),
+                ptx::divide(sum[i][2 * half + 1], divisor[half]));
+    }
+  }
+}
+
+// A split's result, float32: the greatest scores of its 16 heads, their totals, and the sums, eight dims after eight,
+// as a warp's lanes have them.
 DSV4_DEVICE int64_t partial_floats(int slice) { return 2 * kGroupHeads + static_cast<int64_t>(slice) * 64; }
 
 DSV4_DEVICE float* partial_of(const AttentionArguments& a, int64_t row, int64_t split, int64_t group) {
   return a.partial + (((row - a.first_row) * a.splits + split) * a.groups + group) * partial_floats(a.slice);
 }
 
-// Sums of eight dims of a warp's slice: a lane's heads are lane / 4 and 8 more, its dims lane % 4 * 2 and the next.
-DSV4_DEVICE float* partial_sum(const AttentionArguments& a, float* partial, int warp, int eight, int lane) {
-  return partial + 2 * kGroupHeads + ((warp * (a.slice / 8) + eight) * 32 + lane) * 4;
-}
+// In a split's result the place of a lane's sums of eight dims: of heads lane / 4 and 8 more, of dims lane % 4 * 2 and
+// the next.
+DSV4_DEVICE int partial_sum(int eight, int lane) { return 2 * kGroupHeads + (eight * 32 + lane) * 4; }
 
 // The place of two neighbouring dims of a head of the group.
-DSV4_DEVICE float* partial_pair(const AttentionArguments& a, float* partial, int head, int dim) {
-  const int warp = dim / a.slice, within = dim % a.slice;
-  return partial_sum(a, partial, warp, within / 8, head % 8 * 4 + within % 8 / 2) + head / 8 * 2;
+DSV4_DEVICE int partial_pair(int head, int dim) {
+  return partial_sum(dim / 8, head % 8 * 4 + dim % 8 / 2) + head / 8 * 2;
 }
 
 }  // namespace dsv4::sm80

@@ -157,7 +157,7 @@ struct WarpHeads {
       for (int h = 0; h < kLaneHeads; ++h) {
         DSV4_UNROLL
         for (int d = 0; d < kLaneDims; d += 2) {
-          ptx::store_global_8(partial_pair(a, partial, first + h, lane_dim(s) + d),
+          ptx::store_global_8(partial + partial_pair(first + h, lane_dim(s) + d),
                               ptx::Words2{{bits_from_float(sum[s][h][d]), bits_from_float(sum[s][h][d + 1])}});
         }
       }

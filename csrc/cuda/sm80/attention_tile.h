@@ -220,25 +220,6 @@ struct WarpPart {
   // The head of the group whose softmax this lane takes part in.
   DSV4_DEVICE int weighed_head() const { return 4 * part + lane / 8; }
 
-  // Divides the sums and writes the row's out. divisor: of heads lane / 4 and lane / 4 + 8.
-  template <class X>
-  DSV4_DEVICE void write(const AttentionArguments& a, int64_t row, const float (&divisor)[2]) const {
-    const RowOut<X> out(a, row);
-    DSV4_UNROLL
-    for (int i = 0; i < 2 * kSteps; ++i) {
-      const int dim = first_dim + 8 * i + lane % 4 * 2;
-      if (i >= 2 * steps || dim >= a.head_dim) continue;
-      const Turn turn = out.turn(dim);
-      DSV4_UNROLL
-      for (int half = 0; half < 2; ++half) {
-        const int64_t head = first_head + lane / 4 + 8 * half;
-        if (head >= a.heads) continue;
-        out.write(head, dim, turn, ptx::divide(sum[i][2 * half], divisor[half]),
-                  ptx::divide(sum[i][2 * half + 1], divisor[half]));
-      }
-    }
-  }
-
   // The head, and the first of the two dims, of a word of a fragment [16 heads, 16 dims].
   DSV4_DEVICE int64_t head_of(int word) const { return first_head + lane / 4 + word % 2 * 8; }
   DSV4_DEVICE int dim_of(int step, int word) const { return first_dim + 16 * step + lane % 4 * 2 + word / 2 * 8; }
