@@ -52,6 +52,14 @@ TEST(released_widths) {
   if (no_device()) return;
   check_case({2, 4096, true});
   check_case({1, 7168});
+  check_case({1, 7168, true, 0, true});
+}
+
+// More than a block's shared memory holds of a token.
+TEST(wide_rows) {
+  if (no_device()) return;
+  check_case({1, 12288, true});
+  check_case({2, 12289, true});
 }
 
 TEST(norm_weight_in_the_type_of_the_streams) {

@@ -150,10 +150,11 @@ CLAIMS = {
     "f32_compress_backward_rows": ["LDG.E.128", "STG.E.128", "MUFU.EX2"],
     "bf16_hadamard_long": ["LDS", "STS", "BAR.SYNC"],
     "f32_hadamard_long": ["LDS", "STS", "BAR.SYNC"],
+    **{f"{dtype}_mhc_post": ["LDG.E.128", "STG.E.128"] for dtype in ("bf16", "f32")},
     **{
-        f"{dtype}_mhc_{op}": ["LDG.E.128", "STG.E.128"]
+        f"{dtype}_mhc_{op}_apply": ["LDGSTS.E.BYPASS", "LDS.128", "STG.E.128"]
         for dtype in ("bf16", "f32")
-        for op in ("post", "pre_apply", "head_apply")
+        for op in ("pre", "head")
     },
     **{
         f"{dtype}_mhc_{op}": ["LDG.E.128", "SHFL.BFLY", "BAR.SYNC", *stores]

@@ -60,10 +60,10 @@ DSV4_KERNEL(kMixThreads, 2) sm80_f32_mhc_pre_backward_mix(const MixArguments a) 
 DSV4_KERNEL(kMixThreads, 2) sm80_f32_mhc_head_backward_mix(const MixArguments a) {
   mix<float, kStreams, false, true>(a);
 }
-DSV4_KERNEL(kApplyThreads, 6) sm80_bf16_mhc_pre_apply(const ApplyArguments a) { apply<bf16, true>(a); }
-DSV4_KERNEL(kApplyThreads, 6) sm80_f32_mhc_pre_apply(const ApplyArguments a) { apply<float, true>(a); }
-DSV4_KERNEL(kApplyThreads, 6) sm80_bf16_mhc_head_apply(const ApplyArguments a) { apply<bf16, false>(a); }
-DSV4_KERNEL(kApplyThreads, 6) sm80_f32_mhc_head_apply(const ApplyArguments a) { apply<float, false>(a); }
+DSV4_KERNEL(kApplyThreads, 4) sm80_bf16_mhc_pre_apply(const ApplyArguments a) { apply<bf16, true>(a); }
+DSV4_KERNEL(kApplyThreads, 4) sm80_f32_mhc_pre_apply(const ApplyArguments a) { apply<float, true>(a); }
+DSV4_KERNEL(kApplyThreads, 4) sm80_bf16_mhc_head_apply(const ApplyArguments a) { apply<bf16, false>(a); }
+DSV4_KERNEL(kApplyThreads, 4) sm80_f32_mhc_head_apply(const ApplyArguments a) { apply<float, false>(a); }
 
 namespace {
 
@@ -119,6 +119,10 @@ Status run(const Mixing& mixing, MixArguments mix, ApplyArguments apply, const W
   apply.partial = mix.partial;
   apply.splits = static_cast<int>(splits_of(hidden));
   mix.vector = apply.vector && vector_rows(mix.fn);
+  const int64_t trips = ceil_div(hidden, kApplyThreads * (wide ? kElements<float> : kElements<bf16>));
+  const int kept_rows = !wide && apply.norm_weight.dtype == DType::kFloat32 ? 3 : 2;  // rounded sums and weights
+  const bool keeps = apply.norm_weight.given() && apply_shared_bytes(trips, kept_rows) <= cuda::kMaxSharedBytes;
+  apply.kept_trips = keeps ? static_cast<int>(trips) : 0;
   for (int64_t first = 0; first < tokens; first += kTokensAtOnce) {
     const int64_t count = tokens - first < kTokensAtOnce ? tokens - first : kTokensAtOnce;
     mix.first_token = apply.first_token = first;
@@ -128,7 +132,7 @@ Status run(const Mixing& mixing, MixArguments mix, ApplyArguments apply, const W
     cuda::LaunchShape shape;
     shape.blocks_x = count + (mixing.makes_weights ? ceil_div(count, kCombTokens) : 0);
     shape.threads = kApplyThreads;
-    shape.shared_bytes = kApplySharedBytes;
+    shape.shared_bytes = static_cast<int>(apply_shared_bytes(apply.kept_trips, kept_rows));
     const Status applied = cuda::launch(mixing.name, mixing.apply[wide], shape, context, apply);
     if (!applied.is_ok()) return applied;
   }

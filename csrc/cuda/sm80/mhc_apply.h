@@ -19,20 +19,50 @@ struct ApplyArguments {
   const float* partial;
   int64_t first_token, end_token, hidden;
   int splits;
+  int kept_trips;  // whose rounded sums and norm weights shared memory holds: a token's, or 0 where they do not fit
   bool vector;
 };
 
 inline constexpr int kApplyThreads = 128;
 inline constexpr int kCombTokens = kApplyThreads / 16;  // of a block that makes post and comb
-inline constexpr int kApplySharedBytes = kApplyThreads / 32 * 4;
+inline constexpr int kSumsBytes = kApplyThreads / 32 * 4;
+inline constexpr int kTripsAhead = 4;  // whose streams are on their way
 
-// Element `column` of the mixing product of a token, or its sum of squares.
+// Of shared memory: the warps' sums, then rows of one 16-byte piece a thread. kept_rows: of every kept trip.
+constexpr int64_t apply_shared_bytes(int64_t kept_trips, int kept_rows) {
+  return kSumsBytes + (kTripsAhead * kStreams + kept_trips * kept_rows) * kApplyThreads * 16;
+}
+
+// Elements of the mixing product of a token, or its sum of squares: each the sum over the splits. All loads of kAtOnce
+// splits are on their way before the first is needed; past the last split they repeat it.
+template <int kAtOnce, int kColumns>
+DSV4_DEVICE void combine(const ApplyArguments& a, int64_t token, const int (&column)[kColumns],
+                         float (&sum)[kColumns]) {
+  const int64_t stride = (a.end_token - a.first_token) * kPartialRow;
+  const float* split = a.partial + (token - a.first_token) * kPartialRow;
+  DSV4_UNROLL
+  for (int j = 0; j < kColumns; ++j) sum[j] = -0.0f;  // changes nothing that it is added to
+  for (int first = 0; first < a.splits; first += kAtOnce) {
+    float part[kAtOnce][kColumns];
+    DSV4_UNROLL
+    for (int i = 0; i < kAtOnce; ++i) {
+      DSV4_UNROLL
+      for (int j = 0; j < kColumns; ++j) part[i][j] = split[column[j]];
+      split += first + i + 1 < a.splits ? stride : 0;
+    }
+    DSV4_UNROLL
+    for (int i = 0; i < kAtOnce; ++i) {
+      DSV4_UNROLL
+      for (int j = 0; j < kColumns; ++j) sum[j] = first + i < a.splits ? ptx::add(sum[j], part[i][j]) : sum[j];
+    }
+  }
+}
+
+template <int kAtOnce = 8>  // what the gradients' registers hold
 DSV4_DEVICE float combine(const ApplyArguments& a, int64_t token, int column) {
-  const int64_t tokens = a.end_token - a.first_token;
-  const float* partial = a.partial + (token - a.first_token) * kPartialRow + column;
-  float sum = partial[0];
-  for (int split = 1; split < a.splits; ++split) sum = ptx::add(sum, partial[split * tokens * kPartialRow]);
-  return sum;
+  float sum[1];
+  combine<kAtOnce>(a, token, {column}, sum);
+  return sum[0];
 }
 
 DSV4_DEVICE float inverse_rms(float squares, int64_t count, float eps) {
@@ -79,14 +109,17 @@ DSV4_DEVICE void make_weights(const ApplyArguments& a, int64_t block) {
   const int lane = ptx::thread_index() % 16;
   const int64_t mine = a.first_token + block * kCombTokens + ptx::thread_index() / 16;
   const int64_t token = mine < a.end_token ? mine : a.end_token - 1;
-  const float inverse = inverse_rms(combine(a, token, kSquares), kStreams * a.hidden, a.mixing.norm_eps);
-  const int row = 2 * kStreams + lane;
-  const float comb_logit = logit(a.mixing, 2, row, combine(a, token, row), inverse);
+  const int row = 2 * kStreams + lane, post_row = kStreams + lane;
+  float sum[2];  // the row's; post's in the first lanes and the sum of squares in the next
+  combine<16>(a, token, {row, lane < kStreams ? post_row : kSquares}, sum);
+  const float squares = ptx::shuffle(sum[1], ptx::thread_index() % 32 / 16 * 16 + kStreams);
+  const float inverse = inverse_rms(squares, kStreams * a.hidden, a.mixing.norm_eps);
+  const float comb_logit = logit(a.mixing, 2, row, sum[0], inverse);
   const float comb = sinkhorn(comb_logit, a.mixing.hc_eps, a.mixing.sinkhorn_iterations);
   if (mine >= a.end_token) return;
   a.comb.data[token * a.comb.stride[0] + lane] = comb;
   if (lane < kStreams) {
-    const float post_logit = logit(a.mixing, 1, kStreams + lane, combine(a, token, kStreams + lane), inverse);
+    const float post_logit = logit(a.mixing, 1, post_row, sum[1], inverse);
     a.post.data[token * a.post.stride[0] + lane] = 2.0f * sigmoid(post_logit);
   }
 }
@@ -99,7 +132,7 @@ struct PreMix {
 DSV4_DEVICE PreMix make_pre_mix(const ApplyArguments& a, int64_t token) {
   const int lane = ptx::thread_index() % 32;
   const int row = lane % kStreams;
-  const float sum = combine(a, token, lane == kStreams ? kSquares : row);
+  const float sum = combine<16>(a, token, lane == kStreams ? kSquares : row);
   const float squares = ptx::shuffle(sum, kStreams);
   const float inverse = inverse_rms(squares, kStreams * a.hidden, a.mixing.norm_eps);
   return {ptx::multiply(sum, inverse), sigmoid(logit(a.mixing, 0, row, sum, inverse)), inverse};
@@ -162,44 +195,124 @@ DSV4_DEVICE void load_streams(const ApplyArguments& a, int64_t token, int64_t co
   for (int s = 0; s < kStreams; ++s) piece[s] = load_piece(row_of<X>(a.streams, token, s), column, a.hidden, a.vector);
 }
 
-// output = sum_i pre_i streams_i of one token, and with a norm weight its RMSNorm, in place.
-template <class X>
+// A thread's pieces of one token: every kApplyThreads-th, one a trip. What it will need is copied to places in shared
+// memory that are the thread's own, so its own wait is enough.
+template <class X, bool kVector>
+struct OwnPieces {
+  static constexpr int n = kElements<X>;
+  const ApplyArguments& a;
+  int64_t token;
+
+  DSV4_DEVICE int64_t column(int trip) const {
+    return (static_cast<int64_t>(trip) * kApplyThreads + ptx::thread_index()) * n;
+  }
+  DSV4_DEVICE bool exists(int trip) const { return column(trip) < a.hidden; }
+  DSV4_DEVICE bool wide_weight() const { return a.norm_weight.dtype == DType::kFloat32; }
+
+  static DSV4_DEVICE uint32_t place(int row) {
+    return ptx::shared_base() + static_cast<uint32_t>(kSumsBytes + (row * kApplyThreads + ptx::thread_index()) * 16);
+  }
+  static DSV4_DEVICE uint32_t stream(int trip, int s) { return place(trip % kTripsAhead * kStreams + s); }
+  DSV4_DEVICE uint32_t rounded(int trip) const { return place(kTripsAhead * kStreams + trip); }
+  // part: of float32 weights of bfloat16 pieces.
+  DSV4_DEVICE uint32_t weight(int trip, int part) const {
+    return place(kTripsAhead * kStreams + (1 + part) * a.kept_trips + trip);
+  }
+
+  template <class T>
+  DSV4_DEVICE void copy(uint32_t destination, const T* row, int64_t from) const {
+    if constexpr (kVector) {
+      ptx::cp_async_16(destination, row + from, 16);
+    } else {
+      ptx::store_shared_16(destination, load_piece_slowly(row, from, a.hidden));
+    }
+  }
+
+  DSV4_DEVICE void copy_streams(int trip) const {
+    if (exists(trip)) {
+      DSV4_UNROLL_IF(kVector)
+      for (int s = 0; s < kStreams; ++s) copy(stream(trip, s), row_of<X>(a.streams, token, s), column(trip));
+    }
+    ptx::cp_async_commit();
+  }
+
+  // Into the next group.
+  DSV4_DEVICE void copy_weight(int trip) const {
+    if (wide_weight()) {
+      DSV4_UNROLL_IF(kVector)
+      for (int part = 0; part < n / 4; ++part) {
+        copy(weight(trip, part), static_cast<const float*>(a.norm_weight.data), column(trip) + 4 * part);
+      }
+    } else {
+      copy(weight(trip, 0), static_cast<const X*>(a.norm_weight.data), column(trip));
+    }
+  }
+
+  DSV4_DEVICE void load_weight(int trip, float (&value)[n]) const {
+    if (wide_weight()) {
+      DSV4_UNROLL
+      for (int e = 0; e < n; e += 4) {
+        float part[4];
+        unpack(ptx::load_shared_16(weight(trip, e / 4)), part);
+        DSV4_UNROLL
+        for (int i = 0; i < 4; ++i) value[e + i] = part[i];
+      }
+    } else {
+      unpack(ptx::load_shared_16(weight(trip, 0)), value);
+    }
+  }
+};
+
+// output = sum_i pre_i streams_i of one token, and with a norm weight its RMSNorm.
+template <class X, bool kVector>
 DSV4_DEVICE void make_output(const ApplyArguments& a, int64_t token) {
   constexpr int n = kElements<X>;
   X* output = row_of<X>(a.output, token);
-  const int64_t start = ptx::thread_index() * n;
-  Words4 next[kStreams] = {};
-  load_streams<X>(a, token, start, next);  // on its way while the partial sums are read
+  const OwnPieces<X, kVector> own{a, token};
+  const bool kept = a.kept_trips > 0;
+  // All on their way while the partial sums are read.
+  DSV4_UNROLL_IF(kVector)
+  for (int trip = 0; trip < kTripsAhead; ++trip) own.copy_streams(trip);
+  for (int trip = 0; kept && own.exists(trip); ++trip) own.copy_weight(trip);
   float pre[kStreams];
   share_pre(a, make_pre_mix(a, token), pre);
   float squares = 0.0f;
-  for (int64_t column = start; column < a.hidden; column += kApplyThreads * n) {
+  for (int trip = 0; own.exists(trip); ++trip) {
     float r[n], sum[n];
-    Words4 piece[kStreams];
-    DSV4_UNROLL
-    for (int s = 0; s < kStreams; ++s) piece[s] = next[s];
-    load_streams<X>(a, token, column + kApplyThreads * n, next);
+    ptx::cp_async_wait<kTripsAhead - 1>();
     DSV4_UNROLL
     for (int s = 0; s < kStreams; ++s) {
-      unpack(piece[s], r);
+      unpack(ptx::load_shared_16(own.stream(trip, s)), r);
       DSV4_UNROLL
       for (int e = 0; e < n; ++e) sum[e] = s == 0 ? ptx::multiply(pre[0], r[e]) : ptx::fma(pre[s], r[e], sum[e]);
     }
+    own.copy_streams(trip + kTripsAhead);
     const Words4 rounded = pack(sum);
-    store_piece(output, column, a.hidden, a.vector, rounded);
+    if (kept) {
+      ptx::store_shared_16(own.rounded(trip), rounded);
+    } else {
+      store_piece(output, own.column(trip), a.hidden, kVector, rounded);
+    }
     unpack(rounded, sum);
     DSV4_UNROLL
     for (int e = 0; e < n; ++e) squares = ptx::fma(sum[e], sum[e], squares);
   }
   if (!a.norm_weight.given()) return;
   const float inverse = inverse_rms(sum_of_block(squares), a.hidden, a.rms_eps);
-  for (int64_t column = start; column < a.hidden; column += kApplyThreads * n) {
+  ptx::cp_async_wait<0>();  // for the weights
+  for (int trip = 0; own.exists(trip); ++trip) {
+    const int64_t column = own.column(trip);
     float value[n], weight[n];
-    load_norm_weight<X>(a, column, weight);
-    unpack(load_piece(output, column, a.hidden, a.vector), value);  // what this thread wrote
+    if (kept) {
+      own.load_weight(trip, weight);
+      unpack(ptx::load_shared_16(own.rounded(trip)), value);
+    } else {
+      load_norm_weight<X>(a, column, weight);
+      unpack(load_piece(output, column, a.hidden, kVector), value);  // what this thread wrote
+    }
     DSV4_UNROLL
     for (int e = 0; e < n; ++e) value[e] = ptx::multiply(ptx::multiply(value[e], inverse), weight[e]);
-    store_piece(output, column, a.hidden, a.vector, pack(value));
+    store_piece(output, column, a.hidden, kVector, pack(value));
   }
 }
 
@@ -211,7 +324,12 @@ DSV4_DEVICE void apply(const ApplyArguments& a) {
   if (block < weight_blocks) {
     make_weights(a, block);
   } else {
-    make_output<X>(a, a.first_token + block - weight_blocks);
+    const int64_t token = a.first_token + block - weight_blocks;
+    if (a.vector) {
+      make_output<X, true>(a, token);
+    } else {
+      make_output<X, false>(a, token);
+    }
   }
 }
 
