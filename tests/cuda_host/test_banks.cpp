@@ -122,7 +122,9 @@ TEST(gradients_of_experts) {
 
 TEST(hyper_connections) {
   for (const MhcOp op : {MhcOp::kPre, MhcOp::kPostPre, MhcOp::kHead}) {
-    check_banks("bfloat16", [&] { return try_mhc<bf16>({128, 512, true}, op); });
+    for (const int64_t tokens : {16, 128}) {
+      check_banks("bfloat16", [&] { return try_mhc<bf16>({tokens, 512, true}, op); });
+    }
     check_banks("float32", [&] { return try_mhc<float>({128, 512, true}, op); });
   }
 }

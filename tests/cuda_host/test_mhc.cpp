@@ -1,7 +1,7 @@
 // The sm80 mHC kernels against float64, and each row against itself in other company. Runs on the host model, and on a
 // GPU where it is built for one.
 #include "cuda/common/launch.h"
-#include "cuda/sm80/mhc_mix.h"
+#include "cuda/sm80/mhc_mix_few.h"
 #include "mhc_cases.h"
 #if !defined(DSV4_ON_GPU)
 #include "far_rows.h"
@@ -9,6 +9,7 @@
 
 namespace dsv4::sm80 {
 void sm80_bf16_mhc_pre_mix(MixArguments);
+void sm80_bf16_mhc_pre_mix_few(MixArguments);
 void sm80_f32_mhc_pre_mix(MixArguments);
 }  // namespace dsv4::sm80
 
@@ -39,6 +40,7 @@ TEST(no_tokens) {
 TEST(token_counts) {
   if (no_device()) return;
   for (const int64_t tokens : {1, 2, 7, 8, 9, 17, 33}) check_case({tokens, 72, tokens % 2 == 0});
+  check_case({65, 72, true});
   check_case({130, 16});
 }
 
@@ -149,10 +151,11 @@ void check_company(MhcOp op) {
   const MhcCase whole = {35, 320, true};
   MhcProblem<X> all(whole, op == MhcOp::kHead);
   CHECK(run_mhc(all, op).empty());
-  for (const int64_t tokens : {1, 3, 16, 18}) {
+  // 64: the most that mhc_mix_few.h takes.
+  for (const int64_t tokens : {1, 3, 16, 18, 64, 65}) {
     MhcProblem<X> few({tokens, 320, true}, op == MhcOp::kHead);
     CHECK(run_mhc(few, op).empty());
-    for (int64_t t = 0; t < tokens; ++t) CHECK(bits_of(few, op, t) == bits_of(all, op, t));
+    for (int64_t t = 0; t < tokens && t < whole.tokens; ++t) CHECK(bits_of(few, op, t) == bits_of(all, op, t));
   }
   // The same token elsewhere in a block: 34 is told the data of 0.
   MhcProblem<X> moved(whole, op == MhcOp::kHead);
@@ -202,14 +205,15 @@ TEST(the_fused_op_equals_the_two) {
 
 #if !defined(DSV4_ON_GPU)  // a kernel is launched by name where nvcc compiles the test, which it does not
 
-// How many splits a block takes one after another is a matter of speed alone.
+// How many splits a block takes one after another is a matter of speed alone, as is the kernel of few tokens.
 template <class X>
-void check_runs_of_splits(void (*kernel)(sm80::MixArguments)) {
+void check_runs_of_splits(void (*kernel)(sm80::MixArguments), void (*few)(sm80::MixArguments)) {
   using Stage = sm80::MixStage<X, false>;
-  constexpr int64_t kTokens = 5, kHidden = 1096, kSplits = 5;
+  constexpr int64_t kTokens = 21, kHidden = 1096, kSplits = 5;
   MhcProblem<X> p({kTokens, kHidden}, false);
   std::vector<std::vector<float>> results;
-  for (const int run : {1, 2, 3, 5}) {
+  for (const int run : {1, 2, 3, 5, 0}) {  // 0: few
+    if (run == 0 && few == nullptr) continue;
     DeviceTensor<float> partial({kSplits, kTokens, sm80::kPartialRow});
     sm80::MixArguments arguments = {};
     arguments.streams = p.streams.template any<3>();
@@ -220,11 +224,11 @@ void check_runs_of_splits(void (*kernel)(sm80::MixArguments)) {
     arguments.splits_per_block = run;
     arguments.vector = true;
     cuda::LaunchShape shape;
-    shape.blocks_x = (kTokens + Stage::kTokens - 1) / Stage::kTokens;
-    shape.blocks_y = (kSplits + run - 1) / run;
+    shape.blocks_x = run == 0 ? kSplits * sm80::kFewTiles<kMixes> : (kTokens + Stage::kTokens - 1) / Stage::kTokens;
+    shape.blocks_y = run == 0 ? 2 : (kSplits + run - 1) / run;
     shape.threads = sm80::kMixThreads;
-    shape.shared_bytes = sm80::kMixSharedBytes<X, kMixes, false>;
-    const Status status = cuda::launch("mix", kernel, shape, cuda_context(), arguments);
+    shape.shared_bytes = run == 0 ? sm80::kMixFewSharedBytes<false> : sm80::kMixSharedBytes<X, kMixes, false>;
+    const Status status = cuda::launch("mix", run == 0 ? few : kernel, shape, cuda_context(), arguments);
     CHECK_MESSAGE(status.is_ok(), status.message());
     CHECK(partial.intact());
     results.emplace_back();
@@ -239,8 +243,8 @@ void check_runs_of_splits(void (*kernel)(sm80::MixArguments)) {
 }
 
 TEST(runs_of_splits_change_nothing) {
-  check_runs_of_splits<bf16>(sm80::sm80_bf16_mhc_pre_mix);
-  check_runs_of_splits<float>(sm80::sm80_f32_mhc_pre_mix);
+  check_runs_of_splits<bf16>(sm80::sm80_bf16_mhc_pre_mix, sm80::sm80_bf16_mhc_pre_mix_few);
+  check_runs_of_splits<float>(sm80::sm80_f32_mhc_pre_mix, nullptr);
 }
 
 template <class X>

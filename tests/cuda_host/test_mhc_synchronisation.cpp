@@ -25,7 +25,9 @@ TEST(no_alarm_and_the_same_bits_over_seeds) {
   for (const MhcOp op : kOps) {
     check_seeds<bf16>(op, {19, 72, true}, kSeeds);
     check_seeds<float>(op, {35, 72, true}, kSeeds);
-    check_seeds<bf16>(op, {3, 41, true}, 6);     // element by element
+    check_seeds<bf16>(op, {3, 41, true}, 6);  // element by element
+    check_seeds<bf16>(op, {5, 296, true}, 10);
+    check_seeds<bf16>(op, {65, 104, true}, 10);  // more than mhc_mix_few.h takes
     check_seeds<bf16>(op, {130, 296, true}, 3);  // two blocks of tokens, two splits
   }
 }
@@ -39,13 +41,14 @@ TEST(ldmatrix_meets_no_bank_conflict) {
 }
 
 TEST(every_synchronisation_is_needed) {
-  const MhcCase c = {17, 104, true};
+  const MhcCase c = {17, 168, true};
   NeededLines lines;
   for (const MhcOp op : kOps) {
     lines.check(6, [&] { return try_mhc<bf16>(c, op); });
+    lines.check(6, [&] { return try_mhc<bf16>({65, 168, true}, op); });  // more than mhc_mix_few.h takes
     lines.check(6, [&] { return try_mhc<float>(c, op); });
   }
-  CHECK((lines.kinds == Kinds{{"cp_async_commit", 3}, {"cp_async_wait", 3}, {"sync_threads", 3}}));
+  CHECK((lines.kinds == Kinds{{"cp_async_commit", 5}, {"cp_async_wait", 4}, {"sync_threads", 4}}));
 }
 
 }  // namespace

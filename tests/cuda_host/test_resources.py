@@ -30,6 +30,10 @@ CLAIMS = {
     "bf16_mhc_pre_mix": TENSOR_CORES,
     "bf16_mhc_post_pre_mix": [*TENSOR_CORES, "STG.E.128"],
     "bf16_mhc_head_mix": TENSOR_CORES,
+    **{
+        f"bf16_mhc_{op}_mix_few": [*(claim for claim in TENSOR_CORES if claim != "LDG.E.128"), "LDS.64"]
+        for op in ("pre", "post_pre", "head")
+    },
     "bf16_mhc_pre_backward_mix": [*TENSOR_CORES, "FFMA"],
     "bf16_mhc_head_backward_mix": [*TENSOR_CORES, "FFMA"],
     **{

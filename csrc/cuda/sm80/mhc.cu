@@ -3,8 +3,9 @@
 //
 // mhc_pre, mhc_head: the mixing product (mhc_mix.h: 128 tokens x 1024 of K a block, so that fn is read from L2 once for
 // 128 tokens), then its use (mhc_apply.h). The streams are read twice: 18 D + 80 B a token and 256 B a split of partial
-// sums, 208 D FLOP; bound by bandwidth on the tensor cores. Few tokens: 4 D / 1024 blocks share the product, which is
-// then bound by reading fn (384 D bytes).
+// sums, 208 D FLOP; bound by bandwidth on the tensor cores. Up to 64 bfloat16 tokens (mhc_mix_few.h): three blocks
+// (mhc_head: one) a split and 16 tokens read all they need, fn's 384 D bytes in all, in one round trip; then latency
+// bounds both kernels: 128 tensor-core products one after another in the first, Sinkhorn's divisions in the second.
 //
 // mhc_post_pre: the first kernel makes the new streams as well, in shared memory, so they are written once and read
 // once: 28 D + 160 B a token against 36 D for the two ops.
@@ -49,6 +50,9 @@ DSV4_KERNEL(kPostThreads, 2) sm80_f32_mhc_post(const PostArguments a) { post<flo
 DSV4_KERNEL(kMixThreads, 2) sm80_bf16_mhc_pre_mix(const MixArguments a) { mix<bf16, kMixes, false>(a); }
 DSV4_KERNEL(kMixThreads, 1) sm80_bf16_mhc_post_pre_mix(const MixArguments a) { mix<bf16, kMixes, true>(a); }
 DSV4_KERNEL(kMixThreads, 2) sm80_bf16_mhc_head_mix(const MixArguments a) { mix<bf16, kStreams, false>(a); }
+DSV4_KERNEL(kMixThreads, 3) sm80_bf16_mhc_pre_mix_few(const MixArguments a) { mix_few<kMixes, false>(a); }
+DSV4_KERNEL(kMixThreads, 2) sm80_bf16_mhc_post_pre_mix_few(const MixArguments a) { mix_few<kMixes, true>(a); }
+DSV4_KERNEL(kMixThreads, 3) sm80_bf16_mhc_head_mix_few(const MixArguments a) { mix_few<kStreams, false>(a); }
 DSV4_KERNEL(kMixThreads, 2) sm80_f32_mhc_pre_mix(const MixArguments a) { mix<float, kMixes, false>(a); }
 DSV4_KERNEL(kMixThreads, 2) sm80_f32_mhc_post_pre_mix(const MixArguments a) { mix<float, kMixes, true>(a); }
 DSV4_KERNEL(kMixThreads, 2) sm80_f32_mhc_head_mix(const MixArguments a) { mix<float, kStreams, false>(a); }
@@ -81,25 +85,40 @@ struct Mixing {
 
 constexpr Mixing kPre = {"mhc_pre",
                          {{sm80_bf16_mhc_pre_mix, sm80_f32_mhc_pre_mix},
-                          {kMixSharedBytes<bf16, kMixes, false>, kMixSharedBytes<float, kMixes, false>}},
+                          {kMixSharedBytes<bf16, kMixes, false>, kMixSharedBytes<float, kMixes, false>},
+                          sm80_bf16_mhc_pre_mix_few,
+                          kMixFewSharedBytes<false>,
+                          kFewTiles<kMixes>},
                          {sm80_bf16_mhc_pre_apply, sm80_f32_mhc_pre_apply},
                          true};
 constexpr Mixing kPostPre = {"mhc_post_pre",
                              {{sm80_bf16_mhc_post_pre_mix, sm80_f32_mhc_post_pre_mix},
-                              {kMixSharedBytes<bf16, kMixes, true>, kMixSharedBytes<float, kMixes, true>}},
+                              {kMixSharedBytes<bf16, kMixes, true>, kMixSharedBytes<float, kMixes, true>},
+                              sm80_bf16_mhc_post_pre_mix_few,
+                              kMixFewSharedBytes<true>,
+                              kFewTiles<kMixes>},
                              {sm80_bf16_mhc_pre_apply, sm80_f32_mhc_pre_apply},
                              true};
 constexpr Mixing kHead = {"mhc_head",
                           {{sm80_bf16_mhc_head_mix, sm80_f32_mhc_head_mix},
-                           {kMixSharedBytes<bf16, kStreams, false>, kMixSharedBytes<float, kStreams, false>}},
+                           {kMixSharedBytes<bf16, kStreams, false>, kMixSharedBytes<float, kStreams, false>},
+                           sm80_bf16_mhc_head_mix_few,
+                           kMixFewSharedBytes<false>,
+                           kFewTiles<kStreams>},
                           {sm80_bf16_mhc_head_apply, sm80_f32_mhc_head_apply},
                           false};
 // For gradients.
 constexpr MixKernels kExactMix[2] = {
     {{sm80_bf16_mhc_pre_backward_mix, sm80_f32_mhc_pre_backward_mix},
-     {kMixSharedBytes<bf16, kMixes, false, true>, kMixSharedBytes<float, kMixes, false, true>}},
+     {kMixSharedBytes<bf16, kMixes, false, true>, kMixSharedBytes<float, kMixes, false, true>},
+     nullptr,
+     0,
+     0},
     {{sm80_bf16_mhc_head_backward_mix, sm80_f32_mhc_head_backward_mix},
-     {kMixSharedBytes<bf16, kStreams, false, true>, kMixSharedBytes<float, kStreams, false, true>}}};
+     {kMixSharedBytes<bf16, kStreams, false, true>, kMixSharedBytes<float, kStreams, false, true>},
+     nullptr,
+     0,
+     0}};
 static_assert(kMixSharedBytes<bf16, kMixes, true> <= cuda::kMaxSharedBytes);
 static_assert(kMixSharedBytes<bf16, kMixes, false, true> <= cuda::kMaxSharedBytes);
 

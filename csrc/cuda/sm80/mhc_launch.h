@@ -2,7 +2,7 @@
 #pragma once
 
 #include "cuda/common/launch.h"
-#include "cuda/sm80/mhc_mix.h"
+#include "cuda/sm80/mhc_mix_few.h"
 
 namespace dsv4::sm80 {
 
@@ -29,10 +29,12 @@ inline bool vector_rows(const View<const float, 2>& view) { return aligned(view.
 
 inline int64_t splits_of(int64_t hidden) { return ceil_div(hidden, kChunk * kChunksPerSplit); }
 
-// A kernel of the mixing product. [0]: bfloat16, [1]: float32.
+// A kernel of the mixing product. [0]: bfloat16, [1]: float32. few: of few bfloat16 tokens, where there is one.
 struct MixKernels {
   void (*kernel[2])(MixArguments);
   int shared_bytes[2];
+  void (*few)(MixArguments);
+  int few_shared_bytes, few_tiles;
 };
 
 // The mixing product of tokens [first_token, end_token) into mix.partial. `wide`: float32 streams.
@@ -40,13 +42,19 @@ inline Status launch_mix(const char* name, const MixKernels& kernels, bool wide,
                          const Context& context) {
   constexpr int64_t kBlocks = 512;  // as many as fill every GPU; fewer, longer runs of splits beyond
   const int64_t splits = splits_of(mix.hidden), tokens = mix.end_token - mix.first_token;
+  cuda::LaunchShape shape;
+  shape.threads = kMixThreads;
+  if (kernels.few != nullptr && !wide && tokens <= kFewTokens) {
+    shape.blocks_x = splits * kernels.few_tiles;
+    shape.blocks_y = ceil_div(tokens, MixStage<bf16, false, true>::kTokens);
+    shape.shared_bytes = kernels.few_shared_bytes;
+    return cuda::launch(name, kernels.few, shape, context, mix);
+  }
   const int64_t token_blocks =
       ceil_div(tokens, wide ? MixStage<float, false>::kTokens : MixStage<bf16, false>::kTokens);
   mix.splits_per_block = static_cast<int>(ceil_div(splits, ceil_div(kBlocks, token_blocks)));
-  cuda::LaunchShape shape;
   shape.blocks_x = token_blocks;
   shape.blocks_y = ceil_div(splits, mix.splits_per_block);
-  shape.threads = kMixThreads;
   shape.shared_bytes = kernels.shared_bytes[wide];
   return cuda::launch(name, kernels.kernel[wide], shape, context, mix);
 }

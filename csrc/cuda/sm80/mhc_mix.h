@@ -33,11 +33,13 @@ inline constexpr int kPartialRow = 32;  // floats: 24 products, the sum of squar
 inline constexpr int kSquares = 24;     // where the sum of squares is in it
 inline constexpr int kFnRowBytes = 4 * kChunk * 2;  // of a bfloat16 part in shared memory
 
-template <class X, bool kPost>
+// kFew: of mhc_mix_few.h.
+template <class X, bool kPost, bool kFew = false>
 struct MixStage {
-  static constexpr int kTokens = sizeof(X) == 2 ? 128 : 32;
-  static constexpr int kPieces = kChunk / kElements<X>;  // of a row: 4 or 8
-  static constexpr int kPiecesPerThread = kTokens * kPieces / kMixThreads;
+  static constexpr int kTokens = kFew ? 16 : sizeof(X) == 2 ? 128 : 32;
+  static constexpr int kPieces = kChunk / kElements<X>;                    // of a row: 4 or 8
+  static constexpr int kThreads = kFew ? kTokens * kPieces : kMixThreads;  // that copy a stage
+  static constexpr int kPiecesPerThread = kTokens * kPieces / kThreads;
   static constexpr int kRows = kPost ? kStreams + 1 : kStreams;  // the fused kernel also holds the sublayer's output
   static constexpr int kBytes = kRows * kTokens * kPieces * 16;
 
@@ -197,8 +199,8 @@ struct Sums<bf16, kMixes, kExact, Stage> {
     }
   }
 
-  // rows: the partial sums of this block's tokens in this split, of which the first `tokens` exist.
-  DSV4_DEVICE void write(float* rows, int64_t tokens) const {
+  // rows: the partial sums of this block's tokens in this split, of which the first `tokens` exist. first_row: of fn.
+  DSV4_DEVICE void write(float* rows, int64_t tokens, int first_row = 0) const {
     const int lane = ptx::thread_index() % 32, first = ptx::thread_index() / 32 * 16;
     DSV4_UNROLL
     for (int half = 0; half < 2; ++half) {
@@ -214,10 +216,10 @@ struct Sums<bf16, kMixes, kExact, Stage> {
       float* row = rows + static_cast<int64_t>(token) * kPartialRow;
       DSV4_UNROLL
       for (int tile = 0; tile < kTiles; ++tile) {
-        row[8 * tile + lane % 4 * 2] = product[tile][2 * half];
-        row[8 * tile + lane % 4 * 2 + 1] = product[tile][2 * half + 1];
+        row[first_row + 8 * tile + lane % 4 * 2] = product[tile][2 * half];
+        row[first_row + 8 * tile + lane % 4 * 2 + 1] = product[tile][2 * half + 1];
       }
-      if (has_squares) row[kSquares] = squares;
+      if (has_squares && first_row == 0) row[kSquares] = squares;
     }
   }
 };
@@ -314,13 +316,17 @@ DSV4_DEVICE void take_totals(Sums& sums, uint32_t totals) {
   sums.each([&](int place, float& value) { value = ptx::load_shared_float(own_total(totals, place)); });
 }
 
-template <class X, bool kPost, bool kVector>
+template <class X, bool kPost, bool kVector, bool kFew = false>
 struct MixBlock {
-  using Stage = MixStage<X, kPost>;
+  using Stage = MixStage<X, kPost, kFew>;
   const MixArguments& a;
   int64_t first_token;  // of the block
+  bool stores_streams;  // the new ones: of the blocks that make the same, one does
 
-  DSV4_DEVICE int token(int i) const { return (ptx::thread_index() + i * kMixThreads) / Stage::kPieces; }
+  DSV4_DEVICE int token(int i) const {
+    const int thread = kFew ? ptx::thread_index() % Stage::kThreads : ptx::thread_index();
+    return (thread + i * Stage::kThreads) / Stage::kPieces;
+  }
   DSV4_DEVICE int piece() const { return ptx::thread_index() % Stage::kPieces; }
   DSV4_DEVICE int64_t column(int chunk) const { return static_cast<int64_t>(chunk) * kChunk + piece() * kElements<X>; }
   DSV4_DEVICE bool exists(int chunk, int i) const {
@@ -360,7 +366,7 @@ struct MixBlock {
       for (int o = 0; o < kStreams; ++o) {
         const Words4 mixed = mixed_piece<X>(weights[i], old, o);
         ptx::store_shared_16(Stage::address(stage, o, token(i), piece()), mixed);
-        if (exists(chunk, i)) {
+        if (stores_streams && exists(chunk, i)) {
           store_piece(row_of<X>(a.post.result, first_token + token(i), o), column(chunk), a.hidden, kVector, mixed);
         }
       }
@@ -378,7 +384,7 @@ DSV4_DEVICE void mix(const MixArguments& a) {
   const int first = static_cast<int>(ptx::block_index_y()) * a.splits_per_block * kChunksPerSplit;
   const int end =
       first + a.splits_per_block * kChunksPerSplit < chunks ? first + a.splits_per_block * kChunksPerSplit : chunks;
-  const MixBlock<X, kPost, kVector> block{a, a.first_token + ptx::block_index_x() * Stage::kTokens};
+  const MixBlock<X, kPost, kVector> block{a, a.first_token + ptx::block_index_x() * Stage::kTokens, true};
   const int64_t tokens = a.end_token - block.first_token;
 
   PostWeights weights[Stage::kPiecesPerThread];
