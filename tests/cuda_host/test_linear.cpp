@@ -85,6 +85,7 @@ TEST(rows_that_do_not_lie_densely) {
   if (no_device()) return;
   for (const LinearOp op : kOps) {
     for (const int64_t pad : {1, 3, 8, 16, 32}) check_tiles({op, 5, 160, 20, 1, false, false, true, pad});
+    check_tiles({op, 1, 160, 20, 1, false, false, true, 3});
     check_tiles({op, 5, 160, 20, 1, true, true, true, 5});
   }
 }

@@ -367,7 +367,7 @@ TEST(e4m3_codes_are_the_nearest) {
 // Pairs of bfloat16, denormal ones too, and every selector of bytes without replication of signs.
 DSV4_KERNEL(kThreads, 1) packed_pairs(const Arguments a) {
   const int t = ptx::thread_index();
-  const uint32_t* in = a.in + 3 * t;
+  const auto* in = reinterpret_cast<const uint32_t*>(ptx::kept(reinterpret_cast<const uint8_t*>(a.in + 3 * t)));
   a.out[16 * t] = ptx::select_bytes(in[0], in[1], in[2] & 0x7777u);
   a.out[16 * t + 1] = ptx::multiply_bf16_pairs(in[0], in[1]);
 }

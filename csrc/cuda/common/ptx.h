@@ -167,6 +167,18 @@ DSV4_DEVICE void store_shared_word(uint32_t address, uint32_t value, Site site =
 #endif
 }
 
+// The pointer to global memory, kept in registers: a compiler that sees how it came about may rather work it out again
+// at each use.
+DSV4_DEVICE const uint8_t* kept(const uint8_t* pointer) {
+#if defined(__CUDACC__)
+  size_t address = __cvta_generic_to_global(pointer);
+  asm("" : "+l"(address));
+  return static_cast<const uint8_t*>(__cvta_global_to_generic(address));
+#else
+  return pointer;
+#endif
+}
+
 // The pointer must be a multiple of 16 bytes.
 DSV4_DEVICE Words4 load_global_16(const void* source, Site site = Site::here()) {
 #if defined(__CUDACC__)

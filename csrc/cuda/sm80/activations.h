@@ -12,20 +12,28 @@ namespace dsv4::sm80 {
 
 struct ActivationRows {
   const uint8_t* data;           // row 0
-  const int32_t* map;            // the row of data of each row; none: the same
-  int64_t stride, plane_stride;  // bytes
+  const int32_t* map;            // the row of data of each row of the tile; none: the same
+  int64_t stride, plane_stride;  // bytes; aligned as `vector` says also where there is one row
   int64_t bytes;                 // of a row of a plane that may be read
   int64_t inputs;
-  int64_t first, count;  // the tile's rows
+  int64_t count;  // of the tile's rows
   int planes;
   bool vector;  // rows are made of whole, aligned 16-byte pieces
 
-  // Null where there is no such row.
-  DSV4_DEVICE const uint8_t* row(int i, int plane) const {
-    if (i >= count) return nullptr;
-    const int64_t at = map != nullptr ? map[first + i] : first + i;
-    return data + at * stride + plane * plane_stride;
+  // The rows from `row` on.
+  DSV4_DEVICE ActivationRows from(int64_t row) const {
+    ActivationRows rest = *this;
+    if (map != nullptr) {
+      rest.map += row;
+    } else {
+      rest.data += row * stride;
+    }
+    rest.count -= row;
+    return rest;
   }
+
+  // The row of data of row i; with a map, 0 where there is no row i.
+  DSV4_DEVICE int number(int i) const { return map == nullptr ? i : i < count ? map[i] : 0; }
 };
 
 struct PrepareArguments {

@@ -53,12 +53,16 @@ struct PairedRows {
   WeightRows gate, up;
 
   static DSV4_DEVICE bool is_gate(int i) { return i / 16 % 2 == 0; }
-  static DSV4_DEVICE int place(int i) { return i / 32 * 16 + i % 16; }
-  DSV4_DEVICE const uint8_t* row(int i) const { return is_gate(i) ? gate.row(place(i)) : up.row(place(i)); }
+  static DSV4_DEVICE int row(int i) { return i / 32 * 16 + i % 16; }
   DSV4_DEVICE uint32_t scale(int i, int column, bool rows_share) const {
-    return is_gate(i) ? gate.scale(place(i), column, rows_share) : up.scale(place(i), column, rows_share);
+    const int at = rows_share ? 0 : row(i);  // a tile has no more rows of a matrix than share a scale
+    return is_gate(i) ? gate.scale(at, column, rows_share) : up.scale(at, column, rows_share);
   }
   DSV4_DEVICE const WeightMatrix& any() const { return gate.matrix; }
+
+  static constexpr int kMatrices = 2, kApart = 16;
+  DSV4_DEVICE const WeightRows& of(int i) const { return i == 0 ? gate : up; }
+  static DSV4_DEVICE constexpr int place(int row) { return row / 16 * 32 + row % 16; }
 };
 
 // A shape of fewer tokens than the map's tiles have takes them in `split` parts.
@@ -78,13 +82,12 @@ DSV4_DEVICE WeightRows rows_of(const ExpertWeights& weights, const ExpertTile& t
   const int64_t left = outputs - first, scale_row = kForm == WeightForm::kFp8 ? first / 128 : first;
   WeightMatrix w = weights.of(tile.expert);
   w.data += first * w.stride;
-  w.scales = static_cast<const uint8_t*>(w.scales) + scale_row * w.scale_stride * (w.wide_scales ? 4 : 1);
-  return {w, 0, left < 0 ? 0 : left < rows ? left : rows};
+  w.scales = ptx::kept(static_cast<const uint8_t*>(w.scales) + scale_row * w.scale_stride * (w.wide_scales ? 4 : 1));
+  return {w, 0, left < 0 ? 0 : left < rows ? static_cast<int>(left) : rows};
 }
 
 DSV4_DEVICE ActivationRows rows_of(const ActivationRows& all, const ExpertTile& tile) {
-  ActivationRows x = all;
-  x.first = tile.first;
+  ActivationRows x = all.from(tile.first);
   x.count = tile.count;
   return x;
 }
@@ -195,7 +198,7 @@ DSV4_DEVICE void gate_up(const ExpertArguments& a) {
     for (int n = 0; n < Shape::kN; ++n) {
       DSV4_UNROLL
       for (int e = 0; e < 4; ++e) {
-        const int token = product.token(n, e), row = PairedRows::place(product.row(0, e));
+        const int token = product.token(n, e), row = PairedRows::row(product.row(0, e));
         if (token >= tile.count) continue;
         const float weight = a.row_weights != nullptr ? a.row_weights[tile.first + token] : 1.0f;
         const float value = swiglu(a, product.sum[n][e], product.sum[Shape::kN + n][e], weight);

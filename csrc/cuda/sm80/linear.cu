@@ -38,11 +38,12 @@ DSV4_DEVICE void linear(const LinearArguments& a) {
   const int64_t group = tile / a.token_tiles, first_token = tile % a.token_tiles * Shape::kTokens;
   const int64_t first = ptx::block_index_x() % a.row_tiles * Shape::kRows;
   const int64_t left = a.outputs - first;
-  const WeightRows weights = {a.weights, group * a.outputs + first, left < Shape::kRows ? left : Shape::kRows};
+  const int count = left < Shape::kRows ? static_cast<int>(left) : Shape::kRows;
+  const WeightRows weights = {a.weights, group * a.outputs + first, count};
   ActivationRows x = a.x;
   x.data += group * a.group_stride;
-  x.first = first_token;
-  x.count -= first_token;
+  x.map = nullptr;  // so that the compiler knows
+  x = x.from(first_token);
   WeightTile<Shape> product;
   product.run(weights, x);
   const AnyView<3>& out = a.out;
@@ -201,7 +202,7 @@ ActivationRows rows_of(const Product& p) {
   x.planes = p.planes();
   if (p.in_place()) {
     x.data = static_cast<const uint8_t*>(p.x.data);
-    x.stride = p.x.stride[0] * 2;
+    x.stride = p.x.size(0) > 1 ? p.x.stride[0] * 2 : 0;
     x.bytes = p.x.size(2) * 2;
     x.vector = p.vector();
   } else {

@@ -377,7 +377,7 @@ class ExpertRun {
     rows.map = is_shared ? nullptr : memory<int32_t>(at_.tokens_of);
     if (plain(w) && narrow()) {
       rows.data = static_cast<const uint8_t*>(x().data);
-      rows.stride = p_.x.stride[0] * 2;
+      rows.stride = p_.x.size(0) > 1 ? p_.x.stride[0] * 2 : 0;
       rows.bytes = rows.inputs * 2;
       rows.vector = vector();
     } else {

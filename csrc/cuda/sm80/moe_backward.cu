@@ -240,7 +240,7 @@ class GradientRun {
     if (narrow()) {
       const TileRows rows = rows_of(p_.x, nullptr);
       x.data = rows.data;
-      x.stride = rows.stride;
+      x.stride = p_.x.shape[0] > 1 ? rows.stride : 0;
       x.bytes = rows.bytes;
       x.planes = 1;
       x.vector = rows.vector;

@@ -10,7 +10,7 @@
 #pragma once
 
 #include "cuda/sm80/row_lanes.h"
-#include "cuda/sm80/weight_tile.h"
+#include "cuda/sm80/stage_copies.h"
 
 namespace dsv4::sm80 {
 
@@ -187,7 +187,9 @@ class ProductTile {
         }
       } else {
         const uint32_t address = to + place(row_of(0), kRowBytes, piece);
-        stage_piece(address, rows.row(first + row_of(0)), from, rows.bytes, false, rows.data);
+        const uint8_t* source = rows.row(first + row_of(0));
+        const int64_t left = source != nullptr ? rows.bytes - from : 0;
+        stage_bytes(address, source != nullptr ? source + from : rows.data, static_cast<int>(left < 16 ? left : 16));
       }
     }
   }

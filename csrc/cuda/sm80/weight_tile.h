@@ -9,8 +9,7 @@
 // block's products in shared memory, and the fragment's owner adds them in order after the next barrier.
 #pragma once
 
-#include "cuda/sm80/activations.h"
-#include "cuda/sm80/weight_forms.h"
+#include "cuda/sm80/stage_copies.h"
 
 namespace dsv4::sm80 {
 
@@ -30,60 +29,6 @@ struct TileShape {
   static constexpr int kFragments = kM * kN;  // of a warp, [16 rows, 8 tokens] each
   static constexpr int kOwned = (kFragments + kWarpsK - 1) / kWarpsK;
 };
-
-// A matrix of weights as it is stored.
-struct WeightMatrix {
-  const uint8_t* data;
-  int64_t stride, bytes;                  // of a row
-  const void* scales;                     // none for plain weights
-  int64_t scale_stride, scales_of_a_row;  // elements
-  bool wide_scales;                       // float32, else e8m0
-  bool vector;                            // rows are made of whole, aligned 16-byte pieces
-};
-
-// A tile's rows of a matrix: `count` from `first` on.
-struct WeightRows {
-  WeightMatrix matrix;
-  int64_t first, count;
-
-  // Null where there is no such row.
-  DSV4_DEVICE const uint8_t* row(int i) const {
-    return i < count ? matrix.data + (first + i) * matrix.stride : nullptr;
-  }
-
-  // The bits of a float32 scale, or an e8m0 one; 0 where there is none. A row past the last has the last one's.
-  DSV4_DEVICE uint32_t scale(int i, int column, bool rows_share) const {
-    if (column >= matrix.scales_of_a_row) return 0;
-    const int64_t row = first + (i < count ? i : count - 1);
-    const int64_t at = (rows_share ? row / 128 : row) * matrix.scale_stride + column;
-    if (matrix.wide_scales) return static_cast<const uint32_t*>(matrix.scales)[at];
-    return static_cast<const uint8_t*>(matrix.scales)[at];
-  }
-
-  DSV4_DEVICE const WeightMatrix& any() const { return matrix; }
-};
-
-// Copies 16 bytes from `offset` on of a row of `bytes`; zeros past its end, or where the row is null. `somewhere`: an
-// address of 16 bytes' alignment.
-DSV4_DEVICE void stage_piece(uint32_t to, const uint8_t* row, int64_t offset, int64_t bytes, bool vector,
-                             const void* somewhere) {
-  const bool exists = row != nullptr && offset < bytes;
-  if (vector) {
-    ptx::cp_async_16(to, exists ? row + offset : somewhere, exists ? 16 : 0);
-    return;
-  }
-  Words4 piece;
-  DSV4_UNROLL
-  for (int w = 0; w < 4; ++w) {
-    piece.word[w] = 0;
-    DSV4_UNROLL_IF(false)
-    for (int i = 0; i < 4; ++i) {
-      const int64_t at = offset + 4 * w + i;
-      if (exists && at < bytes) piece.word[w] |= static_cast<uint32_t>(row[at]) << (i * 8);
-    }
-  }
-  ptx::store_shared_16(to, piece);
-}
 
 // What a block's sums and a lane's units are multiplied by; of each row of a lane, as stored, a block ahead.
 template <WeightForm kForm, int kM>
@@ -172,10 +117,17 @@ class WeightTile {
     for (int i = 0; i < 4 * Shape::kOwned; ++i) sum[i / 4][i % 4] = 0.0f;
     TileScales<kForm, kM> scales = {};
     scales.load(weights, first_row_, part_, blocks);
+    const WeightCopies<Shape, Weights> weight_copies(weights);
+    const TokenCopies<Shape> token_copies(x);
+    const auto load = [&](const Step& ahead) {
+      if (ahead.block >= blocks) return;
+      weight_copies.load(weights, ahead.block, stage(ahead));
+      token_copies.load(x, ahead.block, planes - 1 - ahead.plane, stage(ahead));
+    };
     Step ahead = {};
     DSV4_UNROLL_IF(false)
     for (int i = 0; i < Shape::kStages - 1; ++i) {
-      load(weights, x, ahead, blocks);
+      load(ahead);
       ptx::cp_async_commit();
       ahead.advance(planes);
     }
@@ -184,7 +136,7 @@ class WeightTile {
     for (; step.block < blocks; step.advance(planes)) {
       ptx::cp_async_wait<Shape::kStages - 2>();
       ptx::sync_threads();  // the stage is whole, the one before it and the products of its blocks are done with
-      load(weights, x, ahead, blocks);
+      load(ahead);
       ptx::cp_async_commit();
       ahead.advance(planes);
       if (step.plane == 0 && step.block > 0) collect(step.block - kWarpsK, blocks);
@@ -220,32 +172,6 @@ class WeightTile {
 
   DSV4_DEVICE uint32_t stage(const Step& step) const {
     return ptx::shared_base() + static_cast<uint32_t>(step.slot) * Shape::kStageBytes;
-  }
-
-  template <class Weights>
-  DSV4_DEVICE void load(const Weights& weights, const ActivationRows& x, const Step& step, int blocks) const {
-    constexpr int kPieces = Unit::kRowBytes / 16, kBlockPieces = Shape::kRows * kPieces;
-    constexpr int kTokenPieces = Shape::kTokenBytes / 16, kTokensPieces = Shape::kTokens * kTokenPieces;
-    const uint32_t to = stage(step);
-    DSV4_UNROLL_IF(false)
-    for (int at = ptx::thread_index(); at < kWarpsK * kBlockPieces; at += Shape::kThreads) {
-      const int part = at / kBlockPieces, row = at % kBlockPieces / kPieces, piece = at % kPieces;
-      if (step.block + part >= blocks) break;
-      const uint32_t address =
-          to + static_cast<uint32_t>(part * Shape::kBlockBytes + row * Unit::kRowBytes + Unit::place(row, piece) * 16);
-      const int64_t offset = static_cast<int64_t>(step.block + part) * Unit::kRowBytes + piece * 16;
-      stage_piece(address, weights.row(row), offset, weights.any().bytes, weights.any().vector, weights.any().data);
-    }
-    DSV4_UNROLL_IF(false)
-    for (int at = ptx::thread_index(); at < kWarpsK * kTokensPieces; at += Shape::kThreads) {
-      const int part = at / kTokensPieces, token = at % kTokensPieces / kTokenPieces, piece = at % kTokenPieces;
-      if (step.block + part >= blocks) break;
-      // Two tokens' four pieces of a unit, which one access reads together, lie in different banks.
-      const uint32_t address = to + static_cast<uint32_t>(part * Shape::kBlockBytes + Shape::kWeightBytes +
-                                                          token * Shape::kTokenBytes + (piece ^ (token & 1) * 4) * 16);
-      const int64_t offset = static_cast<int64_t>(step.block + part) * Shape::kTokenBytes + piece * 16;
-      stage_piece(address, x.row(token, kOnePlane ? 0 : x.planes - 1 - step.plane), offset, x.bytes, x.vector, x.data);
-    }
   }
 
   DSV4_DEVICE void clear() {
