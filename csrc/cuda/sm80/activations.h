@@ -49,6 +49,16 @@ struct PrepareArguments {
 
 inline constexpr int kPrepareThreads = 128;
 
+// What the e4m3 code of a finite value stands for: clamped to +-448, and rounded to nearest even by adding a power of
+// two whose last bit is the code's.
+DSV4_DEVICE float e4m3_nearest(float value) {
+  constexpr uint32_t kMost = 0x43E00000u, kLeastNormal = 0x3C800000u, kSteps = 20u << 23;
+  const uint32_t sign = bits_from_float(value) & 0x80000000u, magnitude = bits_from_float(value) ^ sign;
+  const uint32_t clamped = magnitude < kMost ? magnitude : kMost, power = clamped & 0x7F800000u;
+  const float large = float_from_bits((power < kLeastNormal ? kLeastNormal : power) + kSteps);
+  return float_from_bits(bits_from_float(ptx::add(ptx::add(float_from_bits(clamped), large), -large)) | sign);
+}
+
 // The 16 lanes of a half warp hold a block of 128: what its values are after quantising to e4m3 with one power-of-two
 // scale, NaN where one of them is not finite.
 DSV4_DEVICE void round_trip_fp8(float (&value)[8]) {
@@ -66,9 +76,11 @@ DSV4_DEVICE void round_trip_fp8(float (&value)[8]) {
   const uint8_t scale = fp8_scale(most);
   DSV4_UNROLL
   for (int i = 0; i < 8; ++i) {
-    const uint8_t code = e4m3_code(ptx::multiply(value[i], inverse_scale(scale)));
-    value[i] = scale == 255 ? float_from_bits(0x7FC00000u) : ptx::multiply(e4m3_value(code), e8m0_value(scale));
+    value[i] = ptx::multiply(e4m3_nearest(ptx::multiply(value[i], inverse_scale(scale))), e8m0_value(scale));
   }
+  if (scale != 255) return;
+  DSV4_UNROLL
+  for (int i = 0; i < 8; ++i) value[i] = float_from_bits(0x7FC00000u);
 }
 
 // Where a block's unit c (inputs 8 c ...) lies, in 16-byte pieces, and its words.
@@ -86,13 +98,17 @@ DSV4_DEVICE Words4 unit_words(const float (&value)[8], bool permute) {
 // A thread takes eight inputs.
 template <class X>
 DSV4_DEVICE void prepare(const PrepareArguments& a) {
-  const int64_t at = ptx::block_index_x() * kPrepareThreads + ptx::thread_index();
-  const int64_t row = at / a.units, unit = at % a.units, inputs = a.x.shape[2], groups = a.x.shape[1];
+  // Of blocks of 128 inputs 2^32 fit in no memory.
+  const uint32_t block =
+      static_cast<uint32_t>(ptx::block_index_x() * (kPrepareThreads / 16) + ptx::thread_index() / 16);
+  const uint32_t blocks = static_cast<uint32_t>(a.units / 16), groups = static_cast<uint32_t>(a.x.shape[1]);
+  const uint32_t row = block / blocks;
+  const int64_t unit = block % blocks * 16 + static_cast<uint32_t>(ptx::thread_index() % 16);
   const bool exists = row < a.rows;
   float value[8] = {};
   if (exists) {
     const X* from = static_cast<const X*>(a.x.data) + row / groups * a.x.stride[0] + row % groups * a.x.stride[1];
-    load_eight(from, static_cast<int>(8 * unit), static_cast<int>(inputs), a.vector, value);
+    load_eight(from, static_cast<int>(8 * unit), static_cast<int>(a.x.shape[2]), a.vector, value);
   }
   if (a.quantise) round_trip_fp8(value);
   if (!exists) return;
@@ -103,7 +119,8 @@ DSV4_DEVICE void prepare(const PrepareArguments& a) {
     for (int i = 0; i < 8; ++i) {
       part[i] = a.planes == 1 ? value[i] : float_from_bits(float_part(value[i], plane) << 16);
     }
-    ptx::store_global_16(a.to + ((row * a.planes + plane) * a.units + place) * 16, unit_words(part, a.permute));
+    ptx::store_global_16(a.to + ((static_cast<int64_t>(row) * a.planes + plane) * a.units + place) * 16,
+                         unit_words(part, a.permute));
   }
 }
 
