@@ -32,7 +32,7 @@ string(REPLACE ";" " " _cpu_names "scalar;${DSV4_CPU_SETS}")
 dsv4_add_op_library(dsv4_cpu "${_cpu_names}" ${DSV4_CPU_OBJECTS})
 
 if(DSV4_WITH_CUDA)
-  string(REPLACE ";" " " _cuda_names "${DSV4_SM80_ARCHITECTURES};${DSV4_SM90_ARCHITECTURES}")
+  string(REPLACE ";" " " _cuda_names "${DSV4_CUDA_BUILT_FOR}")
   dsv4_add_op_library(dsv4_cuda "${_cuda_names}" ${DSV4_CUDA_OBJECTS})
   target_link_libraries(dsv4_cuda PRIVATE CUDA::cudart_static)
   set_target_properties(dsv4_cuda PROPERTIES LINKER_LANGUAGE CXX)

@@ -70,8 +70,11 @@ def _memory() -> int | None:
         return None
 
 
-def free_bytes() -> int | None:
-    """Memory that a process can still take; None where the system does not say."""
+def free_bytes(device: torch.device | str = "cpu") -> int | None:
+    """Memory of a device that this process can still take; None where the system does not say."""
+    if torch.device(device).type == "cuda":
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch, for what comes next
+        return torch.cuda.mem_get_info(device)[0] + kept
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     except OSError:

@@ -30,6 +30,9 @@ inline Context cuda_context() {
 }
 
 #if defined(DSV4_ON_GPU)
+// Of the absolute products of a block of 128, that a sum may be off: tensor cores cut off what the host model rounds
+// (docs/numerics.md).
+inline constexpr double kSumError = 0x1p-20;
 inline bool has_device() {
   int count = 0;
   return cudaGetDeviceCount(&count) == cudaSuccess && count > 0;
@@ -40,6 +43,7 @@ inline bool finish_device() {
   return CHECK_MESSAGE(error == cudaSuccess, cudaGetErrorString(error));
 }
 #else
+inline constexpr double kSumError = 0x1p-22;
 inline bool has_device() { return true; }
 inline bool finish_device() { return true; }
 #endif

@@ -179,7 +179,7 @@ struct LinearProblem {
     return bits;
   }
 
-  // What is wrong with the results, or nothing: one rounding, and 2^-22 of the sum of the absolute products.
+  // What is wrong with the results, or nothing: one rounding, and kSumError of the sum of the absolute products.
   std::string wrong() {
     for (int64_t t = 0; t < c.tokens; ++t) {
       std::vector<std::vector<float>> x;
@@ -199,7 +199,7 @@ struct LinearProblem {
           size += std::fabs(product);
         }
         const double got = out_at(t, i);
-        const double bound = std::fabs(sum) * (c.wide_out ? 0x1p-24 : 0x1p-8) * 1.001 + size * 0x1p-22 + 1e-40;
+        const double bound = std::fabs(sum) * (c.wide_out ? 0x1p-24 : 0x1p-8) * 1.001 + size * kSumError + 1e-40;
         if (std::isnan(sum) ? std::isnan(got) : std::fabs(got - sum) <= bound) continue;
         return "[" + std::to_string(t) + ", " + std::to_string(i) + "]: got " + std::to_string(got) + ", expected " +
                std::to_string(sum);

@@ -86,7 +86,7 @@ class MoeStages {
       sum += one;
       size += std::fabs(one);
     }
-    const double off = size * 0x1p-22;
+    const double off = size * kSumError;
     const Ends ends = {rounded_to<X>(sum - off), rounded_to<X>(sum + off)};
     if (ends.low == ends.high || ends.is_nan()) return ends;
     const double unit = std::ldexp(1.0, std::ilogb(size) - 23);

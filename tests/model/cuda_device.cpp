@@ -1,8 +1,8 @@
 // What the library for torch does when it is loaded (cuda_device.py).
 //
-// torch asks the guard of a tensor's device before it looks at the tensor. Builds without CUDA have none for "cuda";
-// this one does nothing, so that there can be tensors that say so. Threads take turns, which is fastest: races are the
-// business of the native tests.
+// torch asks the guard of a tensor's device before it looks at the tensor. Builds without CUDA have none for "cuda",
+// and that of builds with CUDA wants a driver; this one does nothing, so that there can be tensors that say so. Threads
+// take turns, which is fastest: races are the business of the native tests.
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 
 #include "simt/control.h"
@@ -13,8 +13,7 @@ using c10::DeviceType;
 using Guard = c10::impl::NoOpDeviceGuardImpl<DeviceType::CUDA>;
 
 [[maybe_unused]] const bool prepared = [] {
-  auto& guard = c10::impl::device_guard_impl_registry[static_cast<size_t>(DeviceType::CUDA)];
-  if (guard.load() == nullptr) guard.store(new Guard());
+  c10::impl::device_guard_impl_registry[static_cast<size_t>(DeviceType::CUDA)].store(new Guard());
   dsv4::simt::Options options;
   options.schedule = dsv4::simt::Schedule::kRoundRobin;
   dsv4::simt::configure(options);

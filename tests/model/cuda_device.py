@@ -30,6 +30,7 @@ _DEVICE = torch.device("cuda", 0)
 
 aten = torch.ops.aten
 _WAITS = (aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten._unique2, aten.equal, aten.is_nonzero)
+_PINNED = (aten.is_pinned, aten._pin_memory)
 _ANY_DEVICE = (aten.copy_, aten._to_copy, aten.index, aten.index_put, aten.index_put_)
 
 
@@ -128,6 +129,8 @@ class CudaOnHost(TorchDispatchMode):
         if func._can_decompose():  # in inference mode whole compositions come here
             with self:
                 return func.decompose(*args, **kwargs)
+        if func._overloadpacket in _PINNED and not ours:  # memory that a device reads: the host's is
+            return args[0] if func._overloadpacket is aten._pin_memory else False
         target = kwargs.get("device")
         if not ours and not _is_cuda(target):
             return func(*args, **kwargs)

@@ -142,7 +142,7 @@ def test_without_transformers(results, monkeypatch):
 
 
 def test_without_the_memory(results, monkeypatch):
-    monkeypatch.setattr(transformers_cores, "free_bytes", lambda: 1000)
+    monkeypatch.setattr(transformers_cores, "free_bytes", lambda device: 1000)
     lines, _ = results()
     assert [line["baseline_us"] is None for line in lines] == [False, True, False, True, False, True]
     assert lines[-1]["baseline"].startswith("transformers not run: needs ")

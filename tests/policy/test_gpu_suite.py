@@ -19,7 +19,10 @@ NVIDIA_SMI = 'echo "Fake GPU, 580.1"'
 # is the suite's own.
 PYTHON = """
 case "$1" in
-  -c) [[ "$2" == *implementations* ]] || exec "$REAL_PYTHON" "$@" ;;
+  -c)
+    [[ "$2" == *implementations* ]] || exec "$REAL_PYTHON" "$@"
+    echo "['sm80']"
+    exit "${IMPORT_FAILS:-0}" ;;
   -) exec "$REAL_PYTHON" "$@" ;;
   *)
     echo "$*" >> "$CALLS"
@@ -28,6 +31,7 @@ case "$1" in
     exit "${FAILS:-0}" ;;
 esac
 """
+STEPS = ("ops", "model", "bench.weights", "bench.attention", "bench.rows")
 SANITIZER = 'echo "sanitizer $*" >> "$CALLS"'
 
 
@@ -81,8 +85,8 @@ def test_steps_and_record(suite: Suite) -> None:
     record = json.loads(suite.record_file.read_text())
     assert (record["device"], record["driver"], len(record["benchmarks"])) == ("Fake GPU", "580.1", 3)
     assert record["commit"].split("+")[0] == "abc"
-    tools = ("memcheck", "racecheck", "synccheck", "initcheck")
-    names = ["device.test_mhc", "device.test_ptx", "ops", "model", "bench.attention", "bench.weights", "bench.rows"]
+    tools = ("memcheck", "racecheck", "synccheck")
+    names = ["build", "import", "device.test_mhc", "device.test_ptx", *STEPS]
     names += [f"{tool}.test_{name}" for tool in tools for name in ("mhc", "ptx")]
     assert [(step["step"], step["result"]) for step in record["steps"]] == [(name, "passed") for name in names]
 
@@ -98,7 +102,7 @@ def test_what_is_measured(suite: Suite) -> None:
     contexts = [int(word.removeprefix("--context=")) for word in weights if word.startswith("--context=")]
     assert contexts == [1, 8, 64, 256, 2048, 8192]
     files = [word for call in calls if "pytest" in call for word in call if word.endswith(".py")]
-    assert len(files) >= 7 and all((ROOT / file).is_file() for file in files)
+    assert len(files) >= 6 and all((ROOT / file).is_file() for file in files)
 
 
 def test_failures_are_kept(suite: Suite) -> None:
@@ -108,9 +112,22 @@ def test_failures_are_kept(suite: Suite) -> None:
     assert done.returncode == 1
     found = {step["step"]: step["result"] for step in json.loads(suite.record_file.read_text())["steps"]}
     assert found["device.test_ptx"] == "failed with 1" and found["device.test_mhc"] == "failed with not-run"
-    assert {found[name] for name in ("ops", "model", "bench.attention", "bench.weights", "bench.rows")} == {
-        "failed with 1"
-    }
+    assert {found[name] for name in STEPS} == {"failed with 1"}
+
+
+def test_a_library_that_does_not_load_has_failed(suite: Suite) -> None:
+    suite.device_test("ptx", "3 cases passed, 0 parts not run")
+    assert suite.run(IMPORT_FAILS="1", PARTS="tests").returncode == 1
+
+
+def test_parts_and_logs(suite: Suite) -> None:
+    suite.device_test("ptx", "3 cases passed, 0 parts not run")
+    done = suite.run(PARTS="sanitizers", LOGS=str(suite.folder / "logs"))
+    assert done.returncode == 0
+    steps = [step["step"] for step in json.loads(suite.record_file.read_text())["steps"]]
+    assert steps == ["build", "import", "memcheck.test_ptx", "racecheck.test_ptx", "synccheck.test_ptx"]
+    assert "sanitizer --tool memcheck" in (suite.folder / "calls").read_text()
+    assert {file.stem for file in (suite.folder / "logs").glob("*.log")} == set(steps)
 
 
 def test_without_a_gpu(suite: Suite) -> None:

@@ -1,6 +1,6 @@
-// index_query: a head's eights stay in registers through rotation, Hadamard and FP4; 16 bytes a lane in and out. 4
-// bytes a bfloat16 element from and to memory for some 65 instructions at 128 dims, half of them the exact Hadamard
-// sums: bound by arithmetic, a third of the copy bandwidth expected, beside attention a small part of a layer.
+// index_query: a head's eights stay in registers through rotation, Hadamard and FP4; 16 bytes a lane in and out, 4
+// bytes a bfloat16 element from and to memory. Bound by its instructions, half of them the exact Hadamard sums: a third
+// of the copy bandwidth expected; beside attention a small part of a layer.
 #include "cuda/common/launch.h"
 #include "cuda/sm80/head_rows.h"
 #include "cuda/sm80/index_query.h"

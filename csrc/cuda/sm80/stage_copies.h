@@ -58,9 +58,8 @@ DSV4_DEVICE void stage_bytes(uint32_t to, const uint8_t* from, int count) {
   ptx::store_shared_16(to, piece);
 }
 
-// A thread's share of kRows rows of kRowBytes, of kBlocks blocks that lie kBlockBytes apart: piece `piece` of rows
-// `row`
-// + kRowStep i, of blocks `block` + kBlockStep i.
+// A thread's share of kRows rows of kRowBytes, of kBlocks blocks that lie kBlockBytes apart: piece `piece` of the rows
+// row, row + kRowStep and so on, of the blocks block, block + kBlockStep and so on.
 template <int kThreads, int kRows, int kRowBytes, int kBlocks, int kBlockBytes>
 struct StageShare {
   static constexpr int kPieces = kRowBytes / 16;

@@ -68,6 +68,8 @@ def run(
     failed = 0
     with ExitStack() as stack:
         out = stack.enter_context(open(json_file, "w", encoding="utf-8")) if json_file else None
+        if place.type == "cuda":
+            stack.enter_context(torch.cuda.device(place))  # whose stream the clock's events are on
         clock = Clock(place, quick)
         peaks = measure_peaks(clock)
         for result in _peak_results(peaks, place):

@@ -172,17 +172,14 @@ def _cases(
     if sequences == 0 or (step is None and rows == 1) or (kind == "csa" and context < ratio):  # no entry to select yet
         return
     first_block = max(context - rows - config.sliding_window + 1, 0) // BLOCK
-    tables = (shuffled_table(blocks, first_block, sequences), shuffled_table(blocks, 0, sequences))
-    pools = (
-        row_pages(config, sequences * (blocks - first_block), BLOCK),
-        row_pages(config, sequences * blocks, page_size),
-    )
+    raw_table, table = (shuffled_table(blocks, first, sequences, device) for first in (first_block, 0))
+    raw_pages = row_pages(config, sequences * (blocks - first_block), BLOCK, device)
+    pages = row_pages(config, sequences * blocks, page_size, device)
     plains = [
-        _draw(config, context, kind, rows, (tables[0][s : s + 1], tables[1][s : s + 1]), pools).to(device)
+        _draw(config, context, kind, rows, (raw_table[s : s + 1], table[s : s + 1]), (raw_pages, pages)).to(device)
         for s in range(sequences)
     ]
     whole = _joined(plains)
-    raw_pages, pages, raw_table, table = (value.to(device) for value in (*pools, *tables))
     sequence = torch.arange(sequences, dtype=torch.int32, device=device).repeat_interleave(rows)
 
     def run() -> Tensor:
@@ -210,7 +207,7 @@ def _cases(
         "eager torch bf16", eager, compare, *_work(config, context, plains), "bfloat16",
     )  # fmt: skip
     yield case
-    yield replace(case, **against_transformers(attention_bytes(plains), lambda: prepare_attention(plains)))
+    yield replace(case, **against_transformers(attention_bytes(plains), device, lambda: prepare_attention(plains)))
 
 
 def _joined(plains: Sequence[Plain]) -> Plain:

@@ -54,7 +54,7 @@ def _own(data: Plain, raw: _Pages, entries: _Pages, grad: Tensor) -> Callable[[]
     leaves = [x.detach().requires_grad_() for x in (data.query, raw.pages, entries.pages, data.sink)]
     query, raw_pages, pages, sink = leaves
     out, _ = ops.sparse_attention(
-        query, raw_pages, raw.table, pages, entries.table, torch.zeros(len(query), dtype=torch.int32), data.position,
+        query, raw_pages, raw.table, pages, entries.table, torch.zeros_like(data.position), data.position,
         data.indices, data.lengths, sink, data.rope, data.window, query.shape[2] ** -0.5, raw.page_size,
         entries.page_size,
     )  # fmt: skip

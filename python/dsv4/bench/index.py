@@ -77,12 +77,12 @@ def _cases(name: str, config: Config, context: int, step: int | None, device: to
     sequences = batch(step, entries * (key_bytes + 2 * dim))
     if sequences == 0 or (step is None and rows == 1) or entries == 0:
         return
-    pages, table = key_pages(config, sequences * blocks, page_size), shuffled_table(blocks, 0, sequences)
-    keys = [keys_of(config, pages, row, entries, page_size).to(device) for row in table.split(1)]
+    pages = key_pages(config, sequences * blocks, page_size, device)
+    table = shuffled_table(blocks, 0, sequences, device)
+    keys = [keys_of(config, pages, row, entries, page_size) for row in table.split(1)]
     query = ops.fp4_round_trip(torch.randn(sequences * rows, heads, dim).bfloat16()).to(device)
     weights = (torch.randn(sequences * rows, heads) / heads).to(device)
     lengths = ((torch.arange(context - rows, context) + 1) // ratio).int().repeat(sequences).to(device)
-    pages, table = pages.to(device), table.to(device)
     sequence = torch.arange(sequences, dtype=torch.int32, device=device).repeat_interleave(rows)
     k, narrow = config.index_topk, weights.bfloat16()
 
@@ -107,7 +107,7 @@ def _cases(name: str, config: Config, context: int, step: int | None, device: to
     )  # fmt: skip
     yield case
     prepared = (query, narrow, keys, lengths, k)
-    yield replace(case, **against_transformers(index_bytes(*prepared), lambda: prepare_index(*prepared)))
+    yield replace(case, **against_transformers(index_bytes(*prepared), device, lambda: prepare_index(*prepared)))
 
 
 def _compare(

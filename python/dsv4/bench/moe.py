@@ -35,6 +35,7 @@ from dsv4.bench.linear import draw_weight, most_rows
 from dsv4.bench.measure import Case, Comparison
 from dsv4.bench.pages import spread
 from dsv4.bench.transformers_cores import against_transformers, prepare_experts
+from dsv4.environment import free_bytes
 from dsv4.model.config import Config
 
 #: Ops of this family, and the tokens at once unless told otherwise.
@@ -78,7 +79,7 @@ def _room(device: torch.device) -> int:
     """Bytes for the experts' bfloat16 copies."""
     if device.type == "cpu":
         return _COPY_BYTES
-    return int(_SHARE_OF_A_GPU * torch.cuda.mem_get_info(device)[0])
+    return int(_SHARE_OF_A_GPU * (free_bytes(device) or 0))
 
 
 def _experts(config: Config, room: int) -> int:
@@ -123,7 +124,7 @@ def _experts_cases(shape: str, config: Config, tokens: int, device: torch.device
     # Its rows, gate and up of one expert at a time.
     needed = 2 * tokens * top_k * (2 * hidden + 3 * inter)
     prepare = partial(prepare_experts, x, weights, indices, gate_up, dense[2], limit)
-    yield replace(case, **against_transformers(needed, prepare))
+    yield replace(case, **against_transformers(needed, device, prepare))
     yield replace(case, **against_kt_kernel(x, weights, indices, stored, limit))
 
 

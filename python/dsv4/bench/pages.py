@@ -40,31 +40,32 @@ def batch(wanted: int | None, nbytes: float) -> int:
     return sequences if wanted is None or 4 * sequences >= wanted else 0
 
 
-def shuffled_table(blocks: int, first: int = 0, sequences: int = 1) -> Tensor:
+def shuffled_table(blocks: int, first: int = 0, sequences: int = 1, device: torch.device | None = None) -> Tensor:
     """int32 [sequences, blocks]: pages in random order; the blocks before `first` are not stored."""
     table = torch.full((sequences, blocks), -1, dtype=torch.int32)
     stored = blocks - first
     table[:, first:] = torch.randperm(sequences * stored, dtype=torch.int32).view(sequences, stored)
-    return table
+    return table.to(device)
 
 
-def row_pages(config: Config, count: int, page_size: int) -> Tensor:
+def row_pages(config: Config, count: int, page_size: int, device: torch.device) -> Tensor:
     """FP8 pages of normal rows. At most some thousands of rows are drawn and then repeated, in memory of their own."""
     drawn = min(count, -(-_DRAWN_ROWS // page_size))
     pages = allocate_pages(drawn, page_size, config.head_dim, config.qk_rope_head_dim, "fp8")
     row = torch.arange(drawn * page_size)
     rows = torch.randn(len(row), config.head_dim).bfloat16()
     write_rows(pages, rows, row // page_size, row % page_size, page_size, config.qk_rope_head_dim)
+    pages = pages.to(device)
     if drawn == count:
         return pages
-    pool = allocate_pages(count, page_size, config.head_dim, config.qk_rope_head_dim, "fp8")
-    return torch.index_select(pages, 0, torch.randint(drawn, (count,)), out=pool)
+    pool = allocate_pages(count, page_size, config.head_dim, config.qk_rope_head_dim, "fp8", device=device)
+    return torch.index_select(pages, 0, torch.randint(drawn, (count,)).to(device), out=pool)
 
 
-def key_pages(config: Config, count: int, page_size: int) -> Tensor:
+def key_pages(config: Config, count: int, page_size: int, device: torch.device) -> Tensor:
     """FP4 pages of index keys: any code, scales from 1/4 to 2."""
     dim = config.index_head_dim
-    pages = allocate_key_pages(count, page_size, dim, "fp4")
+    pages = allocate_key_pages(count, page_size, dim, "fp4", device=device)
     scales_at = page_size * dim // 2
     pages[:, :scales_at].random_(0, 256)
     pages[:, scales_at:].random_(125, 129)
@@ -91,7 +92,7 @@ def keys_of(config: Config, pages: Tensor, table: Tensor, end: int, page_size: i
 def _places(table: Tensor, begin: int, end: int, page_size: int) -> list[tuple[Tensor, Tensor]]:
     """(page, offset) of the rows, in parts that bound the memory of reading them."""
     return [
-        locate(table, torch.zeros((), dtype=torch.int32), torch.arange(at, min(at + _READ_ROWS, end)), page_size)
+        locate(table, table.new_zeros(()), torch.arange(at, min(at + _READ_ROWS, end), device=table.device), page_size)
         for at in range(begin, end, _READ_ROWS)
     ]
 

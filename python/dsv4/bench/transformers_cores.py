@@ -26,16 +26,17 @@ _NAME = "transformers"
 _SHARE = 0.4
 
 
-def against_transformers(needed: int, prepare: Callable[[], Callable[[], Any]]) -> dict[str, Any]:
+def against_transformers(needed: int, device: torch.device, prepare: Callable[[], Callable[[], Any]]) -> dict[str, Any]:
     """`baseline` and `run_baseline` of a case; the latter None where transformers is missing or memory too small.
 
     Args:
         needed: bytes that a run takes.
+        device: whose memory they are.
         prepare: what is to be timed, made on the first call.
     """
     if importlib.util.find_spec("transformers") is None:
         return {"baseline": f"{_NAME} {MISSING}", "run_baseline": None}
-    free = free_bytes()
+    free = free_bytes(device)
     if free is not None and needed > _SHARE * free:
         return {"baseline": f"{_NAME} not run: needs {needed / 2**30:,.1f} GiB", "run_baseline": None}
     made: list[Callable[[], Any]] = []

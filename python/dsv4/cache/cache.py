@@ -172,7 +172,7 @@ class KVCache:
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"cache: {name} must be an integer >= 1, got {value!r}")
         self.settings = Settings(config, quantization, dtype, index_format, rollback)
-        self.device = torch.device(device)
+        self.device = torch.empty(0, device=device).device  # with the number of a GPU, whichever is current later
         self._setup(batch_size, max_seq_len, None)
 
     def _setup(self, batch_size: int, max_seq_len: int, tables: _Tables | None) -> None:
@@ -563,7 +563,10 @@ class KVCache:
         return rows[0], rows[1], rows[2].long()
 
     def _on_device(self, values: np.ndarray) -> Tensor:
-        return torch.from_numpy(values).to(self.device)
+        tensor = torch.from_numpy(values)
+        if self.device.type != "cuda":
+            return tensor.to(self.device)
+        return tensor.pin_memory().to(self.device, non_blocking=True)  # else the host would wait for all before it
 
 
 def _make_pools(settings: Settings, device: torch.device) -> tuple[PagePool, PagePool]:
