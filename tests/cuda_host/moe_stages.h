@@ -54,8 +54,10 @@ class MoeStages {
       found = wrong_row(t - first_, t, 0, 1.0f, true);
     }
     for (int64_t t = first_; t < p_.c.tokens && found.empty(); ++t) found = wrong_sum(t);
-    // Two ends that differ are rare, or the check of the inner activations would say little.
-    if (found.empty() && unsure_ > 2 + inner_ / 100) {
+    // Two ends that differ are rare, or the check of the inner activations would say little: of a hundred one, or four
+    // where sums may be four times as far off.
+    const double share = kSumError / 0x1p-22 / 100;
+    if (found.empty() && static_cast<double>(unsure_) > 2 + share * static_cast<double>(inner_)) {
       found = std::to_string(unsure_) + " of " + std::to_string(inner_) + " inner activations may be two values";
     }
     return found;
