@@ -218,7 +218,7 @@ def test_round_trip_is_idempotent_and_close(row, four):
 @pytest.mark.parametrize("shape", [(1, 1), (128, 128), (200, 300), (127, 129), (0, 64), (64, 0)])
 def test_dequantize_weight_fp8_by_blocks(shape, scale_dtype):
     rows, columns = shape
-    weight = values(*shape).to(E4M3)
+    weight = values(*shape).clamp(-448, 448).to(E4M3)  # else NaN in some versions of torch
     scale = torch.randint(-6, 6, (-(-rows // 128), -(-columns // 128))).float().exp2().to(scale_dtype)
     expected = torch.empty(shape)
     for i in range(rows):
@@ -325,7 +325,7 @@ def test_opcheck():
     x = values(5, 256, dtype=torch.bfloat16)
     codes, scale = ops.quantize_fp8(x)
     packed, packed_scale = ops.quantize_fp4(x)
-    weight = values(200, 256).to(E4M3)
+    weight = values(200, 256).clamp(-448, 448).to(E4M3)
     dsv4 = torch.ops.dsv4
     check_op(dsv4.quantize_fp8, x, 64)
     check_op(dsv4.quantize_fp4, x)
