@@ -11,7 +11,11 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PARTS=${PARTS:-tests benchmarks sanitizers}
-PYTHON=$(realpath -s "$(command -v "${PYTHON:-python3}")")
+for part in $PARTS; do
+  [[ " tests benchmarks sanitizers " == *" $part "* ]] || { echo "gpu_suite: PARTS: no part $part" >&2; exit 2; }
+done
+found=$(command -v "${PYTHON:=python3}") || { echo "gpu_suite: PYTHON: $PYTHON is not there" >&2; exit 2; }
+PYTHON=$(realpath -s "$found")
 BUILD=${BUILD:-build/make}
 DEVICE_TESTS=$BUILD/tests/cuda_host/device
 if [ -z "${LOGS:-}" ]; then
@@ -52,7 +56,8 @@ for line in (logs / "steps").read_text().splitlines():
         log = (logs / f"{name}.log").read_text(errors="replace").strip().splitlines()
         result = "passed" if status == "0" else f"failed with {status}"
         steps.append({"step": name, "result": result, "seconds": int(note), "last_line": log[-1] if log else ""})
-results = [json.loads(line) for file in sorted(logs.glob("*.jsonl")) for line in file.read_text().splitlines()]
+files = [logs / f"{step['step'].removeprefix('bench.')}.jsonl" for step in steps if "seconds" in step]
+results = [json.loads(line) for file in files if file.exists() for line in file.read_text().splitlines()]
 record = {
     "device": os.environ["NAME"],
     "driver": os.environ["DRIVER"],
@@ -118,7 +123,8 @@ if [[ $PARTS == *tests* ]]; then
   step ops 120 "$PYTHON" -m pytest -q -p no:cacheprovider tests/ops/test_rows_on_cuda.py \
     tests/ops/test_mhc_gradients_on_cuda.py tests/model/test_cuda_attention_gradient.py \
     tests/model/test_cuda_row_gradients.py tests/model/test_cuda_experts_gradient.py
-  step model 60 "$PYTHON" -m pytest -q -p no:cacheprovider tests/model/test_cuda_device.py
+  step model 90 "$PYTHON" -m pytest -q -p no:cacheprovider tests/model/test_cuda_device.py \
+    tests/model/test_bench_on_cuda.py
 fi
 
 attention=(sparse_attention index_topk sparse_attention_backward)

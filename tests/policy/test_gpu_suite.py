@@ -102,7 +102,7 @@ def test_what_is_measured(suite: Suite) -> None:
     contexts = [int(word.removeprefix("--context=")) for word in weights if word.startswith("--context=")]
     assert contexts == [1, 8, 64, 256, 2048, 8192]
     files = [word for call in calls if "pytest" in call for word in call if word.endswith(".py")]
-    assert len(files) >= 6 and all((ROOT / file).is_file() for file in files)
+    assert len(files) >= 7 and all((ROOT / file).is_file() for file in files)
 
 
 def test_failures_are_kept(suite: Suite) -> None:
@@ -128,6 +128,27 @@ def test_parts_and_logs(suite: Suite) -> None:
     assert steps == ["build", "import", "memcheck.test_ptx", "racecheck.test_ptx", "synccheck.test_ptx"]
     assert "sanitizer --tool memcheck" in (suite.folder / "calls").read_text()
     assert {file.stem for file in (suite.folder / "logs").glob("*.log")} == set(steps)
+
+
+def test_logs_of_an_earlier_run_are_no_results_of_this(suite: Suite) -> None:
+    suite.device_test("ptx", "3 cases passed, 0 parts not run")
+    assert suite.run(PARTS="benchmarks", LOGS=str(suite.folder / "logs")).returncode == 0
+    assert len(json.loads(suite.record_file.read_text())["benchmarks"]) == 3
+    assert suite.run(PARTS="tests", LOGS=str(suite.folder / "logs")).returncode == 0
+    assert json.loads(suite.record_file.read_text())["benchmarks"] == []
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"PARTS": "tests bench"}, "gpu_suite: PARTS: no part bench\n"),
+        ({"PYTHON": "./no-python"}, "gpu_suite: PYTHON: ./no-python is not there\n"),
+    ],
+)
+def test_bad_settings(given: dict[str, str], message: str, suite: Suite) -> None:
+    done = suite.run(**given)
+    assert (done.returncode, done.stderr) == (2, message)
+    assert not suite.record_file.exists()
 
 
 def test_without_a_gpu(suite: Suite) -> None:
