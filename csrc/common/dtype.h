@@ -16,6 +16,24 @@ namespace dsv4 {
 
 enum class DType : int8_t { kNone, kFloat32, kBFloat16, kUInt8, kInt32, kInt64 };
 
+// Bytes of an element; 0 for none.
+DSV4_HOST_DEVICE int64_t size_of(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat32:
+    case DType::kInt32:
+      return 4;
+    case DType::kBFloat16:
+      return 2;
+    case DType::kUInt8:
+      return 1;
+    case DType::kInt64:
+      return 8;
+    case DType::kNone:
+      return 0;
+  }
+  return 0;
+}
+
 struct bf16 {
   uint16_t bits;
 };

@@ -37,6 +37,14 @@ struct AnyView {
   DSV4_HOST_DEVICE int64_t size(int axis) const { return shape[axis]; }
   DSV4_HOST_DEVICE bool given() const { return dtype != DType::kNone; }
 
+  // Elements [begin, begin + count) of an axis.
+  DSV4_HOST_DEVICE AnyView part(int axis, int64_t begin, int64_t count) const {
+    AnyView view = *this;
+    view.data = static_cast<uint8_t*>(data) + begin * stride[axis] * size_of(dtype);
+    view.shape[axis] = count;
+    return view;
+  }
+
   template <class T>
   DSV4_HOST_DEVICE View<T, N> as() const {
     View<T, N> view;

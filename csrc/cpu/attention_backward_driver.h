@@ -6,11 +6,10 @@
 // the workspace.
 //
 // A kernel is a class with
-//   using Constants, and static Constants constants()   whatever it looks up
 //   kBlockBytes   memory of the rows that a thread keeps at a time: a share of its second-level cache
 //   static int64_t row_bytes(p, most_keys), slot_bytes(p, most_keys)   memory of a row between the steps; of
 //   a thread
-//   Kernel(p, constants, row_memory, most_keys, slot_memory)   64-byte aligned
+//   Kernel(p, row_memory, most_keys, slot_memory)   64-byte aligned
 //   void differentiate(row, sums, gates)   the first step; gates[head] = delta (1 - g)
 //   void add_to_keys(row, first_dim, end_dim)   the second; a multiple of kSliceDims, but for the end of a head
 //   static void narrow(sums, dims, bf16*)   the sums of one key, rounded
@@ -84,8 +83,7 @@ class AttentionBackward {
         most_(most_keys_of_any_row(p.forward)),
         slots_(larger(1, context.threads)),
         row_bytes_(larger(64, Kernel::row_bytes(p, most_))),
-        block_(smaller(rows_, slots_ * larger(1, smaller(kMostBlockRows, Kernel::kBlockBytes / row_bytes_)))),
-        constants_(Kernel::constants()) {}
+        block_(smaller(rows_, slots_ * larger(1, smaller(kMostBlockRows, Kernel::kBlockBytes / row_bytes_)))) {}
 
   int64_t bytes() const {
     Arena arena{nullptr};
@@ -133,7 +131,7 @@ class AttentionBackward {
   }
 
   Kernel kernel(const Memory& memory, int64_t slot, int64_t i) const {
-    return Kernel(p_, constants_, memory.rows + i * round_up(row_bytes_, 64), most_,
+    return Kernel(p_, memory.rows + i * round_up(row_bytes_, 64), most_,
                   memory.slots + slot * round_up(Kernel::slot_bytes(p_, most_), 64));
   }
 
@@ -175,7 +173,6 @@ class AttentionBackward {
   const SparseAttentionBackwardParams& p_;
   const Context& context_;
   int64_t rows_, heads_, head_dim_, most_, slots_, row_bytes_, block_;
-  typename Kernel::Constants constants_;
 };
 
 }  // namespace

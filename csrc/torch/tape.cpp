@@ -1,5 +1,6 @@
 #include "torch/tape.h"
 
+#include <chrono>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -52,8 +53,8 @@ int64_t tape_end() {
   return shelf().next++;
 }
 
-// Runs kernels [begin, end) again.
-void tape_run(int64_t tape, int64_t begin, int64_t end) { find(tape)->run(begin, end); }
+// Runs kernels [begin, end) again; how long that kept this thread, in nanoseconds.
+int64_t tape_run(int64_t tape, int64_t begin, int64_t end) { return find(tape)->run(begin, end); }
 
 void tape_free(int64_t tape) {
   const std::lock_guard<std::mutex> lock(shelf().mutex);
@@ -78,17 +79,21 @@ void Tape::keep(const Tensor& memory) {
   bytes_ += memory.numel() * static_cast<int64_t>(memory.element_size());
 }
 
-void Tape::run(int64_t begin, int64_t end) {
+int64_t Tape::run(int64_t begin, int64_t end) {
   const Check check("tape_run");
   check.require(
       0 <= begin && begin <= end && end <= calls(),
       "calls lie in [0, " + std::to_string(calls()) + "], got " + std::to_string(begin) + " to " + std::to_string(end));
-  if (begin == end) return;
+  if (begin == end) return 0;
+  int64_t taken = 0;
   check.on_device(*on_, [&](const Context& context) {
+    const auto started = std::chrono::steady_clock::now();
     Status status = Status::ok();
     for (int64_t call = begin; call < end && status.is_ok(); ++call) status = calls_[call](context, *scratch_);
+    taken = std::chrono::nanoseconds(std::chrono::steady_clock::now() - started).count();
     return status;
   });
+  return taken;
 }
 
 }  // namespace dsv4::binding
@@ -98,7 +103,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dsv4, library) {
   library.def(DSV4_LIBRARY_OP("tape_calls") "() -> int");
   library.def(DSV4_LIBRARY_OP("tape_bytes") "() -> int");
   library.def(DSV4_LIBRARY_OP("tape_end") "() -> int");
-  library.def(DSV4_LIBRARY_OP("tape_run") "(int tape, int begin, int end) -> ()");
+  library.def(DSV4_LIBRARY_OP("tape_run") "(int tape, int begin, int end) -> int");
   library.def(DSV4_LIBRARY_OP("tape_free") "(int tape) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(dsv4, CompositeExplicitAutograd, library) {

@@ -48,8 +48,8 @@ class Tape {
   int64_t calls() const { return refused_ ? -1 : static_cast<int64_t>(calls_.size()); }
   int64_t bytes() const { return bytes_; }
 
-  // Throws what a call reports.
-  void run(int64_t begin, int64_t end);
+  // Nanoseconds from the first call to the end of the last. Throws what a call reports.
+  int64_t run(int64_t begin, int64_t end);
 
  private:
   std::vector<Call> calls_;

@@ -11,6 +11,7 @@ import dsv4
 from dsv4 import bench
 from dsv4.bench.measure import Case, Clock, Comparison, Peaks, Timing, judge
 from dsv4.model.recording import Recording
+from dsv4.ops import rms_norm
 
 PEAKS = Peaks(Timing(130.0, 1.0, 100.0), 1e6, Timing(70.0, 1.0, 50.0), Timing(11.0, 1.0, 10.0), 1e9)
 
@@ -284,6 +285,20 @@ def test_recorded_time_has_no_python_in_it(run, monkeypatch, tmp_path):
     assert "| recorded 200.0 us |" in bench.line(short)
     assert gradient["recorded_us"] is None
     assert gradient["roof_fraction"] == gradient["roof_us"] / 400
+
+
+def test_recorded_time_is_that_of_the_kernels():
+    clock = Clock(torch.device("cpu"), quick=True)
+    x, weight = torch.ones(64, 512), torch.ones(512)
+    with torch.inference_mode():
+        recording = Recording(lambda: rms_norm(x, weight))
+        started = time.perf_counter()
+        inside = recording.time_kernels()
+        outside = (time.perf_counter() - started) * 1e6
+        assert inside is not None and 0 < inside < outside
+        assert torch.equal(recording.result, rms_norm(x, weight))
+        assert Recording(lambda: rms_norm(x, weight) * 2).time_kernels() is None  # torch's product is among them
+        assert clock.time(recording).us > 0
 
 
 def test_what_cannot_be_repeated_has_no_recorded_time():

@@ -59,11 +59,11 @@ class Block {
 
   // False where rows have to be taken singly: one has no keys, or a key that not all of them have is not finite, so
   // that it would show in their products although its numerators are 0.
-  bool run(const E4m3Table& table) {
+  bool run() {
     if (!prepare()) return false;
     std::optional<RowWork> made[kMost];
     const RowWork* rows[kMost];
-    for (int64_t i = 0; i < count_; ++i) rows[i] = &made[i].emplace(p_, table, first_ + i, memory_[i]);
+    for (int64_t i = 0; i < count_; ++i) rows[i] = &made[i].emplace(p_, first_ + i, memory_[i]);
     if (!score(rows)) return false;
     const int64_t heads = p_.query.size(1);
     if (!p_.indices.given()) {
@@ -169,19 +169,19 @@ struct Rows : RowWork {
   static constexpr int64_t kTogether = Block::kMost;
 
   template <class MemoryOf>
-  static void run_rows(const SparseAttentionParams& p, const E4m3Table& table, int64_t first, int64_t end,
-                       const MemoryOf& memory, const Tiles& tiles) {
+  static void run_rows(const SparseAttentionParams& p, int64_t first, int64_t end, const MemoryOf& memory,
+                       const Tiles& tiles) {
     const bool shares = has_window_slots(p) && p.query.size(2) <= kSliceDims;
     for (int64_t row = first; row < end;) {
       int64_t next = row + 1;
       while (shares && next < end && Block::alike(p, row, next)) ++next;
-      if (next - row > 1 && Block(p, row, next, memory, tiles).run(table)) {
+      if (next - row > 1 && Block(p, row, next, memory, tiles).run()) {
         row = next;
         continue;
       }
       for (; row < next; ++row) {
         prepare(p, row, memory(0));
-        const RowWork work(p, table, row, memory(0)), *one = &work;
+        const RowWork work(p, row, memory(0)), *one = &work;
         for (int64_t part = 0; part < work.parts(); ++part) work.score(part, tiles);
         mix_rows(&one, 1, p.query.size(1), tiles);
       }

@@ -19,8 +19,6 @@ constexpr int64_t kChunk = 1024;  // keys whose pairs lie in memory at a time
 class BackwardRow {
  public:
   static constexpr int64_t kBlockBytes = 1 << 20;
-  struct Constants {};
-  static Constants constants() { return {}; }
 
   static int64_t row_bytes(const SparseAttentionBackwardParams& p, int64_t most) {
     Arena arena{nullptr};
@@ -33,8 +31,7 @@ class BackwardRow {
     return arena.used;
   }
 
-  BackwardRow(const SparseAttentionBackwardParams& params, const Constants&, uint8_t* row_memory, int64_t most,
-              uint8_t* slot_memory)
+  BackwardRow(const SparseAttentionBackwardParams& params, uint8_t* row_memory, int64_t most, uint8_t* slot_memory)
       : p_(params.forward),
         grads_(params),
         heads_(p_.query.size(1)),

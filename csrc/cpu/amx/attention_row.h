@@ -85,7 +85,7 @@ class RowWork {
     return Tiles(p, arena);
   }
 
-  RowWork(const SparseAttentionParams& p, const E4m3Table&, int64_t row, const Memory& memory)
+  RowWork(const SparseAttentionParams& p, int64_t row, const Memory& memory)
       : p_(p),
         row_(row),
         heads_(p.query.size(1)),
@@ -97,6 +97,8 @@ class RowWork {
 
   static int64_t most_keys(const SparseAttentionParams& p) { return most_slots(p); }
   static int64_t most_parts(const SparseAttentionParams&, int64_t most) { return Plan(most).parts; }
+  // Products take less time than what they read takes to decode, which would be done again for other heads.
+  static int64_t least_heads(const SparseAttentionParams& p) { return p.query.size(1); }
 
   // The part of a row's work that is done once, before any part.
   static void prepare(const SparseAttentionParams& p, int64_t row, const Memory& memory) {

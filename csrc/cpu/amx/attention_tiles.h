@@ -9,8 +9,6 @@
 namespace dsv4::DSV4_AMX_NAMESPACE {
 namespace {
 
-using avx512::E4m3Table;
-
 inline constexpr int64_t kStepKeys = 32;                         // the depth of a value product
 inline constexpr int64_t kStepDims = 32;                         // the depth of a score product
 inline constexpr int64_t kTileElements = kTileRows * kStepDims;  // bfloat16

@@ -47,8 +47,6 @@ template <class X, class M>
 class BackwardRow {
  public:
   static constexpr int64_t kBlockBytes = 256 << 10;
-  using Constants = E4m3Table;
-  static Constants constants() { return e4m3_table(); }
 
   static int64_t row_bytes(const SparseAttentionBackwardParams& p, int64_t most) {
     Arena arena{nullptr};
@@ -61,11 +59,9 @@ class BackwardRow {
     return arena.used;
   }
 
-  BackwardRow(const SparseAttentionBackwardParams& params, const Constants& table, uint8_t* row_memory, int64_t most,
-              uint8_t* slot_memory)
+  BackwardRow(const SparseAttentionBackwardParams& params, uint8_t* row_memory, int64_t most, uint8_t* slot_memory)
       : p_(params.forward),
         grads_(params),
-        table_(table),
         heads_(p_.query.size(1)),
         head_dim_(p_.query.size(2)),
         stride_(weights_stride(most)),
@@ -79,7 +75,7 @@ class BackwardRow {
     const KeyCounts count = *kept_.keys.count;
     if (count.all == 0) return clear_row<X>(grads_, row, gates);
     prepare(row);
-    const KeyReader<M> reader(p_, table_, kept_.keys.keys, count, nullptr);
+    const KeyReader<M> reader(p_, kept_.keys.keys, count);
     const TileMemory<M> tiles(passing_.tiles, head_dim_);
     for (int64_t begin = 0; begin < count.all; begin += kGroup) {
       const int64_t next = smaller(count.all, begin + kGroup);
@@ -90,12 +86,8 @@ class BackwardRow {
                                   head_stride(), tiles);
     }
     for (int64_t h = 0; h < heads_; ++h) gates[h] = weigh(row, h, count.all);
-    for (int64_t begin = 0; begin < count.all; begin += kTileKeys) {
-      const int64_t keys = smaller(count.all - begin, kTileKeys);
-      tile_for_values(reader, begin, begin + keys, count.all, head_dim_, tiles);
-      Products::template mix<M>(slopes(0) + begin, head_stride() * kWordElements<M>, heads_, tiles.tile,
-                                round_up(keys, kGroup) / kWordElements<M>, head_dim_, begin == 0, passing_.sums);
-    }
+    Products::template mix<M, false>(slopes(0), head_stride() * kWordElements<M>, heads_, reader, 0, count.all,
+                                     head_dim_, passing_.sums, tiles);
     for (int64_t h = 0; h < heads_; ++h) {
       X* out = grads_.grad_query.template as<X>().at(row, h);
       for (int64_t d = 0; d < head_dim_; d += kGroup) {
@@ -256,7 +248,6 @@ class BackwardRow {
 
   const SparseAttentionParams& p_;
   const SparseAttentionBackwardParams& grads_;
-  const E4m3Table& table_;
   int64_t heads_, head_dim_, stride_;
   Arena row_arena_, slot_arena_;
   Kept kept_;

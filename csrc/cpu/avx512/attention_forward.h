@@ -3,9 +3,10 @@
 //
 // A row lists its keys, then goes twice over them in tiles: scores, and after the maximum over all keys is known the
 // numerators and their product with the values. Decoding a key again costs less than moving it decoded through memory.
-// The keys are cut into parts of at most 512, by their number alone, and the sums of the parts are added in order; so
-// the parts of few rows can go to different threads, and give the bits that one thread gives. They do so in one
-// parallel region: on two threads a row of 640 keys took 9 to 26 % longer in four.
+// The keys are cut into parts of at most 512, by their number alone, and the sums of the parts are added in order.
+// Few rows are cut by heads, whose work has nothing in common but the decoded keys, or, where there are more threads
+// than that gives work to, by parts. Either gives the bits that one thread gives. Parts run in one parallel region: on
+// two threads a row of 640 keys took 9 to 26 % longer in four.
 #pragma once
 
 #include <sched.h>
@@ -40,28 +41,23 @@ template <class X>
 struct RowMemory {
   Key* keys;  // [most keys]
   KeyCounts* count;
-  X* rows;        // [keys kept, D], decoded
   X* query;       // [H, D], where it is not used as it lies
   float* scores;  // [parts, H, stride]; then the numerators, elements of type X from the begin of each head
   float* maxima;  // [parts, H]
   float* totals;  // [parts, H]
   float* sums;    // [parts kept, H, D]
 
-  int64_t most_kept;
-
-  static int64_t bytes(const SparseAttentionParams& p, int64_t most, int64_t kept_bytes, int64_t sums_kept) {
+  static int64_t bytes(const SparseAttentionParams& p, int64_t most, int64_t sums_kept) {
     Arena arena{nullptr};
-    RowMemory(p, most, kept_bytes, sums_kept, arena);
+    RowMemory(p, most, sums_kept, arena);
     return arena.used;
   }
 
-  RowMemory(const SparseAttentionParams& p, int64_t most, int64_t kept_bytes, int64_t sums_kept, Arena& arena)
-      : most_kept(kept_bytes / (p.query.size(2) * static_cast<int64_t>(sizeof(X)))) {
+  RowMemory(const SparseAttentionParams& p, int64_t most, int64_t sums_kept, Arena& arena) {
     const int64_t heads = p.query.size(1), head_dim = p.query.size(2), parts = Plan(most).parts;
     // No smaller number of keys needs more.
     keys = arena.take<Key>(most);
     count = arena.take<KeyCounts>(1);
-    rows = arena.take<X>(smaller(most, most_kept) * head_dim);
     query = arena.take<X>(p.query.dtype == DType::kBFloat16 && sizeof(X) == 4 ? heads * head_dim : 0);
     scores = arena.take<float>(parts * heads * Plan(most).stride());
     maxima = arena.take<float>(parts * heads);
@@ -139,18 +135,19 @@ class RowWork {
   static constexpr int64_t kTogether = 1;
 
   static int64_t row_bytes(const SparseAttentionParams& p, int64_t most, int64_t sums_kept) {
-    return Memory::bytes(p, most, Product::kKeptBytes, sums_kept);
+    return Memory::bytes(p, most, sums_kept);
   }
   static Memory row_memory(const SparseAttentionParams& p, int64_t most, int64_t sums_kept, uint8_t* memory) {
     Arena arena{memory};
-    return Memory(p, most, Product::kKeptBytes, sums_kept, arena);
+    return Memory(p, most, sums_kept, arena);
   }
   static int64_t most_keys(const SparseAttentionParams& p) { return most_keys_of_any_row(p); }
   static int64_t most_parts(const SparseAttentionParams&, int64_t most) { return Plan(most).parts; }
+  static int64_t least_heads(const SparseAttentionParams&) { return Product::kLeastHeads; }
   static int64_t tile_bytes(const SparseAttentionParams& p) { return Tiles::bytes(p.query.size(2)); }
   static Tiles tile_memory(const SparseAttentionParams& p, uint8_t* memory) { return Tiles(memory, p.query.size(2)); }
 
-  RowWork(const SparseAttentionParams& p, const E4m3Table& table, int64_t row, const RowMemory<M>& memory)
+  RowWork(const SparseAttentionParams& p, int64_t row, const RowMemory<M>& memory)
       : p_(p),
         row_(row),
         heads_(p.query.size(1)),
@@ -158,7 +155,7 @@ class RowWork {
         memory_(memory),
         plan_(memory.count->all),
         stride_(plan_.stride()),
-        reader_(p, table, memory.keys, *memory.count, plan_.keys <= memory.most_kept ? memory.rows : nullptr) {
+        reader_(p, memory.keys, *memory.count) {
     if constexpr (sizeof(X) == sizeof(M)) {
       query_ = reinterpret_cast<const M*>(p.query.as<const X>().at(row));
       query_stride_ = p.query.stride[1];
@@ -180,17 +177,16 @@ class RowWork {
   }
 
   template <class MemoryOf>
-  static void run_rows(const SparseAttentionParams& p, const E4m3Table& table, int64_t first, int64_t end,
-                       const MemoryOf& memory, const Tiles& tiles) {
+  static void run_rows(const SparseAttentionParams& p, int64_t first, int64_t end, const MemoryOf& memory,
+                       const Tiles& tiles) {
     for (int64_t row = first; row < end; ++row) {
       prepare(p, row, memory(0));
-      const RowWork work(p, table, row, memory(0));
+      const RowWork work(p, row, memory(0));
       for (int64_t part = 0; part < work.parts(); ++part) work.score(part, tiles);
       for (int64_t part = 0; part < work.parts(); ++part) {
-        work.mix(part, part == 0 ? 0 : 1, tiles);
-        if (part > 0 && part + 1 < work.parts()) work.add(1, 0, p.query.size(1));
+        part == 0 ? work.template mix<false>(part, 0, tiles) : work.template mix<true>(part, 0, tiles);
       }
-      work.finish(0, p.query.size(1), smaller(work.parts(), 2));
+      work.finish(0, p.query.size(1), smaller(work.parts(), 1));
     }
   }
 
@@ -210,7 +206,8 @@ class RowWork {
     for (int64_t h = 0; h < heads_; ++h) maxima[h] = settle_scores(scores + h * stride_, end - first, p_.scale);
   }
 
-  // After all parts have their scores. This part's sums go to place `place`.
+  // After all parts have their scores. This part's sums go to place `place`; kAdds: to those there.
+  template <bool kAdds = false>
   void mix(int64_t part, int64_t place, const TileMemory<M>& tiles) const {
     const int64_t first = plan_.begin(part), end = plan_.end(part);
     float *scores = part_scores(part), *sums = memory_.sums + place * heads_ * head_dim_;
@@ -218,12 +215,8 @@ class RowWork {
       memory_.totals[part * heads_ + h] = weigh<X, M>(scores + h * stride_, round_up(end - first, kGroup), maximum(h));
     }
     const M* weights = reinterpret_cast<const M*>(scores);
-    for (int64_t begin = first; begin < end; begin += kTileKeys) {
-      const int64_t keys = smaller(end - begin, kTileKeys);
-      tile_for_values(reader_, begin, begin + keys, end, head_dim_, tiles);
-      Product::template mix<M>(weights + (begin - first), stride_ * kWordElements<M>, heads_, tiles.tile,
-                               round_up(keys, kGroup) / kWordElements<M>, head_dim_, begin == first, sums);
-    }
+    Product::template mix<M, kAdds>(weights, stride_ * kWordElements<M>, heads_, reader_, first, end, head_dim_, sums,
+                                    tiles);
   }
 
   // Adds some heads' sums in a place to those in the first.
@@ -280,22 +273,50 @@ class RowWork {
   int64_t query_stride_;
 };
 
-// How a call is spread over threads; results do not depend on it.
+// How a call is spread over threads; results do not depend on it. A piece of work is some heads of a row, a part of all
+// its heads, or `together` rows.
 struct Schedule {
-  int64_t most, parts, slots;  // keys and parts of a row, at most; pieces of work at a time
-  bool by_parts;               // rows are cut into their parts; else each stays whole
-  int64_t together;            // rows that one piece of work takes
+  // Decoding a key takes as long as multiplying it by so many heads; handing the sums of a part to another thread, as a
+  // part of so many keys more.
+  static constexpr int64_t kDecodeHeads = 10, kHandedKeys = 80;
 
-  Schedule(int64_t rows, int64_t most_keys, int64_t most_parts, int64_t most_together, const Context& context)
-      : most(most_keys), parts(most_parts), slots(context.threads), together(1) {
-    by_parts = slots > 1 && rows < 4 * slots && parts > 1;
-    if (by_parts) return;
-    slots = smaller(slots, rows);
-    together = larger(1, smaller(most_together, rows / larger(slots, 1)));
+  int64_t most, parts, slots;  // keys and parts of a row, at most; pieces of work at a time
+  int64_t block, blocks;       // heads of a piece; pieces of a row
+  bool by_parts;
+  int64_t together = 1;
+
+  Schedule(int64_t rows, int64_t heads, int64_t least_heads, int64_t most_keys, int64_t most_parts,
+           int64_t most_together, const Context& context)
+      : most(most_keys), parts(larger(most_parts, 1)), slots(larger(context.threads, 1)), block(heads), blocks(1) {
+    int64_t least = pieces_each(rows) * most * (heads + kDecodeHeads);
+    for (int64_t some = least_heads; some < heads; some += least_heads) {
+      const int64_t pieces = (heads + some - 1) / some;
+      const int64_t time = pieces_each(rows * pieces) * most * (some + kDecodeHeads);
+      if (time < least) least = time, block = some, blocks = pieces;
+    }
+    by_parts =
+        rows < 4 * slots && pieces_each(rows * parts) * (most / parts + kHandedKeys) * (heads + kDecodeHeads) < least;
+    if (by_parts) {
+      block = heads, blocks = 1;
+      return;
+    }
+    slots = smaller(slots, rows * blocks);
+    if (blocks == 1) together = larger(1, smaller(most_together, rows / larger(slots, 1)));
   }
   int64_t row_memories(int64_t rows) const { return by_parts ? rows : slots * together; }
-  int64_t sums_kept() const { return by_parts ? parts : 2; }
+  int64_t sums_kept() const { return by_parts ? parts : 1; }
+
+ private:
+  // Of so many pieces, at most how many a thread takes.
+  int64_t pieces_each(int64_t pieces) const { return (pieces + slots - 1) / slots; }
 };
+
+// The same call for heads [begin, begin + count).
+DSV4_INLINE SparseAttentionParams some_heads(SparseAttentionParams p, int64_t begin, int64_t count) {
+  p.query = p.query.part(1, begin, count), p.out = p.out.part(1, begin, count);
+  p.sink = p.sink.part(0, begin, count), p.lse = p.lse.part(1, begin, count);
+  return p;
+}
 
 // A call whose rows are the work of `Work`, in its memory of a row and of a thread; up to kTogether rows are handed to
 // its run_rows at once, which may share what they have in common.
@@ -305,11 +326,10 @@ class Call {
   Call(const SparseAttentionParams& p, const Context& context)
       : p_(p),
         context_(context),
-        schedule_(p.query.size(0), Work::most_keys(p), Work::most_parts(p, Work::most_keys(p)), Work::kTogether,
-                  context),
-        row_bytes_(Work::row_bytes(p, schedule_.most, schedule_.sums_kept())),
-        tile_bytes_(round_up(Work::tile_bytes(p), 64)),
-        table_(e4m3_table()) {}
+        schedule_(p.query.size(0), p.query.size(1), Work::least_heads(p), Work::most_keys(p),
+                  Work::most_parts(p, Work::most_keys(p)), Work::kTogether, context),
+        row_bytes_(Work::row_bytes(heads(0), schedule_.most, schedule_.sums_kept())),
+        tile_bytes_(round_up(Work::tile_bytes(p), 64)) {}
 
   int64_t bytes() const {
     const int64_t rows = p_.query.size(0), counts = schedule_.by_parts ? kStages * rows : 0;
@@ -327,18 +347,24 @@ class Call {
 
  private:
   uint8_t* base() const { return static_cast<uint8_t*>(p_.workspace.data); }
-  typename Work::Memory row_memory(int64_t index) const {
-    return Work::row_memory(p_, schedule_.most, schedule_.sums_kept(),
+  // Heads of a block.
+  SparseAttentionParams heads(int64_t block) const {
+    const int64_t first = block * schedule_.block;
+    return some_heads(p_, first, smaller(schedule_.block, p_.query.size(1) - first));
+  }
+  typename Work::Memory row_memory(int64_t index, const SparseAttentionParams& p) const {
+    return Work::row_memory(p, schedule_.most, schedule_.sums_kept(),
                             base() + schedule_.slots * tile_bytes_ + index * row_bytes_);
   }
   typename Work::Tiles tile_memory(int64_t slot) const { return Work::tile_memory(p_, base() + slot * tile_bytes_); }
 
   void run_rows() const {
-    const int64_t rows = p_.query.size(0), together = schedule_.together;
-    spread(context_, schedule_.slots, (rows + together - 1) / together, [&](int64_t slot, int64_t item) {
-      const int64_t first = item * together;
-      const auto memory = [&](int64_t i) { return row_memory(slot * together + i); };
-      Work::run_rows(p_, table_, first, smaller(rows, first + together), memory, tile_memory(slot));
+    const int64_t rows = p_.query.size(0), together = schedule_.together, blocks = schedule_.blocks;
+    spread(context_, schedule_.slots, (rows + together - 1) / together * blocks, [&](int64_t slot, int64_t item) {
+      const int64_t first = item / blocks * together;
+      const SparseAttentionParams p = heads(item % blocks);
+      const auto memory = [&](int64_t i) { return row_memory(slot * together + i, p); };
+      Work::run_rows(p, first, smaller(rows, first + together), memory, tile_memory(slot));
     });
   }
 
@@ -356,9 +382,9 @@ class Call {
       const int64_t row = at / of_row, piece = at % of_row;
       if (stage > 0) wait(stage - 1, row, stage == 1 ? 1 : parts);
       if (stage == 0) {
-        Work::prepare(p_, row, row_memory(row));
+        Work::prepare(p_, row, row_memory(row, p_));
       } else {
-        const Work work(p_, table_, row, row_memory(row));
+        const Work work(p_, row, row_memory(row, p_));
         if (stage == 1 && piece < work.parts()) work.score(piece, tile_memory(slot));
         if (stage == 2 && piece < work.parts()) work.mix(piece, piece, tile_memory(slot));
         if (stage == 3) {
@@ -390,7 +416,6 @@ class Call {
   const Context& context_;
   Schedule schedule_;
   int64_t row_bytes_, tile_bytes_;
-  E4m3Table table_;
 };
 
 }  // namespace

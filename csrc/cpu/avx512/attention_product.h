@@ -74,7 +74,7 @@ DSV4_INLINE void multiply_row(const X* left, int64_t left_stride, int64_t heads,
 // kMostWords: added to one sum in a row; 0: all. Long rows of float32 lose more than the products of plain torch do.
 template <int64_t kMostWords>
 struct WordProduct {
-  static constexpr int64_t kKeptBytes = 256 << 10;  // of 1 MiB of second-level cache
+  static constexpr int64_t kLeastHeads = kHeads;  // that a thread takes of a row
 
   // scores[h][key] = query[h] . key for the keys of a tile. Keys [next, end), a group at most, are asked for meanwhile.
   template <class X>
@@ -82,17 +82,25 @@ struct WordProduct {
                          int64_t end, int64_t head_dim, float* scores, int64_t stride, const TileMemory<X>& memory) {
     const int64_t words = head_dim / kWordElements<X>;
     Lookahead ahead = Lookahead::at(reader, next, smaller(end, next + kGroup), lookahead_steps(heads, words), memory);
-    multiply_heads(query, query_stride, heads, memory.tile, words, true, scores, stride, ahead);
+    multiply_heads<X, false>(query, query_stride, heads, memory.tile, words, true, scores, stride, ahead);
   }
 
-  // sums[h][d] (+)= sum over the steps of a tile of weights[h] * values.
-  template <class X>
-  DSV4_INLINE void mix(const X* weights, int64_t stride, int64_t heads, const uint32_t* tile, int64_t steps,
-                       int64_t head_dim, bool fresh, float* sums) {
+  // sums[h][d] = sum over keys [begin, end) of weights[h][key - begin] * value; kAdds: is added to what is there. Some
+  // dims of many keys at a time: their sums stay in registers.
+  template <class X, bool kAdds>
+  DSV4_INLINE void mix(const X* weights, int64_t stride, int64_t heads, const KeyReader<X>& reader, int64_t begin,
+                       int64_t end, int64_t head_dim, float* sums, const TileMemory<X>& memory) {
     Lookahead nothing;
-    for (int64_t group = 0; group < head_dim / kGroup; ++group) {
-      multiply_heads(weights, stride, heads, tile + group * group_stride(steps), steps, fresh, sums + group * kGroup,
-                     head_dim, nothing);
+    for (int64_t first = begin; first < end; first += kSliceKeys) {
+      const int64_t last = smaller(end, first + kSliceKeys), steps = round_up(last - first, kGroup) / kWordElements<X>;
+      for (int64_t d = 0; d < head_dim; d += kSliceDims) {
+        const int64_t dims = smaller(head_dim - d, kSliceDims);
+        tile_for_values(reader, first, last, d, dims, memory);
+        for (int64_t group = 0; group < dims / kGroup; ++group) {
+          multiply_heads<X, kAdds>(weights + (first - begin), stride, heads, memory.tile + group * group_stride(steps),
+                                   steps, !kAdds && first == begin, sums + d + group * kGroup, head_dim, nothing);
+        }
+      }
     }
   }
 
@@ -102,11 +110,11 @@ struct WordProduct {
     return (heads + kHeads - 1) / kHeads * ((words + Lookahead::kWords - 1) / Lookahead::kWords);
   }
 
-  template <class X>
+  template <class X, bool kApart>
   DSV4_INLINE void multiply_heads(const X* left, int64_t left_stride, int64_t heads, const uint32_t* right,
                                   int64_t words, bool fresh, float* sums, int64_t sums_stride, Lookahead& ahead) {
     if constexpr (kMostWords == 0) {
-      multiply_row<X, false>(left, left_stride, heads, right, words, fresh, sums, sums_stride, ahead);
+      multiply_row<X, kApart>(left, left_stride, heads, right, words, fresh, sums, sums_stride, ahead);
       return;
     }
     for (int64_t first = 0; first < words; first += kMostWords) {

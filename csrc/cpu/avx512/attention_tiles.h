@@ -4,33 +4,20 @@
 
 #include "common/pages.h"
 #include "cpu/attention_keys.h"
+#include "cpu/avx512/e4m3_bytes.h"
 #include "cpu/avx512/lanes.h"
 
 namespace dsv4::avx512 {
 namespace {
 
 inline constexpr int64_t kGroup = 32;      // keys of a group of scores, dims of a group of values
-inline constexpr int64_t kTileKeys = 128;  // keys decoded at a time for values: 128 KiB at head_dim 512 in bfloat16
 inline constexpr int64_t kBatch = 16;      // rows decoded before they go to their places
+inline constexpr int64_t kSliceDims = 64;  // of values that are decoded at a time, for as many keys as share their sums
+inline constexpr int64_t kSliceKeys = 512;
+static_assert(kSliceDims == kRowBlock);
 
 template <class X>
 constexpr int64_t kWordElements = 4 / static_cast<int64_t>(sizeof(X));
-
-// bfloat16 bits of the 128 e4m3 magnitudes, high and low bytes apart, as byte permutations read them.
-struct E4m3Table {
-  __m512i high[2], low[2];
-};
-
-DSV4_INLINE E4m3Table e4m3_table() {
-  alignas(64) uint8_t high[128], low[128];
-  for (int code = 0; code < 128; ++code) {
-    const uint16_t bits = bf16_from_float(e4m3_value(static_cast<uint8_t>(code))).bits;
-    high[code] = static_cast<uint8_t>(bits >> 8);
-    low[code] = static_cast<uint8_t>(bits);
-  }
-  return {{_mm512_load_si512(high), _mm512_load_si512(high + 64)},
-          {_mm512_load_si512(low), _mm512_load_si512(low + 64)}};
-}
 
 // 32 bfloat16, as they are or widened.
 DSV4_INLINE void put(__m512i words, bf16* to, int64_t count) { _mm512_mask_storeu_epi16(to, mask32(count), words); }
@@ -54,26 +41,29 @@ static __attribute__((noinline)) void decode_slowly(const uint8_t* codes, uint8_
   for (int64_t d = 0; d < count; ++d) to[d] = from_float<X>(e4m3_value(codes[d]) * e8m0_value(scale));
 }
 
-// 64 codes that share a scale: their magnitudes from the table, then the scale's exponent added. That holds while no
-// code is NaN and no result leaves the range of normal numbers; what is left goes one by one, and so does a shorter
-// block.
-template <class X>
-DSV4_INLINE void decode_block(const uint8_t* codes, uint8_t scale, int64_t count, const E4m3Table& table, X* to) {
-  constexpr unsigned kLeast = 10, kMost = 246;  // 2^-9 and 448 times these scales are normal
-  if (count < kRowBlock || scale - kLeast > kMost - kLeast) return decode_slowly(codes, scale, count, to);
-  const __m512i stored = _mm512_loadu_si512(codes), nan = _mm512_set1_epi8(0x7F);
-  if (_mm512_cmpeq_epi8_mask(_mm512_and_si512(stored, nan), nan) != 0) return decode_slowly(codes, scale, count, to);
+// Words of 64 codes that share a scale, 32 bfloat16 each.
+struct Words {
+  __m512i first, second;
+};
+DSV4_INLINE bool folds(uint8_t scale) { return scale >= kLeastScale && scale <= kMostScaleFp8; }
+DSV4_INLINE Words decode(const uint8_t* codes, uint8_t scale) {
+  const E4m3Bytes::Table& table = kE4m3.of[kMostScaleFp8 - scale];
   // Bytes unpack within lanes of 16: quarters of 8 in this order come out in theirs.
-  const __m512i code = _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7), stored);
+  const __m512i code = _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7), _mm512_loadu_si512(codes));
   const __m512i high =
-      _mm512_ternarylogic_epi32(nan, _mm512_permutex2var_epi8(table.high[0], code, table.high[1]), code,
-                                0xCA);  // the sign of the code
-  const __m512i low = _mm512_permutex2var_epi8(table.low[0], code, table.low[1]);
-  const __m512i magnitude = _mm512_set1_epi16(0x7FFF);
-  const __m512i shift = _mm512_set1_epi16(static_cast<int16_t>((scale - 127) * 128));
-  const __m512i first = _mm512_unpacklo_epi8(low, high), second = _mm512_unpackhi_epi8(low, high);
-  put(_mm512_mask_add_epi16(first, _mm512_test_epi16_mask(first, magnitude), first, shift), to);
-  put(_mm512_mask_add_epi16(second, _mm512_test_epi16_mask(second, magnitude), second, shift), to + 32);
+      _mm512_permutex2var_epi8(_mm512_load_si512(table.high), code, _mm512_load_si512(table.high + 64));
+  const __m512i low = _mm512_permutex2var_epi8(_mm512_load_si512(table.low), code, _mm512_load_si512(table.low + 64));
+  const __m512i with_sign = _mm512_ternarylogic_epi32(high, code, _mm512_set1_epi8(0x7F), 0xE4);  // C ? A : B
+  return {_mm512_unpacklo_epi8(low, with_sign), _mm512_unpackhi_epi8(low, with_sign)};
+}
+
+// A block of codes. Scales that do not fold, and shorter blocks, go one by one.
+template <class X>
+DSV4_INLINE void decode_block(const uint8_t* codes, uint8_t scale, int64_t count, X* to) {
+  if (count < kRowBlock || !folds(scale)) return decode_slowly(codes, scale, count, to);
+  const Words words = decode(codes, scale);
+  put(words.first, to);
+  put(words.second, to + 32);
 }
 
 template <class X>
@@ -83,43 +73,45 @@ DSV4_INLINE void widen(const bf16* from, int64_t count, X* to) {
   if (d < count) put(_mm512_maskz_loadu_epi16(mask32(count - d), from + d), to + d, count - d);
 }
 
-// Reads the keys of a row's list, for scores first and then for values. A short list is kept decoded in between, in
-// `kept` [keys, D]; a longer one would leave the second-level cache, and is decoded again.
+// Reads the keys of a row's list, for scores first and then for values: decoding them again takes less time than
+// writing and reading what was decoded.
 template <class X>
 class KeyReader {
  public:
-  KeyReader(const SparseAttentionParams& p, const E4m3Table& table, const Key* keys, KeyCounts count, X* kept)
-      : table_(table),
-        keys_(keys),
+  KeyReader(const SparseAttentionParams& p, const Key* keys, KeyCounts count)
+      : keys_(keys),
         count_(count),
-        kept_(kept),
         head_dim_(p.query.size(2)),
         rope_dim_(p.rope_dim),
         window_wide_(p.window_pool.plain.dtype == DType::kFloat32),
-        compressed_wide_(p.compressed.plain.dtype == DType::kFloat32) {}
+        compressed_wide_(p.compressed.plain.dtype == DType::kFloat32),
+        all_codes_(p.window_pool.bytes.given() && (!p.compressed.given() || p.compressed.bytes.given())) {}
 
-  // A key's elements: where they lie, or decoded into `row` or into what is kept.
-  template <bool kAgain>
-  DSV4_INLINE const X* read(const KeyReader& r, const E4m3Table& table, int64_t j, X* row) {
+  // Dims [first, first + count) of a key, `first` a multiple of 64: where they lie, or decoded into `to`.
+  DSV4_INLINE const X* read(const KeyReader& r, int64_t j, int64_t first, int64_t count, X* to) {
     const Key& key = r.keys_[j];
-    if (r.fits(j)) return reinterpret_cast<const X*>(key.data);
-    if (r.kept_ != nullptr) {
-      row = r.kept_ + j * r.head_dim_;
-      if (kAgain) return row;
-    }
+    if (r.fits(j)) return reinterpret_cast<const X*>(key.data) + first;
     if (key.scales == nullptr) {
-      widen(reinterpret_cast<const bf16*>(key.data), r.head_dim_, row);
-      return row;
+      widen(reinterpret_cast<const bf16*>(key.data) + first, count, to);
+      return to;
     }
-    const int64_t codes = r.head_dim_ - r.rope_dim_;
-    for (int64_t d = 0; d < codes; d += kRowBlock) {
-      decode_block(key.data + d, key.scales[d / kRowBlock], smaller(codes - d, kRowBlock), table, row + d);
+    const int64_t codes = r.codes(), end = first + count;
+    int64_t d = first;
+    for (; d < smaller(codes, end); d += kRowBlock) {
+      decode_block(key.data + d, key.scales[d / kRowBlock], smaller(smaller(codes, end) - d, kRowBlock),
+                   to + d - first);
     }
-    widen(reinterpret_cast<const bf16*>(key.data + codes), r.rope_dim_, row + codes);
-    return row;
+    const int64_t rope = larger(first, codes);
+    const bf16* plain = reinterpret_cast<const bf16*>(key.data + codes);
+    if (rope < end) widen(plain + rope - codes, end - rope, to + rope - first);
+    return to;
   }
 
-  const E4m3Table& table() const { return table_; }
+  // Whether dims [first, first + 64) of all keys are blocks of codes, or what rows of codes end with.
+  bool are_codes(int64_t first) const { return all_codes_ && first + kRowBlock <= codes(); }
+  bool are_rope(int64_t first) const { return all_codes_ && first == codes() && rope_dim_ == kRowBlock; }
+
+  const Key* keys() const { return keys_; }
 
   // The lines of memory of keys [begin, end), up to most_lines a key; returns how many. Rows lie scattered, in pages
   // that the processor does not know: it is asked for the ends of all rows first, since a core waits while an address
@@ -140,12 +132,12 @@ class KeyReader {
   // Asks for a key that was read before, and may have left the caches.
   DSV4_INLINE void prefetch_again(const KeyReader& r, int64_t j) {
     const Key& key = r.keys_[j];
-    if (r.kept_ != nullptr && !r.fits(j)) return;
     for (int64_t at = 0; at < r.row_bytes(j); at += 64) __builtin_prefetch(key.data + at);
     if (key.scales != nullptr) __builtin_prefetch(key.scales);
   }
 
  private:
+  int64_t codes() const { return head_dim_ - rope_dim_; }  // of an FP8 row
   bool wide(int64_t j) const { return j < count_.window ? window_wide_ : compressed_wide_; }
   // Whether the elements lie in memory as they are multiplied.
   bool fits(int64_t j) const { return keys_[j].scales == nullptr && wide(j) == (sizeof(X) == 4); }
@@ -153,13 +145,15 @@ class KeyReader {
     return keys_[j].scales != nullptr ? fp8_row_bytes(head_dim_, rope_dim_) : head_dim_ * (wide(j) ? 4 : 2);
   }
 
-  const E4m3Table& table_;
   const Key* keys_;
   KeyCounts count_;
-  X* kept_;
   int64_t head_dim_, rope_dim_;
-  bool window_wide_, compressed_wide_;
+  bool window_wide_, compressed_wide_, all_codes_;
 };
+
+// Words from one group of values to the next: not a power of two, or all groups would fall into the same sets of a
+// cache.
+constexpr int64_t group_stride(int64_t steps) { return (steps + 1) * kGroup; }
 
 // A thread's memory for tiles.
 template <class X>
@@ -174,7 +168,10 @@ struct TileMemory {
     return 4 * tile_words(head_dim) + (kBatch + 1) * head_dim * kBytes +
            kGroup * KeyReader<X>::most_lines(head_dim) * static_cast<int64_t>(sizeof(uint8_t*));
   }
-  static int64_t tile_words(int64_t head_dim) { return kTileKeys * head_dim * kBytes / 4 + head_dim; }
+  // Of 32 keys for scores, or a slice of many for values.
+  static int64_t tile_words(int64_t head_dim) {
+    return larger(kGroup * head_dim * kBytes / 4, kSliceDims / kGroup * group_stride(kSliceKeys * kBytes / 4));
+  }
 
   TileMemory(uint8_t* memory, int64_t head_dim)
       : tile(reinterpret_cast<uint32_t*>(memory)),
@@ -217,13 +214,11 @@ template <class X>
 static __attribute__((noinline)) void tile_for_scores(const KeyReader<X>& reader, int64_t begin, int64_t end,
                                                       int64_t head_dim, const TileMemory<X>& memory) {
   const int64_t words = head_dim / kWordElements<X>;
-  const E4m3Table table = reader.table();
   for (int64_t half = 0; half < kGroup; half += kBatch) {
     const X* rows[kBatch];
     for (int64_t i = 0; i < kBatch; ++i) {
       const int64_t key = begin + half + i;
-      rows[i] =
-          key < end ? KeyReader<X>::template read<false>(reader, table, key, memory.rows + i * head_dim) : memory.zeros;
+      rows[i] = key < end ? KeyReader<X>::read(reader, key, 0, head_dim, memory.rows + i * head_dim) : memory.zeros;
     }
     uint32_t* to = memory.tile + half;
     for (int64_t word = 0; word < words; word += 16) {
@@ -235,36 +230,64 @@ static __attribute__((noinline)) void tile_for_scores(const KeyReader<X>& reader
   }
 }
 
-// Words from one group of values to the next: not a power of two, or all groups would fall into the same sets of a
-// cache.
-constexpr int64_t group_stride(int64_t steps) { return (steps + 1) * kGroup; }
+// 32 dims of two keys as words of pairs.
+DSV4_INLINE void put_pair(__m512i a, __m512i b, uint32_t* to) {
+  _mm512_storeu_si512(to, _mm512_unpacklo_epi16(a, b));
+  _mm512_storeu_si512(to + 16, _mm512_unpackhi_epi16(a, b));
+}
 
-// Keys [begin, end), with a look at those up to `ahead`, zeros up to a multiple of 32, as values: [group of 32
-// dims][step][32 words]. A step is one key, or two whose bfloat16 elements stand together in words; these unpack within
-// lanes, so the dims of a group come in the order of `value_order`.
+// 64 dims of FP8 keys two by two, without rows in memory between, as far as their scales fold; returns how many keys.
+// `block` is one of codes, or, kRope, what follows all codes. The second 32 dims come `stride` words after the first.
+template <bool kRope>
+static __attribute__((noinline)) int64_t put_pairs(const Key* keys, int64_t count, int64_t block, uint32_t* to,
+                                                   int64_t stride) {
+  const auto words = [&](const Key& key) __attribute__((always_inline)) {
+    const uint8_t* from = key.data + block * kRowBlock;
+    if constexpr (kRope) return Words{_mm512_loadu_si512(from), _mm512_loadu_si512(from + 64)};
+    return decode(from, key.scales[block]);
+  };
+  int64_t done = 0;
+  for (; done + 2 <= count; done += 2, to += kGroup) {
+    const Key &a = keys[done], &b = keys[done + 1];
+    if (!kRope && !(folds(a.scales[block]) && folds(b.scales[block]))) break;
+    const Words x = words(a), y = words(b);
+    put_pair(x.first, y.first, to);
+    put_pair(x.second, y.second, to + stride);
+  }
+  return done;
+}
+
+// Dims [first_dim, first_dim + dims), a slice at most, of keys [begin, end), zeros up to a multiple of 32, as values:
+// [group of 32 dims][step][32 words]. A step is one key, or two whose bfloat16 elements stand together in words; these
+// unpack within lanes, so the dims of a group come in the order of `value_order`. The first slice asks for all of the
+// keys that follow.
 template <class X>
 static __attribute__((noinline)) void tile_for_values(const KeyReader<X>& reader, int64_t begin, int64_t end,
-                                                      int64_t ahead, int64_t head_dim, const TileMemory<X>& memory) {
-  const int64_t keys = round_up(end - begin, kGroup), steps = keys / kWordElements<X>;
-  const E4m3Table table = reader.table();
+                                                      int64_t first_dim, int64_t dims, const TileMemory<X>& memory) {
+  const int64_t steps = round_up(end - begin, kGroup) / kWordElements<X>, stride = group_stride(steps);
+  for (int64_t key = begin; first_dim == 0 && key < end; ++key) KeyReader<X>::prefetch_again(reader, key);
   for (int64_t step = 0; step < steps; ++step) {
+    if constexpr (sizeof(X) == 2) {
+      const Key* keys = reader.keys() + begin + 2 * step;
+      const int64_t left = end - begin - 2 * step, block = first_dim / kRowBlock;
+      uint32_t* to = memory.tile + step * kGroup;
+      if (reader.are_codes(first_dim)) step += put_pairs<false>(keys, left, block, to, stride) / 2;
+      if (reader.are_rope(first_dim)) step += put_pairs<true>(keys, left, block, to, stride) / 2;
+      if (step == steps) return;
+    }
+    uint32_t* to = memory.tile + step * kGroup;
+    const int64_t first = begin + step * kWordElements<X>;
     const X* rows[kWordElements<X>];
     for (int64_t i = 0; i < kWordElements<X>; ++i) {
-      const int64_t key = begin + step * kWordElements<X> + i;
-      if (key + kBatch < ahead) KeyReader<X>::prefetch_again(reader, key + kBatch);
-      rows[i] =
-          key < end ? KeyReader<X>::template read<true>(reader, table, key, memory.rows + i * head_dim) : memory.zeros;
+      rows[i] = first + i < end ? KeyReader<X>::read(reader, first + i, first_dim, dims, memory.rows + i * kSliceDims)
+                                : memory.zeros;
     }
-    for (int64_t group = 0; group < head_dim / kGroup; ++group) {
-      uint32_t* to = memory.tile + group * group_stride(steps) + step * kGroup;
+    for (int64_t d = 0; d < dims; d += kGroup, to += stride) {
       if constexpr (sizeof(X) == 2) {
-        const __m512i a = _mm512_loadu_si512(rows[0] + group * kGroup),
-                      b = _mm512_loadu_si512(rows[1] + group * kGroup);
-        _mm512_storeu_si512(to, _mm512_unpacklo_epi16(a, b));
-        _mm512_storeu_si512(to + 16, _mm512_unpackhi_epi16(a, b));
+        put_pair(_mm512_loadu_si512(rows[0] + d), _mm512_loadu_si512(rows[1] + d), to);
       } else {
-        _mm512_storeu_ps(to, _mm512_loadu_ps(rows[0] + group * kGroup));
-        _mm512_storeu_ps(to + 16, _mm512_loadu_ps(rows[0] + group * kGroup + 16));
+        _mm512_storeu_ps(to, _mm512_loadu_ps(rows[0] + d));
+        _mm512_storeu_ps(to + 16, _mm512_loadu_ps(rows[0] + d + 16));
       }
     }
   }

@@ -16,6 +16,7 @@ namespace {
 
 constexpr int64_t kSumRows = 64;  // rows of activations whose sums wait in scratch memory, where scales do not fold
 constexpr int64_t kPanels = 4;    // of weights for each thread, at least
+constexpr int64_t kPieceBytes = 256 << 10, kPieces = 8;  // of codes, and pieces for each thread, for few rows
 
 template <int kParts, class X>
 void split_row(const X* x, int64_t inputs, int64_t stride, bf16* to) {
@@ -43,9 +44,13 @@ template <class Rows, bool kQuantise>
 class Kernel {
  public:
   static constexpr int64_t kUnit = 1;
-  // Whatever it is, scales are looked at for kLinearPanel rows of weights at a time.
+  // Whatever it is, scales are looked at for kLinearPanel rows of weights at a time. Few rows of activations ask for
+  // codes of the next rows, which come in vain to a thread that is given others: pieces shall be long in bytes.
   static int64_t panel(const LinearParams& p, int64_t threads) {
-    if (!many(p)) return kLinearPanel;
+    if (!many(p)) {
+      const int64_t rows = kPieceBytes / (Rows::bytes(p.x.size(2)) + 1), fair = p.weight.size(0) / (kPieces * threads);
+      return round_up((rows < fair ? rows : fair) + 1, kLinearPanel);
+    }
     return p.weight.size(0) < kPanels * threads * kPanelOutputs ? kPanelColumns : kPanelOutputs;
   }
   static int64_t rows(const LinearParams& p) { return many(p) ? kPanelRows / parts(p) : kAllRows; }

@@ -26,8 +26,6 @@ template <class X>
 class BackwardRow {
  public:
   static constexpr int64_t kBlockBytes = 256 << 10;
-  struct Constants {};
-  static Constants constants() { return {}; }
 
   static int64_t row_bytes(const SparseAttentionBackwardParams& p, int64_t most) {
     Arena arena{nullptr};
@@ -39,8 +37,7 @@ class BackwardRow {
     return (heads + 1) * head_dim * static_cast<int64_t>(sizeof(float));
   }
 
-  BackwardRow(const SparseAttentionBackwardParams& params, const Constants&, uint8_t* row_memory, int64_t most,
-              uint8_t* slot_memory)
+  BackwardRow(const SparseAttentionBackwardParams& params, uint8_t* row_memory, int64_t most, uint8_t* slot_memory)
       : p_(params.forward),
         grads_(params),
         heads_(p_.query.size(1)),

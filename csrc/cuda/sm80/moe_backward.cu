@@ -57,8 +57,6 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 bool aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
 
-int64_t size_of(DType dtype) { return dtype == DType::kBFloat16 ? 2 : 4; }
-
 TileRows rows_of(const AnyView<2>& view, const int32_t* map) {
   const int64_t size = size_of(view.dtype);
   TileRows rows = {static_cast<const uint8_t*>(view.data),

@@ -66,6 +66,14 @@ class Recording:
             step()
         return self.result
 
+    def time_kernels(self) -> float | None:
+        """Runs it again; the microseconds from its first kernel to the end of the last, which is what they add to a
+        longer recording. None where ops of torch are among them."""
+        if len(self._steps) != 1 or not isinstance(self._steps[0], _Kernels):
+            self()
+            return None
+        return self._steps[0]() / 1e3
+
     def __len__(self) -> int:
         """How many kernels and ops of torch a run calls."""
         return sum(step.last - step.first if isinstance(step, _Kernels) else 1 for step in self._steps)
@@ -163,8 +171,9 @@ class _KernelTape:
         self._number = self._end()
         weakref.finalize(self, self._free, self._number)
 
-    def run(self, first: int, last: int) -> None:
-        self._run(self._number, first, last)
+    def run(self, first: int, last: int) -> int:
+        """Nanoseconds that it took."""
+        return self._run(self._number, first, last)
 
 
 class _Kernels:
@@ -173,8 +182,8 @@ class _Kernels:
     def __init__(self, tape: _KernelTape, first: int, last: int):
         self.tape, self.first, self.last = tape, first, last
 
-    def __call__(self) -> None:
-        self.tape.run(self.first, self.last)
+    def __call__(self) -> int:
+        return self.tape.run(self.first, self.last)
 
     def extend(self, before: Callable[[], Any]) -> bool:
         """Whether `before` now runs these as well, having ended where they begin."""
