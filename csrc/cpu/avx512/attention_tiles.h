@@ -85,7 +85,8 @@ class KeyReader {
         rope_dim_(p.rope_dim),
         window_wide_(p.window_pool.plain.dtype == DType::kFloat32),
         compressed_wide_(p.compressed.plain.dtype == DType::kFloat32),
-        all_codes_(p.window_pool.bytes.given() && (!p.compressed.given() || p.compressed.bytes.given())) {}
+        all_codes_(p.window_pool.bytes.given() && (!p.compressed.given() || p.compressed.bytes.given())),
+        all_words_(are_words(p.window_pool) && (!p.compressed.given() || are_words(p.compressed))) {}
 
   // Dims [first, first + count) of a key, `first` a multiple of 64: where they lie, or decoded into `to`.
   DSV4_INLINE const X* read(const KeyReader& r, int64_t j, int64_t first, int64_t count, X* to) {
@@ -107,9 +108,14 @@ class KeyReader {
     return to;
   }
 
-  // Whether dims [first, first + 64) of all keys are blocks of codes, or what rows of codes end with.
+  // Whether dims [first, first + 64) of all keys are blocks of codes.
   bool are_codes(int64_t first) const { return all_codes_ && first + kRowBlock <= codes(); }
-  bool are_rope(int64_t first) const { return all_codes_ && first == codes() && rope_dim_ == kRowBlock; }
+  // Where these dims of all keys lie as bfloat16, in bytes from the begin of a row; -1 where they do not.
+  int64_t words_at(int64_t first) const {
+    if (first + kRowBlock > head_dim_) return -1;
+    if (all_words_) return 2 * first;
+    return all_codes_ && first >= codes() ? codes() + 2 * (first - codes()) : -1;
+  }
 
   const Key* keys() const { return keys_; }
 
@@ -137,6 +143,7 @@ class KeyReader {
   }
 
  private:
+  static bool are_words(const RowPool& pool) { return !pool.bytes.given() && pool.plain.dtype == DType::kBFloat16; }
   int64_t codes() const { return head_dim_ - rope_dim_; }  // of an FP8 row
   bool wide(int64_t j) const { return j < count_.window ? window_wide_ : compressed_wide_; }
   // Whether the elements lie in memory as they are multiplied.
@@ -148,7 +155,7 @@ class KeyReader {
   const Key* keys_;
   KeyCounts count_;
   int64_t head_dim_, rope_dim_;
-  bool window_wide_, compressed_wide_, all_codes_;
+  bool window_wide_, compressed_wide_, all_codes_, all_words_;
 };
 
 // Words from one group of values to the next: not a power of two, or all groups would fall into the same sets of a
@@ -236,20 +243,21 @@ DSV4_INLINE void put_pair(__m512i a, __m512i b, uint32_t* to) {
   _mm512_storeu_si512(to + 16, _mm512_unpackhi_epi16(a, b));
 }
 
-// 64 dims of FP8 keys two by two, without rows in memory between, as far as their scales fold; returns how many keys.
-// `block` is one of codes, or, kRope, what follows all codes. The second 32 dims come `stride` words after the first.
-template <bool kRope>
-static __attribute__((noinline)) int64_t put_pairs(const Key* keys, int64_t count, int64_t block, uint32_t* to,
-                                                   int64_t stride) {
+// 64 dims of keys two by two, without rows in memory between; returns of how many keys: codes (kCodes) end where scales
+// do not fold. They lie `at` bytes behind the begin of a row, and are block `block`. The second 32 dims come `stride`
+// words after the first.
+template <bool kCodes>
+static __attribute__((noinline)) int64_t put_pairs(const Key* keys, int64_t count, int64_t at, int64_t block,
+                                                   uint32_t* to, int64_t stride) {
   const auto words = [&](const Key& key) __attribute__((always_inline)) {
-    const uint8_t* from = key.data + block * kRowBlock;
-    if constexpr (kRope) return Words{_mm512_loadu_si512(from), _mm512_loadu_si512(from + 64)};
-    return decode(from, key.scales[block]);
+    const uint8_t* from = key.data + at;
+    if constexpr (kCodes) return decode(from, key.scales[block]);
+    return Words{_mm512_loadu_si512(from), _mm512_loadu_si512(from + 64)};
   };
   int64_t done = 0;
   for (; done + 2 <= count; done += 2, to += kGroup) {
     const Key &a = keys[done], &b = keys[done + 1];
-    if (!kRope && !(folds(a.scales[block]) && folds(b.scales[block]))) break;
+    if (kCodes && !(folds(a.scales[block]) && folds(b.scales[block]))) break;
     const Words x = words(a), y = words(b);
     put_pair(x.first, y.first, to);
     put_pair(x.second, y.second, to + stride);
@@ -269,10 +277,13 @@ static __attribute__((noinline)) void tile_for_values(const KeyReader<X>& reader
   for (int64_t step = 0; step < steps; ++step) {
     if constexpr (sizeof(X) == 2) {
       const Key* keys = reader.keys() + begin + 2 * step;
-      const int64_t left = end - begin - 2 * step, block = first_dim / kRowBlock;
+      const int64_t left = end - begin - 2 * step, words = reader.words_at(first_dim);
       uint32_t* to = memory.tile + step * kGroup;
-      if (reader.are_codes(first_dim)) step += put_pairs<false>(keys, left, block, to, stride) / 2;
-      if (reader.are_rope(first_dim)) step += put_pairs<true>(keys, left, block, to, stride) / 2;
+      if (reader.are_codes(first_dim)) {
+        step += put_pairs<true>(keys, left, first_dim, first_dim / kRowBlock, to, stride) / 2;
+      } else if (words >= 0) {
+        step += put_pairs<false>(keys, left, words, 0, to, stride) / 2;
+      }
       if (step == steps) return;
     }
     uint32_t* to = memory.tile + step * kGroup;
