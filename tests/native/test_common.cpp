@@ -37,6 +37,12 @@ TEST(views_address_by_strides) {
   view.stride[1] = 3;
   CHECK(view.at(2, 1) == memory + 19);
   CHECK(view.at(1) == memory + 8);
+
+  AnyView<2> any{memory, DType::kFloat32, {3, 4}, {8, 2}};
+  const AnyView<2> part = any.part(1, 1, 2);
+  CHECK((part.as<float>().at(2, 1) == memory + 20) && part.size(0) == 3 && part.size(1) == 2);
+  any.dtype = DType::kBFloat16;
+  CHECK(any.part(0, 2, 1).data == reinterpret_cast<uint16_t*>(memory) + 16);
 }
 
 TEST(parallel_covers_every_index_once) {
