@@ -1,7 +1,7 @@
 // sparse_attention by dot products of vectors: 8 heads x 32 keys of scores, or 8 heads x 32 dims of values, in 16
 // accumulators; a word of queries or numerators is broadcast, the keys come from a tile. Bfloat16 pairs by vdpbf16ps
 // where queries and keys are at most that wide, else float32 FMA. 4 H D FLOPs a key against its 584 bytes (FP8, D 512):
-// bound by arithmetic from 2 heads on. Decoding and transposing, twice for all heads, are 5 % of the work at 64 heads.
+// bound by arithmetic from 2 heads on. Decoding and transposing, twice for all heads, are 10 % of the work at 64 heads.
 // Expected: 80 % of the measured peak of vdpbf16ps.
 #include "cpu/attention.h"
 

@@ -267,8 +267,8 @@ static __attribute__((noinline)) int64_t put_pairs(const Key* keys, int64_t coun
 
 // Dims [first_dim, first_dim + dims), a slice at most, of keys [begin, end), zeros up to a multiple of 32, as values:
 // [group of 32 dims][step][32 words]. A step is one key, or two whose bfloat16 elements stand together in words; these
-// unpack within lanes, so the dims of a group come in the order of `value_order`. The first slice asks for all of the
-// keys that follow.
+// unpack within lanes, so the dims of a group come in the order of `value_order`. Before the first slice all keys are
+// asked for.
 template <class X>
 static __attribute__((noinline)) void tile_for_values(const KeyReader<X>& reader, int64_t begin, int64_t end,
                                                       int64_t first_dim, int64_t dims, const TileMemory<X>& memory) {
