@@ -1,5 +1,6 @@
 """The examples do what they say, on little text and for a second."""
 
+import functools
 import re
 import signal
 import subprocess
@@ -36,7 +37,10 @@ def test_train(tmp_path):
 def test_what_was_learned_until_an_interrupt_is_written(tmp_path):
     out = tmp_path / "model"
     command = [sys.executable, TRAIN, out, "--text", ROOT / "python", "--batch", "1", "--length", "32"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
+    listen = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, preexec_fn=listen
+    ) as process:
         while "step 10:" not in (line := process.stderr.readline()):
             assert line, "it ended by itself"
         process.send_signal(signal.SIGINT)
