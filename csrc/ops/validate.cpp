@@ -25,20 +25,6 @@ const char* dtype_name(DType dtype) {
   return "unknown";
 }
 
-int64_t dtype_bytes(DType dtype) {
-  switch (dtype) {
-    case DType::kFloat32:
-    case DType::kInt32:
-      return 4;
-    case DType::kBFloat16:
-      return 2;
-    case DType::kInt64:
-      return 8;
-    default:
-      return 1;
-  }
-}
-
 // "[2, 3]", with * for a size that may be anything.
 void shape_text(const int64_t* shape, int axes, char* text, size_t size) {
   size_t used = static_cast<size_t>(std::snprintf(text, size, "["));
@@ -122,9 +108,9 @@ void Validator::tensor(const char* name, const void* data, DType dtype, DType wa
   }
   if (empty) return;
   require(data != nullptr, "%s must not be null", name);
-  require(reinterpret_cast<uintptr_t>(data) % static_cast<uintptr_t>(dtype_bytes(dtype)) == 0,
+  require(reinterpret_cast<uintptr_t>(data) % static_cast<uintptr_t>(size_of(dtype)) == 0,
           "%s must be aligned to its elements", name);
-  require(addressable(shape, stride, axes, dtype_bytes(dtype)), "%s has strides that are negative or too large", name);
+  require(addressable(shape, stride, axes, size_of(dtype)), "%s has strides that are negative or too large", name);
   int64_t contiguous = 1;
   for (int axis = axes - 1; axis >= axes - dense; --axis) {
     require(shape[axis] == 1 || stride[axis] == contiguous, "%s must be contiguous in its last %d axes", name, dense);
