@@ -11,7 +11,10 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-WIDE_FLOATS = (torch.bfloat16, torch.float32, torch.float64)
+KERNEL_FLOATS = (torch.bfloat16, torch.float32)
+FLOATS = (torch.bfloat16, torch.float32, torch.float64)
+ANY_FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+FLOAT32_OR_64 = (torch.float32, torch.float64)
 INTEGERS = (torch.int32, torch.int64)
 
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dsv4.ops._check import KERNEL_FLOATS
 from dsv4.ops.linear import dense_linear
 
-KERNEL_FLOATS = (torch.bfloat16, torch.float32)
 SOFTPLUS_THRESHOLD = 20.0
 # Below this softplus(z) equals exp(z) in float64 too, and its root is better taken as exp(z / 2): no underflow, no 0/0
 # in the gradient.

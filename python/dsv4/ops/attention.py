@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dsv4.ops._check import Check
+from dsv4.ops._check import ANY_FLOATS, FLOAT32_OR_64, KERNEL_FLOATS, Check
 from dsv4.ops._registry import no_gradient, register
 from dsv4.ops.layout import check_row_pages, locate, owners, read_rows
 from dsv4.ops.norm_rope import apply_rope_reference
@@ -22,9 +22,6 @@ _BLOCK_ELEMENTS = 1 << 22
 _DECODED_ELEMENTS = 1 << 26
 _ROPE_DIM = 64
 _TENSORS = 11  # arguments of the op that are tensors; they come first
-_FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-_KERNEL_FLOATS = (torch.bfloat16, torch.float32)
-_WIDE = (torch.float32, torch.float64)
 
 
 def sparse_attention(
@@ -111,10 +108,10 @@ def _op(query: Tensor, pools: tuple[Tensor, ...], wide: tuple[Tensor, ...]) -> A
 
     CUDA kernels hold rows of up to 512 dims, in pairs.
     """
-    kernel = query.dtype in _KERNEL_FLOATS and all(x.dtype == torch.float32 for x in wide)
+    kernel = query.dtype in KERNEL_FLOATS and all(x.dtype == torch.float32 for x in wide)
     if query.is_cuda:
         kernel = kernel and query.dim() == 3 and query.shape[2] % 2 == 0 and query.shape[2] <= 512
-    if kernel and all(x.dtype in (*_KERNEL_FLOATS, torch.uint8) for x in pools):
+    if kernel and all(x.dtype in (*KERNEL_FLOATS, torch.uint8) for x in pools):
         return torch.ops.dsv4.sparse_attention
     return torch.ops.dsv4._sparse_attention_reference
 
@@ -441,13 +438,13 @@ def _check_backward(grad_out: Tensor, grad_lse: Tensor, lse: Tensor, *args: Any,
 
 
 def _check_call(check: Check, call: _Call) -> None:
-    tokens, heads, head_dim = check.tensor("query", call.query, _FLOATS, ("tokens", "heads", "head_dim"))
+    tokens, heads, head_dim = check.tensor("query", call.query, ANY_FLOATS, ("tokens", "heads", "head_dim"))
     check.tensor("sequence", call.sequence, (torch.int32,), (tokens,))
     check.tensor("position", call.position, (torch.int32,), (tokens,))
-    check.tensor("sink", call.sink, _WIDE, (heads,))
+    check.tensor("sink", call.sink, FLOAT32_OR_64, (heads,))
     check.that(call.window >= 1, f"window must be at least 1, got {call.window}")
     if call.rope is not None:
-        pairs = check.tensor("rope", call.rope, _WIDE, (tokens, "rope_dim / 2", 2))[1]
+        pairs = check.tensor("rope", call.rope, FLOAT32_OR_64, (tokens, "rope_dim / 2", 2))[1]
         check.that(2 * pairs <= head_dim, f"rope must have at most {head_dim // 2} pairs, got {pairs}")
         known = call.rope_dim in (None, 2 * pairs)
         check.that(known, f"rope_dim must be that of rope, {2 * pairs}, got {call.rope_dim}")

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from dsv4.ops._check import Check
+from dsv4.ops._check import FLOAT32_OR_64, FLOATS, KERNEL_FLOATS, Check
 from dsv4.ops._registry import register
 from dsv4.ops.layout import check_key_pages, check_row_pages, locate, owners, write_keys, write_rows
 from dsv4.ops.norm_rope import apply_rope_reference, norm_gradient, refuse_rope, rms_norm_reference
@@ -23,9 +23,6 @@ __all__ = [
 
 # Elements of the largest temporary of a block of entries; it bounds memory, never changes a result.
 _BLOCK_ELEMENTS = 1 << 22
-_WIDE = (torch.float32, torch.float64)
-_WEIGHTS = (torch.bfloat16, torch.float32, torch.float64)
-_KERNEL_FLOATS = (torch.bfloat16, torch.float32)
 # What the CUDA kernel holds of an entry, and of a key.
 _MOST_CUDA_DIMS, _MOST_CUDA_KEY_DIMS = 8192, 1024
 
@@ -76,7 +73,7 @@ def compress(
     Raises: RuntimeError naming the argument, what it must be and what it was.
     Source: DeepSeek-V4 report, 2.3; the official inference code (Compressor).
     """
-    kernel = _has_kernel(kv, norm_weight, rope, ratio, rotate) and pages.dtype in (torch.uint8, *_KERNEL_FLOATS)
+    kernel = _has_kernel(kv, norm_weight, rope, ratio, rotate) and pages.dtype in (torch.uint8, *KERNEL_FLOATS)
     op = torch.ops.dsv4.compress if kernel else torch.ops.dsv4._compress_reference
     op(kv, gate, ape, norm_weight, rope, state, pages, table, sequence, position, ratio, eps, page_size, rotate)
 
@@ -84,7 +81,7 @@ def compress(
 def _has_kernel(kv: Tensor, norm_weight: Tensor, rope: Tensor, ratio: int, rotate: bool) -> bool:
     most = _MOST_CUDA_KEY_DIMS if rotate else _MOST_CUDA_DIMS
     held = not kv.is_cuda or (norm_weight.shape[-1:].numel() <= most and ratio <= 1 << 24)
-    return held and kv.dtype == torch.float32 and norm_weight.dtype in _KERNEL_FLOATS and rope.dtype == torch.float32
+    return held and kv.dtype == torch.float32 and norm_weight.dtype in KERNEL_FLOATS and rope.dtype == torch.float32
 
 
 def compress_entries(
@@ -272,10 +269,10 @@ def _finish(pooled: Tensor, norm_weight: Tensor, rope: Tensor, eps: float, rotat
 
 def _check_inputs(check: Check, kv: Tensor, gate: Tensor, ape: Tensor, norm_weight: Tensor, ratio: int) -> int:
     check.that(ratio >= 1, f"ratio must be at least 1, got {ratio}")
-    tokens, channels = check.tensor("kv", kv, _WIDE, ("tokens", "c * head_dim"))
+    tokens, channels = check.tensor("kv", kv, FLOAT32_OR_64, ("tokens", "c * head_dim"))
     check.tensor("gate", gate, (kv.dtype,), (tokens, channels))
     check.tensor("ape", ape, (kv.dtype,), (ratio, channels))
-    head_dim = check.tensor("norm_weight", norm_weight, _WEIGHTS, ("head_dim",))[0]
+    head_dim = check.tensor("norm_weight", norm_weight, FLOATS, ("head_dim",))[0]
     check.that(
         channels in (head_dim, 2 * head_dim), f"kv must have {head_dim} or {2 * head_dim} channels, got {channels}"
     )
@@ -283,7 +280,7 @@ def _check_inputs(check: Check, kv: Tensor, gate: Tensor, ape: Tensor, norm_weig
 
 
 def _check_rope(check: Check, rope: Tensor, rows: int, head_dim: int, rotate: bool) -> None:
-    pairs = check.tensor("rope", rope, _WIDE, (rows, "rope_dim / 2", 2))[1]
+    pairs = check.tensor("rope", rope, FLOAT32_OR_64, (rows, "rope_dim / 2", 2))[1]
     check.that(2 * pairs <= head_dim, f"rope must have at most {head_dim // 2} pairs, got {pairs}")
     power = head_dim & (head_dim - 1) == 0
     check.that(power or not rotate, f"head_dim must be a power of two to be rotated, got {head_dim}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dsv4.ops._check import WIDE_FLOATS, Check
+from dsv4.ops._check import ANY_FLOATS, FLOAT32_OR_64, FLOATS, KERNEL_FLOATS, Check
 from dsv4.ops._registry import no_gradient, register
 from dsv4.ops.layout import FP4_BLOCK, check_key_pages, locate, owners, read_keys
 from dsv4.ops.norm_rope import apply_rope_reference, check_rope
@@ -16,8 +16,6 @@ __all__ = ["index_query", "index_query_reference", "index_topk", "index_topk_ref
 # Elements of the largest temporary of a block of rows and keys; it bounds memory, never changes a result.
 _BLOCK_ELEMENTS = 1 << 22
 _KEYS_PER_BLOCK = 8192
-_FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-_KERNEL_FLOATS = (torch.bfloat16, torch.float32)
 _MOST_QUERY_DIMS = 1024
 
 
@@ -34,7 +32,7 @@ def index_query(query: Tensor, rope: Tensor) -> Tensor:
     Not differentiable.
     Source: the official inference code (Indexer).
     """
-    kernel = query.dtype in _KERNEL_FLOATS and rope.dtype == torch.float32
+    kernel = query.dtype in KERNEL_FLOATS and rope.dtype == torch.float32
     op = torch.ops.dsv4.index_query if kernel else torch.ops.dsv4._index_query_reference
     return op(query, rope)
 
@@ -46,7 +44,7 @@ def index_query_reference(query: Tensor, rope: Tensor) -> Tensor:
 
 def _check_query(query: Tensor, rope: Tensor) -> None:
     check = Check("index_query")
-    tokens, _, dim = check.tensor("query", query, WIDE_FLOATS, ("tokens", "heads", "dim"))
+    tokens, _, dim = check.tensor("query", query, FLOATS, ("tokens", "heads", "dim"))
     check_rope(check, rope, tokens, dim)
     check.that(
         2 <= dim <= _MOST_QUERY_DIMS and dim & (dim - 1) == 0,
@@ -88,8 +86,8 @@ def index_topk(
     Source: DeepSeek-V4 report, 2.3.1; the official inference code (Indexer), whose scores are bfloat16;
         ties are rarer here.
     """
-    floats = query.dtype in _KERNEL_FLOATS and weights.dtype == torch.float32
-    kernel = floats and pages.dtype in (*_KERNEL_FLOATS, torch.uint8)
+    floats = query.dtype in KERNEL_FLOATS and weights.dtype == torch.float32
+    kernel = floats and pages.dtype in (*KERNEL_FLOATS, torch.uint8)
     op = torch.ops.dsv4.index_topk if kernel else torch.ops.dsv4._index_topk_reference
     return op(query, weights, pages, table, sequence, lengths, k, page_size)
 
@@ -165,8 +163,8 @@ def _check(
     page_size: int = 64,
 ) -> None:
     check = Check("index_topk")
-    tokens, heads, dim = check.tensor("query", query, _FLOATS, ("tokens", "index_heads", "dim"))
-    check.tensor("weights", weights, (torch.float32, torch.float64), (tokens, heads))
+    tokens, heads, dim = check.tensor("query", query, ANY_FLOATS, ("tokens", "index_heads", "dim"))
+    check.tensor("weights", weights, FLOAT32_OR_64, (tokens, heads))
     check_key_pages(check, "pages", pages, page_size, dim)
     check.tensor("table", table, (torch.int32,), ("sequences", "blocks"))
     check.tensor("sequence", sequence, (torch.int32,), (tokens,))

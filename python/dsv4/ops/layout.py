@@ -22,7 +22,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dsv4.ops._check import Check, describe
+from dsv4.ops._check import ANY_FLOATS, Check, describe
 from dsv4.ops.huge_pages import zeros
 from dsv4.ops.quantize import (
     dequantize_fp4_reference,
@@ -38,7 +38,6 @@ FP4_BLOCK = 32  # codes that share one scale in an FP4 key
 
 ROW_FORMATS = ("fp8", "plain")
 KEY_FORMATS = ("fp4", "fp8", "plain")
-PLAIN_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def _round_up(value: int, multiple: int) -> int:
@@ -115,7 +114,7 @@ def check_row_pages(check: Check, name: str, pages: Tensor, page_size: int, head
     """Fails unless `pages` is a pool of rows, in FP8 or in any float dtype."""
     check.that(page_size >= 1, f"the page size of {name} must be at least 1, got {page_size}")
     if pages.dtype != torch.uint8:
-        check.tensor(name, pages, PLAIN_DTYPES, ("pages", page_size, head_dim))
+        check.tensor(name, pages, ANY_FLOATS, ("pages", page_size, head_dim))
         return
     check.that(0 <= rope_dim < head_dim, f"rope_dim must lie in [0, {head_dim}) for FP8 rows, got {rope_dim}")
     check.tensor(name, pages, (torch.uint8,), ("pages", page_bytes(page_size, head_dim, rope_dim, "fp8")))
@@ -125,7 +124,7 @@ def check_key_pages(check: Check, name: str, pages: Tensor, page_size: int, dim:
     """Fails unless `pages` is a pool of index keys, in FP4, FP8 or any float dtype."""
     check.that(page_size >= 1, f"the page size of {name} must be at least 1, got {page_size}")
     if pages.dtype != torch.uint8:
-        check.tensor(name, pages, PLAIN_DTYPES, ("pages", page_size, dim))
+        check.tensor(name, pages, ANY_FLOATS, ("pages", page_size, dim))
         return
     if key_format(pages, page_size, dim) is None:
         fp8 = key_page_bytes(page_size, dim, "fp8")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsv4.ops._check import WIDE_FLOATS, Check
+from dsv4.ops._check import FLOATS, KERNEL_FLOATS, Check
 from dsv4.ops._exact import exact_matmul
 from dsv4.ops._registry import no_gradient, register
 from dsv4.ops.quantize import (
@@ -33,7 +33,6 @@ __all__ = [
     "grouped_linear_reference",
 ]
 
-_KERNEL_FLOATS = (torch.bfloat16, torch.float32)
 _FEW_ROWS = 16
 
 
@@ -42,7 +41,7 @@ def few_rows(x: Tensor, rows: int) -> bool:
 
     On a CPU kernels are faster than torch's products up to there: docs/investigations/decode_cpu.md.
     """
-    return rows <= _FEW_ROWS and x.device.type == "cpu" and x.dtype in _KERNEL_FLOATS
+    return rows <= _FEW_ROWS and x.device.type == "cpu" and x.dtype in KERNEL_FLOATS
 
 
 def fp8_linear(x: Tensor, weight: Tensor, scale: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
@@ -73,7 +72,7 @@ def fp8_linear_reference(x: Tensor, weight: Tensor, scale: Tensor, out_dtype: to
 
 def _check_fp8_linear(x: Tensor, weight: Tensor, scale: Tensor, out_dtype: torch.dtype | None = None) -> None:
     check = Check("fp8_linear")
-    size = check.tensor("x", x, WIDE_FLOATS, (..., "in"))[-1]
+    size = check.tensor("x", x, FLOATS, (..., "in"))[-1]
     check.tensor("weight", weight, (E4M3,), ("out", size))
     check_quantized_weight(check, "weight", weight, "scale", scale)
     _check_out_dtype(check, out_dtype)
@@ -105,7 +104,7 @@ def fp4_linear_reference(x: Tensor, weight: Tensor, scale: Tensor, out_dtype: to
 
 def _check_fp4_linear(x: Tensor, weight: Tensor, scale: Tensor, out_dtype: torch.dtype | None = None) -> None:
     check = Check("fp4_linear")
-    size = check.tensor("x", x, WIDE_FLOATS, (..., "in"))[-1]
+    size = check.tensor("x", x, FLOATS, (..., "in"))[-1]
     check.that(size % 2 == 0, f"the last dimension of x must be even, got {size}")
     check.tensor("weight", weight, PACKED, ("out", size // 2))
     check_quantized_weight(check, "weight", weight, "scale", scale)
@@ -127,7 +126,7 @@ def grouped_linear(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Te
     Raises: RuntimeError where a shape, dtype or device differs from the above.
     Source: the grouped output projection (wo_a) of the official inference code.
     """
-    kernel = x.dtype in _KERNEL_FLOATS if scale is not None else few_rows(x, x.shape[0])
+    kernel = x.dtype in KERNEL_FLOATS if scale is not None else few_rows(x, x.shape[0])
     op = torch.ops.dsv4.grouped_linear if kernel else torch.ops.dsv4._grouped_linear_reference
     return op(x, weight, scale)
 
@@ -165,7 +164,7 @@ def _grouped_linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...
 
 def _check_grouped_linear(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> None:
     check = Check("grouped_linear")
-    _, groups, size = check.tensor("x", x, WIDE_FLOATS, ("tokens", "groups", "in"))
+    _, groups, size = check.tensor("x", x, FLOATS, ("tokens", "groups", "in"))
     check.that(groups >= 1, f"x must have at least one group, got {groups}")
     rows = check.tensor("weight", weight, (x.dtype,) if scale is None else (E4M3,), ("groups * out", size))[0]
     check.that(rows % groups == 0, f"weight must have a multiple of {groups} rows, one part a group, got {rows}")
@@ -187,7 +186,7 @@ def dense_linear(x: Tensor, weight: Tensor, out_dtype: torch.dtype | None = None
     Raises: RuntimeError where a shape, dtype or device differs from the above.
     Source: the linear layers that the official inference code computes in float32 (compressor, index weights, logits).
     """
-    kernel = _kernel_takes(x, out_dtype) and weight.dtype in _KERNEL_FLOATS
+    kernel = _kernel_takes(x, out_dtype) and weight.dtype in KERNEL_FLOATS
     op = torch.ops.dsv4.dense_linear if kernel else torch.ops.dsv4._dense_linear_reference
     return op(x, weight, out_dtype)
 
@@ -214,8 +213,8 @@ def _dense_linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 def _check_dense_linear(x: Tensor, weight: Tensor, out_dtype: torch.dtype | None = None) -> None:
     check = Check("dense_linear")
-    size = check.tensor("x", x, WIDE_FLOATS, (..., "in"))[-1]
-    check.tensor("weight", weight, WIDE_FLOATS, ("out", size))
+    size = check.tensor("x", x, FLOATS, (..., "in"))[-1]
+    check.tensor("weight", weight, FLOATS, ("out", size))
     _check_out_dtype(check, out_dtype)
 
 
@@ -226,11 +225,11 @@ def quantized_activation(x: Tensor) -> Tensor:
 
 
 def _kernel_takes(x: Tensor, out_dtype: torch.dtype | None) -> bool:
-    return x.dtype in _KERNEL_FLOATS and (out_dtype is None or out_dtype in _KERNEL_FLOATS)
+    return x.dtype in KERNEL_FLOATS and (out_dtype is None or out_dtype in KERNEL_FLOATS)
 
 
 def _check_out_dtype(check: Check, dtype: torch.dtype | None) -> None:
-    check.that(dtype is None or dtype in WIDE_FLOATS, f"out_dtype must be bfloat16, float32 or float64, got {dtype}")
+    check.that(dtype is None or dtype in FLOATS, f"out_dtype must be bfloat16, float32 or float64, got {dtype}")
 
 
 for _name, _reference, _check in (

@@ -7,10 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dsv4.ops._check import INTEGERS, WIDE_FLOATS, Check
+from dsv4.ops._check import FLOAT32_OR_64, FLOATS, INTEGERS, KERNEL_FLOATS, Check
 from dsv4.ops._exact import exact_matmul
 from dsv4.ops._moe_gradient import (
-    KERNEL_FLOATS,
     experts_backward,
     experts_backward_fake,
     gate_backward,
@@ -102,10 +101,10 @@ def _check_moe_gate(
     route_scale: float = 1.0,
 ) -> None:
     check = Check("moe_gate")
-    tokens, hidden = check.tensor("x", x, WIDE_FLOATS, ("tokens", "hidden"))
-    experts = check.tensor("weight", weight, WIDE_FLOATS, ("experts", hidden))[0]
+    tokens, hidden = check.tensor("x", x, FLOATS, ("tokens", "hidden"))
+    experts = check.tensor("weight", weight, FLOATS, ("experts", hidden))[0]
     check.that(1 <= top_k <= experts, f"top_k must be 1 to {experts}, the number of experts, got {top_k}")
-    check.optional("bias", bias, (torch.float32, torch.float64), (experts,))
+    check.optional("bias", bias, FLOAT32_OR_64, (experts,))
     check.that((token_ids is None) == (tid2eid is None), "token_ids and tid2eid must be given together")
     check.optional("token_ids", token_ids, INTEGERS, (tokens,))
     check.optional("tid2eid", tid2eid, INTEGERS, ("vocabulary", top_k))
@@ -295,8 +294,8 @@ def _check_moe_experts(
     swiglu_limit: float = 0.0,
 ) -> None:
     check = Check("moe_experts")
-    tokens, hidden = check.tensor("x", x, WIDE_FLOATS, ("tokens", "hidden"))
-    top_k = check.tensor("weights", weights, (torch.float32, torch.float64), (tokens, "top_k"))[1]
+    tokens, hidden = check.tensor("x", x, FLOATS, ("tokens", "hidden"))
+    top_k = check.tensor("weights", weights, FLOAT32_OR_64, (tokens, "top_k"))[1]
     check.tensor("indices", indices, INTEGERS, (tokens, top_k))
     check.that(w1.dim() == 3, f"w1 must be [experts, inter, hidden], got {list(w1.shape)}")
     sizes = (w1.shape[0], w1.shape[1], hidden)
@@ -323,9 +322,9 @@ def _check_moe_experts_backward(
     swiglu_limit: float,
 ) -> None:
     check = Check("moe_experts_backward")
-    tokens, hidden = check.tensor("x", x, WIDE_FLOATS, ("tokens", "hidden"))
+    tokens, hidden = check.tensor("x", x, FLOATS, ("tokens", "hidden"))
     check.tensor("grad", grad, (x.dtype,), (tokens, hidden))
-    top_k = check.tensor("weights", weights, (torch.float32, torch.float64), (tokens, "top_k"))[1]
+    top_k = check.tensor("weights", weights, FLOAT32_OR_64, (tokens, "top_k"))[1]
     check.tensor("indices", indices, INTEGERS, (tokens, top_k))
     check.that(w1.dim() == 3, f"w1 must be [experts, inter, hidden], got {list(w1.shape)}")
     check.that(len(shared) in (0, 3), f"shared must hold 0 or 3 tensors, got {len(shared)}")

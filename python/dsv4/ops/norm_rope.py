@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from dsv4.ops._check import INTEGERS, WIDE_FLOATS, Check
+from dsv4.ops._check import FLOAT32_OR_64, FLOATS, INTEGERS, KERNEL_FLOATS, Check
 from dsv4.ops._registry import register
 from dsv4.ops.layout import check_row_pages, locate, owners, write_rows
 
@@ -37,9 +37,6 @@ __all__ = [
     "store_window",
     "store_window_reference",
 ]
-
-_ROPE_DTYPES = (torch.float32, torch.float64)
-_KERNEL_FLOATS = (torch.bfloat16, torch.float32)
 
 
 class Yarn(Protocol):
@@ -107,7 +104,7 @@ def rope_rows_reference(position: Tensor, inv_freq: Tensor) -> Tensor:
 def _check_rope_rows(position: Tensor, inv_freq: Tensor) -> None:
     check = Check("rope_rows")
     check.tensor("position", position, INTEGERS, ("tokens",))
-    check.tensor("inv_freq", inv_freq, _ROPE_DTYPES, ("rope_dim / 2",))
+    check.tensor("inv_freq", inv_freq, FLOAT32_OR_64, ("rope_dim / 2",))
 
 
 def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tensor:
@@ -119,7 +116,7 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tens
     Returns: like x. Differentiable.
     Raises: RuntimeError where a shape, dtype or device differs from the above.
     """
-    kernel = x.dtype in _KERNEL_FLOATS and (weight is None or weight.dtype in _KERNEL_FLOATS)
+    kernel = x.dtype in KERNEL_FLOATS and (weight is None or weight.dtype in KERNEL_FLOATS)
     op = torch.ops.dsv4.rms_norm if kernel else torch.ops.dsv4._rms_norm_reference
     return op(x, weight, eps)
 
@@ -152,15 +149,15 @@ def rms_norm_backward_reference(
 
 def _check_rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> None:
     check = Check("rms_norm_backward")
-    shape = check.tensor("x", x, WIDE_FLOATS, (..., "n"))
+    shape = check.tensor("x", x, FLOATS, (..., "n"))
     check.tensor("grad", grad, (x.dtype,), tuple(shape))
-    check.optional("weight", weight, WIDE_FLOATS, (shape[-1],))
+    check.optional("weight", weight, FLOATS, (shape[-1],))
 
 
 def _check_rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> None:
     check = Check("rms_norm")
-    shape = check.tensor("x", x, WIDE_FLOATS, (..., "n"))
-    check.optional("weight", weight, WIDE_FLOATS, (shape[-1],))
+    shape = check.tensor("x", x, FLOATS, (..., "n"))
+    check.optional("weight", weight, FLOATS, (shape[-1],))
 
 
 def apply_rope(x: Tensor, rope: Tensor, inverse: bool = False) -> Tensor:
@@ -173,7 +170,7 @@ def apply_rope(x: Tensor, rope: Tensor, inverse: bool = False) -> Tensor:
     Returns: like x, rounded once. Differentiable in x.
     Raises: RuntimeError where a shape, dtype or device differs from the above, or a gradient of rope is wanted.
     """
-    kernel = x.dtype in _KERNEL_FLOATS and rope.dtype == torch.float32 and x.dim() in (2, 3)
+    kernel = x.dtype in KERNEL_FLOATS and rope.dtype == torch.float32 and x.dim() in (2, 3)
     op = torch.ops.dsv4.apply_rope if kernel else torch.ops.dsv4._apply_rope_reference
     return op(x, rope, inverse)
 
@@ -194,7 +191,7 @@ def apply_rope_reference(x: Tensor, rope: Tensor, inverse: bool = False) -> Tens
 def _check_apply_rope(x: Tensor, rope: Tensor, inverse: bool = False) -> None:
     check = Check("apply_rope")
     check.that(x.dim() in (2, 3), f"x must be [tokens, head_dim] or [tokens, heads, head_dim], got {list(x.shape)}")
-    shape = check.tensor("x", x, WIDE_FLOATS, (..., "head_dim"))
+    shape = check.tensor("x", x, FLOATS, (..., "head_dim"))
     check_rope(check, rope, shape[0], shape[-1])
 
 
@@ -212,7 +209,7 @@ def query_norm_rope(q: Tensor, rope: Tensor, eps: float = 1e-6) -> Tensor:
     Raises: RuntimeError where a shape, dtype or device differs from the above, or a gradient of rope is wanted.
     Source: the official inference code.
     """
-    if q.dtype in _KERNEL_FLOATS and rope.dtype == torch.float32:
+    if q.dtype in KERNEL_FLOATS and rope.dtype == torch.float32:
         return torch.ops.dsv4.query_norm_rope(q, rope, eps)
     return torch.ops.dsv4._query_norm_rope_reference(q, rope, eps)
 
@@ -229,7 +226,7 @@ def query_norm_rope_reference(q: Tensor, rope: Tensor, eps: float = 1e-6) -> Ten
 
 def _check_query_norm_rope(q: Tensor, rope: Tensor, eps: float = 1e-6) -> None:
     check = Check("query_norm_rope")
-    tokens, _, head_dim = check.tensor("q", q, WIDE_FLOATS, ("tokens", "heads", "head_dim"))
+    tokens, _, head_dim = check.tensor("q", q, FLOATS, ("tokens", "heads", "head_dim"))
     check_rope(check, rope, tokens, head_dim)
 
 
@@ -248,7 +245,7 @@ def query_norm_rope_backward_reference(grad: Tensor, q: Tensor, rope: Tensor, ep
 
 def _check_query_norm_rope_backward(grad: Tensor, q: Tensor, rope: Tensor, eps: float = 1e-6) -> None:
     check = Check("query_norm_rope_backward")
-    tokens, heads, head_dim = check.tensor("q", q, WIDE_FLOATS, ("tokens", "heads", "head_dim"))
+    tokens, heads, head_dim = check.tensor("q", q, FLOATS, ("tokens", "heads", "head_dim"))
     check.tensor("grad", grad, (q.dtype,), (tokens, heads, head_dim))
     check_rope(check, rope, tokens, head_dim)
 
@@ -264,7 +261,7 @@ def kv_norm_rope(kv: Tensor, weight: Tensor, rope: Tensor, eps: float = 1e-6) ->
     Raises: RuntimeError where a shape, dtype or device differs from the above, or a gradient of rope is wanted.
     Source: the official inference code.
     """
-    kernel = kv.dtype in _KERNEL_FLOATS and weight.dtype in _KERNEL_FLOATS and rope.dtype == torch.float32
+    kernel = kv.dtype in KERNEL_FLOATS and weight.dtype in KERNEL_FLOATS and rope.dtype == torch.float32
     op = torch.ops.dsv4.kv_norm_rope if kernel else torch.ops.dsv4._kv_norm_rope_reference
     return op(kv, weight, rope, eps)
 
@@ -319,10 +316,10 @@ def store_window(
     Raises: RuntimeError where a shape, dtype or device differs from the above, or a sequence is not a row of the table.
     """
     kernel = (
-        kv.dtype in _KERNEL_FLOATS
-        and weight.dtype in _KERNEL_FLOATS
+        kv.dtype in KERNEL_FLOATS
+        and weight.dtype in KERNEL_FLOATS
         and rope.dtype == torch.float32
-        and pages.dtype in (torch.uint8, *_KERNEL_FLOATS)
+        and pages.dtype in (torch.uint8, *KERNEL_FLOATS)
         and sequence.dtype == torch.int32
         and position.dtype == torch.int32
     )
@@ -368,14 +365,14 @@ def _check_store_window(
 
 
 def _check_kv(check: Check, kv: Tensor, weight: Tensor, rope: Tensor) -> tuple[int, int]:
-    tokens, head_dim = check.tensor("kv", kv, WIDE_FLOATS, ("tokens", "head_dim"))
-    check.tensor("weight", weight, WIDE_FLOATS, (head_dim,))
+    tokens, head_dim = check.tensor("kv", kv, FLOATS, ("tokens", "head_dim"))
+    check.tensor("weight", weight, FLOATS, (head_dim,))
     check_rope(check, rope, tokens, head_dim)
     return tokens, head_dim
 
 
 def check_rope(check: Check, rope: Tensor, tokens: int, head_dim: int) -> None:
-    pairs = check.tensor("rope", rope, _ROPE_DTYPES, (tokens, "rope_dim / 2", 2))[1]
+    pairs = check.tensor("rope", rope, FLOAT32_OR_64, (tokens, "rope_dim / 2", 2))[1]
     check.that(2 * pairs <= head_dim, f"rope must have at most {head_dim // 2} pairs, got {pairs}")
 
 

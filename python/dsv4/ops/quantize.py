@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dsv4.ops._check import WIDE_FLOATS, Check
+from dsv4.ops._check import FLOATS, KERNEL_FLOATS, Check
 from dsv4.ops._registry import register
 
 __all__ = [
@@ -32,8 +32,6 @@ E4M3 = torch.float8_e4m3fn
 E8M0 = torch.float8_e8m0fnu
 SCALES = (E8M0, torch.float32)
 PACKED = (torch.uint8, torch.int8)
-
-_KERNEL_FLOATS = (torch.bfloat16, torch.float32)
 
 _MOST_CUDA_DIMS = 8192  # of a row that the Hadamard kernel holds in shared memory
 
@@ -65,7 +63,7 @@ def quantize_fp8(x: Tensor, block: int = 128) -> tuple[Tensor, Tensor]:
     Raises: RuntimeError on another dtype, a scalar x, or block < 1.
     Source: the activation quantiser of the official inference code.
     """
-    op = torch.ops.dsv4.quantize_fp8 if x.dtype in _KERNEL_FLOATS else torch.ops.dsv4._quantize_fp8_reference
+    op = torch.ops.dsv4.quantize_fp8 if x.dtype in KERNEL_FLOATS else torch.ops.dsv4._quantize_fp8_reference
     return op(x, block)
 
 
@@ -79,7 +77,7 @@ def quantize_fp8_reference(x: Tensor, block: int = 128) -> tuple[Tensor, Tensor]
 
 def _check_quantize_fp8(x: Tensor, block: int = 128) -> None:
     check = Check("quantize_fp8")
-    check.tensor("x", x, WIDE_FLOATS, (..., "n"))
+    check.tensor("x", x, FLOATS, (..., "n"))
     check.that(block >= 1, f"block must be at least 1, got {block}")
 
 
@@ -97,7 +95,7 @@ def quantize_fp4(x: Tensor, block: int = 32) -> tuple[Tensor, Tensor]:
     Raises: RuntimeError on another dtype, a scalar x, odd n, or block not even and positive.
     Source: the index quantiser of the official inference code.
     """
-    op = torch.ops.dsv4.quantize_fp4 if x.dtype in _KERNEL_FLOATS else torch.ops.dsv4._quantize_fp4_reference
+    op = torch.ops.dsv4.quantize_fp4 if x.dtype in KERNEL_FLOATS else torch.ops.dsv4._quantize_fp4_reference
     return op(x, block)
 
 
@@ -117,7 +115,7 @@ def quantize_fp4_reference(x: Tensor, block: int = 32) -> tuple[Tensor, Tensor]:
 
 def _check_quantize_fp4(x: Tensor, block: int = 32) -> None:
     check = Check("quantize_fp4")
-    shape = check.tensor("x", x, WIDE_FLOATS, (..., "n"))
+    shape = check.tensor("x", x, FLOATS, (..., "n"))
     check.that(shape[-1] % 2 == 0, f"the last dimension of x must be even, got {shape[-1]}")
     check.that(block >= 2 and block % 2 == 0, f"block must be even and at least 2, got {block}")
 
@@ -133,7 +131,7 @@ def dequantize_fp8(codes: Tensor, scale: Tensor, block: int = 128, dtype: torch.
     Returns: [..., n] dtype.
     Raises: RuntimeError where a shape or dtype differs from the above.
     """
-    op = torch.ops.dsv4.dequantize_fp8 if dtype in _KERNEL_FLOATS else torch.ops.dsv4._dequantize_fp8_reference
+    op = torch.ops.dsv4.dequantize_fp8 if dtype in KERNEL_FLOATS else torch.ops.dsv4._dequantize_fp8_reference
     return op(codes, scale, block, dtype)
 
 
@@ -162,7 +160,7 @@ def dequantize_fp4(codes: Tensor, scale: Tensor, block: int = 32, dtype: torch.d
     Returns: [..., n] dtype.
     Raises: RuntimeError where a shape or dtype differs from the above.
     """
-    op = torch.ops.dsv4.dequantize_fp4 if dtype in _KERNEL_FLOATS else torch.ops.dsv4._dequantize_fp4_reference
+    op = torch.ops.dsv4.dequantize_fp4 if dtype in KERNEL_FLOATS else torch.ops.dsv4._dequantize_fp4_reference
     return op(codes, scale, block, dtype)
 
 
@@ -192,7 +190,7 @@ def dequantize_weight(weight: Tensor, scale: Tensor, dtype: torch.dtype = torch.
     Returns: [..., out, in] dtype.
     Raises: RuntimeError where a shape or dtype differs from the above.
     """
-    kernel = dtype in _KERNEL_FLOATS
+    kernel = dtype in KERNEL_FLOATS
     op = torch.ops.dsv4.dequantize_weight if kernel else torch.ops.dsv4._dequantize_weight_reference
     return op(weight, scale, dtype)
 
@@ -231,7 +229,7 @@ def hadamard(x: Tensor) -> Tensor:
     Raises: RuntimeError on another dtype or n.
     Source: rotate_activation of the official inference code (index queries and keys).
     """
-    kernel = x.dtype in _KERNEL_FLOATS and not (x.is_cuda and x.shape[-1:].numel() > _MOST_CUDA_DIMS)
+    kernel = x.dtype in KERNEL_FLOATS and not (x.is_cuda and x.shape[-1:].numel() > _MOST_CUDA_DIMS)
     op = torch.ops.dsv4.hadamard if kernel else torch.ops.dsv4._hadamard_reference
     return op(x)
 
@@ -247,7 +245,7 @@ def hadamard_reference(x: Tensor) -> Tensor:
 
 def _check_hadamard(x: Tensor) -> None:
     check = Check("hadamard")
-    size = check.tensor("x", x, WIDE_FLOATS, (..., "n"))[-1]
+    size = check.tensor("x", x, FLOATS, (..., "n"))[-1]
     check.that(size > 0 and size & (size - 1) == 0, f"the last dimension of x must be a power of two, got {size}")
 
 
@@ -277,7 +275,7 @@ def _look_up(table: Tensor, codes: Tensor) -> Tensor:
 
 
 def _check_result_dtype(check: Check, dtype: torch.dtype) -> None:
-    check.that(dtype in WIDE_FLOATS, f"dtype must be bfloat16, float32 or float64, got {dtype}")
+    check.that(dtype in FLOATS, f"dtype must be bfloat16, float32 or float64, got {dtype}")
 
 
 def _wide_for(dtype: torch.dtype) -> torch.dtype:
