@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dsv4 import _library, ops
 from dsv4.testing import (
+    assert_rejects,
     assert_rows_independent,
     assert_same_bits,
     check_op,
@@ -136,6 +137,17 @@ def test_experts_without_inner_width(implementation: str, form: str, tokens: int
     a = problem(tokens=tokens, form=form, shared=None)
     alone = run(implementation, a)
     assert_same_bits(run(implementation, {**a, "shared": [m.to(torch.bfloat16) for m in empty]}), alone)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_scalar_among_the_shared_matrices_is_named(dtype: torch.dtype) -> None:
+    """By the definition, which takes float64, in the words of the kernels."""
+    x, weights, w13, w2 = (torch.ones(size, dtype=dtype) for size in ((2, 8), (2, 1), (1, 4, 8), (1, 8, 4)))
+    indices = torch.zeros(2, 1, dtype=torch.int32)
+    a = {"x": x, "weights": weights, "indices": indices, "w1": w13, "w3": w13, "w2": w2}
+    name = str(dtype).removeprefix("torch.")
+    message = f"moe_experts: shared w1 must be {name} [0, 8], got {name} []"
+    assert_rejects(ops.moe_experts, a, message, shared=[torch.ones((), dtype=dtype)] * 3)
 
 
 @pytest.mark.parametrize("tokens", [1, 40])

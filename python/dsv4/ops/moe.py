@@ -294,20 +294,10 @@ def _check_moe_experts(
     swiglu_limit: float = 0.0,
 ) -> None:
     check = Check("moe_experts")
-    tokens, hidden = check.tensor("x", x, FLOATS, ("tokens", "hidden"))
-    top_k = check.tensor("weights", weights, FLOAT32_OR_64, (tokens, "top_k"))[1]
-    check.tensor("indices", indices, INTEGERS, (tokens, top_k))
-    check.that(w1.dim() == 3, f"w1 must be [experts, inter, hidden], got {list(w1.shape)}")
-    sizes = (w1.shape[0], w1.shape[1], hidden)
-    _check_matrices(check, x.dtype, "", (w1, w3, w2), (w1_scale, w3_scale, w2_scale), sizes)
+    scales = (w1_scale, w3_scale, w2_scale)
     shared = shared or ()
     check.that(len(shared) in (0, 3, 6), f"shared must hold 0, 3 or 6 tensors, got {len(shared)}")
-    if shared:
-        plain = len(shared) == 3
-        matrices = shared if plain else shared[0::2]
-        scales = (None, None, None) if plain else shared[1::2]
-        _check_matrices(check, x.dtype, "shared ", matrices, scales, (matrices[0].shape[0], hidden))
-    check.that(swiglu_limit >= 0, f"swiglu_limit must not be negative, got {swiglu_limit}")
+    _check_experts(check, x, weights, indices, (w1, w3, w2), scales, shared, swiglu_limit)
 
 
 def _check_moe_experts_backward(
@@ -322,16 +312,33 @@ def _check_moe_experts_backward(
     swiglu_limit: float,
 ) -> None:
     check = Check("moe_experts_backward")
+    check.that(len(shared) in (0, 3), f"shared must hold 0 or 3 tensors, got {len(shared)}")
+    _check_experts(check, x, weights, indices, (w1, w3, w2), (None, None, None), shared, swiglu_limit)
+    check.tensor("grad", grad, (x.dtype,), tuple(x.shape))
+
+
+def _check_experts(
+    check: Check,
+    x: Tensor,
+    weights: Tensor,
+    indices: Tensor,
+    matrices: Sequence[Tensor],
+    scales: Sequence[Tensor | None],
+    shared: Sequence[Tensor],
+    swiglu_limit: float,
+) -> None:
     tokens, hidden = check.tensor("x", x, FLOATS, ("tokens", "hidden"))
-    check.tensor("grad", grad, (x.dtype,), (tokens, hidden))
     top_k = check.tensor("weights", weights, FLOAT32_OR_64, (tokens, "top_k"))[1]
     check.tensor("indices", indices, INTEGERS, (tokens, top_k))
+    w1 = matrices[0]
     check.that(w1.dim() == 3, f"w1 must be [experts, inter, hidden], got {list(w1.shape)}")
-    check.that(len(shared) in (0, 3), f"shared must hold 0 or 3 tensors, got {len(shared)}")
-    none = (None, None, None)
-    _check_matrices(check, x.dtype, "", (w1, w3, w2), none, (w1.shape[0], w1.shape[1], hidden))
+    _check_matrices(check, x.dtype, "", matrices, scales, (w1.shape[0], w1.shape[1], hidden))
     if shared:
-        _check_matrices(check, x.dtype, "shared ", shared, none, (shared[0].shape[0] if shared[0].dim() else 0, hidden))
+        plain = len(shared) == 3
+        matrices = shared if plain else shared[0::2]
+        scales = (None, None, None) if plain else shared[1::2]
+        inter = matrices[0].shape[0] if matrices[0].dim() else 0
+        _check_matrices(check, x.dtype, "shared ", matrices, scales, (inter, hidden))
     check.that(swiglu_limit >= 0, f"swiglu_limit must not be negative, got {swiglu_limit}")
 
 
