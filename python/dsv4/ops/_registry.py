@@ -85,13 +85,8 @@ def register(
     _fragment.impl(op, _references[qualified], "CompositeExplicitAutograd")
     torch.library.register_fake(qualified, checked(fake or reference, check), lib=_fragment)
     if recompute:
-        torch.library.register_autograd(
-            qualified,
-            _for_passed_arguments(_recompute_backward(reference)),
-            setup_context=_save_arguments,
-            lib=_fragment,
-        )
-    elif backward is not None:
+        backward, setup_context = _recompute_backward(reference), _save_arguments
+    if backward is not None:
         torch.library.register_autograd(
             qualified, _for_passed_arguments(backward), setup_context=setup_context, lib=_fragment
         )
@@ -120,8 +115,7 @@ def implementations() -> dict[str, dict[str, list[str]]]:
     table: dict[str, dict[str, list[str]]] = {}
     for op in sorted(op for op in _registered if not op.startswith("_")):
         found = kernels.get(op, {})
-        cpu = list(found.get("cpu", [])) or ["reference"]
-        cuda = list(found.get("cuda", [])) or ["reference"]
+        cpu, cuda = (found.get(device) or ["reference"] for device in ("cpu", "cuda"))
         table[op] = {"cpu": cpu, "cuda": cuda if has_cuda else []}
     return table
 
