@@ -12,7 +12,7 @@ from torch import Tensor
 from dsv4.ops._check import ANY_FLOATS, FLOAT32_OR_64, KERNEL_FLOATS, Check
 from dsv4.ops._registry import no_gradient, register
 from dsv4.ops.layout import check_row_pages, locate, owners, read_rows
-from dsv4.ops.norm_rope import apply_rope_reference
+from dsv4.ops.norm_rope import apply_rope_reference, check_rope
 
 __all__ = ["sparse_attention", "sparse_attention_reference"]
 
@@ -444,10 +444,9 @@ def _check_call(check: Check, call: _Call) -> None:
     check.tensor("sink", call.sink, FLOAT32_OR_64, (heads,))
     check.that(call.window >= 1, f"window must be at least 1, got {call.window}")
     if call.rope is not None:
-        pairs = check.tensor("rope", call.rope, FLOAT32_OR_64, (tokens, "rope_dim / 2", 2))[1]
-        check.that(2 * pairs <= head_dim, f"rope must have at most {head_dim // 2} pairs, got {pairs}")
-        known = call.rope_dim in (None, 2 * pairs)
-        check.that(known, f"rope_dim must be that of rope, {2 * pairs}, got {call.rope_dim}")
+        check_rope(check, call.rope, tokens, head_dim)
+        own = 2 * call.rope.shape[1]
+        check.that(call.rope_dim in (None, own), f"rope_dim must be that of rope, {own}, got {call.rope_dim}")
     raw = call.pool("window_pages", call.window_pages, call.window_table, call.window_page_size)
     check_row_pages(check, "window_pages", raw.pages, raw.page_size, head_dim, raw.rope_dim)
     sequences = check.tensor("window_table", raw.table, (torch.int32,), ("sequences", "blocks"))[0]

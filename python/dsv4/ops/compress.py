@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 from dsv4.ops._check import FLOAT32_OR_64, FLOATS, KERNEL_FLOATS, Check
 from dsv4.ops._registry import register
 from dsv4.ops.layout import check_key_pages, check_row_pages, locate, owners, write_keys, write_rows
-from dsv4.ops.norm_rope import apply_rope_reference, norm_gradient, refuse_rope, rms_norm_reference
+from dsv4.ops.norm_rope import apply_rope_reference, check_rope, norm_gradient, refuse_rope, rms_norm_reference
 from dsv4.ops.quantize import hadamard_reference
 
 __all__ = [
@@ -280,8 +281,7 @@ def _check_inputs(check: Check, kv: Tensor, gate: Tensor, ape: Tensor, norm_weig
 
 
 def _check_rope(check: Check, rope: Tensor, rows: int, head_dim: int, rotate: bool) -> None:
-    pairs = check.tensor("rope", rope, FLOAT32_OR_64, (rows, "rope_dim / 2", 2))[1]
-    check.that(2 * pairs <= head_dim, f"rope must have at most {head_dim // 2} pairs, got {pairs}")
+    check_rope(check, rope, rows, head_dim)
     power = head_dim & (head_dim - 1) == 0
     check.that(power or not rotate, f"head_dim must be a power of two to be rotated, got {head_dim}")
 
@@ -350,12 +350,12 @@ def _check_entries_backward(
     check.tensor("grad", grad, (norm_weight.dtype,), (kv.shape[0] // ratio, head_dim))
 
 
-def _entries_backward(op: str, ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
+def _entries_backward(op: str, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     refuse_rope("compress_entries", ctx, 4)
     return *getattr(torch.ops.dsv4, op)(grad, *ctx.saved_tensors, *ctx.others), None, None, None, None
 
 
-def _entries_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+def _entries_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.save_for_backward(*inputs[:5])
     ctx.others = inputs[5:]
 

@@ -1,15 +1,14 @@
 """RMS norm, rotary embedding, and the store of window rows.
 
-The last `rope_dim` dims of a head are rotated, in interleaved pairs (x[2i], x[2i + 1]). A table `rope` holds (cos,
-sin) of
-each row: [tokens, rope_dim / 2, 2].
+The last `rope_dim` dims of a head are rotated, in interleaved pairs (x[2i], x[2i + 1]). A table `rope` holds (cos, sin)
+of each row: [tokens, rope_dim / 2, 2].
 """
 
 from __future__ import annotations
 
 import math
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -209,9 +208,9 @@ def query_norm_rope(q: Tensor, rope: Tensor, eps: float = 1e-6) -> Tensor:
     Raises: RuntimeError where a shape, dtype or device differs from the above, or a gradient of rope is wanted.
     Source: the official inference code.
     """
-    if q.dtype in KERNEL_FLOATS and rope.dtype == torch.float32:
-        return torch.ops.dsv4.query_norm_rope(q, rope, eps)
-    return torch.ops.dsv4._query_norm_rope_reference(q, rope, eps)
+    kernel = q.dtype in KERNEL_FLOATS and rope.dtype == torch.float32
+    op = torch.ops.dsv4.query_norm_rope if kernel else torch.ops.dsv4._query_norm_rope_reference
+    return op(q, rope, eps)
 
 
 def query_norm_rope_reference(q: Tensor, rope: Tensor, eps: float = 1e-6) -> Tensor:
@@ -376,49 +375,49 @@ def check_rope(check: Check, rope: Tensor, tokens: int, head_dim: int) -> None:
     check.that(2 * pairs <= head_dim, f"rope must have at most {head_dim // 2} pairs, got {pairs}")
 
 
-def refuse_rope(op: str, ctx, argument: int) -> None:  # type: ignore[no-untyped-def]
+def refuse_rope(op: str, ctx: Any, argument: int) -> None:
     if ctx.needs_input_grad[argument]:
         raise RuntimeError(f"{op}: rope has no gradient; detach it")
 
 
-def _rms_norm_backward(op: str, ctx, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:  # type: ignore[no-untyped-def]
+def _rms_norm_backward(op: str, ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
     x, weight = ctx.saved_tensors
     grad_x, grad_weight = getattr(torch.ops.dsv4, op)(grad, x, weight, ctx.eps)
     return grad_x, None if weight is None else grad_weight, None
 
 
-def _rms_norm_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+def _rms_norm_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     x, weight, ctx.eps = inputs
     ctx.save_for_backward(x, weight)
 
 
-def _kv_backward(op: str, ctx, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[no-untyped-def]
+def _kv_backward(op: str, ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
     refuse_rope("kv_norm_rope", ctx, 2)
     return *getattr(torch.ops.dsv4, op)(grad, *ctx.saved_tensors, ctx.eps), None, None
 
 
-def _kv_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+def _kv_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     kv, weight, rope, ctx.eps = inputs
     ctx.save_for_backward(kv, weight, rope)
 
 
-def _query_backward(op: str, ctx, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[no-untyped-def]
+def _query_backward(op: str, ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
     refuse_rope("query_norm_rope", ctx, 1)
     return getattr(torch.ops.dsv4, op)(grad, *ctx.saved_tensors, ctx.eps), None, None
 
 
-def _query_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+def _query_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     q, rope, ctx.eps = inputs
     ctx.save_for_backward(q, rope)
 
 
-def _apply_rope_backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[no-untyped-def]
+def _apply_rope_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
     refuse_rope("apply_rope", ctx, 1)
     (rope,) = ctx.saved_tensors
     return apply_rope(grad, rope, not ctx.inverse), None, None
 
 
-def _apply_rope_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+def _apply_rope_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     _, rope, ctx.inverse = inputs
     ctx.save_for_backward(rope)
 
