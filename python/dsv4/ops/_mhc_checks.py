@@ -111,21 +111,17 @@ def check_head(
     _check_mixing(check, hidden, fn, scale, base, norm_eps, hc_eps, head=True)
 
 
-def _like(x: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-    return torch.empty(shape, dtype=dtype or x.dtype, device=x.device)
-
-
 def pre_fake(streams: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor, Tensor]:
     tokens, _streams, hidden = streams.shape
     return (
-        _like(streams, tokens, hidden),
-        _like(streams, tokens, STREAMS, dtype=torch.float32),
-        _like(streams, tokens, STREAMS, STREAMS, dtype=torch.float32),
+        streams.new_empty(tokens, hidden),
+        streams.new_empty(tokens, STREAMS, dtype=torch.float32),
+        streams.new_empty(tokens, STREAMS, STREAMS, dtype=torch.float32),
     )
 
 
 def post_fake(sublayer: Tensor, streams: Tensor, *_: Any, **__: Any) -> Tensor:
-    return _like(streams, *streams.shape)
+    return streams.new_empty(streams.shape)
 
 
 def post_pre_fake(sublayer: Tensor, streams: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -133,7 +129,7 @@ def post_pre_fake(sublayer: Tensor, streams: Tensor, *_: Any, **__: Any) -> tupl
 
 
 def head_fake(streams: Tensor, *_: Any, **__: Any) -> Tensor:
-    return _like(streams, streams.shape[0], streams.shape[2])
+    return streams.new_empty(streams.shape[0], streams.shape[2])
 
 
 def check_post_backward(grad_result: Tensor, sublayer: Tensor, streams: Tensor, post: Tensor, comb: Tensor) -> None:
@@ -180,10 +176,10 @@ def post_backward_fake(
     grad_result: Tensor, sublayer: Tensor, streams: Tensor, post: Tensor, comb: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return (
-        _like(sublayer, *sublayer.shape),
-        _like(streams, *streams.shape),
-        _like(post, *post.shape),
-        _like(comb, *comb.shape),
+        sublayer.new_empty(sublayer.shape),
+        streams.new_empty(streams.shape),
+        post.new_empty(post.shape),
+        comb.new_empty(comb.shape),
     )
 
 
@@ -200,15 +196,20 @@ def pre_backward_fake(
     *_: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return (
-        _like(streams, *streams.shape),
-        _like(fn, *fn.shape),
-        _like(scale, *scale.shape),
-        _like(base, *base.shape),
-        _like(fn, 0 if norm_weight is None else streams.shape[2]),
+        streams.new_empty(streams.shape),
+        fn.new_empty(fn.shape),
+        scale.new_empty(scale.shape),
+        base.new_empty(base.shape),
+        fn.new_empty(0 if norm_weight is None else streams.shape[2]),
     )
 
 
 def head_backward_fake(
     grad_output: Tensor, streams: Tensor, fn: Tensor, scale: Tensor, base: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _like(streams, *streams.shape), _like(fn, *fn.shape), _like(scale, *scale.shape), _like(base, *base.shape)
+    return (
+        streams.new_empty(streams.shape),
+        fn.new_empty(fn.shape),
+        scale.new_empty(scale.shape),
+        base.new_empty(base.shape),
+    )

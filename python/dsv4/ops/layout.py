@@ -25,6 +25,7 @@ from torch import Tensor
 from dsv4.ops._check import ANY_FLOATS, Check, describe
 from dsv4.ops.huge_pages import zeros
 from dsv4.ops.quantize import (
+    ceil_div,
     dequantize_fp4_reference,
     dequantize_fp8_reference,
     quantize_fp4_reference,
@@ -41,7 +42,7 @@ KEY_FORMATS = ("fp4", "fp8", "plain")
 
 
 def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
+    return ceil_div(value, multiple) * multiple
 
 
 def row_bytes(head_dim: int, rope_dim: int) -> int:
@@ -53,7 +54,7 @@ def row_bytes(head_dim: int, rope_dim: int) -> int:
 
 def row_scale_bytes(head_dim: int, rope_dim: int) -> int:
     """Bytes of one FP8 row's scales, padding included."""
-    return _round_up(_round_up(head_dim - rope_dim, ROW_BLOCK) // ROW_BLOCK, 8)
+    return _round_up(ceil_div(head_dim - rope_dim, ROW_BLOCK), 8)
 
 
 def page_bytes(page_size: int, head_dim: int, rope_dim: int, format: str, dtype: torch.dtype = torch.bfloat16) -> int:
@@ -231,7 +232,7 @@ def read_rows(
             pages, page_size, row_bytes(head_dim, rope_dim), row_scale_bytes(head_dim, rope_dim)
         )
         stored_bytes = values[page, offset]
-        blocks = _round_up(nope, ROW_BLOCK) // ROW_BLOCK
+        blocks = ceil_div(nope, ROW_BLOCK)
         codes = stored_bytes[..., :nope].contiguous().view(torch.float8_e4m3fn)
         exponents = scales[:, :, :blocks][page, offset].view(torch.float8_e8m0fnu)
         rope = stored_bytes[..., nope:].contiguous().view(torch.bfloat16)

@@ -138,7 +138,7 @@ def dequantize_fp8(codes: Tensor, scale: Tensor, block: int = 128, dtype: torch.
 def dequantize_fp8_reference(
     codes: Tensor, scale: Tensor, block: int = 128, dtype: torch.dtype = torch.bfloat16
 ) -> Tensor:
-    return _scaled(_blocks(_to_wide(codes, dtype), block), scale, codes, dtype)
+    return _scaled(_blocks(codes.to(_wide_for(dtype)), block), scale, codes, dtype)
 
 
 def _check_dequantize_fp8(codes: Tensor, scale: Tensor, block: int = 128, dtype: torch.dtype = torch.bfloat16) -> None:
@@ -280,10 +280,6 @@ def _check_result_dtype(check: Check, dtype: torch.dtype) -> None:
 
 def _wide_for(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _to_wide(codes: Tensor, dtype: torch.dtype) -> Tensor:
-    return codes.to(_wide_for(dtype))
 
 
 def _blocks(x: Tensor, block: int) -> Tensor:

@@ -62,8 +62,8 @@ def check_op(op: Any, *args: Any) -> None:
     """torch.library.opcheck on `op` (torch.ops.dsv4.<op>): schema, autograd registration, fake kernel, AOT dispatch.
 
     torch's own schema test cannot compare 8-bit floats. Calls with such tensors, or such results, are held to the
-    schema
-    here instead: no argument changes that the schema does not say is written, no result shares memory with an argument.
+    schema here instead: no argument changes that the schema does not say is written, no result shares memory with an
+    argument.
     """
     from torch.library import opcheck
 
