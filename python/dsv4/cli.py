@@ -15,12 +15,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
+import torch
+
 import dsv4
-from dsv4.checkpoint import memory
-from dsv4.checkpoint.loader import RANDOM
-from dsv4.checkpoint.memory import parse_size, size
+from dsv4 import checkpoint, environment, planner
+from dsv4.checkpoint import layer_check
+from dsv4.checkpoint.loader import BUNDLED, RANDOM
+from dsv4.checkpoint.memory import keep_freed, parse_size, size
 from dsv4.console import Run, end_tokens, say
-from dsv4.planner import format_context, parse_context
+from dsv4.generation import Tokenizer, encode_messages
+from dsv4.model.config import Config
+from dsv4.model.transformer import Transformer
+from dsv4.planner import FLOP_WEIGHT, Flops, Plan, format_context, parse_context
 
 _FAILED, _BAD_INPUT, _INTERRUPTED = 1, 2, 130
 _DTYPES = ("bfloat16", "float32", "float64")
@@ -199,14 +205,14 @@ def _generate(options: argparse.Namespace) -> int:
             raise ValueError(f"--{name} is not UTF-8 text")
     text = _read_text(options.prompt_file) if options.prompt_file is not None else options.prompt
     model, tokenizer = _load(options)
-    ids = options.tokens or tokenizer.encode(_prompt_text(text, options.mode, options.system))
+    ids = options.tokens if tokenizer is None else tokenizer.encode(_prompt_text(text, options.mode, options.system))
     most = model.config.max_position_embeddings
     if len(ids) + options.max_new_tokens > most:
         raise ValueError(
             f"a prompt of {len(ids):,} tokens and --max-new-tokens {options.max_new_tokens:,} exceed the {most:,} "
             "positions of the model"
         )
-    memory.keep_freed()
+    keep_freed()
     run = Run(model, tokenizer, ids)
     if model.note:
         say(f"note: {options.model}: {model.note}{'; its text means nothing' * (model.note == RANDOM)}")
@@ -238,21 +244,14 @@ def _read_text(name: str) -> str:
 
 
 def _prompt_text(text: str, mode: str, system: str | None) -> str:
-    from dsv4.generation import encode_messages
-
     if mode == "raw":
         return text
     messages = [{"role": "system", "content": system}] if system is not None else []
     return encode_messages([*messages, {"role": "user", "content": text}], thinking_mode=mode)
 
 
-def _load(options: argparse.Namespace) -> tuple[Any, Any]:
-    """(model, tokenizer or None); the tokenizer first, since reading it takes no time and it may be missing."""
-    import torch
-
-    from dsv4 import checkpoint
-    from dsv4.generation import Tokenizer
-
+def _load(options: argparse.Namespace) -> tuple[Transformer, Tokenizer | None]:
+    """The tokenizer, where the prompt is a text, is read first: that takes no time, and it may be missing."""
     folder = checkpoint.resolve(options.model)
     if not (folder / "config.json").is_file():
         raise ValueError(f"{options.model}: no config.json; a model is a folder with config.json and safetensors files")
@@ -261,11 +260,9 @@ def _load(options: argparse.Namespace) -> tuple[Any, Any]:
     return checkpoint.load(folder, _device(options.device), options.quantization, dtype), tokenizer
 
 
-def _device(name: str) -> Any:
-    import torch
-
+def _device(name: str) -> torch.device:
     try:
-        device = torch.device(name)
+        device: torch.device | None = torch.device(name)
     except RuntimeError:
         device = None
     if device is None or device.type not in ("cpu", "cuda"):
@@ -297,9 +294,7 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
-def _config(name: str) -> Any:
-    from dsv4.model.config import Config
-
+def _config(name: str) -> Config:
     try:
         return Config.preset(name)
     except ValueError as unknown:
@@ -309,9 +304,6 @@ def _config(name: str) -> Any:
 
 
 def _plan(options: argparse.Namespace) -> None:
-    from dsv4 import planner
-    from dsv4.model.config import Config
-
     config = _config(options.model)
     found = planner.plan(config, options.context)
     if options.plot:
@@ -327,7 +319,7 @@ def _plan(options: argparse.Namespace) -> None:
         say(f"drawn: {options.plot}")
 
 
-def _plan_values(found: Any) -> dict[str, Any]:
+def _plan_values(found: Plan) -> dict[str, Any]:
     return {
         "context": found.context,
         "kv_bytes_per_token": found.kv_bytes_per_token,
@@ -347,10 +339,10 @@ def _plan_values(found: Any) -> dict[str, Any]:
     }
 
 
-def plan_lines(name: str, found: Any) -> list[str]:
+def plan_lines(name: str, found: Plan) -> list[str]:
     """A plan as text."""
     v32, ours, theirs = found.v32, found.flops, found.v32.flops
-    giga, share = 1e9, f"{found.kv_ratio:.1%}"
+    giga, kv_share = 1e9, f"{found.kv_ratio:.1%}"
 
     def row(what: str, mine: str, other: str = "", share: str = "") -> str:
         return f"{what:<34}{mine:>16}{other:>16}{share:>10}".rstrip()
@@ -359,13 +351,8 @@ def plan_lines(name: str, found: Any) -> list[str]:
         f"{Path(name).name} at {found.context:,} tokens ({format_context(found.context)})",
         "",
         row("", "this model", "V3.2", "share"),
-        row(
-            "KV bytes a token",
-            f"{found.kv_bytes_per_token:,.0f}",
-            f"{v32.kv_bytes_per_token:,}",
-            f"{found.kv_ratio:.1%}",
-        ),
-        row("KV bytes", size(found.kv_bytes), size(v32.kv_bytes), share),
+        row("KV bytes a token", f"{found.kv_bytes_per_token:,.0f}", f"{v32.kv_bytes_per_token:,}", kv_share),
+        row("KV bytes", size(found.kv_bytes), size(v32.kv_bytes), kv_share),
         row("cache, with window and tails", size(found.cache_bytes)),
         "",
     ]
@@ -390,9 +377,7 @@ def plan_lines(name: str, found: Any) -> list[str]:
     return lines
 
 
-def _formula(flops: Any) -> str:
-    from dsv4.planner import FLOP_WEIGHT
-
+def _formula(flops: Flops) -> str:
     sums = {kind: sum(count for _, count, precision in flops.terms if precision == kind) for kind in FLOP_WEIGHT}
     parts = [f"{FLOP_WEIGHT[kind]:g} x {sums[kind] / 1e9:,.3f}" for kind in ("fp8", "bf16", "fp4") if sums[kind]]
     return f"{' + '.join(parts)} = {flops.weighted / 1e9:,.3f} GFLOP"
@@ -424,14 +409,13 @@ def _add_inspect(parser: argparse.ArgumentParser) -> None:
 
 
 def _check_layers(options: argparse.Namespace) -> int:
-    from dsv4.checkpoint import layer_check as checking
-
-    check = checking.LayerCheck(options.model, options.layers, options.tokens or checking.TOKENS, options.memory)
+    tokens = options.tokens or layer_check.TOKENS
+    check = layer_check.LayerCheck(options.model, options.layers, tokens, options.memory)
     faults: list[str] = []
     done: list[int] = []
     with contextlib.ExitStack() as stack:
         out = stack.enter_context(open(options.json, "w", encoding="utf-8")) if options.json else None
-        print("\n".join(checking.heading(check)), flush=True)
+        print("\n".join(layer_check.heading(check)), flush=True)
         try:
             for report in check.run():
                 done.append(report.layer)
@@ -439,9 +423,9 @@ def _check_layers(options: argparse.Namespace) -> int:
                 if out is not None:
                     out.write(json.dumps(report.to_dict()) + "\n")
                     out.flush()
-                print(checking.line(report), flush=True)
+                print(layer_check.line(report), flush=True)
         except KeyboardInterrupt:
-            say(f"dsv4 inspect: interrupted; checked {f'layers {checking.ranges(done)}' if done else 'no layer'}")
+            say(f"dsv4 inspect: interrupted; checked {f'layers {layer_check.ranges(done)}' if done else 'no layer'}")
             raise
         finally:
             if faults:
@@ -451,8 +435,6 @@ def _check_layers(options: argparse.Namespace) -> int:
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    from dsv4 import checkpoint
-
     if options.check_layers:
         return _check_layers(options)
     for name in ("memory", "layers", "tokens", "json"):
@@ -477,8 +459,6 @@ def _inspect(options: argparse.Namespace) -> int:
 
 
 def _env(options: argparse.Namespace) -> None:
-    from dsv4 import environment
-
     found = environment.environment()
     if options.json:
         print(json.dumps(found, indent=1))
@@ -582,8 +562,7 @@ def _bench_layer(options: argparse.Namespace) -> int:
 
 
 def _demo(options: argparse.Namespace) -> None:
-    from dsv4 import demo
-    from dsv4.checkpoint.loader import BUNDLED
+    from dsv4 import demo  # which takes `plan_lines` from here
 
     demo.run(BUNDLED / "nano")
 
