@@ -133,7 +133,7 @@ def _layer(
     if layer.ratio:
         stores = [(layer.state, layer.pages, layer.page_size)]
         if layer.index_pages is not None:
-            stores.append((layer.index_state, layer.index_pages, layer.index_page_size))
+            stores.append((layer.index_state, layer.index_pages, layer.page_size))
         for kind, (state, pages, size) in enumerate(stores):
             made = _compress(config, layer.ratio, state[sequence], start, _mix(x, number, 3 + kind))
             first = start // layer.ratio
@@ -179,7 +179,7 @@ def poison(cache: KVCache) -> None:
             for tensor in pool.tensors:
                 tensor[page] = torch.nan
     for sequence, progress in enumerate(cache._progress):
-        tables = [table[sequence] for table in cache._tables.columns]
+        tables = [table[sequence] for table in cache._tables.page_of]
         for layer in cache.layers:
             beyond = np.arange(progress.length, len(tables[0]) * 256)
             _put_nan(layer.window_pages, tables[0], beyond, 256)

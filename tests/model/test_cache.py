@@ -376,7 +376,7 @@ def test_layers_describe_what_they_store() -> None:
     assert swa.window_pages.dtype == torch.uint8
     assert csa.state.shape == (3, 16, 2, 256)
     assert csa.index_state.shape == (3, 16, 2, 256)
-    assert csa.page_size == csa.index_page_size == 64
+    assert csa.page_size == 64
     assert csa.index_pages.shape[1] == 64 * 68
     assert hca.state.shape == (3, 136, 2, 128)
     assert hca.index_pages is hca.index_state is None

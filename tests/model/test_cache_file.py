@@ -63,8 +63,8 @@ def test_file_of_byte_pages(tmp_path: Path) -> None:
             for name in ("window_pages", "pages", "index_pages"):
                 one, other = getattr(mine, name), getattr(theirs, name)
                 if one is not None:
-                    table = made._tables.columns[name != "window_pages"][0, :2]
-                    place = got._tables.columns[name != "window_pages"][0, :2]
+                    table = made._tables.page_of[name != "window_pages"][0, :2]
+                    place = got._tables.page_of[name != "window_pages"][0, :2]
                     assert torch.equal(one[table].view(torch.uint8), other[place].view(torch.uint8))
 
 

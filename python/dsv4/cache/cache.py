@@ -84,43 +84,51 @@ class _Progress:
     floor: int = 0
 
 
+_WINDOW, _COMPRESSED = 0, 1  # kinds of pages
+
+
 class _Tables:
-    """Page tables of all sequences and the pages they hold, in host memory. The pages go back when the tables do."""
+    """Page tables of all sequences and the pages they hold, in host memory. The pages go back when the tables do.
+
+    Attributes:
+        pools: of window and compressed pages; elsewhere one of the two is named by its place, its `kind`.
+        page_of: int32 [sequences, blocks] of each kind, the page of every 256 positions; -1 = not stored.
+    """
 
     def __init__(self, pools: tuple[PagePool, PagePool], batch_size: int, blocks: int = 4):
         self.pools = pools
-        self.columns = tuple(np.full((batch_size, blocks), -1, np.int32) for _ in pools)
+        self.page_of = tuple(np.full((batch_size, blocks), -1, np.int32) for _ in pools)
 
     def widen(self, blocks: int) -> None:
-        """Room for so many columns, and some more."""
-        old = self.columns[0].shape[1]
+        """Room for so many blocks, and some more."""
+        old = self.page_of[0].shape[1]
         if blocks > old:
             extra = max(blocks, old + old // 2) - old
-            self.columns = tuple(np.pad(table, ((0, 0), (0, extra)), constant_values=-1) for table in self.columns)
+            self.page_of = tuple(np.pad(table, ((0, 0), (0, extra)), constant_values=-1) for table in self.page_of)
 
     def pages(self, kind: int, sequence: int | slice = slice(None), blocks: slice = slice(None)) -> list[int]:
-        """Pages held by the given sequences and columns, one entry a table entry."""
-        entries = self.columns[kind][sequence, blocks]
+        """Pages held by the given sequences and blocks; one that several of them share comes as often."""
+        entries = self.page_of[kind][sequence, blocks]
         return entries[entries >= 0].tolist()
 
     def drop(self, kind: int, sequence: int, blocks: slice) -> None:
         self.pools[kind].drop(self.pages(kind, sequence, blocks))
-        self.columns[kind][sequence, blocks] = -1
+        self.page_of[kind][sequence, blocks] = -1
 
     def missing(self, kind: int, sequence: int, blocks: range) -> int:
         """At most this many free pages make the blocks writable."""
-        entries = self.columns[kind][sequence, blocks.start : blocks.stop].tolist()
+        entries = self.page_of[kind][sequence, blocks.start : blocks.stop].tolist()
         return sum(page < 0 or self.pools[kind].shared(page) for page in entries)
 
     def make_writable(self, kind: int, sequence: int, blocks: range) -> None:
-        pool, row = self.pools[kind], self.columns[kind][sequence, blocks.start : blocks.stop]
+        pool, row = self.pools[kind], self.page_of[kind][sequence, blocks.start : blocks.stop]
         for column, page in enumerate(row.tolist()):
             row[column] = pool.take() if page < 0 else pool.own(page)
 
     def select(self, sequences: Sequence[int]) -> _Tables:
         """Tables of a copy of these sequences, holding the same pages."""
         copy = _Tables(self.pools, len(sequences))
-        copy.columns = tuple(table[list(sequences)] for table in self.columns)
+        copy.page_of = tuple(table[list(sequences)] for table in self.page_of)
         for kind, pool in enumerate(self.pools):
             pool.hold(copy.pages(kind))
         return copy
@@ -128,9 +136,6 @@ class _Tables:
     def release(self) -> None:
         for kind, pool in enumerate(self.pools):
             pool.drop(self.pages(kind))
-
-
-_WINDOW, _COMPRESSED = 0, 1
 
 
 class KVCache:
@@ -252,7 +257,7 @@ class KVCache:
             for layer, (ratio, states) in enumerate(zip(self.settings.ratios, self._states, strict=True)):
                 pages = next(rest) if ratio else None
                 index_pages = next(rest) if self.settings.overlaps(ratio) else None
-                made.append(LayerCache.of(ratio, window[layer], pages, states[0], index_pages, states[1]))
+                made.append(LayerCache(ratio, window[layer], pages, states[0], index_pages, states[1]))
             self._layers = version, tuple(made)
         return self._layers[1]
 
@@ -448,7 +453,7 @@ class KVCache:
     def _stored_tables(self) -> tuple[Tensor, Tensor]:
         """(window, compressed) tables of the committed tokens, [batch_size, blocks]."""
         blocks = blocks_of(self.length)
-        tables = tuple(torch.from_numpy(table[:, :blocks].copy()) for table in self._tables.columns)
+        tables = tuple(torch.from_numpy(table[:, :blocks].copy()) for table in self._tables.page_of)
         for sequence, length in enumerate(self.lengths):
             for table in tables:
                 table[sequence, blocks_of(length) :] = -1
@@ -467,7 +472,7 @@ class KVCache:
             pool.reserve(count)
             taken = [pool.take() for _ in range(count)]
             place = np.array([*taken, -1], np.int32)
-            self._tables.columns[kind][:, : table.shape[1]] = place[table.numpy()]
+            self._tables.page_of[kind][:, : table.shape[1]] = place[table.numpy()]
             # A page is held once by every entry that names it; taking it counted one holder too many.
             pool.hold(self._tables.pages(kind))
             pool.drop(taken)
@@ -548,7 +553,7 @@ class KVCache:
             for sequence, start, count in spans:
                 self._progress[sequence].high = max(self._progress[sequence].high, start + count)
         stored = max([1, *map(blocks_of, self.lengths), *(blocks.stop for _, _, blocks in written)])
-        window, compressed = (self._on_device(table[:, :stored].copy()) for table in tables.columns)
+        window, compressed = (self._on_device(table[:, :stored].copy()) for table in tables.page_of)
         write = torch.full_like(compressed, -1) if replay else compressed
         self._open = Step(*self._rows(spans), window, compressed, write, replay, tuple(spans))
         return self._open

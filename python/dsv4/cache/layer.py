@@ -195,7 +195,6 @@ class LayerCache:
         index_pages: index keys of a CSA layer, uint8 [pages, bytes] or dtype [pages, page_size, index_head_dim]; or
             None.
         index_state: tail of the index compressor, [sequences, ring, 2, 2 * index_head_dim]; or None.
-        page_size, index_page_size: entries a page (1 where there are none).
     """
 
     ratio: int
@@ -204,9 +203,11 @@ class LayerCache:
     state: Tensor | None = None
     index_pages: Tensor | None = None
     index_state: Tensor | None = None
-    window_page_size: int = BLOCK
-    page_size: int = 1
-    index_page_size: int = 1
+
+    @property
+    def page_size(self) -> int:
+        """Entries, and index keys, a page (1 where there are none)."""
+        return entries_per_page(self.ratio)
 
     @classmethod
     def allocate(
@@ -225,17 +226,4 @@ class LayerCache:
         compressed = settings.compressed_pages(ratio, pages, device) if ratio else None
         index = settings.index_pages(ratio, pages, device) if settings.overlaps(ratio) else None
         state, index_state = settings.states(ratio, sequences, device)
-        return cls.of(ratio, settings.window_pages(pages, device), compressed, state, index, index_state)
-
-    @classmethod
-    def of(
-        cls,
-        ratio: int,
-        window_pages: Tensor,
-        pages: Tensor | None,
-        state: Tensor | None,
-        index_pages: Tensor | None,
-        index_state: Tensor | None,
-    ) -> LayerCache:
-        size = entries_per_page(ratio)
-        return cls(ratio, window_pages, pages, state, index_pages, index_state, BLOCK, size, size)
+        return cls(ratio, settings.window_pages(pages, device), compressed, state, index, index_state)
