@@ -1,5 +1,6 @@
 """What a checkpoint folder holds, without loading it."""
 
+import math
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,9 +88,7 @@ def inspect(path: str | Path) -> Inspection:
         sizes[entry.dtype] += entry.nbytes
         if key.endswith((".scale", ".tid2eid")):
             continue
-        values = 1
-        for size in entry.shape:
-            values *= size
+        values = math.prod(entry.shape)
         if ".experts." in key:
             values *= 2 if entry.dtype in PACKED else 1
             experts += values

@@ -12,7 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -97,12 +97,11 @@ class LayerReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
         differences = {
             part: {"rms": d.rms, "rms_limit": RMS_LIMITS[part], "largest": d.largest, "largest_limit": LARGEST_LIMIT}
             for part, d in self.differences.items()
         }
-        return values | {"differences": differences, "faults": list(self.faults)}
+        return asdict(self) | {"differences": differences, "faults": list(self.faults)}
 
 
 class LayerCheck:

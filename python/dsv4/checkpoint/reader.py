@@ -6,6 +6,7 @@ safetensors' memory map, one tensor at a time.
 
 import dataclasses
 import json
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -48,10 +49,7 @@ class Entry:
 
     @property
     def nbytes(self) -> int:
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count * ITEM_BITS.get(self.dtype, 8) // 8
+        return math.prod(self.shape) * ITEM_BITS.get(self.dtype, 8) // 8
 
 
 class Checkpoint:
