@@ -12,6 +12,7 @@ import torch
 
 import dsv4
 from dsv4 import _library, ops
+from dsv4.checkpoint import memory
 
 #: The one environment variable that changes results: it holds every op to a lower instruction set, for comparisons.
 VARIABLE = "DSV4_MAX_ISA"
@@ -75,11 +76,7 @@ def free_bytes(device: torch.device | str = "cpu") -> int | None:
     if torch.device(device).type == "cuda":
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch, for what comes next
         return torch.cuda.mem_get_info(device)[0] + kept
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")), None)
+    return memory.available()
 
 
 def _gpu(index: int) -> dict[str, Any]:
@@ -95,12 +92,12 @@ def _gpu(index: int) -> dict[str, Any]:
 def environment_lines(found: dict[str, Any]) -> list[str]:
     """`environment()` as text, without the table of ops."""
     versions, hardware, build = found["versions"], found["hardware"], found["build"]
-    memory = f", {hardware['memory bytes'] / 2**30:.0f} GiB" if hardware["memory bytes"] else ""
+    installed = f", {hardware['memory bytes'] / 2**30:.0f} GiB" if hardware["memory bytes"] else ""
     libraries = (build or {}).get("libraries", {})
     lines = [
         f"dsv4       {versions['dsv4']}, {Path(dsv4.__path__[0])}",
         f"python     {versions['python']}, torch {versions['torch']}, tokenizers {versions['tokenizers']}",
-        f"processor  {hardware['processor']}, {hardware['cores']} cores{memory}",
+        f"processor  {hardware['processor']}, {hardware['cores']} cores{installed}",
         f"threads    {hardware['torch threads']} of torch",
         f"cpu ops    {_library_line(libraries.get('cpu', {}), True)}",
         f"cuda ops   {_library_line(libraries.get('cuda', {}), bool(hardware['gpus']))}",

@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.utils import _pytree
 
 from dsv4 import _library
+from dsv4.environment import LIMITS, VARIABLE
 from dsv4.ops._registry import implementations
 from dsv4.testing.compare import assert_same_bits
 
-_ISA = ("scalar", "avx512", "amx", "sm80", "sm90")
 _NARROW = (torch.float8_e4m3fn, torch.float8_e8m0fnu)
 _ALL_CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 
@@ -23,17 +23,17 @@ _ALL_CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "
 @contextlib.contextmanager
 def max_isa(name: str) -> Iterator[None]:
     """Within, kernels above this instruction set are not chosen (environment variable DSV4_MAX_ISA)."""
-    if name not in _ISA:
-        raise ValueError(f"max_isa: name must be one of {', '.join(_ISA)}, got {name!r}")
-    before = os.environ.get("DSV4_MAX_ISA")
-    os.environ["DSV4_MAX_ISA"] = name
+    if name not in LIMITS:
+        raise ValueError(f"max_isa: name must be one of {', '.join(LIMITS)}, got {name!r}")
+    before = os.environ.get(VARIABLE)
+    os.environ[VARIABLE] = name
     try:
         yield
     finally:
         if before is None:
-            del os.environ["DSV4_MAX_ISA"]
+            del os.environ[VARIABLE]
         else:
-            os.environ["DSV4_MAX_ISA"] = before
+            os.environ[VARIABLE] = before
 
 
 def implementation_cases(op: str, device: str = "cpu") -> list[Any]:
