@@ -208,7 +208,7 @@ def _weights(config: Config) -> list[Weight]:
         Weight("head mixing base and scale", 1, 1, c.hc_mult + 1, "f32"),
     ]
     for layer in range(layers):
-        found += _layer_weights(c, c.layer_ratio(layer), hashed=layer < c.num_hash_layers, used=1)
+        found += _layer_weights(c, c.layer_ratio(layer), hashed=c.is_hash_layer(layer), used=1)
     for block in range(c.num_nextn_predict_layers):
         found += _layer_weights(c, c.layer_ratio(layers + block), hashed=False, used=0)
         found += [

@@ -43,7 +43,7 @@ class Transformer(StoredWeights):
         self.mixing = MixingSettings.of(config)
         self.embed = Embedding(config.vocab_size, config.hidden_size, dtype, trainable)
         self.layers = nn.ModuleList(
-            Block(config, config.layer_ratio(index), index < config.num_hash_layers, quantization, dtype)
+            Block(config, config.layer_ratio(index), config.is_hash_layer(index), quantization, dtype)
             for index in range(config.num_hidden_layers)
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, trainable)

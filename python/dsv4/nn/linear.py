@@ -146,7 +146,7 @@ def linear(in_features: int, out_features: int, quantization: str, dtype: torch.
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm with a weight over the last axis, computed in float32.
+    """Root-mean-square norm with a weight over the last axis: `ops.rms_norm`.
 
     Args:
         width: of the last axis.
