@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dsv4.checkpoint.memory import size
+from dsv4.checkpoint.progress import terminal_bar
 from dsv4.generation import TextStream, Tokenizer, generate
 from dsv4.model.config import Config
 from dsv4.model.transformer import Transformer
@@ -43,14 +44,15 @@ class Run:
         """Write the text to standard output. After an interrupt what was written stands, and its line is ended."""
         self.cache = self.model.new_cache(max_seq_len=len(self.ids) + max_new_tokens)
         text = self.tokenizer.stream() if self.tokenizer is not None else Numbers()
-        with _PromptBar(len(self.ids)) as bar:
+        with terminal_bar() as bar:
+            prompt = bar.add_task("prompt", total=len(self.ids))
             tokens = generate(
                 self.model,
                 self.ids,
                 max_new_tokens,
                 stop_tokens=stop_tokens,
                 cache=self.cache,
-                progress=bar.update,
+                progress=lambda done, _: bar.update(prompt, completed=done),
                 **settings,
             )
             started = time.perf_counter()
@@ -87,33 +89,6 @@ class Run:
             f"V3.2       would hold {size(equal)} at its full size for as many: {equal / self.cache.nbytes:.1f} x"
         )
         return lines
-
-
-class _PromptBar:
-    """Progress over the prompt, on a terminal and for prompts that take a while."""
-
-    def __init__(self, total: int):
-        self.total = total
-        self.bar: Any = None
-        self.task: Any = None
-
-    def __enter__(self) -> _PromptBar:
-        if sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import Progress
-
-            self.bar = Progress(console=Console(stderr=True), transient=True)
-            self.bar.start()
-            self.task = self.bar.add_task("prompt", total=self.total)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self.bar is not None:
-            self.bar.stop()
-
-    def update(self, done: int, total: int) -> None:
-        if self.bar is not None:
-            self.bar.update(self.task, completed=done, total=total)
 
 
 def write(text: str) -> None:

@@ -20,7 +20,6 @@ import json
 import os
 import resource
 import signal
-import sys
 import sysconfig
 import threading
 import time
@@ -32,11 +31,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from dsv4.cache import KVCache, cache_bytes
 from dsv4.checkpoint import init
 from dsv4.checkpoint.loader import BUNDLED
+from dsv4.checkpoint.progress import terminal_bar
 from dsv4.console import say, size
 from dsv4.environment import environment
 from dsv4.generation import Tokenizer
@@ -165,27 +166,19 @@ class Bar:
     """Progress with speed and time to go, on a terminal."""
 
     def __init__(self, total: int, done: int):
-        self._bar: Any = None
-        if sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-            self._bar = Progress(*columns, console=Console(stderr=True), transient=True, speed_estimate_period=120)
-            self._task = self._bar.add_task("tokens", total=total, completed=done)
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self._bar = terminal_bar(*columns, speed_estimate_period=120)
+        self._task = self._bar.add_task("tokens", total=total, completed=done)
 
     def __enter__(self) -> Bar:
-        if self._bar is not None:
-            self._bar.start()
+        self._bar.start()
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+        self._bar.stop()
 
     def update(self, done: int, rate: float) -> None:
-        if self._bar is not None:
-            self._bar.update(self._task, completed=done, description=f"{rate:,.0f} tokens/s")
+        self._bar.update(self._task, completed=done, description=f"{rate:,.0f} tokens/s")
 
 
 def last_steps(times: list[Step], mark: int) -> tuple[int, float, float]:
