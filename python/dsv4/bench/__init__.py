@@ -7,7 +7,6 @@ to check and time, CONTEXTS and QUICK_CONTEXTS are the contexts it is asked for 
 from __future__ import annotations
 
 import importlib
-import json
 import pkgutil
 import sys
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ from typing import Any, TextIO
 import torch
 
 from dsv4 import _library
-from dsv4.bench.measure import Case, Clock, Peaks, Timing, judge, measure_peaks
+from dsv4.bench.measure import Case, Clock, Peaks, Timing, judge, measure_peaks, report
 from dsv4.ops import implementations
 
 #: The keys of one result, in order.
@@ -73,7 +72,7 @@ def run(
         clock = Clock(place, quick)
         peaks = measure_peaks(clock)
         for result in _peak_results(peaks, place):
-            _show(result, out)
+            report(line(result), result, out)
         measure = partial(_measure, clock=clock, peaks=peaks, out=out)
         for op in ops or known:
             family = known[op]
@@ -106,7 +105,7 @@ def _measure(case: Case, clock: Clock, peaks: Peaks, out: TextIO | None) -> dict
             if case.run_baseline is not None:
                 other = clock.time(case.run_baseline)
                 result |= {"baseline_us": other.us, "ratio": other.us / own.us}
-    _show(result, out)
+    report(line(result), result, out)
     return result
 
 
@@ -165,10 +164,3 @@ def line(result: dict[str, Any]) -> str:
         parts.append(compared + result["baseline"] + (f" ({result['baseline_us']:,.1f} us)" if compared else ""))
         parts.append(f"ok err={result['error']:.1e} limit={result['error_limit']:.1e}")
     return f"{name} | {' | '.join(parts)}"
-
-
-def _show(result: dict[str, Any], out: TextIO | None) -> None:
-    print(line(result), flush=True)
-    if out is not None:
-        out.write(json.dumps(result) + "\n")
-        out.flush()

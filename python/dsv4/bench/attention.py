@@ -17,7 +17,8 @@ from torch import Tensor
 
 from dsv4 import ops
 from dsv4.bench.measure import Case, Comparison
-from dsv4.bench.pages import batch, prefill_rows, row_pages, rows_of, shuffled_table, spread, steps
+from dsv4.bench.norm_rope import eager_rope
+from dsv4.bench.pages import batch, prefill_rows, ratio_of, row_pages, rows_of, shuffled_table, spread, steps
 from dsv4.bench.transformers_cores import against_transformers, attention_bytes, prepare_attention
 from dsv4.cache import BLOCK, entries_per_page
 from dsv4.model.config import Config
@@ -28,7 +29,6 @@ OPS = ("sparse_attention",)
 CONTEXTS = (4096, 65536, 1 << 20)
 QUICK_CONTEXTS = (1024,)
 
-_HCA_RATIO = 128
 _CHECKED_ROWS = 16
 # Rows that eager torch takes at once: enough for its products, few enough for its gathered keys.
 _EAGER_ROWS = 64
@@ -84,10 +84,7 @@ def _eager_block(data: Plain) -> Tensor:
     sink = data.sink.to(scores.dtype).view(1, -1, 1).expand(len(scores), -1, 1)
     weights = torch.cat((scores, sink), -1).softmax(-1)[..., :-1]
     out = (weights.flatten(0, 1) @ keys).view_as(data.query) if keys.dim() == 2 else weights @ keys
-    cos, sin = data.rope.to(out.dtype).unsqueeze(1).unbind(-1)
-    a, b = out[..., -2 * cos.shape[-1] :].unflatten(-1, (-1, 2)).unbind(-1)
-    turned = torch.stack((a * cos + b * sin, b * cos - a * sin), -1).flatten(-2)
-    return torch.cat((out[..., : -turned.shape[-1]], turned), -1)
+    return eager_rope(out, data.rope, inverse=True)
 
 
 def _shared_keys(data: Plain) -> tuple[Tensor, Tensor]:
@@ -110,7 +107,7 @@ def _listed_keys(data: Plain, indices: Tensor) -> tuple[Tensor, Tensor]:
     return keys, torch.cat((raw >= 0, indices >= 0), 1)
 
 
-def _draw_indices(lengths: Tensor, k: int) -> Tensor:
+def draw_indices(lengths: Tensor, k: int) -> Tensor:
     """int32 [tokens, k]: of each row's visible entries any k, ascending, then -1."""
     indices = torch.full((len(lengths), k), -1, dtype=torch.int32)
     for row, length in enumerate(lengths.tolist()):
@@ -123,7 +120,7 @@ def _draw(
     config: Config, context: int, kind: str, rows: int, tables: tuple[Tensor, Tensor], pools: tuple[Tensor, Tensor]
 ) -> Plain:
     """The last `rows` rows of one sequence whose pages `tables` name, as plain rows."""
-    ratio = config.csa_ratio if kind == "csa" else _HCA_RATIO
+    ratio = ratio_of(config, kind)
     position = torch.arange(context - rows, context, dtype=torch.int32)
     lengths = ((position + 1) // ratio).int()
     first = max(context - rows - config.sliding_window + 1, 0)
@@ -133,7 +130,7 @@ def _draw(
         first=first,
         entries=rows_of(config, pools[1], tables[1], 0, context // ratio, entries_per_page(ratio)),
         position=position,
-        indices=_draw_indices(lengths, config.index_topk) if kind == "csa" else None,
+        indices=draw_indices(lengths, config.index_topk) if kind == "csa" else None,
         lengths=lengths,
         sink=torch.randn(config.num_attention_heads, generator=torch.Generator().manual_seed(1)),
         rope=ops.rope_rows(position, ops.rope_frequencies(config.qk_rope_head_dim, config.compress_rope_theta)),
@@ -141,20 +138,25 @@ def _draw(
     )
 
 
+def count_keys(plain: Plain) -> tuple[int, int]:
+    """How many keys the rows have together, and how many different entries are among them."""
+    keys = int((plain.position + 1).clamp_max(plain.window).sum())
+    if plain.indices is None:
+        return keys + int(plain.lengths.sum()), len(plain.entries)
+    chosen = plain.indices[plain.indices >= 0]
+    return keys + chosen.numel(), int(chosen.unique().numel())
+
+
 def _work(config: Config, context: int, plains: Sequence[Plain]) -> tuple[float, float]:
     """FLOPs, and bytes that have to move."""
-    head_bytes = row_bytes(config.head_dim, config.qk_rope_head_dim)
-    head_bytes += row_scale_bytes(config.head_dim, config.qk_rope_head_dim)
+    stored = row_bytes(config.head_dim, config.qk_rope_head_dim)
+    stored += row_scale_bytes(config.head_dim, config.qk_rope_head_dim)
     keys, nbytes = 0, 0
     for plain in plains:
-        keys += int((plain.position + 1).clamp_max(plain.window).sum())
-        if plain.indices is None:
-            keys, touched = keys + int(plain.lengths.sum()), len(plain.entries)
-        else:
-            chosen = plain.indices[plain.indices >= 0]
-            keys, touched = keys + chosen.numel(), int(chosen.unique().numel())
-            nbytes += plain.indices.nbytes
-        nbytes += (context - plain.first + touched) * head_bytes + 2 * plain.query.nbytes + plain.rope.nbytes
+        own, touched = count_keys(plain)
+        keys += own
+        nbytes += (context - plain.first + touched) * stored + 2 * plain.query.nbytes + plain.rope.nbytes
+        nbytes += 0 if plain.indices is None else plain.indices.nbytes
     return 4.0 * config.head_dim * config.num_attention_heads * keys, nbytes
 
 
@@ -163,7 +165,7 @@ def _cases(
 ) -> Iterator[Case]:
     """Against eager torch, then against transformers. `step`: as `steps` gives it."""
     torch.manual_seed(0)
-    ratio = config.csa_ratio if kind == "csa" else _HCA_RATIO
+    ratio = ratio_of(config, kind)
     page_size, blocks = entries_per_page(ratio), -(-context // BLOCK)
     entries = config.index_topk if kind == "csa" else context // ratio
     flops = 4.0 * config.head_dim * config.num_attention_heads * (config.sliding_window + entries)

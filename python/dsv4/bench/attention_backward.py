@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from dsv4 import ops
-from dsv4.bench.attention import Plain, eager_attention
+from dsv4.bench.attention import Plain, count_keys, draw_indices, eager_attention
 from dsv4.bench.measure import Case, Comparison
-from dsv4.bench.pages import shuffled_table, spread
+from dsv4.bench.pages import ratio_of, shuffled_table, spread
 from dsv4.cache import BLOCK, entries_per_page
 from dsv4.model.config import Config
 
@@ -25,7 +25,6 @@ OPS = ("sparse_attention_backward",)
 CONTEXTS = (4096,)
 QUICK_CONTEXTS = (1024,)
 
-_HCA_RATIO = 128
 _ROWS = 64
 _CHECKED_ROWS = 16
 _Gradients = tuple[Tensor, ...]  # of query, raw rows, entries and sink
@@ -69,20 +68,17 @@ def _eager(data: Plain, grad: Tensor) -> Callable[[], _Gradients]:
 
 
 def _draw(config: Config, context: int, kind: str, rows: int) -> Plain:
-    ratio = config.csa_ratio if kind == "csa" else _HCA_RATIO
+    ratio = ratio_of(config, kind)
     position = torch.arange(context - rows, context, dtype=torch.int32)
     lengths = ((position + 1) // ratio).int()
-    chosen = [torch.randperm(int(n), dtype=torch.int32)[: config.index_topk].sort().values for n in lengths]
-    indices = torch.full((rows, config.index_topk), -1, dtype=torch.int32)
-    for row, some in enumerate(chosen):
-        indices[row, : len(some)] = some
+    indices = draw_indices(lengths, config.index_topk) if kind == "csa" else None
     return Plain(
         query=torch.randn(rows, config.num_attention_heads, config.head_dim).bfloat16(),
         raw=torch.randn(context, config.head_dim).bfloat16(),
         first=0,
         entries=torch.randn(context // ratio, config.head_dim).bfloat16(),
         position=position,
-        indices=indices if kind == "csa" else None,
+        indices=indices,
         lengths=lengths,
         sink=torch.randn(config.num_attention_heads),
         rope=ops.rope_rows(position, ops.rope_frequencies(config.qk_rope_head_dim, config.compress_rope_theta)),
@@ -93,12 +89,7 @@ def _draw(config: Config, context: int, kind: str, rows: int) -> Plain:
 def _work(data: Plain) -> tuple[float, float]:
     """FLOPs, and bytes that have to move."""
     rows, heads, head_dim = data.query.shape
-    keys = int((data.position + 1).clamp_max(data.window).sum())
-    if data.indices is None:
-        keys, touched = keys + int(data.lengths.sum()), len(data.entries)
-    else:
-        some = data.indices[data.indices >= 0]
-        keys, touched = keys + some.numel(), int(some.unique().numel())
+    keys, touched = count_keys(data)
     touched += min(data.window + rows - 1, len(data.raw))
     return 10.0 * heads * head_dim * keys, 3 * data.query.nbytes + 4.0 * touched * head_dim
 
@@ -112,7 +103,7 @@ def cases(op: str, shape: str, context: int, device: torch.device) -> Iterator[C
         torch.manual_seed(0)
         rows = min(_ROWS, context)
         data = _draw(config, context, kind, rows)
-        page_size = entries_per_page(config.csa_ratio if kind == "csa" else _HCA_RATIO)
+        page_size = entries_per_page(ratio_of(config, kind))
         raw, entries = _Pages(data.raw, BLOCK), _Pages(data.entries, page_size)
         grad = torch.randn(data.query.shape).bfloat16()
         data, grad = data.to(device), grad.to(device)

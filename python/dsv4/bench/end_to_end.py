@@ -12,7 +12,6 @@ is held to a limit that shows no more than that it is the same model: its roundi
 
 from __future__ import annotations
 
-import json
 import statistics
 import tempfile
 import time
@@ -20,11 +19,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from dsv4.bench.measure import report
 from dsv4.bench.million import text_tokens
 from dsv4.bench.peers import MISSING, Engine, LlamaEngine, TransformersEngine, installed
 from dsv4.checkpoint import init
@@ -116,7 +116,7 @@ def run(
                     result["ratio"] = result["us"] / own[key]["us"]
                     result["cpu_ratio"] = result["cpu_us"] / own[key]["cpu_us"]
                 failed += result["error"] is not None and result["us"] is None
-                _show(result, out)
+                report(line(result), result, out)
             del engine
     if failed:
         say(f"{failed} failed their check")
@@ -284,10 +284,3 @@ def line(result: dict[str, Any]) -> str:
     if result["ratio"]:
         parts.append(f"{result['ratio']:.2f} x the time of dsv4 checkpoint ({result['cpu_ratio']:.2f} x of CPU)")
     return f"{name} | {' | '.join(parts)} | ok {checked}"
-
-
-def _show(result: dict[str, Any], out: TextIO | None) -> None:
-    print(line(result), flush=True)
-    if out is not None:
-        out.write(json.dumps(result) + "\n")
-        out.flush()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import statistics
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
 import numpy as np
 import torch
@@ -225,3 +226,11 @@ def _relative_error(result: Tensor, exact: Tensor) -> float:
     size = exact.square().mean().sqrt()
     error = (result.to(torch.float64) - exact).square().mean().sqrt()
     return float(error) if size == 0 else float(error / size)
+
+
+def report(text: str, result: dict[str, Any], out: TextIO | None) -> None:
+    """Shows a result as text, and writes it as a JSON object of one line."""
+    print(text, flush=True)
+    if out is not None:
+        out.write(json.dumps(result) + "\n")
+        out.flush()

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dsv4 import ops
 from dsv4.bench.measure import Case, Comparison
+from dsv4.bench.pages import spread
 from dsv4.model.config import Config
 
 _MIXES = 24
@@ -111,7 +112,7 @@ def _tuple(result: Any) -> tuple[Tensor, ...]:
 
 def _rows(arguments: Sequence[Tensor], tokens: int) -> list[Tensor]:
     """The arguments for some rows, spread over all of them; what has no rows stays whole."""
-    index = torch.linspace(0, tokens - 1, min(_CHECKED_ROWS, tokens)).long().to(arguments[0].device)
+    index = spread(tokens, _CHECKED_ROWS).to(arguments[0].device)
     return [value[index] if value.shape[0] == tokens and value.dim() > 1 else value for value in arguments]
 
 

@@ -34,6 +34,7 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from dsv4.bench.measure import report
 from dsv4.cache import KVCache, cache_bytes
 from dsv4.checkpoint import init
 from dsv4.checkpoint.loader import BUNDLED
@@ -210,10 +211,7 @@ def run(tokens: int = TOKENS, folder: str | Path | None = None, json_file: str |
         out = stack.enter_context(open(json_file, "w", encoding="utf-8")) if json_file else None
 
         def show(line: str, result: dict[str, Any]) -> None:
-            print(line, flush=True)
-            if out is not None:
-                out.write(json.dumps({"bench": "million", **result}) + "\n")
-                out.flush()
+            report(line, {"bench": "million", **result}, out)
 
         model = init(config, seed=0)
         found = saves.load(config, text, tokens + NEW_TOKENS)

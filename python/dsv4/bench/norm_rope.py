@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dsv4 import ops
 from dsv4.bench.measure import Case, Comparison
-from dsv4.bench.pages import rows_of, shuffled_table
+from dsv4.bench.pages import ratio_of, rows_of, shuffled_table
 from dsv4.cache import BLOCK, entries_per_page
 from dsv4.model.config import Config
 from dsv4.ops.layout import ROW_BLOCK, allocate_pages, locate, row_bytes, row_scale_bytes
@@ -24,8 +24,6 @@ from dsv4.ops.layout import ROW_BLOCK, allocate_pages, locate, row_bytes, row_sc
 OPS = ("query_norm_rope", "store_window", "compress", "compress_entries")
 CONTEXTS = (4096,)
 QUICK_CONTEXTS = (256,)
-
-HCA_RATIO = 128
 
 _MOST_ROWS = 4096
 _CHECKED_ROWS = 64
@@ -37,14 +35,19 @@ def eager_norm(x: Tensor, weight: Tensor | None) -> Tensor:
     return x if weight is None else x * weight
 
 
-def eager_norm_rope(x: Tensor, weight: Tensor | None, rope: Tensor) -> Tensor:
-    """RMS norm over the last dim and the rotation of its last pairs, in the dtype of x; a row of rope for each of x."""
-    x = eager_norm(x, weight)
+def eager_rope(x: Tensor, rope: Tensor, inverse: bool = False) -> Tensor:
+    """The rotation of the last pairs of the last dim, in the dtype of x; a row of rope for each of x."""
     rope = rope if x.dim() == 2 else rope.unsqueeze(1)
     cos, sin = rope.to(x.dtype).unbind(-1)
+    if inverse:
+        sin = -sin
     a, b = x[..., -2 * cos.shape[-1] :].unflatten(-1, (-1, 2)).unbind(-1)
     turned = torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2)
     return torch.cat((x[..., : -turned.shape[-1]], turned), -1)
+
+
+def eager_norm_rope(x: Tensor, weight: Tensor | None, rope: Tensor) -> Tensor:
+    return eager_rope(eager_norm(x, weight), rope)
 
 
 def eager_entries(kv: Tensor, gate: Tensor, ape: Tensor, weight: Tensor, rope: Tensor) -> Tensor:
@@ -144,7 +147,7 @@ def _window_case(name: str, config: Config, tokens: int, device: torch.device) -
 
 
 def _compress_case(op: str, name: str, config: Config, kind: str, tokens: int, device: torch.device) -> Case:
-    ratio, sets = (config.csa_ratio, 2) if kind == "csa" else (HCA_RATIO, 1)
+    ratio, sets = ratio_of(config, kind), 2 if kind == "csa" else 1
     width, page_size = sets * config.head_dim, entries_per_page(ratio)
     kv, gate = (torch.randn(tokens, width).to(device) for _ in range(2))
     ape = torch.randn(ratio, width).to(device)
@@ -193,6 +196,6 @@ def cases(op: str, shape: str, context: int, device: torch.device) -> Iterator[C
     elif op == "store_window":
         yield _window_case(shape, config, tokens, device)
     else:
-        for kind, ratio in (("csa", config.csa_ratio), ("hca", HCA_RATIO)):
-            if tokens >= ratio:  # else there is no entry to store
+        for kind in ("csa", "hca"):
+            if tokens >= ratio_of(config, kind):  # else there is no entry to store
                 yield _compress_case(op, shape, config, kind, tokens, device)

@@ -8,6 +8,8 @@ from torch import Tensor
 from dsv4.model.config import Config
 from dsv4.ops.layout import allocate_key_pages, allocate_pages, locate, read_keys, read_rows, write_rows
 
+HCA_RATIO = 128
+
 _MOST_ROWS = 2048
 _MOST_FLOPS = 2**36
 # Up to this length a whole prefill step is wanted, though a run may then take seconds.
@@ -15,6 +17,11 @@ _WHOLE_STEP_CONTEXT = 1 << 16
 _MOST_BATCH_BYTES = 5 << 30
 _DRAWN_ROWS = 4096
 _READ_ROWS = 1 << 14
+
+
+def ratio_of(config: Config, kind: str) -> int:
+    """Tokens an entry, of layers of a kind: "csa" or "hca"."""
+    return config.csa_ratio if kind == "csa" else HCA_RATIO
 
 
 def prefill_rows(context: int, flops: float) -> int:

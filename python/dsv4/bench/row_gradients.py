@@ -13,7 +13,8 @@ from torch import Tensor
 
 from dsv4 import ops
 from dsv4.bench.measure import Case, Comparison
-from dsv4.bench.norm_rope import HCA_RATIO, eager_entries, eager_norm, eager_norm_rope, rope_of
+from dsv4.bench.norm_rope import eager_entries, eager_norm, eager_norm_rope, rope_of
+from dsv4.bench.pages import ratio_of
 from dsv4.model.config import Config
 
 #: Ops of this family, and the rows at once unless told otherwise.
@@ -97,14 +98,15 @@ def cases(op: str, shape: str, context: int, device: torch.device) -> Iterator[C
             [normal(tokens, head_dim).bfloat16()], [weight], rope, _CHECKED_ROWS, _CHECKED_ROWS,
         )  # fmt: skip
     else:
-        for kind, ratio in (("csa", config.csa_ratio), ("hca", HCA_RATIO)):
-            if tokens >= ratio:  # else there is no entry
-                yield _entries_case(op, shape, config, kind, ratio, tokens, weight, device)
+        for kind in ("csa", "hca"):
+            if tokens >= ratio_of(config, kind):  # else there is no entry
+                yield _entries_case(op, shape, config, kind, tokens, weight, device)
 
 
 def _entries_case(
-    op: str, shape: str, config: Config, kind: str, ratio: int, tokens: int, weight: Tensor, device: torch.device
+    op: str, shape: str, config: Config, kind: str, tokens: int, weight: Tensor, device: torch.device
 ) -> Case:
+    ratio = ratio_of(config, kind)
     width = config.head_dim * (2 if kind == "csa" else 1)
     kv, gate, ape = (torch.randn(rows, width).to(device) for rows in (tokens, tokens, ratio))
     rope = rope_of(config, torch.arange(tokens // ratio) * ratio).to(device)

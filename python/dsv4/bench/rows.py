@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dsv4 import ops
 from dsv4.bench.measure import Case, Comparison
-from dsv4.bench.norm_rope import eager_norm, eager_norm_rope
+from dsv4.bench.norm_rope import eager_norm, eager_norm_rope, eager_rope
 from dsv4.model.config import Config
 
 #: Ops of this family, and the rows at once unless told otherwise.
@@ -128,15 +128,9 @@ class _Rows:
         )  # fmt: skip
 
     def apply_rope(self) -> Case:
-        def eager(x: Tensor, rope: Tensor) -> Tensor:
-            cos, sin = rope.to(x.dtype).unsqueeze(1).unbind(-1)
-            a, b = x[..., -2 * cos.shape[-1] :].unflatten(-1, (-1, 2)).unbind(-1)
-            turned = torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2)
-            return torch.cat((x[..., : -turned.shape[-1]], turned), -1)
-
         return self.case(
-            "apply_rope", self._heads(), ops.apply_rope, eager, (self.query, self.rope),
-            exact=lambda x, r: eager(x.double(), r.double()),
+            "apply_rope", self._heads(), ops.apply_rope, eager_rope, (self.query, self.rope),
+            exact=lambda x, r: eager_rope(x.double(), r.double()),
         )  # fmt: skip
 
     def rope_rows(self) -> Case:

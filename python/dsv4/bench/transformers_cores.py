@@ -7,6 +7,7 @@ the op.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
@@ -39,14 +40,8 @@ def against_transformers(needed: int, device: torch.device, prepare: Callable[[]
     free = free_bytes(device)
     if free is not None and needed > _SHARE * free:
         return {"baseline": f"{_NAME} not run: needs {needed / 2**30:,.1f} GiB", "run_baseline": None}
-    made: list[Callable[[], Any]] = []
-
-    def run() -> Any:
-        if not made:
-            made.append(prepare())
-        return made[0]()
-
-    return {"baseline": _NAME, "run_baseline": run}
+    prepared = functools.cache(prepare)
+    return {"baseline": _NAME, "run_baseline": lambda: prepared()()}
 
 
 def attention_bytes(plains: Sequence[Plain]) -> int:
