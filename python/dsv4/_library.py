@@ -14,9 +14,8 @@ from typing import Any
 
 import torch
 
-_CPU = "libdsv4_cpu.so"
-_CUDA = "libdsv4_cuda.so"
-_loaded: dict[str, Path] = {}
+_FILES = {"cpu": "libdsv4_cpu.so", "cuda": "libdsv4_cuda.so"}
+_loaded: dict[str, Path] = {}  # by device
 
 
 def _folders() -> list[Path]:
@@ -43,14 +42,12 @@ def load() -> None:
     """
     if _loaded:
         return
-    cpu = _find(_CPU)
-    if cpu is None:
+    found = {device: path for device, file in _FILES.items() if (path := _find(file)) is not None}
+    if "cpu" not in found:
         raise ImportError(
-            f"dsv4: {_CPU} not found; build it: pip install --no-build-isolation . (in the dsv4 checkout)"
+            f"dsv4: {_FILES['cpu']} not found; build it: pip install --no-build-isolation . (in the dsv4 checkout)"
         )
-    for path in (cpu, _find(_CUDA)):
-        if path is None:
-            continue
+    for device, path in found.items():
         try:
             torch.ops.load_library(path)
         except OSError as error:
@@ -58,20 +55,19 @@ def load() -> None:
                 f"dsv4: torch {torch.__version__} cannot load {path} ({str(error).splitlines()[0]}); "
                 "torch 2.11 or newer is needed: upgrade torch or rebuild dsv4 with pip install --no-build-isolation ."
             ) from None
-        _loaded[path.name] = path
+        _loaded[device] = path
 
 
 def loaded() -> list[str]:
     """The op libraries in this process, by device: their own ops are named `_<device>_...`."""
-    return [device for device, name in (("cpu", _CPU), ("cuda", _CUDA)) if name in _loaded]
+    return list(_loaded)
 
 
 def _report(device: str) -> dict[str, Any]:
     load()
-    name, op = (_CPU, "_cpu_library") if device == "cpu" else (_CUDA, "_cuda_library")
-    if name not in _loaded:
-        return {"isa": None, "limit": None, "devices": 0, "ops": {}}
-    return json.loads(getattr(torch.ops.dsv4, op)())
+    if device not in _loaded:
+        return {"ops": {}}
+    return json.loads(getattr(torch.ops.dsv4, f"_{device}_library")())
 
 
 def kernel_implementations() -> dict[str, dict[str, list[str]]]:
@@ -107,17 +103,13 @@ def build_info() -> dict[str, Any]:
         "native": what the pybind11 module says (version, torch whose headers were used, nvcc, hardware), or None where
         that module does not fit this Python; the op libraries work without it}.
     """
+    load()
     libraries = {}
-    for device, name in (("cpu", _CPU), ("cuda", _CUDA)):
+    for device, path in _loaded.items():
         report = _report(device)
-        if name not in _loaded:
-            continue
         ops = report.pop("ops")
-        libraries[device] = {
-            "path": str(_loaded[name]),
-            **report,
-            "built": {op: ops[op]["built"] for op in sorted(ops)},
-        }
+        built = {op: ops[op]["built"] for op in sorted(ops)}
+        libraries[device] = {"path": str(path), **report, "built": built}
     return {"libraries": libraries, "native": _native_info()}
 
 
