@@ -67,7 +67,7 @@ class Difference:
         return Difference(max(self.rms, other.rms), max(self.largest, other.largest))
 
 
-@dataclass(frozen=True)
+@dataclass
 class LayerReport:
     """What came of one layer.
 
@@ -179,57 +179,50 @@ class LayerCheck:
     @torch.no_grad()
     def _layer(self, layer: int, streams: Tensor, advance: Callable[[int], None]) -> tuple[LayerReport, Tensor]:
         memory.reset_peak()
-        values: dict[str, Any] = {
-            "layer": layer,
-            "kind": self.config.layer_kind(layer),
-            "routing": "hash" if self.config.is_hash_layer(layer) else "scored",
-            "stored_bytes": self.source.stored_bytes(layer),
-        }
+        routing = "hash" if self.config.is_hash_layer(layer) else "scored"
+        report = LayerReport(layer, self.config.layer_kind(layer), routing, self.source.stored_bytes(layer))
         started = time.perf_counter()
         try:
             with self.source.layer(layer, advance) as block:
-                values["load_seconds"] = time.perf_counter() - started
-                after = self._run_kernels(block, layer, streams, values)
+                report.load_seconds = time.perf_counter() - started
+                after = self._run_kernels(block, streams, report)
         except CheckpointError as error:
             if not error.problems:
                 raise
-            values["faults"] = tuple(f"layer {layer}: {problem}" for problem in error.problems)
+            report.faults = tuple(f"layer {layer}: {problem}" for problem in error.problems)
             after = streams
-        return LayerReport(**values, peak_bytes=memory.peak()), after
+        report.peak_bytes = memory.peak()
+        return report, after
 
-    def _run_kernels(self, block: Block, layer: int, streams: Tensor, values: dict[str, Any]) -> Tensor:
-        """Fills `values`; returns the streams for the next layer."""
-        tokens, ratio = self.tokens, self.config.layer_ratio(layer)
+    def _run_kernels(self, block: Block, streams: Tensor, report: LayerReport) -> Tensor:
+        """Fills the report; returns the streams for the next layer."""
+        ratio = self.config.layer_ratio(report.layer)
         started = time.perf_counter()
         with _recorded(block) as seen:
-            out = block(streams, self._rows(0, tokens), self._cache(ratio))
-        values["kernel_seconds"] = time.perf_counter() - started
+            out = block(streams, self._rows(0, self.tokens), self._cache(ratio))
+        report.kernel_seconds = time.perf_counter() - started
         wide = out.float()
         finite = torch.isfinite(wide)
-        values |= {
-            "rms": float(wide.square().mean().sqrt()),
-            "largest": float(wide.abs().max()),
-            "not_finite": int((~finite).sum()),
-        }
-        if values["not_finite"]:
+        report.rms, report.largest = float(wide.square().mean().sqrt()), float(wide.abs().max())
+        report.not_finite = int((~finite).sum())
+        if report.not_finite:
             where = int((~finite).flatten(1).any(1).nonzero()[0])
-            values["faults"] = (
-                f"layer {layer}: {values['not_finite']} of {out.numel()} values are NaN or infinite, "
+            report.faults = (
+                f"layer {report.layer}: {report.not_finite} of {out.numel()} values are NaN or infinite, "
                 f"first of token {where}, first in {_first_not_finite(seen)}",
             )
             return streams
         started = time.perf_counter()
-        found = self._compare(block, ratio, streams, seen, out)
-        values["reference_seconds"] = time.perf_counter() - started
-        values["differences"] = found
-        values["faults"] = tuple(
-            f"layer {layer}: {part} on kernels differs from its reference by {d.rms:.1e} rms "
+        report.differences = self._compare(block, ratio, streams, seen, out)
+        report.reference_seconds = time.perf_counter() - started
+        report.faults = tuple(
+            f"layer {report.layer}: {part} on kernels differs from its reference by {d.rms:.1e} rms "
             f"(limit {RMS_LIMITS[part]:g}), "
             f"{d.largest:.1e} at most (limit {LARGEST_LIMIT:g})"
-            for part, d in found.items()
+            for part, d in report.differences.items()
             if not d.within_limits_of(part)
         )
-        return streams if values["faults"] else out
+        return streams if report.faults else out
 
     def _compare(
         self, block: Block, ratio: int, streams: Tensor, seen: dict[str, Tensor], out: Tensor
