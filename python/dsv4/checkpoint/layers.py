@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dsv4.checkpoint.errors import CheckpointError
 from dsv4.checkpoint.expected import FP8
-from dsv4.checkpoint.loader import Filler, check_mode
+from dsv4.checkpoint.loader import Filler
 from dsv4.checkpoint.reader import Checkpoint
 from dsv4.model.block import Block
 
@@ -19,20 +19,19 @@ class Layers:
     """The layers of an opened checkpoint, each built as `dsv4.load` builds it, and only while it is used.
 
     Args:
-        checkpoint: validated.
-        quantization: "checkpoint" or "off"; None: "checkpoint" where the weights are stored quantised.
-        dtype: of activations and, in mode "off", of weights.
-    Raises: CheckpointError, ValueError as `dsv4.load`, for a mode that the weights do not have.
+        checkpoint: validated. Where its weights are stored quantised they stay so (mode "checkpoint").
+    Raises: ValueError: sizes that this mode does not take.
     """
 
-    def __init__(
-        self, checkpoint: Checkpoint, quantization: str | None = None, dtype: torch.dtype = torch.bfloat16
-    ) -> None:
+    dtype = torch.bfloat16
+    """Of activations and, in mode "off", of weights."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
         storage = checkpoint.storage
         plain = storage.linear == "plain" or storage.experts == "plain"
-        self.quantization = quantization or ("off" if plain else "checkpoint")
-        check_mode(checkpoint, self.quantization, dtype, str(checkpoint.folder))
-        self.checkpoint, self.config, self.dtype = checkpoint, checkpoint.config, dtype
+        self.quantization = "off" if plain else "checkpoint"
+        checkpoint.config.check_quantization(self.quantization)
+        self.checkpoint, self.config = checkpoint, checkpoint.config
         self._keys: list[list[str]] = [[] for _ in range(self.config.num_hidden_layers)]
         for key in checkpoint.ordered_keys():
             parts = key.split(".")

@@ -81,7 +81,7 @@ def build(
     source: Source, device: str | torch.device, quantization: str, dtype: torch.dtype, *, title: str, place: str
 ) -> Transformer:
     """A Transformer filled from `source`; `title` labels the progress bar, `place` opens error messages."""
-    check_mode(source, quantization, dtype, place)
+    _check_mode(source, quantization, dtype, place)
     target = _device(device)
     with torch.device("meta"):
         model = Transformer(source.config, quantization, dtype)
@@ -98,7 +98,7 @@ def build(
     return model
 
 
-def check_mode(source: Source, quantization: str, dtype: torch.dtype, place: str) -> None:
+def _check_mode(source: Source, quantization: str, dtype: torch.dtype, place: str) -> None:
     """ValueError (CheckpointError where the weights are at fault) unless a model of `source` can be built so."""
     if quantization == "checkpoint" and (source.storage.linear == "plain" or source.storage.experts == "plain"):
         raise CheckpointError(f"{place}: the weights are not quantised; load them with quantization='off'")
