@@ -16,8 +16,7 @@ from typing import Any, TypeGuard
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dsv4.checkpoint import expected as table
-from dsv4.checkpoint import names
+from dsv4.checkpoint import expected, names
 from dsv4.checkpoint.errors import CheckpointError
 from dsv4.model.config import Config, read_json
 
@@ -69,7 +68,7 @@ class Checkpoint:
         self.layout = "transformers" if names.is_transformers(list(found)) else "released"
         self._names: dict[str, str] = {}
         self.tensors = dict(self._released(found, config))
-        self.storage = table.Storage.detect(self.tensors)
+        self.storage = expected.Storage.detect(self.tensors)
         self.config = self._adjusted(config)
         self._open: dict[Path, Any] = {}
         self._read = 0
@@ -158,8 +157,8 @@ class Checkpoint:
 
     def problems(self) -> list[str]:
         """One line for every tensor that is missing, surplus, mis-shaped, mis-typed or misplaced."""
-        expected = table.expected_tensors(self.config, self.storage)
-        return [*self._faults, *table.problems(expected, self.tensors, self._names)]
+        wanted = expected.expected_tensors(self.config, self.storage)
+        return [*self._faults, *expected.problems(wanted, self.tensors, self._names)]
 
     def validate(self) -> None:
         """CheckpointError naming every tensor at fault."""
