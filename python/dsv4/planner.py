@@ -22,7 +22,7 @@ Precision = Literal["fp4", "fp8", "bf16"]
 #: Cost of a FLOP by the precision of its operands, relative to FP8.
 FLOP_WEIGHT: dict[Precision, float] = {"fp4": 0.5, "fp8": 1.0, "bf16": 2.0}
 
-_BYTES = {"bf16": 2.0, "f32": 4.0, "i64": 8.0}
+_BYTES = {"bf16": 2, "f32": 4, "i64": 8}
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Weight:
         elif self.format == "fp4":
             each = self.rows * (self.columns // 2 + self.columns // 32)
         else:
-            each = int(self.rows * self.columns * _BYTES[self.format])
+            each = self.rows * self.columns * _BYTES[self.format]
         return self.count * each
 
     @property
