@@ -36,7 +36,7 @@ class Attention(StoredWeights):
         super().__init__()
         self.quantized = check_quantization(quantization) == "checkpoint"
         trainable = not self.quantized
-        self.config, self.ratio, self.dtype = config, ratio, dtype
+        self.config, self.ratio = config, ratio
         self.heads, self.head_dim = config.num_attention_heads, config.head_dim
         self.window, self.eps, self.groups = config.sliding_window, config.rms_norm_eps, config.o_groups
         self.wq_a = linear(config.hidden_size, config.q_lora_rank, quantization, dtype)
@@ -69,12 +69,7 @@ class Attention(StoredWeights):
             ValueError: without `rows`: another shape, or in mode "off" another dtype.
         """
         if rows is None:
-            if x.dim() != 3 or x.shape[0] == 0 or x.shape[2] != self.config.hidden_size:
-                wanted = f"[batch, length, hidden {self.config.hidden_size}], batch from 1 on"
-                raise ValueError(f"attention: x must be {wanted}, got {list(x.shape)}")
-            own = self.attn_sink.dtype
-            if not self.quantized and x.dtype != own and not torch.is_autocast_enabled(x.device.type):
-                raise ValueError(f"attention: x must be {own} as the weights are, got {x.dtype}")
+            self._check_alone(x)
             batch, length = x.shape[:2]
             rows = Rows.whole_sequences(batch, length, RopeFrequencies(self.config), x.device)
             return self(x.flatten(0, 1), rows).unflatten(0, (batch, length))
@@ -105,6 +100,14 @@ class Attention(StoredWeights):
             page_size=entries_per_page(self.ratio),
         )
         return self.wo_b(self.wo_a(out.reshape(x.shape[0], self.groups, self.group_width)).flatten(1))
+
+    def _check_alone(self, x: Tensor) -> None:
+        if x.dim() != 3 or x.shape[0] == 0 or x.shape[2] != self.config.hidden_size:
+            wanted = f"[batch, length, hidden {self.config.hidden_size}], batch from 1 on"
+            raise ValueError(f"attention: x must be {wanted}, got {list(x.shape)}")
+        own = self.attn_sink.dtype
+        if not self.quantized and x.dtype != own and not torch.is_autocast_enabled(x.device.type):
+            raise ValueError(f"attention: x must be {own} as the weights are, got {x.dtype}")
 
     def _append(
         self, x: Tensor, query_latent: Tensor, rows: Rows, layer: LayerCache

@@ -24,6 +24,8 @@ class Compressor(nn.Module):
             each token lies in two of them.
         head_dim: width of an entry.
         rotate: apply a Hadamard transform before storing (index keys).
+        quantization: "checkpoint" or "off".
+        dtype: of activations and, in mode "off", of the weights.
     """
 
     def __init__(
@@ -43,7 +45,8 @@ class Compressor(nn.Module):
             nn.init.normal_(self.ape, std=0.02)
 
     def forward(self, x: Tensor, rows: Rows, state: Tensor, pages: Tensor, page_size: int) -> None:
-        """Appends the rows' tokens: completed entries go to `pages`, the rest to `state`."""
+        """Appends tokens, x [tokens, hidden]: completed entries go to `pages`, the rest to `state`, as `ops.compress`
+        has them."""
         kv, gate = self.wkv(x), self.wgate(x)
         ops.compress(
             kv,
@@ -109,7 +112,8 @@ class Indexer(nn.Module):
         return ops.index_query(query, rope) if self.quantized else ops.apply_rope(query, rope)
 
     def forward(self, x: Tensor, query_latent: Tensor, rows: Rows, pages: Tensor, page_size: int) -> Tensor:
-        """Entry numbers of the selection, int32 [tokens, topk], ascending, then -1."""
+        """x [tokens, hidden], query_latent [tokens, q_lora_rank] -> entry numbers of the selection, int32
+        [tokens, topk], ascending, then -1."""
         return ops.index_topk(
             self.query(query_latent, rows),
             self.weights_proj(x) * self.scale,

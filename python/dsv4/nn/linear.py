@@ -43,6 +43,15 @@ def fill_fp8(weight: Tensor, scale: Tensor) -> None:
     scale.copy_(torch.full(scale.shape, 2.0**exponent, device=scale.device))
 
 
+def _fp8_pair(outputs: int, inputs: int, scale_dtype: torch.dtype) -> tuple[nn.Parameter, nn.Parameter]:
+    """Codes [outputs, inputs] and their scales, one for each block of 128 x 128."""
+    weight = empty_parameter(outputs, inputs, dtype=torch.float8_e4m3fn, trainable=False)
+    blocks = (-(-outputs // FP8_BLOCK), -(-inputs // FP8_BLOCK))
+    scale = empty_parameter(*blocks, dtype=scale_dtype, trainable=False)
+    fill_fp8(weight, scale)
+    return weight, scale
+
+
 _STORED = (torch.float8_e4m3fn, torch.float8_e8m0fnu)
 
 
@@ -66,6 +75,7 @@ class Linear(nn.Module):
         dtype: of the weight.
         wide: products of float32 operands, float32 result (compressor, index weights, logits); float64 stays float64.
         exact: through `ops.dense_linear`, so that a row's result does not depend on the rows beside it.
+        trainable: whether the weight has a gradient.
     """
 
     def __init__(
@@ -102,10 +112,7 @@ class Fp8Linear(StoredWeights):
 
     def __init__(self, in_features: int, out_features: int, scale_dtype: torch.dtype = torch.float8_e8m0fnu):
         super().__init__()
-        blocks = (-(-out_features // FP8_BLOCK), -(-in_features // FP8_BLOCK))
-        self.weight = empty_parameter(out_features, in_features, dtype=torch.float8_e4m3fn, trainable=False)
-        self.scale = empty_parameter(*blocks, dtype=scale_dtype, trainable=False)
-        fill_fp8(self.weight, self.scale)
+        self.weight, self.scale = _fp8_pair(out_features, in_features, scale_dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         return ops.fp8_linear(x, self.weight, self.scale)
@@ -122,16 +129,11 @@ class GroupedLinear(StoredWeights):
 
     def __init__(self, groups: int, in_features: int, out_features: int, quantization: str, dtype: torch.dtype):
         super().__init__()
+        self.scale: nn.Parameter | None = None
         if quantization == "checkpoint":
-            blocks = (-(-groups * out_features // FP8_BLOCK), -(-in_features // FP8_BLOCK))
-            self.weight = empty_parameter(
-                groups * out_features, in_features, dtype=torch.float8_e4m3fn, trainable=False
-            )
-            self.scale: nn.Parameter | None = empty_parameter(*blocks, dtype=torch.float8_e8m0fnu, trainable=False)
-            fill_fp8(self.weight, self.scale)
+            self.weight, self.scale = _fp8_pair(groups * out_features, in_features, torch.float8_e8m0fnu)
         else:
             self.weight = empty_parameter(groups * out_features, in_features, dtype=dtype, trainable=True)
-            self.scale = None
             fill_normal(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
