@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dsv4.ops._check import ANY_FLOATS, FLOAT32_OR_64, KERNEL_FLOATS, Check
 from dsv4.ops._registry import no_gradient, register
-from dsv4.ops.layout import check_row_pages, locate, owners, read_rows
+from dsv4.ops.layout import check_row_pages, count_visible, locate, owners, read_rows
 from dsv4.ops.norm_rope import apply_rope_reference, check_rope
 
 __all__ = ["sparse_attention", "sparse_attention_reference"]
@@ -189,14 +189,14 @@ def _listed_keys(pool: _Pool, sequence: int, indices: Tensor, lengths: Tensor, d
 
 
 def _all_keys(pool: _Pool, sequence: int, lengths: Tensor) -> list[_Keys]:
-    count = min(max(int(lengths.max()), 0), pool.table.shape[1] * pool.page_size)
+    count = count_visible(lengths, pool.table, pool.page_size)
     entry = torch.arange(count, device=lengths.device)
     return _shared(pool, *pool.place(sequence, entry), entry < lengths.unsqueeze(1))
 
 
 def _decode(pool: _Pool, sequence: int, indices: Tensor, lengths: Tensor) -> Tensor | None:
     """All visible entries of a sequence, decoded once, where its rows would otherwise decode at least as many."""
-    count = min(max(int(lengths.max()), 0), pool.table.shape[1] * pool.page_size)
+    count = count_visible(lengths, pool.table, pool.page_size)
     if not 0 < count <= indices.numel() or count * pool.head_dim > _DECODED_ELEMENTS:
         return None
     return pool.read(*pool.place(sequence, torch.arange(count, device=indices.device)))

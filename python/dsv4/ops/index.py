@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dsv4.ops._check import ANY_FLOATS, FLOAT32_OR_64, FLOATS, KERNEL_FLOATS, Check
 from dsv4.ops._registry import no_gradient, register
-from dsv4.ops.layout import FP4_BLOCK, check_key_pages, locate, owners, read_keys
+from dsv4.ops.layout import FP4_BLOCK, check_key_pages, count_visible, locate, owners, read_keys
 from dsv4.ops.norm_rope import apply_rope_reference, check_rope
 from dsv4.ops.quantize import dequantize_fp4_reference, hadamard_reference, quantize_fp4_reference
 
@@ -107,7 +107,7 @@ def index_topk_reference(
     chosen = torch.full((tokens, k), -1, dtype=torch.int32, device=query.device)
     for owner in owners("index_topk", sequence, table):
         mine = (sequence == owner).nonzero().squeeze(1)
-        count = min(max(int(lengths[mine].max()), 0), table.shape[1] * page_size)
+        count = count_visible(lengths[mine], table, page_size)
         if count == 0:
             continue
         entry = torch.arange(count, device=query.device)

@@ -171,6 +171,11 @@ def locate(table: Tensor, sequence: Tensor, entry: Tensor, page_size: int) -> tu
     return torch.where(stored, page, -1), torch.where(stored, entry % page_size, 0)
 
 
+def count_visible(lengths: Tensor, table: Tensor, page_size: int) -> int:
+    """Entries that any row of a sequence can see: the greatest of `lengths`, as far as the table reaches."""
+    return min(max(int(lengths.max()), 0), table.shape[1] * page_size)
+
+
 def _byte_planes(pages: Tensor, page_size: int, value_bytes: int, scale_bytes: int) -> tuple[Tensor, Tensor]:
     """Views [pages, page_size, bytes] of the values and of the scales of byte pages."""
     scales_at = page_size * value_bytes
@@ -242,6 +247,13 @@ def read_rows(
     return torch.where(stored.unsqueeze(-1), rows, 0)
 
 
+def _stored_format(pages: Tensor, page_size: int, dim: int) -> str:
+    format = key_format(pages, page_size, dim)
+    if format is None:
+        raise ValueError(f"page layout: {describe(pages)} holds no pages of {page_size} index keys of {dim}")
+    return format
+
+
 def write_keys(pages: Tensor, keys: Tensor, page: Tensor, offset: Tensor, page_size: int) -> None:
     """Store index keys [n, dim] at (page, offset), integer [n] each, in place, quantised as the pool's format says.
 
@@ -250,9 +262,7 @@ def write_keys(pages: Tensor, keys: Tensor, page: Tensor, offset: Tensor, page_s
     keep = page >= 0
     keys, page, offset = keys[keep], page[keep].long(), offset[keep].long()
     dim = keys.shape[-1]
-    format = key_format(pages, page_size, dim)
-    if format is None:
-        raise ValueError(_no_key_format(pages, page_size, dim))
+    format = _stored_format(pages, page_size, dim)
     if len(keys) == 0:
         return
     if format == "plain":
@@ -276,9 +286,7 @@ def read_keys(
 
     `dtype` defaults to the pool's own, float32 for byte pages.
     """
-    format = key_format(pages, page_size, dim)
-    if format is None:
-        raise ValueError(_no_key_format(pages, page_size, dim))
+    format = _stored_format(pages, page_size, dim)
     stored = page >= 0
     if dtype is None:
         dtype = pages.dtype if format == "plain" else torch.float32
@@ -296,7 +304,3 @@ def read_keys(
         exponents = scales[page, offset].view(torch.float8_e8m0fnu)
         keys = dequantize_fp4_reference(values[page, offset], exponents, FP4_BLOCK, torch.float32).to(dtype)
     return torch.where(stored.unsqueeze(-1), keys, 0)
-
-
-def _no_key_format(pages: Tensor, page_size: int, dim: int) -> str:
-    return f"page layout: {describe(pages)} holds no pages of {page_size} index keys of {dim}"

@@ -126,6 +126,12 @@ def rms_norm_reference(x: Tensor, weight: Tensor | None = None, eps: float = 1e-
     return (y if weight is None else y * weight.double()).to(x.dtype).contiguous()
 
 
+def _check_rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> None:
+    check = Check("rms_norm")
+    shape = check.tensor("x", x, FLOATS, (..., "n"))
+    check.optional("weight", weight, FLOATS, (shape[-1],))
+
+
 def norm_gradient(grad: Tensor, x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
     """The gradients of x and of the weight of an RMS norm without its rounding, in float64; that of no weight is
     empty."""
@@ -150,12 +156,6 @@ def _check_rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor | None = No
     check = Check("rms_norm_backward")
     shape = check.tensor("x", x, FLOATS, (..., "n"))
     check.tensor("grad", grad, (x.dtype,), tuple(shape))
-    check.optional("weight", weight, FLOATS, (shape[-1],))
-
-
-def _check_rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> None:
-    check = Check("rms_norm")
-    shape = check.tensor("x", x, FLOATS, (..., "n"))
     check.optional("weight", weight, FLOATS, (shape[-1],))
 
 
