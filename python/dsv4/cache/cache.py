@@ -483,6 +483,7 @@ class KVCache:
         return sequence
 
     def _is_behind(self, sequence: int) -> bool:
+        """Whether rows have to run again first: more than `rollback` positions were taken back from `high`."""
         progress = self._progress[sequence]
         return progress.high - progress.length > self.settings.rollback and progress.length > 0
 

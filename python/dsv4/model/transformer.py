@@ -129,7 +129,8 @@ class Transformer(StoredWeights):
         return streams
 
     def step_logits(self, rows: Rows, storage: Sequence[LayerCache], batch: torch.Size, keep: int) -> Tensor:
-        """Logits of a step in which every row of a batch [sequences, seq] counts; of shapes and tensors alone."""
+        """Logits of a step in which every row of a batch [sequences, seq] counts. It looks at no value of a tensor, so
+        that it can be recorded."""
         return self._logits(self._layers(rows, storage), [batch[1]] * batch[0], batch, keep)
 
     def _embed(self, token_ids: Tensor) -> Tensor:
@@ -167,6 +168,7 @@ class Transformer(StoredWeights):
             next_ids: integer [batch, seq], row t the token at position t + 1.
             block: which of the model's `mtp` blocks.
         Returns: float32 [batch, seq, vocab], row t for position t + 2.
+        Raises: ValueError: no such block, or next_ids that do not fit.
         """
         if not 0 <= block < len(self.mtp):
             raise ValueError(f"the model has {len(self.mtp)} multi-token prediction blocks, asked for number {block}")

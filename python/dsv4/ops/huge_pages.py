@@ -1,4 +1,4 @@
-"""Memory of a CPU in huge pages, where the kernel gives them to who asks (MADV_HUGEPAGE)."""
+"""CPU memory in huge pages, where Linux gives them on request (MADV_HUGEPAGE)."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ _MADV_HUGEPAGE = 14  # sys/mman.h of Linux
 
 
 def ask(address: int, nbytes: int) -> None:
-    """For what lies in the range, but for its ends, which may share a huge page with other memory. A kernel that
-    refuses, or has no such call, leaves small pages."""
+    """Requests huge pages for `nbytes` of memory from `address` on, but not for its ends, where a huge page would hold
+    other memory as well. Where the system refuses, or has no such call, the pages stay small."""
     begin, end = -(-address // _HUGE) * _HUGE, (address + nbytes) // _HUGE * _HUGE
     if begin < end:
         with contextlib.suppress(OSError, AttributeError):

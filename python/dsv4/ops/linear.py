@@ -37,9 +37,9 @@ _FEW_ROWS = 16
 
 
 def few_rows(x: Tensor, rows: int) -> bool:
-    """Whether so many rows of a plain product without rounding rules are for a kernel, as those of a decode step.
+    """Whether a plain product of `rows` rows, whose rounding nothing prescribes, goes to a kernel and not to torch.
 
-    On a CPU kernels are faster than torch's products up to there: docs/investigations/decode_cpu.md.
+    Kernels are faster for the few rows of a decode step on a CPU: docs/investigations/decode_cpu.md.
     """
     return rows <= _FEW_ROWS and x.device.type == "cpu" and x.dtype in KERNEL_FLOATS
 
