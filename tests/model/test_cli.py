@@ -9,6 +9,7 @@ import torch
 
 import dsv4
 from dsv4 import checkpoint, demo
+from dsv4.checkpoint.progress import terminal_bar
 from dsv4.generation import Tokenizer
 from dsv4.generation.tokenizer import train_tokenizer
 
@@ -323,3 +324,11 @@ def test_demo(run, monkeypatch):
     assert "NOT as held" not in out
     prompt, window = map(int, re.search(r"prompt +(\d+) tokens, the window is (\d+)", out).groups())
     assert prompt > window == 128
+
+
+def test_a_bar_without_a_terminal_writes_nothing(capsys, monkeypatch):
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
+    with terminal_bar() as bar:
+        bar.update(bar.add_task("prompt", total=2), completed=1)
+        bar.console.print()  # as rich 13 does at the end of any bar
+    assert capsys.readouterr() == ("", "")
