@@ -14,8 +14,8 @@ set(DSV4_EXPORTS "${CMAKE_CURRENT_SOURCE_DIR}/cmake/exports.map")
 # Not installed: tests/cuda_host has one of its own.
 function(dsv4_add_torch_library name architectures)
   add_library(${name} MODULE ${DSV4_BINDINGS} ${ARGN})
-  target_link_libraries(${name} PRIVATE dsv4_flags -Wl,--no-as-needed dsv4_libtorch_stub
-    -Wl,--as-needed -Wl,--version-script=${DSV4_EXPORTS})
+  target_link_libraries(${name} PRIVATE dsv4_flags -Wl,--no-as-needed dsv4_libtorch_stub -Wl,--as-needed)
+  target_link_options(${name} PRIVATE "LINKER:--version-script=${DSV4_EXPORTS}")
   target_include_directories(${name} SYSTEM PRIVATE "${DSV4_TORCH_INCLUDE}")
   target_compile_definitions(${name} PRIVATE TORCH_TARGET_VERSION=0x020b000000000000
     DSV4_COMPILER="${CMAKE_CXX_COMPILER_ID} ${CMAKE_CXX_COMPILER_VERSION}" DSV4_ARCHITECTURES="${architectures}")
