@@ -235,6 +235,14 @@ def test_bench_of_one_token(run, fast_bench, op, measured):
     assert (f"{op}: nothing to measure for nano at context 1" in err) != measured
 
 
+def test_bench_of_mhc_takes_the_rows_of_a_chunk(run, fast_bench, monkeypatch):
+    """A context of a million tokens would be 8 GiB of streams even for nano."""
+    monkeypatch.setattr("dsv4.bench.mhc._MOST_ROWS", 64)
+    code, out, _ = run("bench", "--op", "mhc_post", "--op", "mhc_post_backward", "--shape", "nano", "--context", "1M")
+    assert code == 0
+    assert out.count(" nano tokens=64 hidden=256 ") == 2
+
+
 def case(result, eager, exact, floor=1e-6):
     outputs = [Comparison(torch.tensor(result), torch.tensor(eager), torch.tensor(exact, dtype=torch.float64))]
     return Case("mhc_post", "x", lambda: None, "eager", lambda: None, lambda: outputs, 1.0, 1.0, "float32", floor)

@@ -23,6 +23,7 @@ _MIXES = 24
 # mHC kernels may hold fn as the sum of two BF16 numbers: 16 bits of it, which moves the float32 weights by up to this.
 _FLOOR = 1e-5
 _CHECKED_ROWS = 48
+_MOST_ROWS = 4096
 
 
 def eager_pre(streams: Tensor, fn: Tensor, scale: Tensor, base: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -197,8 +198,8 @@ QUICK_CONTEXTS = (256,)
 
 
 def cases(op: str, shape: str, context: int, device: torch.device) -> Iterator[Case]:
-    """`op` for the sizes of the model `shape`, on `context` rows at once."""
-    data = _Inputs(Config.preset(shape), context, device)
+    """`op` for the sizes of the model `shape`, on `context` rows at once (4096 at most: prompts come in chunks)."""
+    data = _Inputs(Config.preset(shape), min(context, _MOST_ROWS), device)
     if op in _FORWARD:
         yield _forward_case(op, _FORWARD[op], shape, data)
     else:
