@@ -33,7 +33,10 @@ _POSITIVE = (
     "max_position_embeddings", "csa_ratio",
 )  # fmt: skip
 # Far above any model, low enough that sizes computed from them stay in int64 and tables stay in memory.
-_LIMITS = {"num_hidden_layers": 4096, "n_routed_experts": 1 << 16, "num_nextn_predict_layers": 64}
+_LIMITS = {
+    "num_hidden_layers": 4096, "n_routed_experts": 1 << 16, "num_nextn_predict_layers": 64, "index_topk": 1 << 16,
+    "hc_sinkhorn_iters": 1 << 10,
+}  # fmt: skip
 _MAX_SIZE = 1 << 31
 _MAX_FLOAT32 = 3.4028234663852886e38
 
@@ -55,7 +58,7 @@ class Yarn:
         for name in ("factor", "beta_fast", "beta_slow", "attention_factor"):
             value = getattr(self, name)
             if not _is_real(value) or not 1 / _MAX_FLOAT32 <= value <= _MAX_FLOAT32:
-                raise ValueError(f"config: rope_scaling.{name} must be a positive number, got {value!r}")
+                raise ValueError(f"config: rope_scaling.{name} must be a positive number, got {_short(value)}")
             object.__setattr__(self, name, float(value))
         longest = self.original_max_position_embeddings
         if not _is_integer(longest) or not 1 <= longest <= _MAX_SIZE:
@@ -123,10 +126,12 @@ class Config:
             least = 1 if name.endswith("theta") else 0
             if not _is_real(value) or not least < value <= _MAX_FLOAT32:
                 kind = f"number above {least}" if least else "positive number"
-                raise ValueError(f"config: {name} must be a {kind}, got {value!r}")
+                raise ValueError(f"config: {name} must be a {kind}, got {_short(value)}")
             object.__setattr__(self, name, float(value))
         if not _is_real(self.swiglu_limit) or not 0 <= self.swiglu_limit <= _MAX_FLOAT32:
-            raise ValueError(f"config: swiglu_limit must be a number >= 0 (0 = no clamp), got {self.swiglu_limit!r}")
+            raise ValueError(
+                f"config: swiglu_limit must be a number >= 0 (0 = no clamp), got {_short(self.swiglu_limit)}"
+            )
         object.__setattr__(self, "swiglu_limit", float(self.swiglu_limit))
         self._check_relations()
         self._check_ratios()
@@ -135,7 +140,7 @@ class Config:
     def _check_integer(self, name: str, low: int, high: int) -> None:
         value = getattr(self, name)
         if not _is_integer(value) or not low <= value <= high:
-            raise ValueError(f"config: {name} must be an integer from {low} to {high}, got {value!r}")
+            raise ValueError(f"config: {name} must be an integer from {low} to {high}, got {_short(value)}")
 
     def _check_relations(self) -> None:
         rope, experts = self.qk_rope_head_dim, self.n_routed_experts
@@ -150,11 +155,11 @@ class Config:
                 f"config: num_experts_per_tok {self.num_experts_per_tok} exceeds n_routed_experts {experts}"
             )
         if not _is_integer(self.n_shared_experts) or self.n_shared_experts != 1:
-            raise ValueError(f"config: n_shared_experts must be 1, got {self.n_shared_experts!r}")
+            raise ValueError(f"config: n_shared_experts must be 1, got {_short(self.n_shared_experts)}")
         if not _is_integer(self.hc_mult) or self.hc_mult != 4:
-            raise ValueError(f"config: hc_mult must be 4, got {self.hc_mult!r}")
+            raise ValueError(f"config: hc_mult must be 4, got {_short(self.hc_mult)}")
         if self.expert_dtype not in ("fp4", "fp8", "bf16"):
-            raise ValueError(f"config: expert_dtype must be 'fp4', 'fp8' or 'bf16', got {self.expert_dtype!r}")
+            raise ValueError(f"config: expert_dtype must be 'fp4', 'fp8' or 'bf16', got {_short(self.expert_dtype)}")
         if self.rope_scaling is not None and not isinstance(self.rope_scaling, Yarn):
             raise ValueError(f"config: rope_scaling must be a Yarn or None, got {type(self.rope_scaling).__name__}")
 
@@ -191,7 +196,8 @@ class Config:
             for token in value if isinstance(value, tuple) else (value,):
                 if token is not None and (not _is_integer(token) or not 0 <= token < self.vocab_size):
                     raise ValueError(
-                        f"config: {name} must be null or a token below vocab_size {self.vocab_size}, got {value!r}"
+                        f"config: {name} must be null or a token below vocab_size {self.vocab_size}, "
+                        f"got {_short(value)}"
                     )
 
     def layer_ratio(self, layer: int) -> int:
@@ -309,7 +315,7 @@ def _fields(values: Mapping[str, Any]) -> dict[str, Any]:
     """Constructor arguments from a config.json of either form."""
     model_type = values.get("model_type")
     if model_type != MODEL_TYPE:
-        raise ValueError(f"model_type must be {MODEL_TYPE!r}, got {model_type!r}")
+        raise ValueError(f"model_type must be {MODEL_TYPE!r}, got {_short(model_type)}")
     for name, allowed in _FIXED.items():
         if values.get(name) is not None and values[name] not in allowed:
             raise ValueError(f"{name} must be {allowed[0]!r}, got {_short(values[name])}")
