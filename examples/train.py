@@ -20,6 +20,7 @@ import math
 import shutil
 import sys
 import sysconfig
+import tempfile
 import time
 from pathlib import Path
 
@@ -171,9 +172,16 @@ def main() -> None:
     options = parser.parse_args()
     if any(options.out.glob("*.safetensors")):
         parser.error(f"{options.out} holds a checkpoint already; name an empty folder")
+    if not options.minutes > 0:
+        parser.error(f"--minutes must be above 0, got {options.minutes}")
     keep_freed()
     bundled = resolve("nano")
     tokens, held_out = text_tokens(options.text, Tokenizer(bundled))
+    try:  # before the time is spent
+        options.out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=options.out).close()
+    except OSError as error:
+        parser.error(f"{options.out}: {error.strerror}; name another folder")
     config = dsv4.Config.preset("nano")
     model = dsv4.init(config, options.seed, quantization="off", dtype=torch.bfloat16, device=options.device)
     model.note = ""

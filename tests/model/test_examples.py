@@ -49,6 +49,15 @@ def test_what_was_learned_until_an_interrupt_is_written(tmp_path):
     assert "an interrupted run" in dsv4.load(out).note
 
 
+def test_what_cannot_be_written_is_said_before_training(tmp_path):
+    (tmp_path / "file").touch()
+    done = run(tmp_path / "file" / "model", "--text", ROOT / "python", "--minutes", "0.01", "--length", "32")
+    assert done.returncode == 2 and "Not a directory; name another folder" in done.stderr
+    assert "before training" not in done.stdout
+    done = run(tmp_path / "model", "--minutes", "nan")
+    assert done.returncode == 2 and "--minutes must be above 0, got nan" in done.stderr
+
+
 def test_too_little_text(tmp_path):
     done = run(tmp_path / "model", "--text", tmp_path)
     assert done.returncode != 0 and "0 tokens of Python sources are too few" in done.stderr
