@@ -22,8 +22,8 @@ except KeyboardInterrupt:
 __version__ = "0.1.0"
 
 # The loops stand above the model; these are their shorthands.
-Transformer.generate = generate  # type: ignore[attr-defined]
-Transformer.generate_batch = generate_batch  # type: ignore[attr-defined]
+Transformer.generate = generate
+Transformer.generate_batch = generate_batch
 
 __all__ = [
     "Config",

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from repository import ROOT
+from repository import PACKAGE, ROOT
 
 TOOLS = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
 MISSING = [tool for tool in ("cmake", "ninja") if shutil.which(tool, path=TOOLS) is None]
@@ -31,3 +31,8 @@ def test_a_path_with_spaces_stays_whole(tmp_path: Path) -> None:
     words = {word for line in done.stdout.splitlines() for word in shlex.split(line)}
     assert f"-Wl,--version-script={source}/cmake/exports.map" in words
     assert [word for word in words if word.startswith(str(tmp_path / "a")) and " " not in word] == []
+
+
+def test_the_types_reach_a_user() -> None:
+    """Without this file a type checker takes the package for untyped; `make lint` checks the types themselves."""
+    assert (PACKAGE / "py.typed").is_file()

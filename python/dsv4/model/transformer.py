@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -32,6 +32,10 @@ class Transformer(StoredWeights):
 
     note: str = ""
     """What the checkpoint says of itself, e.g. that its weights are random."""
+
+    # `dsv4.generate` and `dsv4.generate_batch`, which stand above the model: the package sets them.
+    generate: Callable[..., Iterator[int]]
+    generate_batch: Callable[..., Iterator[list[int | None]]]
 
     def __init__(self, config: Config, quantization: str = "checkpoint", dtype: torch.dtype = torch.bfloat16):
         super().__init__()
