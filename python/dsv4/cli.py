@@ -61,6 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = argparse.Namespace(command="")
     try:
         options = _parser().parse_args(arguments)
+        _check_names(options)
         code = options.run(options) or 0
         sys.stdout.flush()
         return code
@@ -75,6 +76,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     finally:
         for stream in (sys.stdout, sys.stderr):
             _give_up(stream)
+
+
+def _check_names(options: argparse.Namespace) -> None:
+    """ValueError for an empty file name: of a variable of the shell that is not set, it would be taken for none."""
+    for name in ("plot", "json", "resume", "scratch", "prompt_file"):
+        if getattr(options, name, None) == "":
+            raise ValueError(f"--{name.replace('_', '-')} is empty; name a file or folder")
 
 
 def _give_up(stream: TextIO) -> None:
@@ -176,14 +184,14 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
                       help="let the model reason before it answers")  # fmt: skip
     mode.add_argument("--raw", dest="mode", action="store_const", const="raw", help="continue the text as it is")
     parser.add_argument("--system", metavar="TEXT", help="system message (not with --raw)")
-    count = _number(int, 1, 1 << 40, "a whole number from 1 on")
+    count = _number(int, 1, 1 << 40, "a whole number from 1 to 2^40")
     parser.add_argument("--max-new-tokens", type=count, default=128, metavar="N", help="default 128")
-    parser.add_argument("--temperature", type=_number(float, 0, 1e6, "a number from 0 on"), default=0.0, metavar="T",
-                        help="0 takes the likeliest token (default)")  # fmt: skip
+    parser.add_argument("--temperature", type=_number(float, 0, 1e6, "a number from 0 to 1,000,000"),
+                        default=0.0, metavar="T", help="0 takes the likeliest token (default)")  # fmt: skip
     parser.add_argument("--top-p", type=_number(float, 1e-9, 1, "above 0 and at most 1"), default=1.0, metavar="P",
                         help="draw from the likeliest that sum to P; default 1; not at temperature 0")  # fmt: skip
-    parser.add_argument("--seed", type=_number(int, 0, 2**63 - 1, "a whole number from 0 on"), default=0, metavar="N",
-                        help="of the random draws; default 0; no effect at temperature 0")  # fmt: skip
+    parser.add_argument("--seed", type=_number(int, 0, 2**63 - 1, "a whole number from 0 to 2^63 - 1"), default=0,
+                        metavar="N", help="of the random draws; default 0; no effect at temperature 0")  # fmt: skip
     parser.add_argument("--ignore-eos", action="store_true", help="go on past the end-of-sentence token")
     parser.add_argument(
         "--prefill-chunk", type=count, default=2048, metavar="N", help="prompt tokens a step; default 2048"

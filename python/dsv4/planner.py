@@ -334,8 +334,10 @@ def plot(models: Sequence[tuple[str, Config]], file: str | Path, longest: int = 
         models: (label, configuration).
         file: the picture; its ending says the format (.png, .svg, .pdf).
         longest: the right end of the axis.
-    Raises: ValueError, in one line, where matplotlib is missing or cannot write the file.
+    Raises: ValueError, in one line, where matplotlib is missing or cannot write the file, or its name has no ending.
     """
+    if not Path(file).suffix:  # matplotlib would write another file
+        raise ValueError(f"{file}: the ending says the format; name it {file}.png, .svg or .pdf")
     try:
         from matplotlib.figure import Figure
     except ImportError:

@@ -243,10 +243,11 @@ def test_no_tokenizer(run, folder, tmp_path):
         (["generate", "nano", "--tokens", "1,512"], "must lie in [0, 512), got 1 to 512"),
         (["generate", "nano", "--tokens", "1", "--system", "y"], "--system needs --chat or --thinking"),
         (["generate", "nano", "--tokens", "1", "--max-new-tokens", str(1 << 20)], "exceed the 1,048,576 positions"),
-        (["generate", "nano", "--prompt", "x", "--max-new-tokens", "0"], "'0' must be a whole number from 1 on"),
+        (["generate", "nano", "--prompt", "x", "--max-new-tokens", "0"], "'0' must be a whole number from 1 to 2^40"),
         (["generate", "nano", "--prompt", "x", "--max-new-tokens", "many"], "'many' must be a whole number"),
-        (["generate", "nano", "--prompt", "x", "--temperature", "-1"], "'-1' must be a number from 0 on"),
-        (["generate", "nano", "--prompt", "x", "--temperature", "nan"], "'nan' must be a number from 0 on"),
+        (["generate", "nano", "--prompt", "x", "--temperature", "-1"], "'-1' must be a number from 0 to 1,000,000"),
+        (["generate", "nano", "--prompt", "x", "--temperature", "nan"], "'nan' must be a number from 0 to 1,000,000"),
+        (["generate", "nano", "--prompt", "x", "--seed", str(1 << 63)], "must be a whole number from 0 to 2^63 - 1"),
         (["generate", "nano", "--prompt", "x", "--top-p", "1.5"], "'1.5' must be above 0 and at most 1"),
         (["generate", "nano", "--prompt", "x", "--device", "tpu9"], "'tpu9' is no device"),
         (["generate", "nano", "--prompt", "x", "--device", "cuda:99"], "use --device cpu"),
@@ -263,6 +264,18 @@ def test_no_tokenizer(run, folder, tmp_path):
         ),
         (["plan", "v4-pro", "--context", "0"], "'0' must be a whole number of tokens from 1"),
         (["plan", "v4-pro", "--plot", "/nowhere/plan.png"], "/nowhere/plan.png"),
+        (["plan", "v4-pro", "--plot", "plan"], "plan: the ending says the format; name it plan.png"),
+        *(
+            ([*command, option, ""], f"{option} is empty; name a file or folder")
+            for command, option in (
+                (["plan", "nano"], "--plot"),
+                (["bench"], "--json"),
+                (["bench", "--million"], "--resume"),
+                (["bench", "--layer"], "--scratch"),
+                (["inspect", "nano", "--check-layers"], "--json"),
+                (["generate", "nano"], "--prompt-file"),
+            )
+        ),
         (["inspect", "nowhere"], "nowhere: no such folder"),
         (["bench", "--op", "sorting"], "no benchmark of 'sorting'; there are sparse_attention, sparse_att"),
         (["bench", "--shape", "v5"], "invalid choice: 'v5'"),
