@@ -61,7 +61,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = argparse.Namespace(command="")
     try:
         options = _parser().parse_args(arguments)
-        _check_names(options)
         code = options.run(options) or 0
         sys.stdout.flush()
         return code
@@ -76,13 +75,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     finally:
         for stream in (sys.stdout, sys.stderr):
             _give_up(stream)
-
-
-def _check_names(options: argparse.Namespace) -> None:
-    """ValueError for an empty file name: of a variable of the shell that is not set, it would be taken for none."""
-    for name in ("plot", "json", "resume", "scratch", "prompt_file"):
-        if getattr(options, name, None) == "":
-            raise ValueError(f"--{name.replace('_', '-')} is empty; name a file or folder")
 
 
 def _give_up(stream: TextIO) -> None:
@@ -141,6 +133,13 @@ def _number(kind: type, least: float, most: float, what: str) -> Callable[[str],
     return parse
 
 
+def _file(text: str) -> str:
+    """A name; not the empty one of a variable of the shell that is not set, which would be taken for none."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty; name a file or folder")
+    return text
+
+
 def _token_list(text: str) -> list[int]:
     parts = text.replace(",", " ").split()
     if not parts or not all(part.isascii() and part.isdecimal() and len(part) < 10 for part in parts):
@@ -175,7 +174,8 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="folder of a checkpoint, or a bundled name (nano)")
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", metavar="TEXT", help="the prompt")
-    prompt.add_argument("--prompt-file", metavar="FILE", help="read the prompt from a UTF-8 file; - is standard input")
+    prompt.add_argument("--prompt-file", type=_file, metavar="FILE",
+                        help="read the prompt from a UTF-8 file; - is standard input")  # fmt: skip
     prompt.add_argument("--tokens", type=_token_list, metavar="IDS",
                         help="the prompt as token numbers (1,2,3); gives numbers, needs no tokenizer")  # fmt: skip
     mode = parser.add_mutually_exclusive_group()
@@ -298,7 +298,8 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--context", type=_context, default=1 << 20, metavar="N", help="tokens: 131072, 64K, 1M (default)"
     )
-    parser.add_argument("--plot", metavar="FILE", help="draw both over the context length, with v4-flash and v4-pro")
+    parser.add_argument("--plot", type=_file, metavar="FILE",
+                        help="draw both over the context length, with v4-flash and v4-pro")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -413,7 +414,7 @@ def _add_inspect(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokens", type=_context, metavar="N", help="length of the sequence of random ids; default 512"
     )
-    parser.add_argument("--json", metavar="FILE", help="write one JSON object a layer, as it is done")
+    parser.add_argument("--json", type=_file, metavar="FILE", help="write one JSON object a layer, as it is done")
 
 
 def _check_layers(options: argparse.Namespace) -> int:
@@ -513,13 +514,17 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--beside", action="append", choices=("transformers", "llama.cpp"), metavar="NAME",
                         help="with --end-to-end: only transformers or llama.cpp; may be repeated")  # fmt: skip
     parser.add_argument("--tokens", type=_context, metavar="N", help="with --million: so many tokens; default 1M")
-    parser.add_argument("--resume", metavar="FOLDER", help="with --million: save there, continue from what is there")
+    parser.add_argument("--resume", type=_file, metavar="FOLDER",
+                        help="with --million: save there, continue from what is there")  # fmt: skip
     parser.add_argument("--layer", action="store_true",
                         help="write, load and run one full layer (v4-flash: 3.4 GiB of disk, 5 of memory)")  # fmt: skip
     parser.add_argument(
-        "--scratch", metavar="FOLDER", help="with --layer: an existing folder to write it in; default the system's"
+        "--scratch",
+        type=_file,
+        metavar="FOLDER",
+        help="with --layer: an existing folder to write it in; default the system's",
     )
-    parser.add_argument("--json", metavar="FILE", help="write one JSON object a line")
+    parser.add_argument("--json", type=_file, metavar="FILE", help="write one JSON object a line")
 
 
 def _bench(options: argparse.Namespace) -> int:

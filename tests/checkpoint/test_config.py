@@ -195,7 +195,7 @@ INVALID: dict[str, tuple[dict[str, Any], str]] = {
     "more experts a token than there are": ({"num_experts_per_tok": 257}, "exceeds n_routed_experts 256"),
     "two shared experts": ({"n_shared_experts": 2}, "n_shared_experts must be 1, got 2"),
     "iterations beyond the op": ({"hc_sinkhorn_iters": 1025}, "hc_sinkhorn_iters must be an integer from 1 to 1024"),
-    "selection beyond memory": ({"index_topk": 1 << 31}, "index_topk must be an integer from 1 to 65536"),
+    "selection beyond memory": ({"index_topk": 1 << 31}, "index_topk must be an integer from 1 to 1048576"),
     "endless text": ({"hidden_size": "1" * 5000}, "got '" + "1" * 76 + "..."),
     "other stream count": ({"hc_mult": 2}, "hc_mult must be 4, got 2"),
     "eps of zero": ({"hc_eps": 0}, "hc_eps must be a positive number"),

@@ -266,7 +266,7 @@ def test_no_tokenizer(run, folder, tmp_path):
         (["plan", "v4-pro", "--plot", "/nowhere/plan.png"], "/nowhere/plan.png"),
         (["plan", "v4-pro", "--plot", "plan"], "plan: the ending says the format; name it plan.png"),
         *(
-            ([*command, option, ""], f"{option} is empty; name a file or folder")
+            ([*command, option, ""], f"argument {option}: is empty; name a file or folder")
             for command, option in (
                 (["plan", "nano"], "--plot"),
                 (["bench"], "--json"),

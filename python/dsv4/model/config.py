@@ -34,7 +34,7 @@ _POSITIVE = (
 )  # fmt: skip
 # Far above any model, low enough that sizes computed from them stay in int64 and tables stay in memory.
 _LIMITS = {
-    "num_hidden_layers": 4096, "n_routed_experts": 1 << 16, "num_nextn_predict_layers": 64, "index_topk": 1 << 16,
+    "num_hidden_layers": 4096, "n_routed_experts": 1 << 16, "num_nextn_predict_layers": 64, "index_topk": 1 << 20,
     "hc_sinkhorn_iters": 1 << 10,
 }  # fmt: skip
 _MAX_SIZE = 1 << 31
