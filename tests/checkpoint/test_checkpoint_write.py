@@ -1,7 +1,9 @@
 """Writing: what is saved loads back bit for bit, in files any safetensors reader opens."""
 
+import errno
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import dsv4
-from dsv4.checkpoint import CheckpointError, init, load, save_released
+from dsv4.checkpoint import CheckpointError, init, load, save_released, writer
 from dsv4.model.transformer import Transformer
 
 
@@ -158,3 +160,19 @@ def test_public_names() -> None:
     assert dsv4.load is load
     assert dsv4.init is init
     assert isinstance(init(TINY), Transformer)
+
+
+def test_a_disk_that_fills_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write, model = writer.write_safetensors, init(TINY)
+
+    def full(file: Path, *arguments: Any) -> None:
+        if file.name.startswith("model-00002"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(file, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writer, "write_safetensors", full)
+        with pytest.raises(OSError, match="No space"):
+            save_released(model, tmp_path, 60_000)
+    assert list(tmp_path.iterdir()) == []
+    save_released(model, tmp_path, 60_000)

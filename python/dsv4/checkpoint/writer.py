@@ -64,12 +64,17 @@ def save_released(
     shards = list(_shards(tensors, shard_bytes))
     names = [SINGLE] if len(shards) == 1 else [_shard_name(i, len(shards)) for i in range(len(shards))]
     total = sum(tensor.nbytes for tensor in tensors.values())
-    with byte_bar(folder.name, total) as advance:
-        for name, keys in zip(names, shards, strict=True):
-            write_safetensors(folder / name, {key: tensors[key] for key in keys}, advance)
-    if len(shards) > 1:
-        weight_map = {key: name for name, keys in zip(names, shards, strict=True) for key in keys}
-        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    try:
+        with byte_bar(folder.name, total) as advance:
+            for name, keys in zip(names, shards, strict=True):
+                write_safetensors(folder / name, {key: tensors[key] for key in keys}, advance)
+        if len(shards) > 1:
+            weight_map = {key: name for name, keys in zip(names, shards, strict=True) for key in keys}
+            _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    except BaseException:  # some shards are no checkpoint, and would be taken for one at the next try
+        for name in (*names, INDEX):
+            (folder / name).unlink(missing_ok=True)
+        raise
     note = note if note is not None else getattr(model, "note", "")
     _write_json(folder / "config.json", config.to_dict() | ({NOTE: note} if note else {}))
 
