@@ -8,8 +8,8 @@
 namespace dsv4 {
 namespace {
 
-// The vector kernels work on 32 dims at a time.
-bool whole_steps(const SparseAttentionParams& p) { return p.query.size(2) % 32 == 0; }
+// The vector kernels work on 32 dims at a time, and spread what they ask of memory over the heads' products.
+bool whole_steps(const SparseAttentionParams& p) { return p.query.size(1) > 0 && p.query.size(2) % 32 == 0; }
 
 // The tile kernel multiplies bfloat16.
 bool in_bf16(const SparseAttentionParams& p) {

@@ -157,6 +157,17 @@ def test_no_rows(gradient: Gradient, pools: str) -> None:
         assert not got[name].any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_heads(dtype: torch.dtype) -> None:
+    a = make(dtype=dtype)
+    a["query"], a["sink"] = a["query"][:, :0], a["sink"][:0]
+    leaves = [a[name].requires_grad_() for name in ("query", "window_pages", "compressed_pages")]
+    out, lse = sparse_attention(**a)
+    assert out.shape == (len(out), 0, 32)
+    for grad in torch.autograd.grad(out.sum() + lse.sum(), leaves):
+        assert not grad.any()
+
+
 def test_rows_without_keys(gradient: Gradient) -> None:
     """They give nothing, whatever their gradients are."""
     a = make(source="lengths", dtype=gradient.dtype)
