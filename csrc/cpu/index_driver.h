@@ -19,6 +19,7 @@
 #pragma once
 
 #include "cpu/index_selection.h"
+#include "cpu/work.h"
 #include "ops/index_keys.h"
 
 namespace dsv4 {
@@ -78,7 +79,7 @@ class IndexCall {
   }
 
   Status run() const {
-    spread(plan_.blocks * plan_.ranges, [&](int64_t slot, int64_t piece) {
+    spread(context_, plan_.slots, plan_.blocks * plan_.ranges, [&](int64_t slot, int64_t piece) {
       Kernel kernel(p_, slot_memory(slot) + kIndexRows * selection_bytes_);
       const int64_t first = piece / plan_.ranges * kIndexRows;
       const int64_t end = first + kIndexRows < plan_.tokens ? first + kIndexRows : plan_.tokens;
@@ -90,27 +91,12 @@ class IndexCall {
       }
     });
     if (plan_.ranges > 1) {
-      spread(plan_.tokens, [&](int64_t slot, int64_t row) { join(slot, row); });
+      spread(context_, plan_.slots, plan_.tokens, [&](int64_t slot, int64_t row) { join(slot, row); });
     }
     return Status::ok();
   }
 
  private:
-  // Runs body(slot, item) for every item, each once, on whatever slot is free.
-  template <class Body>
-  void spread(int64_t items, const Body& body) const {
-    int64_t next = 0;
-    parallel(context_, plan_.slots, [&](int64_t begin, int64_t end) {
-      for (int64_t slot = begin; slot < end; ++slot) {
-        for (;;) {
-          const int64_t item = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
-          if (item >= items) break;
-          body(slot, item);
-        }
-      }
-    });
-  }
-
   uint8_t* slot_memory(int64_t slot) const { return static_cast<uint8_t*>(p_.workspace.data) + slot * slot_bytes_; }
   Best selection(int64_t slot, int64_t index) const {
     return Best(slot_memory(slot) + index * selection_bytes_, plan_.capacity, plan_.keep);

@@ -209,8 +209,6 @@ class Fp4Rows : public BlockOf<Fp4Rows> {
     alignas(64) uint8_t index[64];
     for (int i = 0; i < 64; ++i) index[i] = static_cast<uint8_t>(2 * (i / 16) + i % 2);
     spread_ = _mm512_load_si512(index);
-    for (int i = 0; i < 64; ++i) index[i] = static_cast<uint8_t>(i % 2 == 0 ? i / 16 : 0x80);
-    spread_bytes_ = _mm512_load_si512(index);
     for (int i = 0; i < 64; ++i) index[i] = static_cast<uint8_t>(i % 2 == 0 ? i / 4 * 4 : 0);
     first_scales_ = _mm512_load_si512(index);
   }
@@ -237,12 +235,6 @@ class Fp4Rows : public BlockOf<Fp4Rows> {
   }
   DSV4_MEMBER Packed load(const uint8_t* codes, const Scale* scales, int64_t count) const {
     return {_mm512_maskz_loadu_epi8(mask64(count), codes), lanes(scales)};
-  }
-  DSV4_MEMBER Packed load(const uint8_t* codes, StoredScales stored) const {
-    return {_mm512_loadu_si512(codes), lanes(stored)};
-  }
-  DSV4_MEMBER Packed load(const uint8_t* codes, StoredScales stored, int64_t count) const {
-    return {_mm512_maskz_loadu_epi8(mask64(count), codes), lanes(stored)};
   }
   struct Shared {};  // every row of weights has scales of its own
   DSV4_MEMBER Shared share(const Scale*) const { return {}; }
@@ -307,14 +299,8 @@ class Fp4Rows : public BlockOf<Fp4Rows> {
     __builtin_memcpy(&four, scales, sizeof(four));
     return _mm512_shuffle_epi8(_mm512_set1_epi64(four), spread_);
   }
-  DSV4_MEMBER __m512i lanes(StoredScales stored) const {
-    int32_t four;
-    __builtin_memcpy(&four, stored.first, sizeof(four));
-    const __m512i words = _mm512_shuffle_epi8(_mm512_set1_epi32(four), spread_bytes_);
-    return _mm512_slli_epi16(_mm512_sub_epi16(_mm512_set1_epi16(kMostScale), words), 7);
-  }
 
-  __m512i table_, spread_, spread_bytes_, first_scales_;
+  __m512i table_, spread_, first_scales_;
 };
 
 // float32 scales, of which powers of two may fold.
