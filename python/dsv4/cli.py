@@ -91,7 +91,7 @@ def _reason(error: Exception) -> str:
     if not isinstance(error, OSError) or error.strerror is None:
         return str(error)
     if error.filename is None:
-        return f"{error.strerror}; make room there or write elsewhere" if error.errno == errno.ENOSPC else error.strerror
+        return f"{error.strerror}; make room or write elsewhere" if error.errno == errno.ENOSPC else error.strerror
     mend = "check its permissions" if isinstance(error, PermissionError) else "name another place"
     return f"{error.filename}: {error.strerror}; {mend}"
 

@@ -60,7 +60,7 @@ def test_streams_that_are_closed_or_full(command):
         process = start(*command, stdout=full)
         err = process.communicate(timeout=120)[1].decode()
     assert process.returncode == 2
-    assert err.splitlines()[-1] == f"dsv4 {command[0]}: No space left on device; make room there or write elsewhere"
+    assert err.splitlines()[-1] == f"dsv4 {command[0]}: No space left on device; make room or write elsewhere"
 
 
 @pytest.mark.parametrize("command", ["plan", "inspect", "env"])
@@ -71,7 +71,8 @@ def test_what_is_still_in_a_buffer_at_the_end(command):
     with open("/dev/full", "wb") as full:
         process = start(*arguments, stdout=full, env=environment)
         err = process.communicate(timeout=120)[1].decode()
-    assert (process.returncode, err) == (2, f"dsv4 {command}: No space left on device; make room there or write elsewhere\n")
+    message = f"dsv4 {command}: No space left on device; make room or write elsewhere\n"
+    assert (process.returncode, err) == (2, message)
     process = start(*arguments, env=environment)
     process.stdout.close()
     err = process.stderr.read()
