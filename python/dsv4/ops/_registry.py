@@ -90,7 +90,29 @@ def register(
         torch.library.register_autograd(
             qualified, _for_passed_arguments(backward), setup_context=setup_context, lib=_fragment
         )
+    elif getattr(getattr(torch.ops, NAMESPACE), op).default._schema.is_mutable:
+        _fragment.impl(op, _writing(op), "Autograd", with_keyset=True)
     _registered.append(op)
+
+
+def _writing(op: str) -> Callable[..., Any]:
+    """Autograd's part of an op that writes arguments, which torch leaves out: to refuse what would silently go without
+    a gradient, and to count the writing, by which a backward pass finds that a tensor it saved has changed since."""
+    overload = getattr(getattr(torch.ops, NAMESPACE), op).default
+    arguments = overload._schema.arguments
+    written = [place for place, argument in enumerate(arguments) if argument.is_write]
+    name = op.removeprefix("_").removesuffix("_reference")
+
+    def run(keyset: Any, *args: Any) -> Any:
+        if torch.is_grad_enabled():
+            for argument, value in zip(arguments, args, strict=False):
+                if isinstance(value, Tensor) and value.requires_grad:
+                    raise RuntimeError(f"{name}: has no gradient; detach {argument.name} or call it in torch.no_grad()")
+        result = overload.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+        torch.autograd.graph.increment_version([args[place] for place in written])
+        return result
+
+    return run
 
 
 def no_gradient(op: str, mend: str) -> tuple[Callable[..., Any], Callable[..., None]]:

@@ -71,7 +71,8 @@ def compress(
         ratio: raw positions an entry stands for.
         page_size: entries of a page.
         rotate: index keys: Hadamard rotation, and the pool's format is one of keys.
-    Raises: RuntimeError naming the argument, what it must be and what it was.
+    Raises: RuntimeError naming the argument, what it must be and what it was, or where a gradient of one is wanted:
+        compress_entries has them.
     Source: DeepSeek-V4 report, 2.3; the official inference code (Compressor).
     """
     kernel = _has_kernel(kv, norm_weight, rope, ratio, rotate) and pages.dtype in (torch.uint8, *KERNEL_FLOATS)

@@ -312,7 +312,8 @@ def store_window(
         table:    [sequences, blocks] int32, physical pages.
         sequence: [tokens] int32, row of the table.
         position: [tokens] int32, from 0.
-    Raises: RuntimeError where a shape, dtype or device differs from the above, or a sequence is not a row of the table.
+    Raises: RuntimeError where a shape, dtype or device differs from the above, a sequence is not a row of the table, or
+        a gradient of an argument is wanted: nothing can be differentiated through what is stored.
     """
     kernel = (
         kv.dtype in KERNEL_FLOATS
