@@ -343,6 +343,21 @@ def test_opcheck():
     check_op(dsv4._hadamard_reference, torch.randn(3, 8, dtype=torch.float64, requires_grad=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "op", ["quantize_fp8", "quantize_fp4", "dequantize_fp8", "dequantize_fp4", "dequantize_weight"]
+)
+def test_a_gradient_is_refused(op, dtype):
+    wanted = torch.ones(1, 2, requires_grad=True)
+    if op.startswith("quantize"):
+        result = getattr(ops, op)(wanted.to(dtype))[1].float()
+    else:
+        codes = torch.zeros(1, 32, dtype=torch.uint8) if op == "dequantize_fp4" else torch.zeros(1, 256).to(E4M3)
+        result = getattr(ops, op)(codes, wanted, dtype=dtype)
+    with pytest.raises(RuntimeError, match=f"^{op}: has no gradient; detach "):
+        result.sum().backward()
+
+
 def test_compiles_without_graph_breaks():
     def function(x):
         return ops.fp8_round_trip(ops.hadamard(x)) + ops.fp4_round_trip(x)

@@ -5,11 +5,13 @@ A block of consecutive values shares one power-of-two scale, stored as e8m0 (byt
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from dsv4.ops._check import FLOATS, KERNEL_FLOATS, Check
-from dsv4.ops._registry import register
+from dsv4.ops._registry import no_gradient, register
 
 __all__ = [
     "dequantize_fp4",
@@ -61,6 +63,7 @@ def quantize_fp8(x: Tensor, block: int = 128) -> tuple[Tensor, Tensor]:
         block: values that share a scale; 128 for activations, 64 for rows of the KV cache.
     Returns: codes float8_e4m3fn [..., n], scale float8_e8m0fnu [..., ceil(n / block)].
     Raises: RuntimeError on another dtype, a scalar x, or block < 1.
+    Not differentiable.
     Source: the activation quantiser of the official inference code.
     """
     op = torch.ops.dsv4.quantize_fp8 if x.dtype in KERNEL_FLOATS else torch.ops.dsv4._quantize_fp8_reference
@@ -93,6 +96,7 @@ def quantize_fp4(x: Tensor, block: int = 32) -> tuple[Tensor, Tensor]:
         block: values that share a scale; even.
     Returns: codes uint8 [..., n / 2], the even value in the low nibble; scale float8_e8m0fnu [..., ceil(n / block)].
     Raises: RuntimeError on another dtype, a scalar x, odd n, or block not even and positive.
+    Not differentiable.
     Source: the index quantiser of the official inference code.
     """
     op = torch.ops.dsv4.quantize_fp4 if x.dtype in KERNEL_FLOATS else torch.ops.dsv4._quantize_fp4_reference
@@ -130,6 +134,7 @@ def dequantize_fp8(codes: Tensor, scale: Tensor, block: int = 128, dtype: torch.
         dtype: bfloat16, float32 or float64. With e8m0 scales all three are exact short of under- and overflow.
     Returns: [..., n] dtype.
     Raises: RuntimeError where a shape or dtype differs from the above.
+    Not differentiable.
     """
     op = torch.ops.dsv4.dequantize_fp8 if dtype in KERNEL_FLOATS else torch.ops.dsv4._dequantize_fp8_reference
     return op(codes, scale, block, dtype)
@@ -159,6 +164,7 @@ def dequantize_fp4(codes: Tensor, scale: Tensor, block: int = 32, dtype: torch.d
         dtype: bfloat16, float32 or float64.
     Returns: [..., n] dtype.
     Raises: RuntimeError where a shape or dtype differs from the above.
+    Not differentiable.
     """
     op = torch.ops.dsv4.dequantize_fp4 if dtype in KERNEL_FLOATS else torch.ops.dsv4._dequantize_fp4_reference
     return op(codes, scale, block, dtype)
@@ -189,6 +195,7 @@ def dequantize_weight(weight: Tensor, scale: Tensor, dtype: torch.dtype = torch.
         dtype:  bfloat16, float32 or float64.
     Returns: [..., out, in] dtype.
     Raises: RuntimeError where a shape or dtype differs from the above.
+    Not differentiable.
     """
     kernel = dtype in KERNEL_FLOATS
     op = torch.ops.dsv4.dequantize_weight if kernel else torch.ops.dsv4._dequantize_weight_reference
@@ -250,13 +257,13 @@ def _check_hadamard(x: Tensor) -> None:
 
 
 def fp8_round_trip(x: Tensor, block: int = 128) -> Tensor:
-    """x after quantize_fp8 and dequantize_fp8, in the dtype of x."""
+    """x after quantize_fp8 and dequantize_fp8, in the dtype of x. Not differentiable."""
     codes, scale = quantize_fp8(x, block)
     return dequantize_fp8(codes, scale, block, x.dtype)
 
 
 def fp4_round_trip(x: Tensor, block: int = 32) -> Tensor:
-    """x after quantize_fp4 and dequantize_fp4, in the dtype of x."""
+    """x after quantize_fp4 and dequantize_fp4, in the dtype of x. Not differentiable."""
     codes, scale = quantize_fp4(x, block)
     return dequantize_fp4(codes, scale, block, x.dtype)
 
@@ -308,31 +315,41 @@ def _power_of_two_scale(blocks: Tensor, floor: float, largest: float) -> tuple[T
     return byte.view(E8M0).float(), byte
 
 
+def _refused(op: str, mend: str) -> dict[str, Any]:
+    backward, setup_context = no_gradient(op, mend)
+    return {"backward": backward, "setup_context": setup_context}
+
+
 for _prefix, _suffix in (("", ""), ("_", "_reference")):  # the second takes float64, which kernels do not
     register(
         f"{_prefix}quantize_fp8{_suffix}(Tensor x, int block=128) -> (Tensor, Tensor)",
         quantize_fp8_reference,
         check=_check_quantize_fp8,
+        **_refused("quantize_fp8", "detach x"),
     )
     register(
         f"{_prefix}quantize_fp4{_suffix}(Tensor x, int block=32) -> (Tensor, Tensor)",
         quantize_fp4_reference,
         check=_check_quantize_fp4,
+        **_refused("quantize_fp4", "detach x"),
     )
     register(
         f"{_prefix}dequantize_fp8{_suffix}(Tensor codes, Tensor scale, int block=128, ScalarType dtype=15) -> Tensor",
         dequantize_fp8_reference,
         check=_check_dequantize_fp8,
+        **_refused("dequantize_fp8", "detach codes and scale"),
     )
     register(
         f"{_prefix}dequantize_fp4{_suffix}(Tensor codes, Tensor scale, int block=32, ScalarType dtype=15) -> Tensor",
         dequantize_fp4_reference,
         check=_check_dequantize_fp4,
+        **_refused("dequantize_fp4", "detach scale"),
     )
     register(
         f"{_prefix}dequantize_weight{_suffix}(Tensor weight, Tensor scale, ScalarType dtype=15) -> Tensor",
         dequantize_weight_reference,
         check=_check_dequantize_weight,
+        **_refused("dequantize_weight", "detach weight and scale"),
     )
     register(
         f"{_prefix}hadamard{_suffix}(Tensor x) -> Tensor",
