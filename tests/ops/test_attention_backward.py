@@ -428,6 +428,15 @@ def test_second_derivatives_are_refused() -> None:
         grad.sum().backward()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_gradient_of_rope_is_refused(dtype: torch.dtype) -> None:
+    a = make(dtype=dtype)
+    a["rope"].requires_grad_()
+    out, _ = sparse_attention(**a)
+    with pytest.raises(RuntimeError, match=r"^sparse_attention: rope has no gradient; detach it$"):
+        out.sum().backward()
+
+
 def call(**changes: Any) -> tuple[Tensor, ...]:
     """The backward op by the names of its arguments."""
     arguments = {**changes}

@@ -12,7 +12,7 @@ from torch import Tensor
 from dsv4.ops._check import ANY_FLOATS, FLOAT32_OR_64, KERNEL_FLOATS, Check
 from dsv4.ops._registry import no_gradient, register
 from dsv4.ops.layout import check_row_pages, count_visible, locate, owners, read_rows
-from dsv4.ops.norm_rope import apply_rope_reference, check_rope
+from dsv4.ops.norm_rope import apply_rope_reference, check_rope, refuse_rope
 
 __all__ = ["sparse_attention", "sparse_attention_reference"]
 
@@ -75,7 +75,8 @@ def sparse_attention(
     Returns: out [tokens, heads, head_dim] in query's dtype; lse [tokens, heads], natural logarithm, float32 (float64
         with a float64 query).
     Raises: RuntimeError naming the argument, what it must be and what it was; also where a sequence is not a row of the
-        tables (the CUDA kernel, which cannot ask the host, treats such a row as one without keys).
+        tables (the CUDA kernel, which cannot ask the host, treats such a row as one without keys), or a gradient of
+        rope is wanted.
     Differentiable through out and lse with respect to query, sink and pools of a float dtype. The gradient takes the
     numerators for unrounded; like the results it does not depend on the number of threads, and a sequence's rows get
     the same bits alone and in a batch.
@@ -483,6 +484,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _backward(op: str, ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+    refuse_rope("sparse_attention", ctx, _Call._fields.index("rope"))
     query, window, compressed, sink = getattr(torch.ops.dsv4, op)(grad_out, grad_lse, *ctx.saved_tensors, *ctx.numbers)
     grads = {"query": query, "window_pages": window, "compressed_pages": compressed, "sink": sink}
     needed = ctx.needs_input_grad
