@@ -124,6 +124,17 @@ def test_rows_without_keys_and_infinite_sinks(attend: Attend, sink: float) -> No
     assert bool(out[~empty].any()) == (sink < math.inf)
 
 
+@pytest.mark.parametrize("runs", [((-6, 3), (9, 2)), ((-2, 5), (9, 2))])
+@pytest.mark.parametrize("consecutive", [True, False])
+def test_positions_below_0_see_no_window(attend: Attend, runs: Any, consecutive: bool) -> None:
+    a = attend.make(runs=runs, source="window")
+    if not consecutive:
+        a["position"] = a["position"].flip(0)
+        a["sequence"] = a["sequence"].flip(0)
+    assert_matches(attend, a)
+    assert torch.isposinf(attend(a)[1][a["position"] < 0]).all()
+
+
 @pytest.mark.parametrize("source", ["window", "indices", "lengths"])
 def test_pages_that_are_not_stored_are_left_out(attend: Attend, source: str) -> None:
     a = attend.make(source=source, runs=((40, 12),), window=30)

@@ -63,7 +63,7 @@ def sparse_attention(
         compressed_pages: pool of compressed rows, as window_pages with `page_size`; None = no compressed entries.
         compressed_table: int32 [sequences, blocks], page of each `page_size` entries, -1 = not stored.
         sequence: int32 [tokens], the table row of each query row.
-        position: int32 [tokens], absolute position of each query row.
+        position: int32 [tokens], absolute position of each query row; below 0 it sees no raw rows.
         indices: int32 [tokens, k] entry numbers in any order, each at most once, or None.
         lengths: int32 [tokens], visible entries of each row. Given, like compressed_table, with compressed_pages only.
         sink: [heads] float32 or float64, logit of the sink.
@@ -170,10 +170,10 @@ def _window_keys(pool: _Pool, sequence: int, position: Tensor, window: int) -> l
     first = max(int(position[0]) - window + 1, 0)
     consecutive = torch.equal(position, position[0] + torch.arange(position.numel(), device=position.device))
     if consecutive:
-        entry = torch.arange(first, int(position[-1]) + 1, device=position.device)
+        entry = torch.arange(first, max(int(position[-1]), first) + 1, device=position.device)
         valid = (entry <= position.unsqueeze(1)) & (entry > position.unsqueeze(1) - window)
         return _shared(pool, *pool.place(sequence, entry), valid)
-    reach = min(window, int(position.max()) + 1)
+    reach = min(window, max(int(position.max()), 0) + 1)
     entry = position.unsqueeze(1) - torch.arange(reach - 1, -1, -1, device=position.device)
     return [_own(pool, *pool.place(sequence, entry), entry >= 0)]
 
