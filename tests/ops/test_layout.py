@@ -353,3 +353,11 @@ def test_checks_of_pools() -> None:
     with pytest.raises(RuntimeError) as caught:
         check_row_pages(check, "pages", torch.zeros(1, 9).byte(), 2, 32, 32)
     assert str(caught.value) == "op: rope_dim must lie in [0, 32) for FP8 rows, got 32"
+
+
+@pytest.mark.parametrize("format", ["fp4", "fp8", "plain"])
+def test_pools_of_keys_are_where_the_call_is(format: str) -> None:
+    check = Check("op")
+    check.tensor("x", torch.zeros(1), (torch.float32,), (1,))
+    with pytest.raises(RuntimeError, match=r"^op: pages must be on cpu as x is, got meta$"):
+        check_key_pages(check, "pages", allocate_key_pages(1, 2, 128, format, device="meta"), 2, 128)

@@ -131,6 +131,7 @@ def check_key_pages(check: Check, name: str, pages: Tensor, page_size: int, dim:
         fp8 = key_page_bytes(page_size, dim, "fp8")
         fp4 = f"{key_page_bytes(page_size, dim, 'fp4')} or " if dim % FP4_BLOCK == 0 else ""
         check.fail(f"{name} must be uint8 [pages, {fp4}{fp8}], got {describe(pages)}")
+    check.tensor(name, pages, (torch.uint8,), ("pages", "bytes"))  # the device
 
 
 def key_format(pages: Tensor, page_size: int, dim: int) -> str | None:
