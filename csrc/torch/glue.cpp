@@ -74,6 +74,16 @@ std::string device_text(const Tensor& tensor) {
   return "another device";
 }
 
+// torch takes None for a tensor and passes on an undefined one.
+torch::headeronly::IntHeaderOnlyArrayRef sizes_of(const Tensor& tensor) {
+  return tensor.defined() ? tensor.sizes() : torch::headeronly::IntHeaderOnlyArrayRef();
+}
+
+std::string described(const Tensor& tensor) {
+  if (!tensor.defined()) return "None";
+  return std::string(dtype_name(tensor.scalar_type())) + " " + shape_text(tensor.sizes());
+}
+
 Tensor allocate(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype, const Tensor& device_of) {
   constexpr size_t kMostAxes = 8;
   if (sizes.size() > kMostAxes) return torch::stable::empty(sizes, dtype, std::nullopt, device_of.device());
@@ -121,15 +131,14 @@ DType dtype_of(const Tensor& tensor) {
 
 std::vector<int64_t> Check::tensor(const char* name, const Tensor& tensor, std::initializer_list<int64_t> sizes,
                                    std::initializer_list<ScalarType> dtypes, const Words& words) {
-  const auto actual = tensor.sizes();
-  bool fits = actual.size() == sizes.size();
+  const auto actual = sizes_of(tensor);
+  bool fits = tensor.defined() && actual.size() == sizes.size();
   for (size_t axis = 0; fits && axis < sizes.size(); ++axis) {
     fits = sizes.begin()[axis] == kAny || sizes.begin()[axis] == actual[axis];
   }
   if (!fits || !is_one_of(tensor.scalar_type(), dtypes)) {
     require(false, std::string(name) + " must be " + dtypes_text(dtypes, words.dtypes) + " " +
-                       shape_text(sizes, words.axes) + ", got " + dtype_name(tensor.scalar_type()) + " " +
-                       shape_text(actual));
+                       shape_text(sizes, words.axes) + ", got " + described(tensor));
   }
   same_device(name, tensor);
   return std::vector<int64_t>(actual.begin(), actual.end());
@@ -137,10 +146,10 @@ std::vector<int64_t> Check::tensor(const char* name, const Tensor& tensor, std::
 
 std::vector<int64_t> Check::rows(const char* name, const Tensor& tensor, const char* label,
                                  std::initializer_list<ScalarType> dtypes, const char* dtype_words, size_t least) {
-  const auto actual = tensor.sizes();
-  if (actual.size() < least || !is_one_of(tensor.scalar_type(), dtypes)) {
+  const auto actual = sizes_of(tensor);
+  if (!tensor.defined() || actual.size() < least || !is_one_of(tensor.scalar_type(), dtypes)) {
     require(false, std::string(name) + " must be " + dtypes_text(dtypes, dtype_words) + " [..., " + label + "], got " +
-                       dtype_name(tensor.scalar_type()) + " " + shape_text(actual));
+                       described(tensor));
   }
   same_device(name, tensor);
   return std::vector<int64_t>(actual.begin(), actual.end());
@@ -148,12 +157,12 @@ std::vector<int64_t> Check::rows(const char* name, const Tensor& tensor, const c
 
 void Check::sized(const char* name, const Tensor& tensor, const std::vector<int64_t>& sizes,
                   std::initializer_list<ScalarType> dtypes) {
-  const auto actual = tensor.sizes();
-  bool fits = actual.size() == sizes.size();
+  const auto actual = sizes_of(tensor);
+  bool fits = tensor.defined() && actual.size() == sizes.size();
   for (size_t axis = 0; fits && axis < sizes.size(); ++axis) fits = sizes[axis] == actual[axis];
   if (!fits || !is_one_of(tensor.scalar_type(), dtypes)) {
     require(false, std::string(name) + " must be " + dtypes_text(dtypes, nullptr) + " " + shape_text(sizes) + ", got " +
-                       dtype_name(tensor.scalar_type()) + " " + shape_text(actual));
+                       described(tensor));
   }
   same_device(name, tensor);
 }
@@ -248,6 +257,7 @@ Workspace Scratch::at_least(int64_t bytes) {
 }
 
 Tensor dense(const Tensor& tensor, int axes) {
+  if (!tensor.defined()) return tensor;  // not checked yet
   const auto sizes = tensor.sizes(), strides = tensor.strides();
   int64_t expected = 1;
   for (int64_t axis = tensor.dim() - 1; axis >= 0 && axis >= tensor.dim() - axes; --axis) {

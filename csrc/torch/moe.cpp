@@ -65,11 +65,11 @@ struct Matrix {
   Matrix(Check& check, const std::string& name, const Tensor& data_, const std::optional<Tensor>& scale_, ScalarType x,
          const std::vector<int64_t>& leading, int64_t out, int64_t in)
       : data(dense(data_)), scale(dense(scale_)) {
-    const ScalarType dtype = data_.scalar_type();
     if (!scale_.has_value()) {
       shape(check, name, data_, leading, out, in, {x});
       return;
     }
+    const ScalarType dtype = data_.scalar_type();
     const bool fp8 = dtype == ScalarType::Float8_e4m3fn, fp4 = dtype == ScalarType::Byte || dtype == ScalarType::Char;
     check.require(fp8 || in % 2 == 0, name + " in e2m1 needs an even number of inputs, got " + std::to_string(in));
     if (!fp8 && !fp4) {

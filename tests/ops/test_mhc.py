@@ -237,6 +237,7 @@ def bad_streams(op):
         ({"streams": torch.randn(9, 3, 8).to(X)}, f"{wanted} bfloat16 [9, 3, 8]"),
         ({"streams": torch.randn(9, 4, 8).double()}, f"{wanted} float64 [9, 4, 8]"),
         ({"streams": torch.randn(9, 32).to(X)}, f"{wanted} bfloat16 [9, 32]"),
+        ({"streams": None}, f"{wanted} None"),
     ]
 
 
@@ -254,6 +255,7 @@ def bad_post(op):
 def bad_mixing(op):
     mixes, scales = (4, 1) if op == "mhc_head" else (24, 3)
     return [
+        ({"fn": None}, f"{op}: fn must be float32 [{mixes}, 32], got None"),
         ({"fn": torch.randn(mixes, 8)}, f"{op}: fn must be float32 [{mixes}, 32], got float32 [{mixes}, 8]"),
         ({"fn": torch.randn(mixes, 32).to(X)}, f"{op}: fn must be float32 [{mixes}, 32], got bfloat16 [{mixes}, 32]"),
         ({"scale": torch.rand(4)}, f"{op}: scale must be float32 [{scales}], got float32 [4]"),

@@ -395,3 +395,9 @@ def test_opcheck_of_the_ops_for_other_dtypes() -> None:
     x, matrices = a["x"].requires_grad_(), [a[name] for name in ("w1", "w3", "w2")]
     check_op(torch.ops.dsv4._moe_experts_reference, x, a["weights"], a["indices"], *matrices)
     check_op(torch.ops.dsv4._moe_gate_reference, x, torch.randn(4, 160, dtype=torch.float64).requires_grad_(), 2)
+
+
+def test_a_missing_matrix_is_named() -> None:
+    x, weights, indices = torch.ones(2, 8), torch.ones(2, 1), torch.zeros(2, 1, dtype=torch.int32)
+    with pytest.raises(RuntimeError, match=r"^moe_experts: w2 must be float32 \[3, 8, 4\], got None"):
+        ops.moe_experts(x, weights, indices, torch.ones(3, 4, 8), torch.ones(3, 4, 8), None)

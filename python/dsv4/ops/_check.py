@@ -50,7 +50,8 @@ class Check:
 
     def tensor(self, name: str, value: Tensor, dtypes: Sequence[torch.dtype], shape: Sequence[Any]) -> torch.Size:
         """Checks dtype, shape, and that all tensors of a call are on one device; returns the shape."""
-        if value.dtype not in dtypes or not _fits(tuple(value.shape), tuple(shape)):
+        # None too: torch takes it for a tensor.
+        if value is None or value.dtype not in dtypes or not _fits(tuple(value.shape), tuple(shape)):
             expected = " or ".join(dtype_name(dtype) for dtype in dtypes)
             self.fail(f"{name} must be {expected} {_shape_text(shape)}, got {describe(value)}")
         if self._device is None:
