@@ -112,8 +112,10 @@ class _Tables:
         return entries[entries >= 0].tolist()
 
     def drop(self, kind: int, sequence: int, blocks: slice) -> None:
-        self.pools[kind].drop(self.pages(kind, sequence, blocks))
+        pages = self.pages(kind, sequence, blocks)
+        # First out of the table: an interrupt in between loses pages, else it would give them back twice.
         self.page_of[kind][sequence, blocks] = -1
+        self.pools[kind].drop(pages)
 
     def missing(self, kind: int, sequence: int, blocks: range) -> int:
         """At most this many free pages make the blocks writable."""
@@ -123,7 +125,11 @@ class _Tables:
     def make_writable(self, kind: int, sequence: int, blocks: range) -> None:
         pool, row = self.pools[kind], self.page_of[kind][sequence, blocks.start : blocks.stop]
         for column, page in enumerate(row.tolist()):
-            row[column] = pool.take() if page < 0 else pool.own(page)
+            if page < 0:
+                row[column] = pool.take()
+            elif pool.shared(page):
+                row[column] = pool.copy(page)
+                pool.drop((page,))  # as in drop: when the table no longer names it
 
     def select(self, sequences: Sequence[int]) -> _Tables:
         """Tables of a copy of these sequences, holding the same pages."""
@@ -333,14 +339,14 @@ class KVCache:
             raise ValueError("cache: commit takes the step that begin returned last, once, before any other change")
         self._open = None
         for sequence, start, count in step.spans:
+            progress = self._progress[sequence]
             # What lay further back went when earlier rows were committed.
             first, last = (self.settings.first_window_block(at) for at in (start, start + count))
+            progress.floor = max(progress.floor, last * BLOCK)  # first, should anything fail from here on
             if first < last:
                 self._tables.drop(_WINDOW, sequence, slice(first, last))
             if not step.replay:
-                progress = self._progress[sequence]
                 progress.length = start + count
-                progress.floor = max(progress.floor, last * BLOCK)
 
     # Copies and cuts
 

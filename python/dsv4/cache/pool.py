@@ -74,12 +74,9 @@ class PagePool:
             if self._holders[page] == 0:
                 self._free.append(page)
 
-    def own(self, page: int) -> int:
-        """The page itself where its caller is the only holder, else a copy, held in its place."""
-        if not self.shared(page):
-            return page
+    def copy(self, page: int) -> int:
+        """A page for one holder that holds what this one does."""
         copy = self.take()
         for tensor in self.tensors:
             tensor[copy].copy_(tensor[page])
-        self.drop((page,))
         return copy
