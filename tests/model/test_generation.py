@@ -115,6 +115,23 @@ def test_stop_tokens_are_given_and_end_the_sequence():
     assert len(list(generate(model, [1], 30))) == 30
 
 
+@pytest.mark.parametrize(
+    "form", [np.int64, torch.tensor, lambda stop: torch.tensor([stop, stop]), lambda stop: [torch.tensor(stop)]]
+)
+def test_stop_tokens_of_other_kinds(form):
+    model = Model()
+    whole = model.greedy([1], 30)
+    stop = form(whole[5])
+    expected = whole[: whole.index(whole[5]) + 1]
+    assert list(generate(model, [1], 30, stop_tokens=stop)) == expected
+
+
+@pytest.mark.parametrize("stop", [None, 1.5, "1", [None], [1.0]])
+def test_stop_tokens_that_are_none(stop):
+    with pytest.raises(ValueError, match="stop_tokens must be a token or several, as integers, got"):
+        generate(Model(), [1], 30, stop_tokens=stop)
+
+
 def test_gradient_mode_is_the_callers():
     for _ in generate(Model(), [1], 3):
         assert torch.is_grad_enabled()

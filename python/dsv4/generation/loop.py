@@ -115,7 +115,15 @@ def _integer(name: str, value: Any, least: int) -> int:
 
 
 def _stops(stop_tokens: int | Collection[int]) -> frozenset[int]:
-    return frozenset([stop_tokens] if isinstance(stop_tokens, int) else stop_tokens)
+    """As plain integers: elements of a tensor equal no token."""
+    try:
+        return frozenset([operator.index(stop_tokens)])  # type: ignore[arg-type]
+    except TypeError:
+        pass  # several
+    try:
+        return frozenset(map(operator.index, stop_tokens))  # type: ignore[arg-type]
+    except TypeError:
+        raise ValueError(f"stop_tokens must be a token or several, as integers, got {stop_tokens!r}") from None
 
 
 def _prompt(input_ids: torch.Tensor | Sequence[int], vocab_size: int) -> torch.Tensor:
