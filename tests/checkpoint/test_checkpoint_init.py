@@ -62,6 +62,15 @@ def test_formats(expert_dtype: str) -> None:
     assert model.hc_head_fn.dtype == torch.float32
 
 
+@pytest.mark.parametrize(("name", "size"), [("hidden_size", 33), ("moe_intermediate_size", 1)])
+def test_odd_widths(name: str, size: int) -> None:
+    config = dataclasses.replace(TINY, **{name: size})
+    with pytest.raises(ValueError, match=f"{name} {size} must be even for values of FP4 experts; use expert_dtype="):
+        init(config, quantization="off")
+    plain = init(dataclasses.replace(config, expert_dtype="bf16"), quantization="off", dtype=torch.float32)
+    assert plain(torch.zeros(1, 9, dtype=torch.int64)).isfinite().all()
+
+
 def test_unquantised_config_is_for_mode_off() -> None:
     config = dataclasses.replace(TINY, expert_dtype="bf16")
     assert init(config, quantization="off", dtype=torch.float32).layers[0].ffn.experts.w1.dtype == torch.float32

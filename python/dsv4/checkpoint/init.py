@@ -36,8 +36,12 @@ def init(
     The weights depend on `config`, `seed` and their names alone; mode "off" gets the values that the formats of mode
     "checkpoint" hold, so both modes are the same model. A config whose expert_dtype is "bf16" is left unquantised.
 
-    Raises: ValueError on an unknown mode or dtype, or "checkpoint" for an unquantised config.
+    Raises: ValueError on an unknown mode or dtype, "checkpoint" for an unquantised config, odd widths of FP4 experts.
     """
+    for name in ("hidden_size", "moe_intermediate_size"):
+        size = getattr(config, name)
+        if quantization == "off" and config.expert_dtype == "fp4" and size % 2:
+            raise ValueError(f"config: {name} {size} must be even for values of FP4 experts; use expert_dtype='bf16'")
     return build(RandomSource(config, seed), device, quantization, dtype, title="random weights", place="dsv4.init")
 
 
