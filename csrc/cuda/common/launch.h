@@ -22,6 +22,7 @@ struct LaunchShape {
 };
 
 inline constexpr int kMaxSharedBytes = 99 * 1024;
+inline constexpr int64_t kMaxBlocks = 0x7FFFFFFF;  // blocks_x at most
 
 }  // namespace dsv4::cuda
 

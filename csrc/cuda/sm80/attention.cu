@@ -212,21 +212,18 @@ static_assert(AttentionShared<2>::bytes(2 * kMaxHeadDim) <= cuda::kMaxSharedByte
 static_assert(LanesShared::bytes(4 * kMaxHeadDim) <= cuda::kMaxSharedBytes);
 
 constexpr int64_t kPartialBytes = int64_t{256} << 20;  // at most, unless one row needs more
-constexpr int64_t kMaxBlocks = 0x7FFFFFFF;
 
 // What does not depend on where the tensors lie.
 struct Plan {
-  int slice;
   int64_t groups, splits, rows_at_once, partial_bytes;  // of one row
 
   explicit Plan(const SparseAttentionParams& p) {
-    slice = warp_slice(p.query.shape[2]);
     groups = ceil_div(p.query.shape[1], kGroupHeads);
     const int64_t slots = slots_of_any_row(p);
     splits = slots > 0 ? ceil_div(slots, kSplitSlots) : 1;
-    const int64_t floats = 2 * kGroupHeads + static_cast<int64_t>(slice) * 64;
-    partial_bytes = splits > 1 ? splits * groups * floats * static_cast<int64_t>(sizeof(float)) : 0;
-    rows_at_once = kMaxBlocks / (groups * splits + 1);
+    const int64_t bytes = partial_floats(warp_slice(p.query.shape[2])) * static_cast<int64_t>(sizeof(float));
+    partial_bytes = splits > 1 ? splits * groups * bytes : 0;
+    rows_at_once = cuda::kMaxBlocks / (groups * splits + 1);
     if (partial_bytes > 0 && kPartialBytes / partial_bytes < rows_at_once) rows_at_once = kPartialBytes / partial_bytes;
     if (rows_at_once < 1) rows_at_once = 1;
   }

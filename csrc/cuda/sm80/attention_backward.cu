@@ -6,7 +6,7 @@
 // Sums of keys are float32, in the gradient itself or, where that is bfloat16, in the workspace.
 //
 // n keys and H heads of D: 10 H D n FLOP of a row for d query, 4 H D n for the keys. The first step reads keys twice
-// for 16 heads each: at D = 512, 80 FLOP a byte of bfloat16 rows, mostly from L2. The second moves, of 64 heads and 640
+// for 16 or 32 heads: 40 or 80 FLOP a byte of bfloat16 rows, mostly from L2. The second moves, of 64 heads and 640
 // keys in 32 classes, 4.2 MB of operands, 1.3 of weights and 2.6 of sums a row through L2, for 84 MFLOP: that bounds
 // it.
 #include "cuda/common/launch.h"
@@ -133,7 +133,6 @@ static_assert(FloatKeySums::Shared::kBytes <= cuda::kMaxSharedBytes);
 
 constexpr int64_t kRowsBytes = int64_t{512} << 20;  // of the workspace at most, unless one row needs more
 constexpr int64_t kKeyBlocks = 256;                 // at least, of the second step: two on each SM of the largest GPUs
-constexpr int64_t kMaxBlocks = 0x7FFFFFFF;
 
 // Lays the workspace out; with no memory, counts its bytes.
 struct Room {
@@ -168,7 +167,7 @@ struct GradientPlan {
     slots = round_up(slots_of_any_row(p), kTileKeys);
     classes = 1;
     while (classes < kMostClasses && classes * (wide_dim / kSliceDims) < kKeyBlocks) classes *= 2;
-    rows_at_once = kMaxBlocks / (groups + 1);
+    rows_at_once = cuda::kMaxBlocks / (groups + 1);
     if (keys_wanted && kRowsBytes / row_bytes() < rows_at_once) rows_at_once = kRowsBytes / row_bytes();
     if (rows_at_once < 1) rows_at_once = 1;
   }

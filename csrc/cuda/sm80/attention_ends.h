@@ -134,7 +134,7 @@ DSV4_DEVICE void write_sums(const AttentionArguments& a, int64_t row, int64_t fi
 
 // A split's result, float32: the greatest scores of its 16 heads, their totals, and the sums, eight dims after eight,
 // as a warp's lanes have them.
-DSV4_DEVICE int64_t partial_floats(int slice) { return 2 * kGroupHeads + static_cast<int64_t>(slice) * 64; }
+DSV4_HOST_DEVICE int64_t partial_floats(int slice) { return 2 * kGroupHeads + static_cast<int64_t>(slice) * 64; }
 
 DSV4_DEVICE float* partial_of(const AttentionArguments& a, int64_t row, int64_t split, int64_t group) {
   return a.partial + (((row - a.first_row) * a.splits + split) * a.groups + group) * partial_floats(a.slice);

@@ -69,26 +69,13 @@ struct GradientPart : WarpPart {
   // Products of the tile's keys with queries and G over this warp's dims, into its parts.
   template <int kGroups>
   DSV4_DEVICE void multiply(const AttentionArguments& a, const GradientShared<kGroups>& shared, uint32_t tile) const {
-    float scores[kTileKeys / 8][4], reaches[kTileKeys / 8][4];
-    DSV4_UNROLL
-    for (int n = 0; n < kTileKeys / 8; ++n) {
-      DSV4_UNROLL
-      for (int j = 0; j < 4; ++j) scores[n][j] = reaches[n][j] = 0.0f;
-    }
-    DSV4_UNROLL
-    for (int i = 0; i < kSteps; ++i) {
-      if (i >= steps) break;
-      DSV4_UNROLL
-      for (int half = 0; half < 2; ++half) {
-        uint32_t keys[4];
-        const int key = 16 * half + lane / 16 * 8 + lane % 8, piece = first_dim / 8 + 2 * i + lane / 8 % 2;
-        ptx::ldmatrix_x4(keys, Bf16Tile::address(a, tile, key, piece));
-        ptx::mma_m16n8k16(scores[2 * half], query[i], keys[0], keys[1]);
-        ptx::mma_m16n8k16(scores[2 * half + 1], query[i], keys[2], keys[3]);
-        ptx::mma_m16n8k16(reaches[2 * half], grad[i], keys[0], keys[1]);
-        ptx::mma_m16n8k16(reaches[2 * half + 1], grad[i], keys[2], keys[3]);
-      }
-    }
+    float scores[kTileKeys / 8][4] = {}, reaches[kTileKeys / 8][4] = {};
+    each_keys(a, tile, [&](int i, int half, const uint32_t (&keys)[4]) {
+      ptx::mma_m16n8k16(scores[2 * half], query[i], keys[0], keys[1]);
+      ptx::mma_m16n8k16(scores[2 * half + 1], query[i], keys[2], keys[3]);
+      ptx::mma_m16n8k16(reaches[2 * half], grad[i], keys[0], keys[1]);
+      ptx::mma_m16n8k16(reaches[2 * half + 1], grad[i], keys[2], keys[3]);
+    });
     shared.scores.store(part, group * kGroupHeads, scores);
     shared.reaches.store(part, group * kGroupHeads, reaches);
   }
@@ -114,17 +101,6 @@ struct GradientPart : WarpPart {
     ptx::sync_warp();  // the lanes have read the products that the weights replace
     shared.scores.store_weights(head_of_block(), lane % 8, of_query);
     shared.reaches.store_weights(head_of_block(), lane % 8, of_grad);
-  }
-
-  // Adds the tile's keys, weighed, to this warp's d query.
-  template <int kGroups>
-  DSV4_DEVICE void accumulate(const AttentionArguments& a, const GradientShared<kGroups>& shared, uint32_t tile) {
-    uint32_t weights[2][4];  // of 16 heads, 16 keys
-    DSV4_UNROLL
-    for (int half = 0; half < 2; ++half) {
-      ptx::ldmatrix_x4(weights[half], shared.scores.weight(group * kGroupHeads + lane % 16, 2 * half + lane / 16));
-    }
-    add_values(a, tile, weights);
   }
 
   // A quarter of the tile's weights, key by key, for the keys' kernel.
@@ -209,7 +185,7 @@ DSV4_DEVICE void differentiate(const AttentionGradientArguments& g, int64_t inde
     warp.weigh(g, shared, shared.count(tile), head);
     ptx::sync_threads();  // and all weights
     if (g.keys_wanted()) warp.store_weights(g, shared, index, run, tile);
-    warp.accumulate(a, shared, shared.tile(tile));
+    warp.add_values(a, shared.scores, shared.tile(tile));  // d query
   });
   warp.write(g, row, run * kGroups * kGroupHeads);
 }

@@ -125,24 +125,11 @@ struct WarpPart {
   // Scores of the 16 heads and 32 keys over this warp's dims, into its part.
   template <int kGroups>
   DSV4_DEVICE void score(const AttentionArguments& a, const AttentionShared<kGroups>& shared, uint32_t tile) const {
-    float scores[kTileKeys / 8][4];
-    DSV4_UNROLL
-    for (int n = 0; n < kTileKeys / 8; ++n) {
-      DSV4_UNROLL
-      for (int j = 0; j < 4; ++j) scores[n][j] = 0.0f;
-    }
-    DSV4_UNROLL
-    for (int i = 0; i < kSteps; ++i) {
-      if (i >= steps) break;
-      DSV4_UNROLL
-      for (int half = 0; half < 2; ++half) {
-        uint32_t keys[4];
-        const int key = 16 * half + lane / 16 * 8 + lane % 8, piece = first_dim / 8 + 2 * i + lane / 8 % 2;
-        ptx::ldmatrix_x4(keys, Bf16Tile::address(a, tile, key, piece));
-        ptx::mma_m16n8k16(scores[2 * half], query[i], keys[0], keys[1]);
-        ptx::mma_m16n8k16(scores[2 * half + 1], query[i], keys[2], keys[3]);
-      }
-    }
+    float scores[kTileKeys / 8][4] = {};
+    each_keys(a, tile, [&](int i, int half, const uint32_t (&keys)[4]) {
+      ptx::mma_m16n8k16(scores[2 * half], query[i], keys[0], keys[1]);
+      ptx::mma_m16n8k16(scores[2 * half + 1], query[i], keys[2], keys[3]);
+    });
     shared.scores.store(part, group * kGroupHeads, scores);
   }
 
@@ -185,17 +172,34 @@ struct WarpPart {
         for (int j = 0; j < 4; ++j) sum[i][j] = ptx::multiply(sum[i][j], j < 2 ? low : high);
       }
     }
+    add_values(a, shared.scores, tile);
+  }
+
+  // For each step of this warp's dims and half of the tile's keys, use(step, half, keys): fragments of [16 dims, 16
+  // keys].
+  template <class Use>
+  DSV4_DEVICE void each_keys(const AttentionArguments& a, uint32_t tile, const Use& use) const {
+    DSV4_UNROLL
+    for (int i = 0; i < kSteps; ++i) {
+      if (i >= steps) break;
+      DSV4_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        uint32_t keys[4];
+        const int key = 16 * half + lane / 16 * 8 + lane % 8, piece = first_dim / 8 + 2 * i + lane / 8 % 2;
+        ptx::ldmatrix_x4(keys, Bf16Tile::address(a, tile, key, piece));
+        use(i, half, keys);
+      }
+    }
+  }
+
+  // Adds a tile's values, weighed by what stands in place of the scores.
+  template <int kHeads>
+  DSV4_DEVICE void add_values(const AttentionArguments& a, const ScoreArea<kHeads>& scores, uint32_t tile) {
     uint32_t weights[2][4];  // of 16 heads, 16 keys
     DSV4_UNROLL
     for (int half = 0; half < 2; ++half) {
-      const int head = group * kGroupHeads + lane % 16;
-      ptx::ldmatrix_x4(weights[half], shared.scores.weight(head, 2 * half + lane / 16));
+      ptx::ldmatrix_x4(weights[half], scores.weight(group * kGroupHeads + lane % 16, 2 * half + lane / 16));
     }
-    add_values(a, tile, weights);
-  }
-
-  // Adds a tile's values, weighed. weights: fragments of [16 heads, 16 keys].
-  DSV4_DEVICE void add_values(const AttentionArguments& a, uint32_t tile, const uint32_t (&weights)[2][4]) {
     DSV4_UNROLL
     for (int i = 0; i < kSteps; ++i) {
       if (i >= steps) break;

@@ -221,7 +221,7 @@ std::string Block::deadlock() const {
 }
 
 Status run(const char* kernel, const cuda::LaunchShape& shape, const std::function<void()>& body) {
-  if (shape.threads < 1 || shape.threads > 1024 || shape.blocks_x < 1 || shape.blocks_x > 0x7FFFFFFF ||
+  if (shape.threads < 1 || shape.threads > 1024 || shape.blocks_x < 1 || shape.blocks_x > cuda::kMaxBlocks ||
       shape.blocks_y < 1 || shape.blocks_y > 65535 || shape.shared_bytes < 0 ||
       shape.shared_bytes > cuda::kMaxSharedBytes) {
     return Status::error("%s: invalid launch: %lld x %lld blocks of %d threads, %d bytes of shared memory", kernel,
