@@ -206,7 +206,7 @@ Context Check::context(const Tensor& on) const {
   raise(cuda_isa(context.device_index, &isa));
   context.best = limited(isa);
   require(aoti_torch_get_current_cuda_stream != nullptr, "this torch has no CUDA: install a CUDA build of torch");
-  aoti_torch_get_current_cuda_stream(context.device_index, &context.stream);
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(context.device_index, &context.stream));
 #else
   (void)on;
   context.best = limited(cpu_isa());
