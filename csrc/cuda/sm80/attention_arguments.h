@@ -2,19 +2,15 @@
 #pragma once
 
 #include "cuda/sm80/attention_ends.h"
+#include "cuda/sm80/operands.h"
 
 namespace dsv4::sm80 {
 
 inline constexpr int kGroupWarps = 4;  // share the dims of a group of heads
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-inline bool aligned(const void* data, uintptr_t bytes) { return reinterpret_cast<uintptr_t>(data) % bytes == 0; }
-
-inline int64_t bytes_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
-
 // Whether pairs of elements are aligned as one.
 inline bool paired(const AnyView<3>& view) {
-  return aligned(view.data, static_cast<uintptr_t>(2 * bytes_of(view.dtype))) && view.stride[0] % 2 == 0 &&
+  return aligned(view.data, static_cast<uintptr_t>(2 * size_of(view.dtype))) && view.stride[0] % 2 == 0 &&
          view.stride[1] % 2 == 0;
 }
 
@@ -38,14 +34,14 @@ inline AttentionPool pool_of(const RowPool& from, int64_t head_dim, int64_t rope
     pool.scale_stride = static_cast<int>(fp8_row_scale_bytes(head_dim, rope_dim));
     whole = (head_dim - rope_dim) % 16 == 0;
   } else {
-    const int64_t element = bytes_of(from.plain.dtype);
+    const int64_t element = size_of(from.plain.dtype);
     pool.data = static_cast<const uint8_t*>(from.plain.data);
     pool.pages = from.plain.shape[0];
     pool.page_stride = element * from.plain.stride[0];
     pool.row_stride = element * from.plain.stride[1];
     whole = head_dim * element % 16 == 0;
   }
-  whole = whole && pool.row_stride % 16 == 0 && aligned(pool.data, 16) && pool.page_stride % 16 == 0;
+  whole = whole && pool.row_stride % 16 == 0 && aligned(pool.data) && pool.page_stride % 16 == 0;
   if (fp8) {
     pool.form = whole ? KeyForm::kFp8 : KeyForm::kFp8Slow;
   } else if (f32) {

@@ -245,7 +245,7 @@ Status narrow(const float* sums, const RowPool& pool, const AnyView<3>& grad, in
               const Context& context) {
   if (sums == nullptr || grad.dtype == DType::kFloat32) return Status::ok();
   const KeySumNarrowArguments a = {sums, static_cast<bf16*>(grad.data), rows_of(pool) * head_dim,
-                                   aligned(sums, 16) && aligned(grad.data, 16)};
+                                   aligned(sums) && aligned(grad.data)};
   return launch(sm80_bf16_sparse_attention_backward_narrow, a, element_blocks(a.count), 1, kElementThreads, 0, context);
 }
 

@@ -127,13 +127,9 @@ namespace {
 
 constexpr int64_t kBlocksAtLeast = 256;  // before a block looks through several rows
 
-bool whole_states(const CompressParams& p) {
-  return in_fours(p.state.data, p.state.stride[0]) && p.state.stride[1] % 4 == 0 && p.state.stride[2] % 4 == 0;
-}
-
 void look_through(CompressArguments& a, int rows_per_block) {
   a.rows_per_block = rows_per_block;
-  a.blocks = (a.tokens + rows_per_block - 1) / rows_per_block;
+  a.blocks = ceil_div(a.tokens, rows_per_block);
 }
 
 Status launch_entries(const char* op, CompressArguments& a, int rows_per_block, bool rotate, const Context& context) {
@@ -171,7 +167,7 @@ Status compress(const CompressParams& p, CompressRows rows_per_block, const Cont
   a.params = p;
   a.places = PagePlaces(p.pool, a.dim, 2 * p.rope.size(1), p.rotate);
   a.ring = Divisor(static_cast<uint32_t>(p.state.size(1) < INT32_MAX ? p.state.size(1) : INT32_MAX));
-  a.vector = whole_quads(p) && whole_states(p);
+  a.vector = whole_quads(p) && in_pieces(p.state);
   a.vector_place = whole_places(a.places);
   const Status status = launch_entries("compress", a, rows_per_block.entries, p.rotate, context);
   if (!status.is_ok()) return status;

@@ -186,12 +186,12 @@ struct Memory {
         width(padded_width(dim)),
         sets(p.forward.kv.size(1) / dim),
         ratio(p.forward.ratio),
-        blocks((p.forward.kv.size(0) + ratio - 1) / ratio),
-        work((ratio + kRowsOfThread - 1) / kRowsOfThread * sets * (width / 4)),
+        blocks(ceil_div(p.forward.kv.size(0), ratio)),
+        work(ceil_div(ratio, kRowsOfThread) * sets * (width / 4)),
         pieces(pieces_of(blocks, work)),
-        row_floats((entries * width + 15) / 16 * 16),
+        row_floats(round_up(entries * width, 16)),
         ape_floats(pieces * ratio * sets * width) {
-    norm_bytes = (norm_rope_backward_workspace_bytes(norm(p, nullptr)) + 63) / 64 * 64;
+    norm_bytes = round_up(norm_rope_backward_workspace_bytes(norm(p, nullptr)), 64);
   }
 
   int64_t bytes() const { return (kEntryRows * row_floats + ape_floats) * 4 + norm_bytes; }
@@ -253,10 +253,9 @@ Status spread_rows(const CompressEntriesBackwardParams& p, const Memory& memory,
   a.width = static_cast<int>(memory.width);
   a.dim = static_cast<int>(memory.dim);
   a.sets = static_cast<int>(memory.sets);
-  a.vector = whole_quads(f) && in_fours(p.grad_kv.data, p.grad_kv.stride[0]) &&
-             in_fours(p.grad_gate.data, p.grad_gate.stride[0]);
+  a.vector = whole_quads(f) && in_pieces(p.grad_kv) && in_pieces(p.grad_gate);
   cuda::LaunchShape shape;
-  shape.blocks_x = (a.threads + kSpreadThreads - 1) / kSpreadThreads;
+  shape.blocks_x = ceil_div(a.threads, kSpreadThreads);
   shape.threads = kSpreadThreads;
   return cuda::launch("compress_entries_backward", sm80_f32_compress_backward_rows, shape, context, a);
 }

@@ -7,13 +7,11 @@
 
 namespace dsv4::sm80 {
 
-inline bool in_fours(const float* data, int64_t stride) { return in_sixteens(data) && stride % 4 == 0; }
-
 template <class Params>
 bool whole_quads(const Params& p) {
-  return p.norm_weight.size(0) % 4 == 0 && in_fours(p.kv.data, p.kv.stride[0]) &&
-         in_fours(p.gate.data, p.gate.stride[0]) && in_fours(p.ape.data, p.ape.stride[0]);
+  return p.norm_weight.size(0) % 4 == 0 && in_pieces(p.kv) && in_pieces(p.gate) && in_pieces(p.ape);
 }
+
 inline int power_of_two(int64_t least) {
   int power = 1;
   while (power < least) power *= 2;

@@ -8,6 +8,7 @@
 #include "cuda/sm80/index.h"
 #include "cuda/sm80/index_scores.h"
 #include "cuda/sm80/index_select.h"
+#include "cuda/sm80/operands.h"
 
 namespace dsv4::sm80 {
 
@@ -23,9 +24,7 @@ constexpr int64_t kRange = 8192;
 constexpr int64_t kScoreBlocks = 1024;  // as many as fill every GPU: beyond, blocks take more rows
 constexpr int kMaxRowsPerBlock = 16;
 
-int64_t index_ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t clamp(int64_t value, int64_t low, int64_t high) { return value < low ? low : value > high ? high : value; }
-bool whole(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
 
 IndexPool pool_of(const IndexTopkParams& p) {
   IndexPool pool = {};
@@ -36,7 +35,7 @@ IndexPool pool_of(const IndexTopkParams& p) {
                 : bytes ? IndexKeyFormat::kFp8
                 : wide  ? IndexKeyFormat::kFloat32
                         : IndexKeyFormat::kBFloat16;
-  const int64_t size = wide ? 4 : 2;
+  const int64_t size = size_of(p.plain.dtype);
   pool.data = static_cast<const uint8_t*>(bytes ? p.bytes.data : p.plain.data);
   pool.pages = bytes ? p.bytes.size(0) : p.plain.size(0);
   pool.page_stride = bytes ? p.bytes.stride[0] : p.plain.stride[0] * size;
@@ -48,18 +47,18 @@ IndexPool pool_of(const IndexTopkParams& p) {
   pool.sequences = p.table.size(0);
   pool.page_size = static_cast<uint32_t>(p.page_size);
   pool.dim = static_cast<int>(dim);
-  pool.vector = dim % 32 == 0 && whole(pool.data) && pool.page_stride % 16 == 0 && pool.key_stride % 16 == 0;
+  pool.vector = dim % 32 == 0 && aligned(pool.data) && pool.page_stride % 16 == 0 && pool.key_stride % 16 == 0;
   return pool;
 }
 
-int64_t ranges_of(const IndexCut& cut) { return cut.entries > cut.range ? index_ceil_div(cut.entries, cut.range) : 1; }
+int64_t ranges_of(const IndexCut& cut) { return cut.entries > cut.range ? ceil_div(cut.entries, cut.range) : 1; }
 
-int64_t scores_bytes(const IndexCut& cut) { return index_ceil_div(cut.group_rows * cut.entries, 16) * 64; }
+int64_t scores_bytes(const IndexCut& cut) { return round_up(4 * cut.group_rows * cut.entries, 64); }
 
 // Of the candidates' scores, or of their entries.
 int64_t candidate_bytes(const IndexTopkParams& p, const IndexCut& cut) {
   const int64_t ranges = ranges_of(cut);
-  return ranges > 1 ? index_ceil_div(cut.group_rows * ranges * p.k, 16) * 64 : 0;
+  return ranges > 1 ? round_up(4 * cut.group_rows * ranges * p.k, 64) : 0;
 }
 
 Status launch_scores(const IndexArguments& a, const Context& context) {
@@ -67,7 +66,7 @@ Status launch_scores(const IndexArguments& a, const Context& context) {
   const bool wide = p.query.dtype == DType::kFloat32;
   const bool tensor_cores = !wide && a.pool.format != IndexKeyFormat::kFloat32 && a.pool.dim <= kIndexMaxDim;
   cuda::LaunchShape shape;
-  shape.blocks_x = a.tiles * index_ceil_div(a.end_row - a.first_row, tensor_cores ? a.rows_per_block : 1);
+  shape.blocks_x = a.tiles * ceil_div(a.end_row - a.first_row, tensor_cores ? a.rows_per_block : 1);
   shape.threads = kIndexThreads;
   shape.shared_bytes = tensor_cores ? kIndexScoresSharedBytes : 0;
   const auto kernel = tensor_cores ? sm80_bf16_index_scores
@@ -91,7 +90,7 @@ IndexCut index_cut(const IndexTopkParams& p) {
   const int64_t blocks = p.table.size(1);
   cut.entries = blocks > INT32_MAX / p.page_size ? INT32_MAX : blocks * p.page_size;
   cut.group_rows = clamp(kScoresAtOnce / (cut.entries > 0 ? cut.entries : 1), 1, p.query.size(0));
-  const int64_t single = index_ceil_div(cut.entries, kIndexTile) * cut.group_rows;
+  const int64_t single = ceil_div(cut.entries, kIndexTile) * cut.group_rows;
   cut.rows_per_block = static_cast<int>(clamp(single / kScoreBlocks, 1, kMaxRowsPerBlock));
   // Ranges pay where they leave far fewer.
   cut.range = cut.entries >= 4 * kRange && p.k <= kRange / 4 ? kRange : clamp(cut.entries, 1, INT32_MAX);
@@ -114,13 +113,11 @@ Status index_topk(const IndexTopkParams& p, const IndexCut& cut, const Context& 
   scores.pool = pool_of(p);
   scores.scores = reinterpret_cast<uint32_t*>(memory);
   scores.entries = cut.entries;
-  scores.tiles = index_ceil_div(cut.entries, kIndexTile);
+  scores.tiles = ceil_div(cut.entries, kIndexTile);
   scores.rows_per_block = cut.rows_per_block;
   scores.heads = static_cast<int>(p.query.size(1));
   scores.units = (scores.pool.dim + 31) / 32;
-  scores.vector_query = scores.pool.dim % 32 == 0 && whole(p.query.data) &&
-                        (p.query.stride[0] % 8 == 0 || tokens == 1) &&
-                        (p.query.stride[1] % 8 == 0 || scores.heads == 1);
+  scores.vector_query = scores.pool.dim % 32 == 0 && in_pieces(p.query);
   SelectArguments select = {};
   select.params = p;
   select.scores = scores.scores;

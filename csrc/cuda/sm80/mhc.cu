@@ -72,7 +72,7 @@ DSV4_KERNEL(kApplyThreads, 4) sm80_f32_mhc_head_apply(const ApplyArguments a) { 
 namespace {
 
 bool vector_post(const MhcPostParams& p) {
-  return vector_rows(p.sublayer) && vector_rows(p.streams) && vector_rows(p.result);
+  return in_pieces(p.sublayer) && in_pieces(p.streams) && in_pieces(p.result);
 }
 
 // What mhc_pre, mhc_post_pre and mhc_head have in common. apply[0]: bfloat16, [1]: float32.
@@ -137,7 +137,7 @@ Status run(const Mixing& mixing, MixArguments mix, ApplyArguments apply, const W
   mix.partial = static_cast<float*>(workspace.data);
   apply.partial = mix.partial;
   apply.splits = static_cast<int>(splits_of(hidden));
-  mix.vector = apply.vector && vector_rows(mix.fn);
+  mix.vector = apply.vector && in_pieces(mix.fn);
   const int64_t trips = ceil_div(hidden, kApplyThreads * (wide ? kElements<float> : kElements<bf16>));
   const int kept_rows = !wide && apply.norm_weight.dtype == DType::kFloat32 ? 3 : 2;  // rounded sums and weights
   const bool keeps = apply.norm_weight.given() && apply_shared_bytes(trips, kept_rows) <= cuda::kMaxSharedBytes;
@@ -167,7 +167,7 @@ ApplyArguments apply_arguments(const MhcPreParams& p) {
   apply.output = p.input;
   apply.post = p.post;
   apply.comb = p.comb;
-  apply.vector = vector_rows(p.streams) && vector_rows(p.input) && aligned(p.norm_weight.data);
+  apply.vector = in_pieces(p.streams) && in_pieces(p.input) && aligned(p.norm_weight.data);
   return apply;
 }
 
@@ -218,7 +218,7 @@ Status mhc_head(const MhcHeadParams& p, const Context& context) {
   apply.streams = p.streams;
   apply.mixing = p.mixing;
   apply.output = p.output;
-  apply.vector = vector_rows(p.streams) && vector_rows(p.output);
+  apply.vector = in_pieces(p.streams) && in_pieces(p.output);
   return run(kHead, mix, apply, p.workspace, context);
 }
 

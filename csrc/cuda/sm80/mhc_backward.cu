@@ -109,66 +109,52 @@ struct Memory {
   }
 };
 
-const Gradient& gradient_of(bool head) { return head ? kHead : kPre; }
-
-// What the two ops have in common.
-struct Problem {
-  AnyView<2> grad_input;
-  AnyView<3> grad_residual, streams, grad_streams;
-  MhcMixing mixing;
-  AnyView<1> norm_weight;
-  float rms_eps;
-  View<const float, 2> grad_post;
-  View<const float, 3> grad_comb;
-  View<float, 2> grad_fn;
-  View<float, 1> grad_scale, grad_base, grad_norm_weight;
-  Workspace workspace;
-
-  int64_t tokens() const { return streams.size(0); }
-  int64_t hidden() const { return streams.size(2); }
-  bool wide() const { return streams.dtype == DType::kFloat32; }
-};
-
-Status run_tokens(const Gradient& gradient, const Problem& p, const Memory& memory, const Context& context) {
+Status run_tokens(const Gradient& gradient, const MhcPreBackwardParams& p, const Memory& memory,
+                  const Context& context) {
+  const int64_t tokens = p.streams.size(0), hidden = p.streams.size(2);
+  const bool wide = p.streams.dtype == DType::kFloat32;
   MixArguments mix = {};
   mix.streams = p.streams;
   mix.fn = p.mixing.fn;
   mix.partial = memory.partial;
-  mix.hidden = p.hidden();
-  mix.vector = vector_rows(p.streams) && vector_rows(p.mixing.fn);
+  mix.hidden = hidden;
+  mix.vector = in_pieces(p.streams) && in_pieces(p.mixing.fn);
   TokenArguments a = {};
   a.forward.streams = p.streams;
   a.forward.mixing = p.mixing;
   a.forward.norm_weight = p.norm_weight;
   a.forward.rms_eps = p.rms_eps;
   a.forward.partial = memory.partial;
-  a.forward.hidden = p.hidden();
-  a.forward.splits = static_cast<int>(splits_of(p.hidden()));
-  a.forward.vector = vector_rows(p.streams) && vector_rows(p.grad_input) && aligned(p.norm_weight.data);
+  a.forward.hidden = hidden;
+  a.forward.splits = static_cast<int>(splits_of(hidden));
+  a.forward.vector = in_pieces(p.streams) && in_pieces(p.grad_input) && aligned(p.norm_weight.data);
   a.grad_input = p.grad_input;
   a.grad_post = p.grad_post;
   a.grad_comb = p.grad_comb;
   a.factors = memory.factors;
   a.values = memory.values;
   a.summed = memory.summed;
-  for (int64_t first = 0; first < p.tokens(); first += kTokensAtOnce) {
-    const int64_t count = p.tokens() - first < kTokensAtOnce ? p.tokens() - first : kTokensAtOnce;
+  for (int64_t first = 0; first < tokens; first += kTokensAtOnce) {
+    const int64_t count = tokens - first < kTokensAtOnce ? tokens - first : kTokensAtOnce;
     mix.first_token = a.forward.first_token = first;
     mix.end_token = a.forward.end_token = first + count;
-    const Status mixed = launch_exact_mix(gradient.name, gradient.mixes == kStreams, p.wide(), mix, context);
+    const Status mixed = launch_exact_mix(gradient.name, gradient.mixes == kStreams, wide, mix, context);
     if (!mixed.is_ok()) return mixed;
     cuda::LaunchShape shape;
     shape.blocks_x = count + (gradient.mixes == kMixes ? ceil_div(count, kCombTokens) : 0);
     shape.threads = kApplyThreads;
     shape.shared_bytes = gradient.mixes == kMixes ? kTokenSharedBytes : kDotsSharedBytes;
-    const Status made = cuda::launch(gradient.name, gradient.tokens[p.wide()], shape, context, a);
+    const Status made = cuda::launch(gradient.name, gradient.tokens[wide], shape, context, a);
     if (!made.is_ok()) return made;
   }
   return Status::ok();
 }
 
-Status run_streams(const Gradient& gradient, const Problem& p, const Memory& memory, const Context& context) {
-  const Pieces pieces = pieces_of(p.tokens(), p.hidden());
+Status run_streams(const Gradient& gradient, const MhcPreBackwardParams& p, const Memory& memory,
+                   const Context& context) {
+  const int64_t tokens = p.streams.size(0), hidden = p.streams.size(2);
+  const bool wide = p.streams.dtype == DType::kFloat32;
+  const Pieces pieces = pieces_of(tokens, hidden);
   StreamArguments a = {};
   a.grad_input = p.grad_input;
   a.grad_residual = p.grad_residual;
@@ -182,21 +168,21 @@ Status run_streams(const Gradient& gradient, const Problem& p, const Memory& mem
   a.fn_sums = memory.fn_sums;
   a.norm_sums = memory.norm_sums;
   a.rest_sums = memory.rest_sums;
-  a.tokens = p.tokens();
-  a.hidden = p.hidden();
+  a.tokens = tokens;
+  a.hidden = hidden;
   a.piece_tokens = pieces.tokens;
   a.column_blocks = pieces.column_blocks;
-  a.vector = vector_rows(p.streams) && vector_rows(p.grad_streams) && vector_rows(p.grad_input) &&
-             (!p.grad_residual.given() || vector_rows(p.grad_residual));
+  a.vector = in_pieces(p.streams) && in_pieces(p.grad_streams) && in_pieces(p.grad_input) && in_pieces(p.grad_residual);
   cuda::LaunchShape shape;
   shape.blocks_x = pieces.column_blocks + 1;
   shape.blocks_y = pieces.count;
   shape.threads = kStreamThreads;
-  shape.shared_bytes = gradient.stream_bytes[p.wide()];
-  return cuda::launch(gradient.name, gradient.streams[p.wide()], shape, context, a);
+  shape.shared_bytes = gradient.stream_bytes[wide];
+  return cuda::launch(gradient.name, gradient.streams[wide], shape, context, a);
 }
 
-Status run_sums(const Gradient& gradient, const Problem& p, const Memory& memory, const Context& context) {
+Status run_sums(const Gradient& gradient, const MhcPreBackwardParams& p, const Memory& memory, const Context& context) {
+  const int64_t tokens = p.streams.size(0), hidden = p.streams.size(2);
   MhcSumArguments a = {};
   a.fn_sums = memory.fn_sums;
   a.norm_sums = memory.norm_sums;
@@ -205,29 +191,30 @@ Status run_sums(const Gradient& gradient, const Problem& p, const Memory& memory
   a.grad_scale = p.grad_scale;
   a.grad_base = p.grad_base;
   if (p.norm_weight.given()) a.grad_norm_weight = p.grad_norm_weight;
-  a.pieces = pieces_of(p.tokens(), p.hidden()).count;
+  a.pieces = pieces_of(tokens, hidden).count;
   a.mixes = gradient.mixes;
-  a.hidden = p.hidden();
-  a.vector_fn = aligned(p.grad_fn.data) && p.grad_fn.stride[0] % 4 == 0;
-  a.vector_norm = aligned(p.grad_norm_weight.data) && p.hidden() % 4 == 0;
+  a.hidden = hidden;
+  a.vector_fn = in_pieces(p.grad_fn);
+  a.vector_norm = in_pieces(p.grad_norm_weight);
   cuda::LaunchShape shape;
-  const int64_t norm_fours = p.norm_weight.given() ? ceil_div(p.hidden(), 4) : 0;
-  shape.blocks_x = ceil_div(gradient.mixes * p.hidden() + norm_fours + kSummed, kMhcSumThreads);
+  const int64_t norm_fours = p.norm_weight.given() ? ceil_div(hidden, 4) : 0;
+  shape.blocks_x = ceil_div(gradient.mixes * hidden + norm_fours + kSummed, kMhcSumThreads);
   shape.threads = kMhcSumThreads;
   return cuda::launch(gradient.name, sm80_f32_mhc_backward_sums, shape, context, a);
 }
 
-Status run(const Gradient& gradient, const Problem& p, const Context& context) {
-  const Memory memory(p.workspace.data, p.tokens(), p.hidden(), gradient, p.wide());
+Status run(const Gradient& gradient, const MhcPreBackwardParams& p, const Context& context) {
+  const int64_t tokens = p.streams.size(0), hidden = p.streams.size(2);
+  const bool wide = p.streams.dtype == DType::kFloat32;
+  const Memory memory(p.workspace.data, tokens, hidden, gradient, wide);
   if (p.workspace.bytes < memory.bytes) {
     return Status::error("%s: workspace has %lld bytes, needs %lld", gradient.name,
                          static_cast<long long>(p.workspace.bytes), static_cast<long long>(memory.bytes));
   }
-  if (p.tokens() > 0) {
-    const Status tokens = run_tokens(gradient, p, memory, context);
-    if (!tokens.is_ok()) return tokens;
-    const Status streams = run_streams(gradient, p, memory, context);
-    if (!streams.is_ok()) return streams;
+  if (tokens > 0) {
+    Status status = run_tokens(gradient, p, memory, context);
+    if (status.is_ok()) status = run_streams(gradient, p, memory, context);
+    if (!status.is_ok()) return status;
   }
   return run_sums(gradient, p, memory, context);
 }
@@ -235,39 +222,22 @@ Status run(const Gradient& gradient, const Problem& p, const Context& context) {
 }  // namespace
 
 int64_t mhc_backward_workspace_bytes(int64_t tokens, int64_t hidden, DType x, bool head) {
-  return Memory(nullptr, tokens, hidden, gradient_of(head), x == DType::kFloat32).bytes;
+  return Memory(nullptr, tokens, hidden, head ? kHead : kPre, x == DType::kFloat32).bytes;
 }
 
-Status mhc_pre_backward(const MhcPreBackwardParams& p, const Context& context) {
-  Problem problem = {};
-  problem.grad_input = p.grad_input;
-  problem.grad_residual = p.grad_residual;
-  problem.streams = p.streams;
-  problem.grad_streams = p.grad_streams;
-  problem.mixing = p.mixing;
-  problem.norm_weight = p.norm_weight;
-  problem.rms_eps = p.rms_eps;
-  problem.grad_post = p.grad_post;
-  problem.grad_comb = p.grad_comb;
-  problem.grad_fn = p.grad_fn;
-  problem.grad_scale = p.grad_scale;
-  problem.grad_base = p.grad_base;
-  problem.grad_norm_weight = p.grad_norm_weight;
-  problem.workspace = p.workspace;
-  return run(kPre, problem, context);
-}
+Status mhc_pre_backward(const MhcPreBackwardParams& p, const Context& context) { return run(kPre, p, context); }
 
 Status mhc_head_backward(const MhcHeadBackwardParams& p, const Context& context) {
-  Problem problem = {};
-  problem.grad_input = p.grad_output;
-  problem.streams = p.streams;
-  problem.grad_streams = p.grad_streams;
-  problem.mixing = p.mixing;
-  problem.grad_fn = p.grad_fn;
-  problem.grad_scale = p.grad_scale;
-  problem.grad_base = p.grad_base;
-  problem.workspace = p.workspace;
-  return run(kHead, problem, context);
+  MhcPreBackwardParams pre = {};  // without what mhc_head does not have
+  pre.grad_input = p.grad_output;
+  pre.streams = p.streams;
+  pre.grad_streams = p.grad_streams;
+  pre.mixing = p.mixing;
+  pre.grad_fn = p.grad_fn;
+  pre.grad_scale = p.grad_scale;
+  pre.grad_base = p.grad_base;
+  pre.workspace = p.workspace;
+  return run(kHead, pre, context);
 }
 
 }  // namespace dsv4::sm80

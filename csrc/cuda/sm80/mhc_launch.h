@@ -1,31 +1,13 @@
-// How the mHC kernels are launched, and what their operands' memory allows.
+// How the mHC kernels are launched.
 #pragma once
 
 #include "cuda/common/launch.h"
 #include "cuda/sm80/mhc_mix_few.h"
+#include "cuda/sm80/operands.h"
 
 namespace dsv4::sm80 {
 
 inline constexpr int64_t kTokensAtOnce = 8192;  // of the mixing product: bounds the workspace
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-inline int64_t element_bytes(DType dtype) { return dtype == DType::kBFloat16 ? 2 : 4; }
-
-inline bool aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
-
-// Whether every row is made of whole, aligned 16-byte pieces. Strides of the last axis are 1.
-template <int N>
-bool vector_rows(const AnyView<N>& view) {
-  const int64_t elements = 16 / element_bytes(view.dtype);
-  bool whole = aligned(view.data) && view.shape[N - 1] % elements == 0;
-  for (int axis = 0; axis + 1 < N; ++axis)
-    whole = whole && (view.stride[axis] % elements == 0 || view.shape[axis] == 1);
-  return whole;
-}
-
-// Of fn.
-inline bool vector_rows(const View<const float, 2>& view) { return aligned(view.data) && view.stride[0] % 4 == 0; }
 
 inline int64_t splits_of(int64_t hidden) { return ceil_div(hidden, kChunk * kChunksPerSplit); }
 

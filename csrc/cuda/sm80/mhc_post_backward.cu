@@ -110,8 +110,8 @@ Status mhc_post_backward(const MhcPostBackwardParams& p, const Context& context)
   shape.blocks_x = p.streams.size(0);
   shape.threads = kPostBackwardThreads;
   shape.shared_bytes = kPostBackwardBytes;
-  const bool vector = vector_rows(p.grad_result) && vector_rows(p.sublayer) && vector_rows(p.streams) &&
-                      vector_rows(p.grad_sublayer) && vector_rows(p.grad_streams);
+  const bool vector = in_pieces(p.grad_result) && in_pieces(p.sublayer) && in_pieces(p.streams) &&
+                      in_pieces(p.grad_sublayer) && in_pieces(p.grad_streams);
   const auto kernel = p.streams.dtype == DType::kFloat32 ? sm80_f32_mhc_post_backward : sm80_bf16_mhc_post_backward;
   return cuda::launch("mhc_post_backward", kernel, shape, context, PostBackwardArguments{p, vector});
 }

@@ -7,6 +7,7 @@
 #include "cuda/common/ptx.h"
 #include "cuda/sm80/linear.h"
 #include "cuda/sm80/moe.h"
+#include "cuda/sm80/operands.h"
 
 namespace dsv4::sm80 {
 
@@ -111,7 +112,7 @@ DSV4_KERNEL(kGateThreads, 4) sm80_f32_moe_gate(const GateArguments a) { gate(a);
 namespace {
 
 int64_t score_bytes(const MoeGateParams& p) {
-  return (p.x.size(0) * p.weight.size(0) * static_cast<int64_t>(sizeof(float)) + 63) / 64 * 64;
+  return round_up(p.x.size(0) * p.weight.size(0) * static_cast<int64_t>(sizeof(float)), 64);
 }
 
 DenseLinearParams logits_of(const MoeGateParams& p) {
@@ -150,7 +151,7 @@ Status moe_gate(const MoeGateParams& p, const Context& context) {
   a.experts = static_cast<int>(p.weight.size(0));
   a.top_k = static_cast<int>(p.top_k);
   cuda::LaunchShape shape;
-  shape.blocks_x = (a.tokens + kGateThreads / 32 - 1) / (kGateThreads / 32);
+  shape.blocks_x = ceil_div(a.tokens, kGateThreads / 32);
   shape.threads = kGateThreads;
   return cuda::launch("moe_gate", sm80_f32_moe_gate, shape, context, a);
 }

@@ -181,7 +181,7 @@ Status rope_rows(const RopeRowsParams& p, const Context& context) {
   const TableArguments a = {p, p.position.size(0) * p.frequency.size(0)};
   if (a.count == 0) return Status::ok();
   cuda::LaunchShape shape;
-  shape.blocks_x = (a.count + kRowThreads - 1) / kRowThreads;
+  shape.blocks_x = ceil_div(a.count, kRowThreads);
   shape.threads = kRowThreads;
   return cuda::launch("rope_rows", sm80_f32_rope_rows, shape, context, a);
 }

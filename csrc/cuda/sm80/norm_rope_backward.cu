@@ -260,7 +260,7 @@ struct Kernels {
   void (*any)(Arguments);
 
   auto of(bool vector, int64_t dim, int64_t threads) const {
-    const int64_t eights = (dim + 8 * threads - 1) / (8 * threads);
+    const int64_t eights = ceil_div(dim, 8 * threads);
     return !vector || eights > 2 ? any : eights == 2 ? two : one;
   }
 };
@@ -277,7 +277,7 @@ constexpr Kernels<NormArguments> kWideRows = {sm80_f32_norm_rope_backward_1, sm8
 // Of a team: a row of lanes of an eight each, or whole warps with two eights a thread.
 int team_threads(int64_t dim) {
   if (dim <= 32 * 8) return row_lanes(dim);
-  const int64_t warps = (dim + 32 * 16 - 1) / (32 * 16);
+  const int64_t warps = ceil_div(dim, 32 * 16);
   return static_cast<int>(warps < kTeamWarps ? 32 * warps : kTeamThreads);
 }
 
@@ -305,7 +305,7 @@ Status launch_rows(const char* op, const NormRopeBackwardParams& p, const Contex
   const bool block = a.threads > 32;
   const int64_t teams = block ? 1 : kRowThreads / a.threads;
   cuda::LaunchShape shape;
-  shape.blocks_x = (pieces_of(rows, row_work(dim)) + teams - 1) / teams;
+  shape.blocks_x = ceil_div(pieces_of(rows, row_work(dim)), teams);
   shape.threads = block ? a.threads : kRowThreads;
   shape.shared_bytes = block ? 2 * kTeamWarps * 16 : 0;
   const bool weight = a.weight.vector || a.weight.data == nullptr;

@@ -1,6 +1,7 @@
 // Writes a row or an index key to its place in a page, eight dims a lane; see PagePlaces.
 #pragma once
 
+#include "cuda/sm80/operands.h"
 #include "cuda/sm80/row_lanes.h"
 #include "ops/page_places.h"
 
@@ -8,10 +9,10 @@ namespace dsv4::sm80 {
 
 // Whether eights of the pool's rows can be stored whole.
 inline bool whole_places(const PagePlaces& places) {
-  const bool aligned = reinterpret_cast<uintptr_t>(places.data) % 16 == 0 && places.page_stride % 16 == 0 &&
-                       places.row_stride % 16 == 0 && places.dim % 8 == 0;
+  const bool whole =
+      aligned(places.data) && places.page_stride % 16 == 0 && places.row_stride % 16 == 0 && places.dim % 8 == 0;
   const bool rows = places.format == PageFormat::kFp8Rows;
-  return aligned && (!rows || (places.rope_dim % 8 == 0 && (places.dim - places.rope_dim) % 16 == 0));
+  return whole && (!rows || (places.rope_dim % 8 == 0 && (places.dim - places.rope_dim) % 16 == 0));
 }
 
 // The scale of e4m3 codes from the bits of the largest magnitude, and what they are multiplied by; not finite: NaN.

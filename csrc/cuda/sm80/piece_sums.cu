@@ -84,7 +84,7 @@ Status add_pieces(const char* op, const PieceSums& sums, const Context& context)
   while (a.groups < kMostGroups && a.groups * kPiecesAtOnce < sums.pieces) a.groups *= 2;
   a.quads_of_block = kSumThreads / a.groups;
   cuda::LaunchShape shape;
-  shape.blocks_x = (a.quads + a.quads_of_block - 1) / a.quads_of_block;
+  shape.blocks_x = ceil_div(a.quads, a.quads_of_block);
   shape.threads = kSumThreads;
   shape.shared_bytes = 2 * kSumThreads * 16;
   return cuda::launch(op, sm80_f32_add_pieces, shape, context, a);

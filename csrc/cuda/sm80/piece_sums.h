@@ -6,6 +6,7 @@
 #include "common/context.h"
 #include "common/dtype.h"
 #include "common/status.h"
+#include "cuda/sm80/operands.h"
 
 namespace dsv4::sm80 {
 
@@ -14,17 +15,16 @@ namespace dsv4::sm80 {
 inline int64_t rows_of_piece(int64_t rows, int64_t work) {
   constexpr int64_t kLeastRows = 4, kThreads = int64_t{1} << 18, kMostPieces = 2048;
   const int64_t by_threads = rows / (kThreads / work > 0 ? kThreads / work : 1);
-  const int64_t by_pieces = (rows + kMostPieces - 1) / kMostPieces,
-                least = by_threads > by_pieces ? by_threads : by_pieces;
+  const int64_t by_pieces = ceil_div(rows, kMostPieces), least = by_threads > by_pieces ? by_threads : by_pieces;
   return least > kLeastRows ? least : kLeastRows;
 }
 inline int64_t pieces_of(int64_t rows, int64_t work) {
   const int64_t of_piece = rows_of_piece(rows, work);
-  return (rows + of_piece - 1) / of_piece;
+  return ceil_div(rows, of_piece);
 }
 
 // A row of sums, so that four neighbours are a 16-byte access.
-inline int64_t padded_width(int64_t columns) { return (columns + 3) / 4 * 4; }
+inline int64_t padded_width(int64_t columns) { return round_up(columns, 4); }
 
 struct PieceSums {
   const float* partial;  // [pieces, rows, sets, padded_width(columns)]

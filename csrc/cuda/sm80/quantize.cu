@@ -8,6 +8,7 @@
 // dequantize_*: eight codes a thread; 3 (or 2.5) bytes an element and 19 (or 17) instructions, half of them for
 // addresses: near the limit of both.
 #include "cuda/common/launch.h"
+#include "cuda/sm80/code_pairs.h"
 #include "cuda/sm80/divisor.h"
 #include "cuda/sm80/hadamard_row.h"
 #include "cuda/sm80/page_rows.h"
@@ -133,8 +134,7 @@ DSV4_DEVICE void values_of(const ptx::Words2& codes, float (&value)[8]) {
     value[e] = ptx::multiply(float_from_bits(moved & (kFp4 ? 0x81C00000u : 0x87F00000u)), kFp4 ? 0x1p126f : 0x1p120f);
   }
   if constexpr (kFp4) return;
-  const auto nan = [](uint32_t word) { return ((word & 0x7F7F7F7Fu) + 0x01010101u) & 0x80808080u; };
-  const uint32_t any[2] = {nan(codes.word[0]), nan(codes.word[1])};
+  const uint32_t any[2] = {e4m3_nans(codes.word[0]), e4m3_nans(codes.word[1])};
   if ((any[0] | any[1]) == 0) return;
   DSV4_UNROLL
   for (int e = 0; e < 8; ++e) {
@@ -291,12 +291,12 @@ Status quantize(const char* name, void (*kernel)(QuantizeArguments), const Quant
   if (rows == 0 || dim == 0) return Status::ok();
   QuantizeArguments a = {};
   a.params = p;
-  const int64_t blocks = (dim + block - 1) / block;
+  const int64_t blocks = ceil_div(dim, block);
   a.blocks = Divisor(static_cast<uint32_t>(blocks));
   a.dim = static_cast<int>(dim);
   a.block = static_cast<int>(block);
   a.lanes = row_lanes((block + kHeldEights - 1) / kHeldEights);
-  a.vector = in_eights(p.x) && block % 8 == 0 && in_sixteens(p.codes.data) && p.codes.stride[0] % 8 == 0;
+  a.vector = in_eights(p.x) && block % 8 == 0 && aligned(p.codes.data) && p.codes.stride[0] % 8 == 0;
   const int64_t at_once = kUnitsAtOnce / blocks;
   for (a.first_row = 0; a.first_row < rows; a.first_row += at_once) {
     const int64_t left = rows - a.first_row;
@@ -312,7 +312,7 @@ Status quantize(const char* name, void (*kernel)(QuantizeArguments), const Quant
 Status dequantize(const DequantizeParams& p, const Context& context) {
   const int64_t batches = p.result.size(0), rows = p.result.size(1), dim = p.result.size(2), size = p.fp4 ? 4 : 8;
   if (batches == 0 || rows == 0 || dim == 0) return Status::ok();
-  const int64_t eights = (dim + 7) / 8, block = p.block < dim ? p.block : dim;
+  const int64_t eights = ceil_div(dim, 8), block = p.block < dim ? p.block : dim;
   DequantizeArguments a = {};
   a.params = p;
   a.eights = Divisor(static_cast<uint32_t>(eights));
@@ -320,8 +320,8 @@ Status dequantize(const DequantizeParams& p, const Context& context) {
   a.group = Divisor(static_cast<uint32_t>(p.group < rows ? p.group : rows));
   a.block = Divisor(static_cast<uint32_t>(block));
   a.dim = static_cast<int>(dim);
-  a.vector = in_eights(p.result) && block % 8 == 0 && reinterpret_cast<uintptr_t>(p.codes.data) % 8 == 0 &&
-             p.codes.stride[0] % size == 0 && p.codes.stride[1] % size == 0;
+  a.vector = in_eights(p.result) && block % 8 == 0 && aligned(p.codes.data, 8) && p.codes.stride[0] % size == 0 &&
+             p.codes.stride[1] % size == 0;
   const bool wide = p.result.dtype == DType::kFloat32;
   const auto kernel = p.fp4 ? (wide ? sm80_f32_dequantize_fp4 : sm80_bf16_dequantize_fp4)
                             : (wide ? sm80_f32_dequantize_fp8 : sm80_bf16_dequantize_fp8);

@@ -91,7 +91,7 @@ inline TwoFloats two_floats(double value) {
 }
 inline NormWeight norm_weight(const AnyView<1>& weight) {
   const int dim = static_cast<int>(weight.size(0));
-  return {weight.data, dim, weight.dtype == DType::kFloat32, dim % 8 == 0 && in_sixteens(weight.data)};
+  return {weight.data, dim, weight.dtype == DType::kFloat32, dim % 8 == 0 && aligned(weight.data)};
 }
 
 }  // namespace dsv4::sm80
