@@ -85,8 +85,6 @@ CLAIMS = {
             *((op, []) for op in ("product_few", "product_many", "shared_few", "shared_some")),
         )
     },
-    "bf16_moe_prepare": ["LDG.E.128", "STG.E.128", "SHFL.BFLY"],
-    "f32_moe_prepare": ["LDG.E.128", "STG.E.128", "SHFL.BFLY"],
     "bf16_moe_activate": ["LDG.E.128", "STG.E.128", "SHFL.BFLY", "MUFU.EX2"],
     "f32_moe_activate": ["LDG.E.128", "STG.E.128", "SHFL.BFLY", "MUFU.EX2"],
     "i32_moe_map": ["REDUX.SUM", "VOTE.ANY", "POPC", "BAR.SYNC"],
@@ -107,8 +105,8 @@ CLAIMS = {
     "f32_moe_backward_sum": ["LDG.E.128", "STG.E.128"],
     "f32_moe_backward_weights": ["FADD"],
     "f32_moe_gate": ["SHFL.BFLY", "MUFU.EX2"],
-    "bf16_linear_prepare": ["LDG.E.128", "STG.E.128", "SHFL.BFLY"],
-    "f32_linear_prepare": ["LDG.E.128", "STG.E.128", "SHFL.BFLY"],
+    "bf16_prepare_activations": ["LDG.E.128", "STG.E.128", "SHFL.BFLY"],
+    "f32_prepare_activations": ["LDG.E.128", "STG.E.128", "SHFL.BFLY"],
     "f32_index_select": ["REDUX.SUM", "VOTE.ANY", "POPC", "BAR.SYNC"],
     **{
         f"{dtype}_{op}": ["LDG.E.128", "STG.E.128", "SHFL.BFLY", "VOTE.ANY"]

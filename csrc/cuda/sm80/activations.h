@@ -1,10 +1,12 @@
 // Activations as the tiles of weight_tile.h read them: bfloat16, in planes. One plane where a value is a bfloat16:
 // plain ones, and all that went through the quantiser, times its scale (e4m3 times a power of two is exact). Three
-// where it is a float32, which is their sum. Plain bfloat16 rows are read where they lie; `prepare` writes the others,
-// padded with zeros to whole blocks of 128.
+// where it is a float32, which is their sum. Plain bfloat16 rows are read where they lie; `prepare_activations` writes
+// the others, padded with zeros to whole blocks of 128.
 #pragma once
 
-#include "common/view.h"
+#include "common/context.h"
+#include "common/status.h"
+#include "cuda/sm80/operands.h"
 #include "cuda/sm80/row_lanes.h"
 #include "cuda/sm80/weight_forms.h"
 
@@ -83,45 +85,55 @@ DSV4_DEVICE void round_trip_fp8(float (&value)[8]) {
   for (int i = 0; i < 8; ++i) value[i] = float_from_bits(0x7FC00000u);
 }
 
-// Where a block's unit c (inputs 8 c ...) lies, in 16-byte pieces, and its words.
-DSV4_DEVICE int unit_place(int c, bool permute) { return permute ? c % 4 * 4 + c / 4 : c; }
-
-DSV4_DEVICE Words4 unit_words(const float (&value)[8], bool permute) {
-  Words4 words;
-  DSV4_UNROLL
-  for (int w = 0; w < 4; ++w) {
-    words.word[w] = permute ? ptx::pack_bf16(value[w], value[w + 4]) : ptx::pack_bf16(value[2 * w], value[2 * w + 1]);
+// A block's unit, inputs 8 unit ..., of a row. `permute`: where and in which order quantised weights meet it.
+DSV4_DEVICE void store_unit(uint8_t* row, int64_t plane_bytes, int planes, int64_t block, int unit, bool permute,
+                            const float (&value)[8]) {
+  const int64_t place = block * 16 + (permute ? unit % 4 * 4 + unit / 4 : unit);
+  for (int plane = 0; plane < planes; ++plane) {
+    float part[8];
+    DSV4_UNROLL
+    for (int i = 0; i < 8; ++i) {
+      part[i] = planes == 1 ? value[i] : float_from_bits(float_part(value[i], plane) << 16);
+    }
+    Words4 words;
+    DSV4_UNROLL
+    for (int w = 0; w < 4; ++w) {
+      words.word[w] = permute ? ptx::pack_bf16(part[w], part[w + 4]) : ptx::pack_bf16(part[2 * w], part[2 * w + 1]);
+    }
+    ptx::store_global_16(row + plane * plane_bytes + place * 16, words);
   }
-  return words;
 }
 
 // A thread takes eight inputs.
 template <class X>
 DSV4_DEVICE void prepare(const PrepareArguments& a) {
   // Of blocks of 128 inputs 2^32 fit in no memory.
-  const uint32_t block =
-      static_cast<uint32_t>(ptx::block_index_x() * (kPrepareThreads / 16) + ptx::thread_index() / 16);
+  const uint32_t at = static_cast<uint32_t>(ptx::block_index_x() * (kPrepareThreads / 16) + ptx::thread_index() / 16);
   const uint32_t blocks = static_cast<uint32_t>(a.units / 16), groups = static_cast<uint32_t>(a.x.shape[1]);
-  const uint32_t row = block / blocks;
-  const int64_t unit = block % blocks * 16 + static_cast<uint32_t>(ptx::thread_index() % 16);
+  const uint32_t row = at / blocks, block = at % blocks;
+  const int unit = ptx::thread_index() % 16;
   const bool exists = row < a.rows;
   float value[8] = {};
   if (exists) {
     const X* from = static_cast<const X*>(a.x.data) + row / groups * a.x.stride[0] + row % groups * a.x.stride[1];
-    load_eight(from, static_cast<int>(8 * unit), static_cast<int>(a.x.shape[2]), a.vector, value);
+    const int column = static_cast<int>(block) * kBlockInputs + 8 * unit;
+    load_eight(from, column, static_cast<int>(a.x.shape[2]), a.vector, value);
   }
   if (a.quantise) round_trip_fp8(value);
   if (!exists) return;
-  const int64_t place = unit / 16 * 16 + unit_place(static_cast<int>(unit % 16), a.permute);
-  for (int plane = 0; plane < a.planes; ++plane) {
-    float part[8];
-    DSV4_UNROLL
-    for (int i = 0; i < 8; ++i) {
-      part[i] = a.planes == 1 ? value[i] : float_from_bits(float_part(value[i], plane) << 16);
-    }
-    ptx::store_global_16(a.to + ((static_cast<int64_t>(row) * a.planes + plane) * a.units + place) * 16,
-                         unit_words(part, a.permute));
-  }
+  const int64_t plane_bytes = 16 * a.units;
+  store_unit(a.to + static_cast<int64_t>(row) * a.planes * plane_bytes, plane_bytes, a.planes, block, unit, a.permute,
+             value);
+}
+
+// Writes x [T, G, K] as rows t G + g of `planes` planes, quantised or not, in the order in which quantised weights
+// (`permute`) or plain ones meet it.
+Status prepare_activations(const char* op, const AnyView<3>& x, void* to, int planes, bool quantise, bool permute,
+                           const Context&);
+
+// Rows [T, K] as one group.
+inline AnyView<3> with_group(const AnyView<2>& rows) {
+  return {rows.data, rows.dtype, {rows.shape[0], 1, rows.shape[1]}, {rows.stride[0], 0, rows.stride[1]}};
 }
 
 }  // namespace dsv4::sm80

@@ -8,9 +8,9 @@ namespace dsv4::sm80 {
 
 // The tiles of the map, or, with none, consecutive rows of one expert.
 struct GradientTiles {
+  static constexpr int split = 1;
   const ExpertTile* tiles;
   int64_t rows;
-  int split;  // 1
 };
 
 // A plain matrix of every expert, whose rows are those of K.

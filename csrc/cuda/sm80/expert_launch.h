@@ -9,8 +9,6 @@ namespace dsv4::sm80 {
 
 Status launch_map(const char* op, const MapArguments&, const Context&);
 
-Status launch_prepare(const char* op, const PrepareArguments&, const Context&);
-
 // out = w x for the rows of tile_count tiles of tile_rows (a multiple of 64), or for a.rows rows of one expert, where
 // a.tiles is none; a.first need not be set. Sums are those of the forward pass, to the bit.
 Status launch_product(const char* op, const ExpertMatrix& w, int64_t tile_count, int64_t tile_rows, ExpertArguments a,

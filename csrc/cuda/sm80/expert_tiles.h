@@ -127,16 +127,8 @@ DSV4_DEVICE void store_inner(const ExpertArguments& a, const ExpertTile& tile, i
                              float (&value)[8]) {
   if (a.quantise) round_trip_fp8(value);
   if (token >= tile.count) return;
-  uint8_t* row = a.inner + (tile.first + token) * a.inner_stride;
-  const int64_t place = block * 16 + unit_place(unit, a.quantise);
-  for (int plane = 0; plane < a.inner_planes; ++plane) {
-    float part[8];
-    DSV4_UNROLL
-    for (int i = 0; i < 8; ++i) {
-      part[i] = a.inner_planes == 1 ? value[i] : float_from_bits(float_part(value[i], plane) << 16);
-    }
-    ptx::store_global_16(row + plane * a.inner_plane_stride + place * 16, unit_words(part, a.quantise));
-  }
+  store_unit(a.inner + (tile.first + token) * a.inner_stride, a.inner_plane_stride, a.inner_planes, block, unit,
+             a.quantise, value);
 }
 
 // Sixteen lanes take a row of 128, eight a lane.

@@ -1,9 +1,10 @@
 // Linear layers: a kernel that prepares the activations where they need it (activations.h), and the product on tiles of
 // weight_tile.h, whose sums go straight from registers to the output.
 //
-// Few tokens read the weights once: 16 rows a block, K dealt out to four warps, three or four stages of 512 inputs in
-// flight; bound by the bandwidth of the weights' bytes (1 or 0.53 a weight). Many: 128 x 128, 85 FLOP a byte from L2
-// with FP8 weights; bound by the tensor cores, and on the newest GPUs by the instructions that expand codes.
+// Few tokens read the weights once: 16 rows a block, K dealt out to four warps, two of three stages of 512 inputs in
+// flight (of float32 weights one of two), up to three blocks an SM; bound by the bandwidth of the weights' bytes (1 or
+// 0.53 a weight). Many: 128 x 128, 85 FLOP a byte from L2 with FP8 weights; bound by the tensor cores, and on the
+// newest GPUs by the instructions that expand codes.
 #include "cuda/common/launch.h"
 #include "cuda/sm80/linear.h"
 #include "cuda/sm80/weight_tile.h"
@@ -75,14 +76,7 @@ DSV4_LINEAR_KERNELS(fp4_wide, WeightForm::kFp4Wide)
 DSV4_LINEAR_KERNELS(bf16, WeightForm::kBFloat16)
 DSV4_LINEAR_KERNELS(f32, WeightForm::kFloat32)
 
-DSV4_KERNEL(kPrepareThreads, 4) sm80_bf16_linear_prepare(const PrepareArguments a) { prepare<bf16>(a); }
-DSV4_KERNEL(kPrepareThreads, 4) sm80_f32_linear_prepare(const PrepareArguments a) { prepare<float>(a); }
-
 namespace {
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-bool aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
 
 struct TileSize {
   int rows, tokens, threads, shared_bytes;
@@ -126,12 +120,6 @@ struct Product {
   bool in_place() const { return plain && x.dtype == DType::kBFloat16; }
   int64_t row_bytes() const { return planes() * ceil_div(x.size(2), kBlockInputs) * 256; }
   int64_t workspace_bytes() const { return in_place() ? 0 : x.size(0) * x.size(1) * row_bytes(); }
-  // Whether rows of x are made of whole, aligned 16-byte pieces.
-  bool vector() const {
-    const int64_t elements = x.dtype == DType::kBFloat16 ? 8 : 4;
-    return aligned(x.data) && x.size(2) % 8 == 0 && (x.stride[0] % elements == 0 || x.size(0) == 1) &&
-           (x.stride[1] % elements == 0 || x.size(1) == 1);
-  }
 };
 
 // A row of `bytes` bytes.
@@ -154,21 +142,8 @@ Product product_of(const char* name, const LinearParams& p, bool quantise) {
   return product;
 }
 
-AnyView<3> with_group(const AnyView<2>& view) {
-  AnyView<3> three;
-  three.data = view.data;
-  three.dtype = view.dtype;
-  three.shape[0] = view.shape[0];
-  three.shape[1] = 1;
-  three.shape[2] = view.shape[1];
-  three.stride[0] = view.stride[0];
-  three.stride[1] = 0;
-  three.stride[2] = view.stride[1];
-  return three;
-}
-
 Product product_of(const DenseLinearParams& p) {
-  const int64_t bytes = p.weight.size(1) * (p.weight.dtype == DType::kBFloat16 ? 2 : 4);
+  const int64_t bytes = p.weight.size(1) * size_of(p.weight.dtype);
   return {"dense_linear",
           with_group(p.x),
           with_group(p.out),
@@ -179,24 +154,6 @@ Product product_of(const DenseLinearParams& p) {
           true};
 }
 
-Status launch_prepare(const Product& p, const Context& context) {
-  PrepareArguments a = {};
-  a.x = p.x;
-  a.to = static_cast<uint8_t*>(p.workspace.data);
-  a.units = ceil_div(p.x.size(2), kBlockInputs) * 16;
-  a.rows = p.x.size(0) * p.x.size(1);
-  a.planes = p.planes();
-  a.quantise = p.quantise;
-  a.permute = !p.plain;
-  a.vector = p.vector();
-  cuda::LaunchShape shape;
-  shape.blocks_x = ceil_div(a.rows * a.units, kPrepareThreads);
-  shape.threads = kPrepareThreads;
-  if (shape.blocks_x == 0) return Status::ok();
-  return cuda::launch(p.name, p.x.dtype == DType::kBFloat16 ? sm80_bf16_linear_prepare : sm80_f32_linear_prepare, shape,
-                      context, a);
-}
-
 ActivationRows rows_of(const Product& p) {
   ActivationRows x = {};
   x.planes = p.planes();
@@ -204,7 +161,7 @@ ActivationRows rows_of(const Product& p) {
     x.data = static_cast<const uint8_t*>(p.x.data);
     x.stride = p.x.size(0) > 1 ? p.x.stride[0] * 2 : 0;
     x.bytes = p.x.size(2) * 2;
-    x.vector = p.vector();
+    x.vector = in_eights(p.x);
   } else {
     x.data = static_cast<const uint8_t*>(p.workspace.data);
     x.stride = p.x.size(1) * p.row_bytes();
@@ -223,7 +180,9 @@ Status run(const Product& p, const Context& context, const LinearForm& form, Lin
     return Status::error("%s: workspace has %lld bytes, needs %lld", p.name, static_cast<long long>(p.workspace.bytes),
                          static_cast<long long>(p.workspace_bytes()));
   }
-  const Status prepared = p.in_place() ? Status::ok() : launch_prepare(p, context);
+  const Status prepared =
+      p.in_place() ? Status::ok()
+                   : prepare_activations(p.name, p.x, p.workspace.data, p.planes(), p.quantise, !p.plain, context);
   if (!prepared.is_ok()) return prepared;
   const TileSize& size = form.size[static_cast<int>(tile)];
   LinearArguments a = {};

@@ -16,8 +16,8 @@ Status grouped_linear(const LinearParams&, const Context&);
 Status dense_linear(const DenseLinearParams&, const Context&);
 
 // How a product is cut into blocks, which changes no bit of the results. Rows of weights x tokens: 16 x 8, K dealt out
-// to four warps; 32 x 32, K dealt out to two (float32 weights: 32 x 16); 128 x 128 (bfloat16 weights 128 x 64, float32
-// 64 x 64).
+// to four warps; 32 x 32, K dealt out to two (float32 weights: 32 x 16); 128 x 128 (bfloat16 weights, and FP4 with
+// float32 scales, 128 x 64, float32 64 x 64).
 enum class LinearTile { kFew, kSome, kMany };
 
 Status fp8_linear(const LinearParams&, const Context&, LinearTile);

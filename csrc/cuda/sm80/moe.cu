@@ -5,9 +5,9 @@
 // Few rows an expert: tiles of 8 rows, each weight read once, bound by the bytes of the experts touched or by the
 // instructions that expand them. 64 rows of a matrix a block, w1 and w3 apart and `activate` after them: one token's
 // six experts are three blocks for each SM of a large GPU, where blocks of a quantiser's 128 outputs of both would be
-// fewer than it has SMs. Many: tiles of 64, 57 FLOP a byte from L2 with e2m1 weights: bound by the tensor cores and the
-// instructions that expand codes. The launch has a tile for every pair or, from some pairs on, for every expert and 64
-// pairs, whichever is less; tiles without rows end at once.
+// fewer than it has SMs. Many: tiles of 64, with e2m1 weights 124 FLOP a byte from L2 for gate and up, 84 for down:
+// bound by the tensor cores and the instructions that expand codes. The launch has a tile for every pair or, from some
+// pairs on, for every expert and 8 or 64 pairs, whichever is less; tiles without rows end at once.
 //
 // The shared expert is one alone: until tokens are many it takes 32 rows a block, so that some hundred blocks read each
 // matrix of a model.
@@ -101,8 +101,6 @@ DSV4_EXPERT_KERNELS(fp4_wide, WeightForm::kFp4Wide)
 DSV4_EXPERT_KERNELS(bf16, WeightForm::kBFloat16)
 DSV4_EXPERT_KERNELS(f32, WeightForm::kFloat32)
 
-DSV4_KERNEL(kPrepareThreads, 4) sm80_bf16_moe_prepare(const PrepareArguments a) { prepare<bf16>(a); }
-DSV4_KERNEL(kPrepareThreads, 4) sm80_f32_moe_prepare(const PrepareArguments a) { prepare<float>(a); }
 DSV4_KERNEL(kActivateThreads, 4) sm80_bf16_moe_activate(const ExpertArguments a) { activate<bf16>(a); }
 DSV4_KERNEL(kActivateThreads, 4) sm80_f32_moe_activate(const ExpertArguments a) { activate<float>(a); }
 DSV4_KERNEL(kMapThreads, 2) sm80_i32_moe_map(const MapArguments a) { moe_map(a); }
@@ -112,9 +110,6 @@ DSV4_KERNEL(kCombineThreads, 4) sm80_f32_moe_combine(const CombineArguments a) {
 namespace {
 
 constexpr int64_t kTokensAtOnce = 4096;  // bounds the workspace
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-bool aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
 
 // A kernel of the experts and what it takes at a time.
 struct ExpertKernel {
@@ -170,8 +165,7 @@ bool plain(const ExpertMatrix& w) { return w.format == WeightFormat::kPlain; }
 
 ExpertWeights weights_of(const ExpertMatrix& w) {
   ExpertWeights e = {};
-  const int64_t size = !plain(w) ? 1 : w.data.dtype == DType::kBFloat16 ? 2 : 4;
-  const int64_t scale_size = w.scale.dtype == DType::kFloat32 ? 4 : 1;
+  const int64_t size = size_of(w.data.dtype);
   WeightMatrix& m = e.matrix;
   m.data = static_cast<const uint8_t*>(w.data.data);
   m.stride = w.data.stride[1] * size;
@@ -181,8 +175,8 @@ ExpertWeights weights_of(const ExpertMatrix& w) {
   m.scales_of_a_row = w.scale.shape[2];
   m.wide_scales = w.scale.dtype == DType::kFloat32;
   e.stride = w.data.stride[0] * size;
-  e.scale_stride = w.scale.stride[0] * scale_size;
-  m.vector = aligned(m.data) && m.stride % 16 == 0 && m.bytes % 16 == 0 && (e.stride % 16 == 0 || w.data.shape[0] == 1);
+  e.scale_stride = w.scale.stride[0] * size_of(w.scale.dtype);
+  m.vector = in_pieces(w.data) && m.stride % 16 == 0;  // rows past the last have addresses too
   return e;
 }
 
@@ -215,7 +209,7 @@ int planes_of(const MoeExpertsParams& p, const ExpertMatrix& w) {
   return plain(w) && p.x.dtype == DType::kFloat32 ? 3 : 1;
 }
 
-int64_t padded_bytes(int64_t inputs) { return ceil_div(inputs, kBlockInputs) * kBlockInputs * 2; }
+int64_t padded_bytes(int64_t inputs) { return round_up(inputs, kBlockInputs) * 2; }
 
 // Where things lie in the workspace, for `tokens` tokens.
 struct Layout {
@@ -224,7 +218,7 @@ struct Layout {
   int64_t gate, up;  // of the routed experts, then of the shared one
 
   Layout(const MoeExpertsParams& p, const ExpertCut& cut, int64_t tokens) {
-    const int64_t hidden = p.x.size(1), experts = p.w1.data.shape[0], size = p.x.dtype == DType::kBFloat16 ? 2 : 4;
+    const int64_t hidden = p.x.size(1), experts = p.w1.data.shape[0], size = size_of(p.x.dtype);
     const bool has_shared = shared(p).given();
     pairs = tokens * p.weights.size(1);
     tile_rows = kTilesRows[cut.many];
@@ -250,7 +244,7 @@ struct Layout {
  private:
   int64_t take(int64_t bytes) {
     const int64_t at = used;
-    used += ceil_div(bytes, 64) * 64;
+    used += round_up(bytes, 64);
     return at;
   }
 };
@@ -275,15 +269,6 @@ Status launch_map(const char* name, const MapArguments& a, const Context& contex
   shape.threads = kMapThreads;
   shape.shared_bytes = kMapSharedBytes;
   return cuda::launch(name, sm80_i32_moe_map, shape, context, a);
-}
-
-Status launch_prepare(const char* name, const PrepareArguments& a, const Context& context) {
-  cuda::LaunchShape shape;
-  shape.blocks_x = ceil_div(a.rows * a.units, kPrepareThreads);
-  shape.threads = kPrepareThreads;
-  if (shape.blocks_x == 0) return Status::ok();
-  const bool narrow = a.x.dtype == DType::kBFloat16;
-  return cuda::launch(name, narrow ? sm80_bf16_moe_prepare : sm80_f32_moe_prepare, shape, context, a);
 }
 
 Status launch_product(const char* name, const ExpertMatrix& w, int64_t tile_count, int64_t tile_rows, ExpertArguments a,
@@ -315,44 +300,20 @@ class ExpertRun {
     return reinterpret_cast<T*>(static_cast<uint8_t*>(p_.workspace.data) + at);
   }
   bool narrow() const { return p_.x.dtype == DType::kBFloat16; }
-  int64_t size() const { return narrow() ? 2 : 4; }
-  AnyView<2> x() const {
-    AnyView<2> view = p_.x;
-    view.data = static_cast<uint8_t*>(view.data) + first_ * view.stride[0] * size();
-    view.shape[0] = count_;
-    return view;
-  }
-  bool vector() const {
-    return aligned(p_.x.data) && p_.x.size(1) % 8 == 0 && (p_.x.stride[0] * size() % 16 == 0 || p_.x.size(0) == 1);
-  }
+  int64_t size() const { return size_of(p_.x.dtype); }
+  AnyView<2> x() const { return p_.x.part(0, first_, count_); }
 
   // x for quantised weights, or for plain ones in float32.
   Status prepare(bool wide) const {
     if ((wide && narrow()) || !wants_x(p_, wide)) return Status::ok();
-    PrepareArguments a = {};
-    const AnyView<2> view = x();
-    a.x.data = view.data;
-    a.x.dtype = view.dtype;
-    a.x.shape[0] = count_;
-    a.x.shape[1] = 1;
-    a.x.shape[2] = view.shape[1];
-    a.x.stride[0] = view.stride[0];
-    a.x.stride[2] = 1;
-    a.to = memory(wide ? at_.wide : at_.quantised);
-    a.units = padded_bytes(view.shape[1]) / 16;
-    a.rows = count_;
-    a.planes = wide ? 3 : 1;
-    a.quantise = a.permute = !wide;
-    a.vector = vector();
-    return launch_prepare("moe_experts", a, context_);
+    void* to = memory(wide ? at_.wide : at_.quantised);
+    return prepare_activations("moe_experts", with_group(x()), to, wide ? 3 : 1, !wide, !wide, context_);
   }
 
   Status map() const {
     if (at_.pairs == 0) return Status::ok();
     MapArguments a = {};
-    a.indices = p_.indices;
-    a.indices.data = static_cast<uint8_t*>(p_.indices.data) +
-                     first_ * p_.indices.stride[0] * (p_.indices.dtype == DType::kInt64 ? 8 : 4);
+    a.indices = p_.indices.part(0, first_, count_);
     a.pairs = at_.pairs;
     a.top_k = static_cast<int>(p_.weights.size(1));
     a.experts = static_cast<int>(p_.w1.data.shape[0]);
@@ -377,9 +338,9 @@ class ExpertRun {
     rows.map = is_shared ? nullptr : memory<int32_t>(at_.tokens_of);
     if (plain(w) && narrow()) {
       rows.data = static_cast<const uint8_t*>(x().data);
-      rows.stride = p_.x.size(0) > 1 ? p_.x.stride[0] * 2 : 0;
+      rows.stride = count_ > 1 ? p_.x.stride[0] * 2 : 0;
       rows.bytes = rows.inputs * 2;
-      rows.vector = vector();
+      rows.vector = in_eights(x());
     } else {
       rows.data = memory(plain(w) ? at_.wide : at_.quantised);
       rows.bytes = rows.plane_stride = padded_bytes(rows.inputs);
@@ -478,8 +439,7 @@ class ExpertRun {
     a.result = static_cast<uint8_t*>(p_.result.data) + first_ * a.result_stride * size();
     a.hidden = p_.x.size(1);
     a.top_k = static_cast<int>(p_.weights.size(1));
-    a.vector = aligned(p_.result.data) && a.hidden % elements == 0 &&
-               (a.result_stride % elements == 0 || p_.result.shape[0] == 1);
+    a.vector = in_pieces(p_.result);
     cuda::LaunchShape shape;
     shape.blocks_x = count_;
     shape.blocks_y = ceil_div(a.hidden, kCombineThreads * elements);

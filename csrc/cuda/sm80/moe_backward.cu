@@ -53,21 +53,15 @@ constexpr const char* kOp = "moe_experts_backward";
 constexpr int64_t kSumsAtOnce = int64_t{1} << 26;  // float32 numbers: bounds the workspace
 constexpr int64_t kRowsOfTile[2] = {64, 128};      // few, many
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
-bool aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
-
 TileRows rows_of(const AnyView<2>& view, const int32_t* map) {
   const int64_t size = size_of(view.dtype);
-  TileRows rows = {static_cast<const uint8_t*>(view.data),
-                   map,
-                   view.stride[0] * size,
-                   view.shape[1] * size,
-                   0,
-                   view.shape[0],
-                   false};
-  rows.vector = aligned(rows.data) && rows.bytes % 16 == 0 && (rows.stride % 16 == 0 || rows.count <= 1);
-  return rows;
+  return {static_cast<const uint8_t*>(view.data),
+          map,
+          view.stride[0] * size,
+          view.shape[1] * size,
+          0,
+          view.shape[0],
+          in_pieces(view)};
 }
 
 GradientMatrix matrix_of(const AnyView<3>& view) {
@@ -79,10 +73,8 @@ GradientMatrix matrix_of(const AnyView<3>& view) {
             view.shape[2] * size,
             0,
             view.shape[1],
-            false};
+            in_pieces(view)};
   m.expert_stride = view.stride[0] * size;
-  m.rows.vector = aligned(view.data) && m.rows.bytes % 16 == 0 && (m.rows.stride % 16 == 0 || view.shape[1] <= 1) &&
-                  (m.expert_stride % 16 == 0 || view.shape[0] <= 1);
   return m;
 }
 
@@ -195,20 +187,7 @@ class GradientRun {
   // x in the form in which float32 weights meet it.
   Status prepare() const {
     if (narrow()) return Status::ok();
-    PrepareArguments a = {};
-    a.x.data = p_.x.data;
-    a.x.dtype = p_.x.dtype;
-    a.x.shape[0] = at_.tokens;
-    a.x.shape[1] = 1;
-    a.x.shape[2] = hidden();
-    a.x.stride[0] = p_.x.stride[0];
-    a.x.stride[2] = 1;
-    a.to = memory(at_.wide);
-    a.units = round_up(hidden(), kBlockInputs) / 8;
-    a.rows = at_.tokens;
-    a.planes = 3;
-    a.vector = rows_of(p_.x, nullptr).vector && hidden() % 8 == 0;
-    return launch_prepare(kOp, a, context_);
+    return prepare_activations(kOp, with_group(p_.x), memory(at_.wide), 3, false, false, context_);
   }
 
   Status map() const {
@@ -264,7 +243,7 @@ class GradientRun {
   }
 
   GradientTiles tiles_of(const Group& g) const {
-    return {g.shared ? nullptr : memory<ExpertTile>(at_.tiles), at_.tokens, 1};
+    return {g.shared ? nullptr : memory<ExpertTile>(at_.tiles), at_.tokens};
   }
   int64_t tile_count(const Group& g) const {
     return g.shared ? ceil_div(at_.tokens, kRowsOfTile[g.many]) : at_.tile_count;

@@ -6,12 +6,9 @@
 // pairs that come out of packed codes with fewest instructions, and activations.h lays the activations out alike.
 #pragma once
 
-#include "common/pages.h"
-#include "cuda/common/ptx.h"
+#include "cuda/sm80/code_pairs.h"
 
 namespace dsv4::sm80 {
-
-using ptx::Words4;
 
 inline constexpr int kBlockInputs = 128;
 inline constexpr int kUnits = 2;  // of a lane and half block
@@ -54,10 +51,7 @@ struct WeightUnit<WeightForm::kFp8> {
   DSV4_DEVICE void load(uint32_t rows, int row, int quarter, int half, int unit, bool) {
     if (unit != 0) return;
     codes = ptx::load_shared_16(rows + static_cast<uint32_t>(row * kRowBytes + place(row, 2 * quarter + half) * 16));
-    special = 0;
-    DSV4_UNROLL
-    for (int i = 0; i < 4; ++i) special |= (codes.word[i] & 0x7F7F7F7Fu) + 0x01010101u;
-    special &= 0x80808080u;
+    special = e4m3_nans(codes);
   }
 
   // Moved into the fields of a bfloat16 a code is its value times 2^-120, NaN 480.
