@@ -124,6 +124,13 @@ def test_rows_without_keys_and_infinite_sinks(attend: Attend, sink: float) -> No
     assert bool(out[~empty].any()) == (sink < math.inf)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_no_heads(dtype: torch.dtype) -> None:
+    out, lse = sparse_attention(**make(heads=0, dtype=dtype))
+    assert out.shape == (17, 0, 32)
+    assert lse.shape == (17, 0)
+
+
 @pytest.mark.parametrize("runs", [((-6, 3), (9, 2)), ((-2, 5), (9, 2))])
 @pytest.mark.parametrize("consecutive", [True, False])
 def test_positions_below_0_see_no_window(attend: Attend, runs: Any, consecutive: bool) -> None:
