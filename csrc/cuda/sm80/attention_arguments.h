@@ -10,8 +10,8 @@ inline constexpr int kGroupWarps = 4;  // share the dims of a group of heads
 
 // Whether pairs of elements are aligned as one.
 inline bool paired(const AnyView<3>& view) {
-  return aligned(view.data, static_cast<uintptr_t>(2 * size_of(view.dtype))) && view.stride[0] % 2 == 0 &&
-         view.stride[1] % 2 == 0;
+  return view.given() && aligned(view.data, static_cast<uintptr_t>(2 * size_of(view.dtype))) &&
+         view.stride[0] % 2 == 0 && view.stride[1] % 2 == 0;
 }
 
 inline AttentionPool pool_of(const RowPool& from, int64_t head_dim, int64_t rope_dim) {
