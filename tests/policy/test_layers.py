@@ -10,7 +10,7 @@ from repository import CSRC, PACKAGE, name, sources
 
 # Lower first; a module imports from its own layer and those below. The longest matching name counts.
 LAYERS = (
-    ("_library",),
+    ("_library", "_compiling"),
     ("ops",),
     ("model.config",),
     ("cache",),

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dsv4._compiling import between_graphs
 from dsv4.cache.file import load_cache, save_cache
 from dsv4.cache.layer import BLOCK, LayerCache, Settings, blocks_of, bytes_in_use
 from dsv4.cache.pool import PagePool
@@ -253,6 +254,7 @@ class KVCache:
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     @property
+    @between_graphs
     def layers(self) -> tuple[LayerCache, ...]:
         """Storage of every layer. Growing replaces tensors: ask again after every `begin`."""
         version = self._tables.pools[_WINDOW].version, self._tables.pools[_COMPRESSED].version
@@ -329,6 +331,7 @@ class KVCache:
                 progress.high = progress.length
                 progress.floor = max(plan.floor, self.settings.first_window_block(progress.length) * BLOCK)
 
+    @between_graphs
     def commit(self, step: Step) -> None:
         """Takes the rows of a step over: lengths grow, window pages out of reach go back.
 

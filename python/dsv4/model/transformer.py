@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dsv4._compiling import between_graphs
 from dsv4.cache import KVCache, LayerCache, Step
 from dsv4.model.block import Block
 from dsv4.model.config import Config
@@ -112,6 +113,7 @@ class Transformer(StoredWeights):
             step = self.begin(ids, counts, cache)
             return self._logits(self._run(step, cache), counts, ids.shape, logits_to_keep)
 
+    @between_graphs
     def begin(self, ids: Tensor, counts: Sequence[int], cache: KVCache) -> Step:
         """The step that feeds checked ids to the cache, after any steps that the cache needs first."""
         for step in cache.pending():
@@ -195,6 +197,7 @@ class Transformer(StoredWeights):
         if (cache.device.type, cache.device.index or 0) != (self.device.type, self.device.index or 0):
             raise ValueError(f"the cache is on {cache.device}, the model on {self.device}: load it with device=")
 
+    @between_graphs
     def check_ids(
         self,
         input_ids: Tensor,

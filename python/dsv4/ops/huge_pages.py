@@ -24,12 +24,12 @@ def ask(address: int, nbytes: int) -> None:
 
 
 def zeros(*shape: int, dtype: torch.dtype, device: torch.device | str) -> Tensor:
-    """torch.zeros, on a CPU in huge pages.
+    """torch.zeros, on a CPU in huge pages; in a graph of torch.compile, which has no addresses, without.
 
     The rows that an indexer selects lie scattered over a pool of hundreds of megabytes. In pages of 4 KiB every one has
     its own, whose address takes about as long to translate as its row takes to fetch.
     """
     pages = torch.empty(shape, dtype=dtype, device=device)
-    if pages.device.type == "cpu":
+    if pages.device.type == "cpu" and not torch.compiler.is_compiling():
         ask(pages.data_ptr(), pages.nbytes)
     return pages.zero_()
