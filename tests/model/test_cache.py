@@ -369,7 +369,7 @@ def test_bytes_a_token_of_the_releases() -> None:
 
 
 def test_layers_describe_what_they_store() -> None:
-    made = KVCache(NANO, batch_size=3)
+    made = KVCache(NANO, batch_size=np.int64(3))
     made.commit(made.begin([torch.zeros(5, dtype=torch.int64)] * 3))
     swa, csa, hca = made.layers[0], made.layers[2], made.layers[3]
     assert swa.pages is swa.state is swa.index_pages is swa.index_state is None
@@ -388,7 +388,7 @@ def test_layers_describe_what_they_store() -> None:
     ("arguments", "message"),
     [
         ({"batch_size": 0}, "batch_size"),
-        ({"max_seq_len": 0}, "max_seq_len"),
+        ({"max_seq_len": 2**31}, "max_seq_len must be an integer from 1 to 2147483647, got 2147483648"),
         ({"quantization": "fp8"}, "quantization"),
         ({"index_format": "int8"}, "index_format"),
         ({"rollback": -1}, "rollback"),

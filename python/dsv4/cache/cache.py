@@ -86,6 +86,7 @@ class _Progress:
 
 
 _WINDOW, _COMPRESSED = 0, 1  # kinds of pages
+_MOST_POSITIONS = 2**31 - 1  # which kernels take as int32
 
 
 class _Tables:
@@ -181,11 +182,11 @@ class KVCache:
         rollback: int = 8,
     ):
         for name, value in (("batch_size", batch_size), ("max_seq_len", max_seq_len)):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"cache: {name} must be an integer >= 1, got {value!r}")
+            if not hasattr(value, "__index__") or not 1 <= value <= _MOST_POSITIONS:
+                raise ValueError(f"cache: {name} must be an integer from 1 to {_MOST_POSITIONS}, got {value!r}")
         self.settings = Settings(config, quantization, dtype, index_format, rollback)
         self.device = torch.empty(0, device=device).device  # with the number of a GPU, whichever is current later
-        self._setup(batch_size, max_seq_len, None)
+        self._setup(operator.index(batch_size), operator.index(max_seq_len), None)
 
     def _setup(self, batch_size: int, max_seq_len: int, tables: _Tables | None) -> None:
         """Everything but settings and device; `tables` when they are a copy's."""

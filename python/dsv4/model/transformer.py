@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -208,6 +209,8 @@ class Transformer(StoredWeights):
         """(ids int64, in host memory for a cache; how many of each row count), or ValueError as `forward` says."""
         if logits_to_keep < 0:
             raise ValueError(f"logits_to_keep must be 0 (all) or a number of columns, got {logits_to_keep}")
+        if not isinstance(input_ids, Tensor):
+            raise ValueError(f"input_ids must be an integer tensor [batch, seq], got {type(input_ids).__name__}")
         if input_ids.dim() != 2 or input_ids.dtype not in _ID_DTYPES:
             raise ValueError(f"input_ids must be integer [batch, seq], got {input_ids.dtype} {list(input_ids.shape)}")
         ids = input_ids.to(device=self.device if cache is None else "cpu", dtype=torch.int64)
@@ -218,10 +221,11 @@ class Transformer(StoredWeights):
             self._check_cache(cache)
         if cache is not None and cache.batch_size != ids.shape[0]:
             raise ValueError(f"the cache holds {cache.batch_size} sequences, input_ids has {ids.shape[0]} rows")
-        counts = [ids.shape[1]] * ids.shape[0] if num_tokens is None else [int(n) for n in num_tokens]
-        if len(counts) != ids.shape[0] or any(not 0 <= n <= ids.shape[1] for n in counts):
+        counts = [ids.shape[1]] * ids.shape[0] if num_tokens is None else list(num_tokens)
+        fits = all(hasattr(count, "__index__") and 0 <= count <= ids.shape[1] for count in counts)
+        if len(counts) != ids.shape[0] or not fits:
             raise ValueError(f"num_tokens must be {ids.shape[0]} counts of 0 to {ids.shape[1]}, got {counts}")
-        return ids, counts
+        return ids, [operator.index(count) for count in counts]
 
 
 def _used(counts: Sequence[int], length: int) -> Tensor:
