@@ -162,16 +162,19 @@ def test_public_names() -> None:
     assert isinstance(init(TINY), Transformer)
 
 
-def test_a_disk_that_fills_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write, model = writer.write_safetensors, init(TINY)
+@pytest.mark.parametrize(("function", "last"), [("write_safetensors", "model-00002"), ("_write_json", "config.json")])
+def test_a_disk_that_fills_leaves_nothing_behind(
+    function: str, last: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_file, model = getattr(writer, function), init(TINY)
 
     def full(file: Path, *arguments: Any) -> None:
-        if file.name.startswith("model-00002"):
+        if file.name.startswith(last):
             raise OSError(errno.ENOSPC, "No space left on device")
-        write(file, *arguments)
+        write_file(file, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(writer, "write_safetensors", full)
+        patch.setattr(writer, function, full)
         with pytest.raises(OSError, match="No space"):
             save_released(model, tmp_path, 60_000)
     assert list(tmp_path.iterdir()) == []

@@ -155,6 +155,7 @@ def test_model_arguments() -> None:
         r"num_tokens must be 1 counts of 0 to 4, got \[1.5\]": lambda: model(ids, cache=cache, num_tokens=[1.5]),
         r"num_tokens must be 1 counts of 0 to 4, got \['1'\]": lambda: model(ids, cache=cache, num_tokens=["1"]),
         r"input_ids must be an integer tensor \[batch, seq\], got list": lambda: model([[0, 1]]),
+        r"max_seq_len must be an integer from 1 to 2147483647, got 2147483648": lambda: model.new_cache(1, 2**31),
         r"max_seq_len": lambda: model(ids.repeat(1, 2), cache=cache),
         r"input_ids must be integer \[batch, seq\], got torch.complex64 \[1, 4\]": lambda: model(ids.cfloat()),
         r"logits_to_keep must be 0 \(all\) or a number of columns, got -1": lambda: model(ids, logits_to_keep=-1),

@@ -71,12 +71,12 @@ def save_released(
         if len(shards) > 1:
             weight_map = {key: name for name, keys in zip(names, shards, strict=True) for key in keys}
             _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    except BaseException:  # some shards are no checkpoint, and would be taken for one at the next try
+        note = note if note is not None else getattr(model, "note", "")
+        _write_json(folder / "config.json", config.to_dict() | ({NOTE: note} if note else {}))
+    except BaseException:  # part of a checkpoint is none, and would be taken for one at the next try
         for name in (*names, INDEX):
             (folder / name).unlink(missing_ok=True)
         raise
-    note = note if note is not None else getattr(model, "note", "")
-    _write_json(folder / "config.json", config.to_dict() | ({NOTE: note} if note else {}))
 
 
 def write_safetensors(
