@@ -1,7 +1,7 @@
 // What the moe_experts kernels share: which rows each expert gets, how the work is cut, the order of the sums. Tokens
 // are taken kMoeTokens at a time, so that scratch memory does not grow with the prompt. A piece of work is some outputs
-// of one matrix for all rows of one expert: its weights are read once. No cut can show in a result, since a kernel's
-// dot product depends on its two rows alone.
+// of one matrix for rows of one expert. No cut can show in a result, since a kernel's dot product depends on its two
+// rows alone.
 //
 // MoeCall is the driver. Below it, a class of experts, based on MoeRouting, says how the rows of experts are stored and
 // multiplied:
@@ -9,8 +9,9 @@
 //   void prepare(WeightFormat, const X* x, int64_t token)   a token's activations as matrices of that format read them
 //   int64_t gathers(); void gather(int64_t item)    what else has to be done before the products, in so many items
 //   int64_t kDown                                   outputs of a piece of w2; of w1 and w3 they are kMoeOutputs
+//   int64_t cut()                                   the groups' rows into parts; how many
 //   void gate_up(int64_t slot, int64_t piece, int64_t pieces, int64_t slots)
-//   void project_down(the same)                     one of pieces * groups_ pieces, with `pieces` to an expert, in an
+//   void project_down(the same)                     one of pieces * cut() pieces, with `pieces` to a part, in an
 //                                                   order of its own; the slot will have `piece + slots` next
 //
 // RowExperts is such a class with rows one after another, in groups of kMoeRows, for a kernel of static functions:
@@ -129,7 +130,9 @@ class MoeRouting {
     return {&p_.w1, &p_.w3, &p_.w2, group, p_.w1.data.size(1), start_[group], start_[group + 1] - start_[group], false};
   }
 
-  int64_t token_of(const Expert& e, int64_t row) const { return e.shared ? row : order_[e.first + row] / top_k_; }
+  int64_t token_of(const Expert& e, int64_t row) const {
+    return e.shared ? e.first - start_[experts_] + row : order_[e.first + row] / top_k_;
+  }
   float weight_of(const Expert& e, int64_t row) const {
     if (e.shared) return 1;
     const int64_t pair = order_[e.first + row];
@@ -203,7 +206,7 @@ class MoeRouting {
 template <class Experts>
 class MoeCall : public Experts {
   using X = typename Experts::Type;
-  using Experts::p_, Experts::context_, Experts::tokens_, Experts::hidden_, Experts::widest_, Experts::groups_;
+  using Experts::p_, Experts::context_, Experts::tokens_, Experts::hidden_, Experts::widest_;
 
  public:
   using Experts::Experts;
@@ -228,12 +231,12 @@ class MoeCall : public Experts {
       }
     });
     moe_spread(context_, rows, this->gathers(), [&](int64_t, int64_t item) { this->gather(item); });
-    if (groups_ > 0) {
+    if (const int64_t parts = this->cut(); parts > 0) {
       const int64_t up = (widest_ + kMoeOutputs - 1) / kMoeOutputs,
                     down = (hidden_ + Experts::kDown - 1) / Experts::kDown;
-      moe_spread(context_, slots, up * groups_,
+      moe_spread(context_, slots, up * parts,
                  [&](int64_t slot, int64_t piece) { this->gate_up(slot, piece, up, slots); });
-      moe_spread(context_, slots, down * groups_,
+      moe_spread(context_, slots, down * parts,
                  [&](int64_t slot, int64_t piece) { this->project_down(slot, piece, down, slots); });
     }
     moe_spread(context_, rows, count, [&](int64_t, int64_t token) { this->combine(token); });
@@ -243,12 +246,13 @@ class MoeCall : public Experts {
 template <class Kernel, class X>
 class RowExperts : public MoeRouting<X> {
   using Base = MoeRouting<X>;
-  using Base::has_shared_, Base::used_, Base::active_, Base::output_, Base::group_;
+  using Base::has_shared_, Base::used_, Base::active_, Base::output_;
   using typename Base::Expert;
 
  public:
   RowExperts(const MoeExpertsParams& p, const Context& context) : Base(p, context) {
     const int64_t rows = this->rows();
+    parts_ = this->template take<Part>(this->experts_ + 1 + rows / kMoeRows);
     for (int format = 0; format < kFormats; ++format) {
       const auto f = static_cast<WeightFormat>(format);
       input_bytes_[format] = this->reads_input(f) ? round_up(Kernel::template row_bytes<X>(f, hidden_), 64) : 0;
@@ -276,43 +280,47 @@ class RowExperts : public MoeRouting<X> {
   int64_t gathers() const { return 0; }
   void gather(int64_t) const {}
 
-  // One piece of w1 and w3: the inner activations of all rows of the expert, in the form that w2 reads. Neighbouring
-  // pieces belong to different experts, so that every thread meets both long and short ones.
+  // Parts of as many rows as share an expansion of weights, so that an expert of many, as the shared one, is work for
+  // every thread.
+  int64_t cut() {
+    part_count_ = 0;
+    for (int64_t i = 0; i < groups_; ++i) {
+      const int64_t rows = this->expert(active_[i]).count;
+      for (int64_t from = 0; from < rows; from += kMoeRows) parts_[part_count_++] = {active_[i], from};
+    }
+    return part_count_;
+  }
+
+  // One piece of w1 and w3: the inner activations of a part's rows, in the form that w2 reads. Neighbouring pieces
+  // belong to different parts, so that every thread meets both long and short ones.
   void gate_up(int64_t slot_index, int64_t piece, int64_t, int64_t) const {
-    const Expert e = this->expert(active_[piece % groups_]);
-    const int64_t row = piece / groups_ * kMoeOutputs, left = e.inter - row;
+    const Expert e = part(piece % part_count_);
+    const int64_t row = piece / part_count_ * kMoeOutputs, left = e.inter - row;
     const int64_t rows = left < kMoeOutputs ? left : kMoeOutputs;
     if (rows <= 0) return;
     const Memory s = memory(slot_index);
     const int64_t offset = Kernel::template row_bytes<X>(e.w2->format, row);
-    for (int64_t from = 0; from < e.count; from += group_) {
-      const int64_t count = e.count - from < group_ ? e.count - from : group_;
-      project_input(s, e, *e.w1, row, rows, from, count, s.gate);
-      project_input(s, e, *e.w3, row, rows, from, count, s.up);
-      for (int64_t i = 0; i < count; ++i) {
-        Kernel::template activate<X>(s.gate + i * kMoeOutputs, s.up + i * kMoeOutputs, this->weight_of(e, from + i),
-                                     p_.swiglu_limit, rows, s.values);
-        Kernel::template prepare<X>(e.w2->format, s.values, rows,
-                                    inner_ + (e.first + from + i) * inner_bytes_ + offset);
-      }
+    project_input(s, e, *e.w1, row, rows, s.gate);
+    project_input(s, e, *e.w3, row, rows, s.up);
+    for (int64_t i = 0; i < e.count; ++i) {
+      Kernel::template activate<X>(s.gate + i * kMoeOutputs, s.up + i * kMoeOutputs, this->weight_of(e, i),
+                                   p_.swiglu_limit, rows, s.values);
+      Kernel::template prepare<X>(e.w2->format, s.values, rows, inner_ + (e.first + i) * inner_bytes_ + offset);
     }
   }
 
   // One piece of w2.
   void project_down(int64_t slot_index, int64_t piece, int64_t, int64_t) const {
-    const Expert e = this->expert(active_[piece % groups_]);
-    const int64_t row = piece / groups_ * kMoeOutputs, left = hidden_ - row;
+    const Expert e = part(piece % part_count_);
+    const int64_t row = piece / part_count_ * kMoeOutputs, left = hidden_ - row;
     const int64_t rows = left < kMoeOutputs ? left : kMoeOutputs;
     const Memory s = memory(slot_index);
-    for (int64_t from = 0; from < e.count; from += group_) {
-      const int64_t count = e.count - from < group_ ? e.count - from : group_;
-      for (int64_t i = 0; i < count; ++i) s.rows[i] = inner_ + (e.first + from + i) * inner_bytes_;
-      Kernel::template project<X>(*e.w2, e.index, row, rows, e.inter, s.rows, count, s.gate, s.kernel);
-      for (int64_t i = 0; i < count; ++i) {
-        X* to = output_ + (e.first + from + i) * hidden_ + row;
-        const float* outputs = s.gate + i * kMoeOutputs;
-        for (int64_t r = 0; r < rows; ++r) to[r] = from_float<X>(outputs[r]);
-      }
+    for (int64_t i = 0; i < e.count; ++i) s.rows[i] = inner_ + (e.first + i) * inner_bytes_;
+    Kernel::template project<X>(*e.w2, e.index, row, rows, e.inter, s.rows, e.count, s.gate, s.kernel);
+    for (int64_t i = 0; i < e.count; ++i) {
+      X* to = output_ + (e.first + i) * hidden_ + row;
+      const float* outputs = s.gate + i * kMoeOutputs;
+      for (int64_t r = 0; r < rows; ++r) to[r] = from_float<X>(outputs[r]);
     }
   }
 
@@ -336,14 +344,27 @@ class RowExperts : public MoeRouting<X> {
     return input_[static_cast<int>(format)] + token * input_bytes_[static_cast<int>(format)];
   }
 
-  // out = the matrix's outputs [row, row + rows) for `count` rows of the expert, from `from` on.
-  void project_input(const Memory& s, const Expert& e, const ExpertMatrix& w, int64_t row, int64_t rows, int64_t from,
-                     int64_t count, float* out) const {
-    for (int64_t i = 0; i < count; ++i) s.rows[i] = input(w.format, this->token_of(e, from + i));
-    Kernel::template project<X>(w, e.index, row, rows, hidden_, s.rows, count, out, s.kernel);
+  // Rows of a group from one of them on.
+  struct Part {
+    int64_t group, from;
+  };
+  Expert part(int64_t index) const {
+    Expert e = this->expert(parts_[index].group);
+    e.first += parts_[index].from;
+    e.count -= parts_[index].from;
+    e.count = e.count < kMoeRows ? e.count : kMoeRows;
+    return e;
   }
 
-  int64_t input_bytes_[kFormats] = {}, inner_bytes_ = 0, pointers_ = 0;
+  // out = the matrix's outputs [row, row + rows) for the expert's rows.
+  void project_input(const Memory& s, const Expert& e, const ExpertMatrix& w, int64_t row, int64_t rows,
+                     float* out) const {
+    for (int64_t i = 0; i < e.count; ++i) s.rows[i] = input(w.format, this->token_of(e, i));
+    Kernel::template project<X>(w, e.index, row, rows, hidden_, s.rows, e.count, out, s.kernel);
+  }
+
+  Part* parts_;
+  int64_t part_count_ = 0, input_bytes_[kFormats] = {}, inner_bytes_ = 0, pointers_ = 0;
   uint8_t *input_[kFormats], *inner_;
 };
 

@@ -204,7 +204,7 @@ TEST(experts_of_many_inputs) {
       compare<float>(tokens, 34, 2200, format, 4e-6);
     }
     // More rows of one expert than are taken at a time, which is 256, and more inputs than a chunk has.
-    Problem<bf16> problem(259, 1056, 32, 1, 1, format, WeightFormat::kNone, 7);
+    Problem<bf16> problem(259, 1056, 32, 1, 1, format, format, 7);
     problem.indices.assign(problem.indices.size(), 0);
     compare(problem, 86, 4e-3);
   }

@@ -90,6 +90,8 @@ class TileExperts : public MoeRouting<X> {
     }
   }
 
+  int64_t cut() const { return groups_; }
+
   // One piece of w1 and w3: the inner activations of all rows of the expert, in the form that w2 reads.
   void gate_up(int64_t slot_index, int64_t piece, int64_t pieces, int64_t slots) const {
     const Expert e = piece_expert(piece, pieces), later = piece_expert(piece + slots, pieces);
