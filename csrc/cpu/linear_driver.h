@@ -138,7 +138,8 @@ class DenseCall {
                   [&](int64_t slot, const auto& next) {
                     Kernel kernel(p_, static_cast<uint8_t*>(p_.workspace.data) + slot * slot_bytes_);
                     for (int64_t item = next(); item >= 0; item = next()) {
-                      const int64_t row = item % chunks_ * kDenseRows, output = item / chunks_ * kDenseOutputs;
+                      // All outputs of some rows, then of the next: activations stay in the second-level cache.
+                      const int64_t row = item / panels_ * kDenseRows, output = item % panels_ * kDenseOutputs;
                       const int64_t rows = p_.x.size(0) - row, outputs = p_.weight.size(0) - output;
                       kernel.run(row, rows < kDenseRows ? rows : kDenseRows, output,
                                  outputs < kDenseOutputs ? outputs : kDenseOutputs);

@@ -116,7 +116,7 @@ struct Product {
     constexpr int kLow = kOutputs < kTileRows ? kOutputs : kOutputs - kTileRows;  // columns from high to low parts
     for (int64_t group = 0; group < tokens; group += kTileRows) {
       alignas(64) float square[kTileRows];
-      _mm512_store_ps(square, avx512::sums16(squares + group));
+      _mm512_store_ps(square, avx512::totals<16>(squares + group));
       for (int64_t t = group; t < group + kTileRows && t < tokens; ++t) {
         __m512 x[2] = {_mm512_load_ps(sums[t]), _mm512_setzero_ps()};
         if (kOutputs > kTileRows) x[1] = _mm512_load_ps(sums[t] + kTileRows);
@@ -378,7 +378,7 @@ struct Product {
     alignas(64) float sums[2 * kTileRows][kTileRows], square[kTileRows];
     store_sums<0, kOutputs>(sums[0], kTileBytes, kTileRows * kTileRows);
     tile_release();
-    _mm512_store_ps(square, avx512::sums16(squares));
+    _mm512_store_ps(square, avx512::totals<16>(squares));
     for (int64_t t = 0; t < tokens; ++t) {
       for (int j = 0; j < kSums; ++j) out[t][j] = j < kOutputs ? product<kOutputs>(sums[0] + t, kTileRows, j) : 0.f;
       out[t][kSquares] = square[t];

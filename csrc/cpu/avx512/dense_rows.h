@@ -1,16 +1,17 @@
 // Rows of activations with rows of plain weights, for dense_linear. A pair of rows has one register of sums: 16 lanes,
-// each adding every 16th product (bfloat16 by bfloat16: every 16th pair, by vdpbf16ps) in ascending order; sums16 adds
-// the lanes. So a result depends on its two rows alone. Mixed operands widen to float32, exactly.
+// each adding every 16th product (bfloat16 by bfloat16: every 16th pair, by vdpbf16ps) in ascending order; `totals`
+// adds the lanes after every chunk of inputs. So a result depends on its two rows alone. Mixed operands widen to
+// float32, exactly.
 //
 // Up to 4 rows of activations: 16 pairs of rows at a time straight from memory, each weight read once; the limit is the
 // bandwidth. Rows of weights shorter than a page go one after another: several at a time in one page hide from the
-// processor what comes next (half the bandwidth, docs/investigations/decode_cpu.md). More: 4 KiB of a row at a time, so
-// that 4 rows of activations stay in the first-level cache and 32 of weights in the second while 4 x 4 pairs at a time
-// go through registers (8 loads for 16 products); the sums wait in scratch memory. The limit is the rate of FMA or
+// processor what comes next (half the bandwidth, docs/investigations/decode_cpu.md). More: a chunk at a time, so that 4
+// rows of activations stay in the first-level cache and 32 of weights in the second while 4 x 4 pairs at a time go
+// through registers (8 loads for 16 products); the results wait in scratch memory. The limit is the rate of FMA or
 // vdpbf16ps.
 #pragma once
 
-#include "cpu/avx512/weight_rows.h"
+#include "cpu/avx512/code_tiles.h"
 #include "cpu/linear_driver.h"
 
 namespace dsv4::avx512 {
@@ -63,48 +64,45 @@ DSV4_INLINE void dense_sums(const X* x, int64_t x_stride, const W* w, int64_t w_
       for (int m = 0; m < kM; ++m) sum[m * kN + n] = Step::add(sum[m * kN + n], rows[m], weights);
     }
   };
+#pragma GCC unroll 16
+  for (int i = 0; i < kM * kN; ++i) sum[i] = _mm512_setzero_ps();
   int64_t at = 0;
   for (; at + Step::kInputs <= inputs; at += Step::kInputs) add(at);
   if (at < inputs) add(at, inputs - at);
 }
 
+// Products over a chunk of inputs: lane m * kN + n.
 template <int kM, int kN, class X, class W>
-static __attribute__((noinline)) void dense_tile(const X* x, int64_t x_stride, const W* w, int64_t w_stride,
-                                                 int64_t inputs, bool first, __m512* sums) {
+static __attribute__((noinline)) __m512 dense_tile(const X* x, int64_t x_stride, const W* w, int64_t w_stride,
+                                                   int64_t inputs) {
   __m512 sum[kM * kN];
-#pragma GCC unroll 16
-  for (int i = 0; i < kM * kN; ++i) sum[i] = first ? _mm512_setzero_ps() : sums[i];
   dense_sums<kM, kN>(x, x_stride, w, w_stride, inputs, sum);
-#pragma GCC unroll 16
-  for (int i = 0; i < kM * kN; ++i) sums[i] = sum[i];
+  return totals<kM * kN>(sum);
 }
 
-// The same sums from zero, one row w after another.
+// The same, one row w after another.
 template <int kM, int kN, class X, class W>
-static __attribute__((noinline)) void dense_in_order(const X* x, int64_t x_stride, const W* w, int64_t w_stride,
-                                                     int64_t inputs, __m512* sums) {
+static __attribute__((noinline)) __m512 dense_in_order(const X* x, int64_t x_stride, const W* w, int64_t w_stride,
+                                                       int64_t inputs) {
+  __m512 sums[kM * kN];
   for (int n = 0; n < kN; ++n) {
     __m512 sum[kM];
-#pragma GCC unroll 4
-    for (int m = 0; m < kM; ++m) sum[m] = _mm512_setzero_ps();
     dense_sums<kM, 1>(x, x_stride, w + n * w_stride, w_stride, inputs, sum);
 #pragma GCC unroll 4
     for (int m = 0; m < kM; ++m) sums[m * kN + n] = sum[m];
   }
+  return totals<kM * kN>(sums);
 }
 
 class DenseKernel {
  public:
   static int64_t memory(const DenseLinearParams& p) {
     if (p.x.size(0) <= kDenseFew) return 0;
-    return kDenseRows * kDenseOutputs * static_cast<int64_t>(sizeof(__m512)) +
-           (p.x.dtype != p.weight.dtype ? kDenseOutputs * kBlockBytes : 0);
+    return kDenseRows * kDenseOutputs / kTilePairs * static_cast<int64_t>(sizeof(__m512)) +
+           (p.x.dtype != p.weight.dtype ? kDenseOutputs * kChunk * static_cast<int64_t>(sizeof(float)) : 0);
   }
 
-  DenseKernel(const DenseLinearParams& p, uint8_t* memory)
-      : p_(p),
-        sums_(reinterpret_cast<__m512*>(memory)),
-        wide_(reinterpret_cast<float*>(sums_ + kDenseRows * kDenseOutputs)) {}
+  DenseKernel(const DenseLinearParams& p, uint8_t* memory) : p_(p), memory_(memory) {}
 
   void run(int64_t row, int64_t rows, int64_t output, int64_t outputs) const {
     const bool narrow = p_.weight.dtype == DType::kBFloat16;
@@ -116,15 +114,13 @@ class DenseKernel {
   }
 
  private:
-  static constexpr int64_t kTile = 4;
-  static constexpr int64_t kBlockBytes = 4096;
-  static constexpr int64_t kWideInputs = kBlockBytes / static_cast<int64_t>(sizeof(float));
+  static constexpr int64_t kTile = 4, kTilePairs = kTile * kTile;
 
   template <class X, class W>
   void start(int64_t row, int64_t rows, int64_t output, int64_t outputs) const {
     const X* x = p_.x.as<const X>().at(row);
     const W* w = p_.weight.as<const W>().at(output);
-    if (p_.x.size(0) > kDenseFew) return many(x, w, row, rows, output, outputs);
+    if (p_.x.size(0) > kDenseFew) return tiles(x, w, row, rows, output, outputs);
     switch (rows) {
       case 4:
         return few<4, 4>(x, w, row, output, outputs);
@@ -145,45 +141,52 @@ class DenseKernel {
   }
   template <int kM, int kN, class X, class W>
   void few_tile(const X* x, const W* w, int64_t row, int64_t output, int64_t n) const {
-    const int64_t w_stride = p_.weight.stride[0];
+    const int64_t inputs = p_.x.size(1), x_stride = p_.x.stride[0], w_stride = p_.weight.stride[0];
     const W* from = w + n * w_stride;
-    __m512 sums[16];
-    if (p_.x.size(1) * static_cast<int64_t>(sizeof(W)) < kPageBytes) {
-      dense_in_order<kM, kN>(x, p_.x.stride[0], from, w_stride, p_.x.size(1), sums);
+    __m512 result = _mm512_setzero_ps();
+    if (inputs <= kChunk && inputs * static_cast<int64_t>(sizeof(W)) < kPageBytes) {
+      result = dense_in_order<kM, kN>(x, x_stride, from, w_stride, inputs);
     } else {
-      dense_tile<kM, kN>(x, p_.x.stride[0], from, w_stride, p_.x.size(1), true, sums);
+      for (int64_t at = 0; at < inputs; at += kChunk) {
+        const int64_t some = inputs - at < kChunk ? inputs - at : kChunk;
+        const __m512 mine = dense_tile<kM, kN>(x + at, x_stride, from + at, w_stride, some);
+        result = at == 0 ? mine : _mm512_add_ps(result, mine);
+      }
     }
-    put<kM, kN>(row, output + n, sums);
+    put<kM, kN>(row, output + n, result);
   }
 
   // Which rows of activations, weights and inputs a call of `tiles` multiplies.
-  struct Block {
+  struct Part {
     int64_t row, m, output, outputs, inputs;
     bool first, last;
   };
 
   template <class X, class W>
-  void many(const X* x, const W* w, int64_t row, int64_t rows, int64_t output, int64_t outputs) const {
+  void tiles(const X* x, const W* w, int64_t row, int64_t rows, int64_t output, int64_t outputs) const {
     constexpr bool kWidenX = sizeof(X) < sizeof(W), kWidenW = sizeof(W) < sizeof(X);
-    constexpr int64_t kInputs = kBlockBytes / static_cast<int64_t>(kWidenX || kWidenW ? sizeof(float) : sizeof(W));
     const int64_t all = p_.x.size(1), x_stride = p_.x.stride[0], w_stride = p_.weight.stride[0];
-    for (int64_t at = 0; at == 0 || at < all; at += kInputs) {
-      const bool last = all - at <= kInputs;
-      const int64_t inputs = last ? all - at : kInputs;
-      if constexpr (kWidenW) copy(w + at, w_stride, outputs, inputs, wide_);
+    float* wide = reinterpret_cast<float*>(results() + kDenseRows * kDenseOutputs / kTilePairs);
+    for (int64_t at = 0; at == 0 || at < all; at += kChunk) {
+      const bool last = all - at <= kChunk;
+      const int64_t inputs = last ? all - at : kChunk;
+      if constexpr (kWidenW) copy(w + at, w_stride, outputs, inputs, wide);
       for (int64_t m = 0; m < rows; m += kTile) {
         const int64_t height = rows - m < kTile ? rows - m : kTile;
-        const Block block = {row, m, output, outputs, inputs, at == 0, last};
+        const Part part = {row, m, output, outputs, inputs, at == 0, last};
         const X* from = x + m * x_stride + at;
-        if (!kWidenW && m == 0 && !last) ask_for(w + at + kInputs, w_stride, outputs);
-        if constexpr (kWidenX) {
-          copy(from, x_stride, height, inputs, wide_);
-          tiles(height, wide_, kWideInputs, w + at, w_stride, block);
-        } else if constexpr (kWidenW) {
-          tiles(height, from, x_stride, wide_, kWideInputs, block);
-        } else {
-          tiles(height, from, x_stride, w + at, w_stride, block);
-        }
+        if (!kWidenW && m == 0 && !last) ask_for(w + at + kChunk, w_stride, outputs);
+        with_constant<kTile>(height, [&](auto tall) {
+          constexpr int kM = decltype(tall)::value;
+          if constexpr (kWidenX) {
+            copy(from, x_stride, height, inputs, wide);
+            tiles_of<kM>(wide, kChunk, w + at, w_stride, part);
+          } else if constexpr (kWidenW) {
+            tiles_of<kM>(from, x_stride, wide, kChunk, part);
+          } else {
+            tiles_of<kM>(from, x_stride, w + at, w_stride, part);
+          }
+        });
       }
     }
   }
@@ -191,64 +194,43 @@ class DenseKernel {
   // The first `count` inputs of `rows` rows as float32.
   template <class T>
   static void copy(const T* from, int64_t stride, int64_t rows, int64_t count, float* to) {
-    for (int64_t i = 0; i < rows; ++i, from += stride, to += kWideInputs) {
+    for (int64_t i = 0; i < rows; ++i, from += stride, to += kChunk) {
       int64_t at = 0;
       for (; at + 16 <= count; at += 16) _mm512_store_ps(to + at, floats(from + at));
       if (at < count) _mm512_store_ps(to + at, floats(from + at, low16(count - at)));
     }
   }
 
-  template <class X, class W>
-  void tiles(int64_t height, const X* x, int64_t x_stride, const W* w, int64_t w_stride, const Block& b) const {
-    switch (height) {
-      case 4:
-        return tiles<4>(x, x_stride, w, w_stride, b);
-      case 3:
-        return tiles<3>(x, x_stride, w, w_stride, b);
-      case 2:
-        return tiles<2>(x, x_stride, w, w_stride, b);
-      default:
-        return tiles<1>(x, x_stride, w, w_stride, b);
-    }
-  }
   template <int kM, class X, class W>
-  void tiles(const X* x, int64_t x_stride, const W* w, int64_t w_stride, const Block& b) const {
-    __m512* sums = sums_ + b.m * kDenseOutputs;
+  void tiles_of(const X* x, int64_t x_stride, const W* w, int64_t w_stride, const Part& part) const {
+    __m512* result = results() + part.m / kTile * (kDenseOutputs / kTile);
     int64_t n = 0;
-    for (; n + 4 <= b.outputs; n += 4) {
-      dense_tile<kM, 4>(x, x_stride, w + n * w_stride, w_stride, b.inputs, b.first, sums + n * kM);
-      if (b.last) put<kM, 4>(b.row + b.m, b.output + n, sums + n * kM);
-    }
-    for (; n < b.outputs; ++n) {
-      dense_tile<kM, 1>(x, x_stride, w + n * w_stride, w_stride, b.inputs, b.first, sums + n * kM);
-      if (b.last) put<kM, 1>(b.row + b.m, b.output + n, sums + n * kM);
-    }
+    const auto tile = [&](auto columns) __attribute__((always_inline)) {
+      constexpr int kN = decltype(columns)::value;
+      const __m512 mine = dense_tile<kM, kN>(x, x_stride, w + n * w_stride, w_stride, part.inputs);
+      *result = part.first ? mine : _mm512_add_ps(*result, mine);
+      if (part.last) put<kM, kN>(part.row + part.m, part.output + n, *result);
+      ++result, n += kN;
+    };
+    while (n + kTile <= part.outputs) tile(Constant<kTile>{});
+    if (part.outputs - n == 3) tile(Constant<3>{});
+    if (part.outputs - n == 2) tile(Constant<2>{});
+    if (part.outputs - n == 1) tile(Constant<1>{});
   }
   // A block of weight rows: blocks are too short for the processor to notice by itself what comes next.
   template <class W>
   static void ask_for(const W* w, int64_t stride, int64_t rows) {
-    for (int64_t n = 0; n < rows; ++n) {
-      for (int64_t at = 0; at < kBlockBytes; at += 64) {
-        _mm_prefetch(reinterpret_cast<const uint8_t*>(w + n * stride) + at, _MM_HINT_T1);
-      }
-    }
+    for (int64_t n = 0; n < rows; ++n) ask(reinterpret_cast<const uint8_t*>(w + n * stride), kChunk * sizeof(W));
   }
 
-  // Adds the lanes and writes kN outputs of kM rows.
+  // Writes kN outputs of kM rows.
   template <int kM, int kN>
-  void put(int64_t row, int64_t output, const __m512* sums) const {
+  void put(int64_t row, int64_t output, __m512 result) const {
     alignas(64) float results[16];
-    if constexpr (kN == 1) {
-      for (int m = 0; m < kM; ++m) results[m] = total(sums[m]);
-    } else {
-      __m512 all[16];
-      for (int i = 0; i < 16; ++i) all[i] = i < kM * kN ? sums[i] : _mm512_setzero_ps();
-      _mm512_store_ps(results, sums16(all));
-    }
+    _mm512_store_ps(results, result);
     if (p_.out.dtype == DType::kBFloat16) {
       alignas(32) bf16 rounded[16];
-      _mm256_store_si256(reinterpret_cast<__m256i*>(rounded),
-                         reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(_mm512_load_ps(results))));
+      _mm256_store_si256(reinterpret_cast<__m256i*>(rounded), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(result)));
       for (int m = 0; m < kM; ++m) {
         __builtin_memcpy(p_.out.as<bf16>().at(row + m, output), rounded + m * kN, kN * sizeof(bf16));
       }
@@ -259,9 +241,11 @@ class DenseKernel {
     }
   }
 
+  // [rows / 4][outputs / 4] of a piece, a tile each.
+  __m512* results() const { return reinterpret_cast<__m512*>(memory_); }
+
   const DenseLinearParams& p_;
-  __m512* sums_;
-  float* wide_;
+  uint8_t* memory_;
 };
 
 }  // namespace

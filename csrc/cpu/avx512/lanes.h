@@ -84,23 +84,42 @@ DSV4_INLINE Pair fma(Pair x, __m512 factor, Pair sum) {
 // One accumulator, both halves: a first.
 DSV4_INLINE __m512 dot(Pair x, Pair y, __m512 sum) { return _mm512_fmadd_ps(x.b, y.b, _mm512_fmadd_ps(x.a, y.a, sum)); }
 
-// The sums of 16 registers, in order, by one fixed tree.
-DSV4_INLINE __m512 sums16(const __m512* x) {
-  __m512 quad[4];
-  for (int q = 0; q < 4; ++q) {
-    const __m512 ab =
-        _mm512_add_ps(_mm512_unpacklo_ps(x[4 * q], x[4 * q + 1]), _mm512_unpackhi_ps(x[4 * q], x[4 * q + 1]));
-    const __m512 cd =
-        _mm512_add_ps(_mm512_unpacklo_ps(x[4 * q + 2], x[4 * q + 3]), _mm512_unpackhi_ps(x[4 * q + 2], x[4 * q + 3]));
-    const __m512d lo = _mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
-    const __m512d hi = _mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
-    quad[q] = _mm512_add_ps(_mm512_castpd_ps(lo), _mm512_castpd_ps(hi));
+// The sum of the lanes, by the tree of `totals`.
+DSV4_INLINE float total(__m512 x) {
+  x = _mm512_add_ps(x, _mm512_permute_ps(x, 0x4E));
+  x = _mm512_add_ps(x, _mm512_permute_ps(x, 0xB1));
+  x = _mm512_add_ps(x, _mm512_shuffle_f32x4(x, x, 0xB1));
+  x = _mm512_add_ps(x, _mm512_shuffle_f32x4(x, x, 0x4E));
+  return _mm512_cvtss_f32(x);
+}
+
+// In each lane, four sums of the four values there: lanes of 16 brought to 4, as `total` begins.
+DSV4_INLINE __m512 quad_sums(const __m512* x) {
+  const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(x[0], x[1]), _mm512_unpackhi_ps(x[0], x[1]));
+  const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(x[2], x[3]), _mm512_unpackhi_ps(x[2], x[3]));
+  const __m512d lo = _mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+  const __m512d hi = _mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+  return _mm512_add_ps(_mm512_castpd_ps(lo), _mm512_castpd_ps(hi));
+}
+DSV4_INLINE __m512 lane_pairs(__m512 x, __m512 y) {
+  return _mm512_add_ps(_mm512_shuffle_f32x4(x, y, 0x88), _mm512_shuffle_f32x4(x, y, 0xDD));
+}
+
+// The totals of kCount registers, up to 16, in order; what follows them is of no meaning.
+template <int kCount>
+DSV4_INLINE __m512 totals(const __m512* x) {
+  constexpr int kQuads = (kCount + 3) / 4;
+  __m512 quads[4];
+#pragma GCC unroll 4
+  for (int q = 0; q < kQuads; ++q) {
+    __m512 four[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) four[i] = x[4 * q + i < kCount ? 4 * q + i : kCount - 1];
+    quads[q] = quad_sums(four);
   }
-  const __m512 xy =
-      _mm512_add_ps(_mm512_shuffle_f32x4(quad[0], quad[1], 0x88), _mm512_shuffle_f32x4(quad[0], quad[1], 0xDD));
-  const __m512 zw =
-      _mm512_add_ps(_mm512_shuffle_f32x4(quad[2], quad[3], 0x88), _mm512_shuffle_f32x4(quad[2], quad[3], 0xDD));
-  return _mm512_add_ps(_mm512_shuffle_f32x4(xy, zw, 0x88), _mm512_shuffle_f32x4(xy, zw, 0xDD));
+  const __m512 low = lane_pairs(quads[0], quads[kQuads > 1 ? 1 : 0]);
+  const __m512 high = kQuads > 2 ? lane_pairs(quads[2], quads[kQuads > 3 ? 3 : 2]) : low;
+  return lane_pairs(low, high);
 }
 
 // Transposes 16 x 16 words.

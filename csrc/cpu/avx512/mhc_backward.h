@@ -145,7 +145,7 @@ DSV4_INLINE void pre_dots(const BackwardProblem<X>& p, int64_t token, MhcTokenGr
   for (; d + kStep <= hidden; d += kStep) add_dots<false>(p, token, out->pre, d, kStep, sums);
   if (d < hidden) add_dots<true>(p, token, out->pre, d, hidden - d, sums);
   alignas(64) float s[16];
-  _mm512_store_ps(s, sums16(sums));
+  _mm512_store_ps(s, totals<16>(sums));
   out->rms = 1, out->norm_along = 0;
   for (int i = 0; i < kStreams; ++i) grad_pre[i] = s[i];
   if (!p.norm_weight.given()) return;

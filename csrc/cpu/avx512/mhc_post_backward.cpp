@@ -63,7 +63,7 @@ void post_tokens_backward(const MhcPostBackwardParams& a, int64_t begin, int64_t
     float *grad_post = a.grad_post.data + t * a.grad_post.stride[0],
           *grad_comb = a.grad_comb.data + t * a.grad_comb.stride[0];
     for (int o = 0; o < kStreams; ++o) grad_post[o] = _mm512_reduce_add_ps(token.grad_post[o]);
-    _mm512_storeu_ps(grad_comb, sums16(token.grad_comb));
+    _mm512_storeu_ps(grad_comb, totals<16>(token.grad_comb));
   }
   if (kStore == Store::kPastCaches) _mm_sfence();
 }

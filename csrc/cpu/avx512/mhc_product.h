@@ -168,8 +168,8 @@ struct Product {
     for (int64_t t = 0; t < tokens; ++t) {
       __m512 x[kSums];
       for (int j = 0; j < kSums; ++j) x[j] = j < kOutputs || j == kSquares ? sums[t][j] : _mm512_setzero_ps();
-      _mm512_store_ps(out[t], sums16(x));
-      _mm512_store_ps(out[t] + 16, sums16(x + 16));
+      _mm512_store_ps(out[t], totals<16>(x));
+      _mm512_store_ps(out[t] + 16, totals<16>(x + 16));
     }
   }
 

@@ -337,15 +337,6 @@ static inline void widen_scales(const float* scales, int64_t count, int64_t padd
   for (int64_t i = 0; i < padded; ++i) to[i] = i < count ? scales[i] : 0.0f;
 }
 
-// The sum of the lanes, by the tree of sums16.
-DSV4_INLINE float total(__m512 x) {
-  x = _mm512_add_ps(x, _mm512_permute_ps(x, 0x4E));
-  x = _mm512_add_ps(x, _mm512_permute_ps(x, 0xB1));
-  x = _mm512_add_ps(x, _mm512_shuffle_f32x4(x, x, 0xB1));
-  x = _mm512_add_ps(x, _mm512_shuffle_f32x4(x, x, 0x4E));
-  return _mm512_cvtss_f32(x);
-}
-
 // kM rows of arranged activations (`stride` elements apart, whole blocks, zero beyond the inputs) with one row of
 // weights of `bytes` code bytes, straight from its codes.
 template <int kM, class Rows>
@@ -371,35 +362,6 @@ static __attribute__((noinline)) void dot_row(const Rows& rows, const uint8_t* c
   if (rest > 0) add(whole, rows.expand(codes + whole * Rows::kBlockBytes, Rows::kUnscaled, rest));
 #pragma GCC unroll 8
   for (int m = 0; m < kM; ++m) results[m] = total(sum[m]);
-}
-
-// In each lane, four sums of the four values there: lanes of 16 brought to 4, as `total` begins.
-DSV4_INLINE __m512 quad_sums(const __m512* x) {
-  const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(x[0], x[1]), _mm512_unpackhi_ps(x[0], x[1]));
-  const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(x[2], x[3]), _mm512_unpackhi_ps(x[2], x[3]));
-  const __m512d lo = _mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
-  const __m512d hi = _mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
-  return _mm512_add_ps(_mm512_castpd_ps(lo), _mm512_castpd_ps(hi));
-}
-DSV4_INLINE __m512 lane_pairs(__m512 x, __m512 y) {
-  return _mm512_add_ps(_mm512_shuffle_f32x4(x, y, 0x88), _mm512_shuffle_f32x4(x, y, 0xDD));
-}
-
-// The totals of kCount registers, up to 16, in order; what follows them is of no meaning.
-template <int kCount>
-DSV4_INLINE __m512 totals(const __m512* x) {
-  constexpr int kQuads = (kCount + 3) / 4;
-  __m512 quads[4];
-#pragma GCC unroll 4
-  for (int q = 0; q < kQuads; ++q) {
-    __m512 four[4];
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) four[i] = x[4 * q + i < kCount ? 4 * q + i : kCount - 1];
-    quads[q] = quad_sums(four);
-  }
-  const __m512 low = lane_pairs(quads[0], quads[kQuads > 1 ? 1 : 0]);
-  const __m512 high = kQuads > 2 ? lane_pairs(quads[2], quads[kQuads > 3 ? 3 : 2]) : low;
-  return lane_pairs(low, high);
 }
 
 // Up to 128 activations after the FP8 quantiser (python/dsv4/ops/quantize.py), as they load, zero to the end of the
