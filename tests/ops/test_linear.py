@@ -346,7 +346,7 @@ def test_plain_groups_are_dense_linears(implementation, dtype, groups, size, out
 
 def test_plain_groups_of_few_rows_go_to_the_kernel():
     weight = torch.randn(2 * 20, 30)
-    for tokens, through_kernel in ((16, True), (17, False)):
+    for tokens, through_kernel in ((64, True), (65, False)):
         before = _library.calls()["dense_linear"]
         ops.grouped_linear(torch.randn(tokens, 2, 30), weight)
         assert (_library.calls()["dense_linear"] != before) == through_kernel

@@ -15,6 +15,7 @@ namespace {
 
 inline constexpr int64_t kOuterSteps = 64;
 inline constexpr int kOuterVectors = 4;
+inline constexpr int kMostRows = 6;                           // of a in a tile
 inline constexpr int64_t kOuterColumns = 16 * kOuterVectors;  // of a panel
 
 // A step is a 32-bit word of a: one number of float32 or two of bfloat16, the earlier in the low half.

@@ -1,13 +1,14 @@
 // Products of many rows of activations with quantised or plain bfloat16 weights, which are expanded once for all of
 // them: 64 outputs of a chunk of inputs at a time, 16 in a register, a pair of inputs a word. A pair of activations is
-// broadcast and meets four registers of weights, 6 rows at a time: 24 sums, 4 loads and 6 broadcasts for 24 products.
+// broadcast and meets four registers of weights.
 //
 // A result has the bits of the dot products of few rows (code_tiles.h, plain_rows.h), whose registers hold 32 inputs of
 // one output: lane l of theirs adds every 16th pair of a chunk, and a tree adds the lanes. Here those pairs come one
 // after another for every l, sums start at zero for each, and go through the same tree; what waits in it lies in the
-// first-level cache. With 32 steps a chunk that is one addition and one store to 32 products. The limit is the rate of
-// vdpbf16ps; below some 20 rows it is the expansion, whose loads of 16 rows' codes are transposed (4 shuffles of 64
-// bytes).
+// first-level cache. 3 rows and 2 lanes at a time are 24 sums, 8 loads and 6 broadcasts for 24 products. 6 rows of a
+// lane load less, but store more than twice as many sums: of 128 inputs, 4 steps a lane, their products took 19 %
+// longer, of 1,024 3 %. The limit is the rate of vdpbf16ps; below some 20 rows it is the expansion, whose loads of 16
+// rows' codes are transposed (4 shuffles of 64 bytes).
 #pragma once
 
 #include "cpu/avx512/code_tiles.h"
@@ -19,9 +20,9 @@ inline constexpr int64_t kPanelColumns = 64;            // outputs that are mult
 inline constexpr int64_t kPanelOutputs = kMostOutputs;  // of a panel: 256 KiB in the second-level cache
 inline constexpr int64_t kFewRows = 16;     // of activations, for which tiles straight from the codes are faster
 inline constexpr int64_t kPanelRows = 256;  // rows of activations that share an expansion
-inline constexpr int kMostRows = 6;         // rows of activations of a tile
+inline constexpr int kPanelHeight = 3;      // rows of activations of a tile
 inline constexpr int kPanelVectors = kPanelColumns / 16;
-inline constexpr int kLanes = 16, kLevels = 4;
+inline constexpr int kLanes = 16, kLevels = 3;  // of the tree, beyond its first
 // Words of a lane of a panel. Lanes lie 1 KiB more than a power of two apart, since words of all lanes are stored at
 // once, which would fall into the same sets of the first-level cache.
 DSV4_INLINE int64_t lane_words(int64_t steps) { return (steps + 4) * kPanelColumns; }
@@ -76,7 +77,8 @@ struct Upcoming {
   }
 };
 
-// A chunk of kM arranged rows x with 64 outputs of a panel: puts, or adds to, out[m * stride + n].
+// A chunk of kM arranged rows x with 64 outputs of a panel: puts, or adds to, out[m * stride + n]. Two lanes that the
+// tree's first level adds come at a time.
 template <int kM>
 static __attribute__((noinline)) void panel_tile(const bf16* const* x, const uint32_t* panel, int64_t steps, bool first,
                                                  float* out, int64_t stride, Upcoming& upcoming) {
@@ -85,33 +87,42 @@ static __attribute__((noinline)) void panel_tile(const bf16* const* x, const uin
   const uint8_t* rows[kM];
 #pragma GCC unroll 8
   for (int m = 0; m < kM; ++m) rows[m] = reinterpret_cast<const uint8_t*>(x[m]);
-  __m512 sum[kSums];
-  for (int64_t place = 0; place < kLanes; ++place, panel += lane_words(0)) {
-#pragma GCC unroll 32
-    for (int i = 0; i < kSums; ++i) sum[i] = _mm512_setzero_ps();
-    const int64_t lane = tree_order(place) * 4;
-    for (int64_t at = lane; at < lane + 64 * steps; at += 64, panel += kPanelColumns) {
-      __m512i weights[kPanelVectors];
+  const auto multiply = [&](const uint32_t* words, int64_t at, __m512* sums) __attribute__((always_inline)) {
+    __m512i weights[kPanelVectors];
 #pragma GCC unroll 4
-      for (int n = 0; n < kPanelVectors; ++n) weights[n] = _mm512_load_si512(panel + 16 * n);
+    for (int n = 0; n < kPanelVectors; ++n) weights[n] = _mm512_load_si512(words + 16 * n);
 #pragma GCC unroll 8
-      for (int m = 0; m < kM; ++m) {
-        int32_t word;
-        __builtin_memcpy(&word, rows[m] + at, sizeof(word));
-        const __m512i pair = _mm512_set1_epi32(word);
+    for (int m = 0; m < kM; ++m) {
+      int32_t word;
+      __builtin_memcpy(&word, rows[m] + at, sizeof(word));
+      const __m512i pair = _mm512_set1_epi32(word);
 #pragma GCC unroll 4
-        for (int n = 0; n < kPanelVectors; ++n) {
-          sum[m * kPanelVectors + n] = dot_bf16(sum[m * kPanelVectors + n], pair, weights[n]);
-        }
+      for (int n = 0; n < kPanelVectors; ++n) {
+        sums[m * kPanelVectors + n] = dot_bf16(sums[m * kPanelVectors + n], pair, weights[n]);
       }
     }
+  };
+  const int64_t words = lane_words(steps);
+  __m512 sum[kSums];
+  for (int64_t place = 0; place < kLanes; place += 2, panel += 2 * words) {
+    __m512 other[kSums];
+#pragma GCC unroll 32
+    for (int i = 0; i < kSums; ++i) sum[i] = other[i] = _mm512_setzero_ps();
+    const int64_t lane = tree_order(place) * 4, apart = tree_order(place + 1) * 4 - lane;
+    const uint32_t* from = panel;
+    for (int64_t at = lane; at < lane + 64 * steps; at += 64, from += kPanelColumns) {
+      multiply(from, at, sum);
+      multiply(from + words, at + apart, other);
+    }
     upcoming.step();
+#pragma GCC unroll 32
+    for (int i = 0; i < kSums; ++i) sum[i] = _mm512_add_ps(sum[i], other[i]);
     int level = 0;
-    for (int64_t bits = place; bits & 1; bits >>= 1, ++level) {
+    for (int64_t bits = place / 2; bits & 1; bits >>= 1, ++level) {
 #pragma GCC unroll 32
       for (int i = 0; i < kSums; ++i) sum[i] = _mm512_add_ps(waiting[level][i], sum[i]);
     }
-    if (place + 1 < kLanes) {
+    if (place + 2 < kLanes) {
 #pragma GCC unroll 32
       for (int i = 0; i < kSums; ++i) waiting[level][i] = sum[i];
     }
@@ -139,10 +150,11 @@ DSV4_INLINE void multiply_many(const Rows& expand, const WeightRows<typename Row
     const bool last = block + kChunkBlocks >= w.blocks;
     const uint8_t* next = w.codes + (last ? w.count * w.stride : (block + kChunkBlocks) * Rows::kBlockBytes);
     Upcoming upcoming = {next, w.stride, Rows::bytes(kChunk), w.count};
-    upcoming.steps = (count + kMostRows - 1) / kMostRows * ((w.count + kPanelColumns - 1) / kPanelColumns) * kLanes;
+    upcoming.steps =
+        (count + kPanelHeight - 1) / kPanelHeight * ((w.count + kPanelColumns - 1) / kPanelColumns) * (kLanes / 2);
     for (int64_t m = 0, height; m < count; m += height) {
-      height = tile_height(count - m, kMostRows);
-      with_constant<kMostRows>(height, [&](auto tall) {
+      height = tile_height(count - m, kPanelHeight);
+      with_constant<kPanelHeight>(height, [&](auto tall) {
         constexpr int kM = decltype(tall)::value;
         const bf16* rows[kM];
         for (int i = 0; i < kM; ++i) rows[i] = row(m + i) + block * kBlock;

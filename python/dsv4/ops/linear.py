@@ -33,7 +33,7 @@ __all__ = [
     "grouped_linear_reference",
 ]
 
-_FEW_ROWS = 16
+_FEW_ROWS = 64
 
 
 def few_rows(x: Tensor, rows: int) -> bool:
