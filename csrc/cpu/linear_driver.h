@@ -1,4 +1,5 @@
-// What the linear kernels share: rows of activations are prepared once, then panels of weight rows go to the threads.
+// What the linear kernels share. Rows of activations are prepared once, then panels of weight rows go to the threads.
+// Of many rows a thread takes some, prepares them and goes through all panels: they need not leave its caches.
 //
 // A kernel is a class with
 //   static constexpr int64_t kUnit                   rows of activations that are prepared together
@@ -63,30 +64,36 @@ class LinearCall {
         unit_bytes_(round_up(Kernel::unit_bytes(p), 64)),
         rows_(Kernel::rows(p)),
         chunks_((p.x.size(0) + rows_ - 1) / rows_),
-        slot_bytes_(round_up(Kernel::memory(p), 64)),
+        apart_(chunks_ * groups_ >= kChunksEach * context.threads && rows_ < kAllRows),
+        slot_bytes_(round_up(Kernel::memory(p), 64) + (apart_ ? rows_ / Kernel::kUnit * unit_bytes_ : 0)),
         slots_(pieces() < context.threads ? pieces() : context.threads) {}
 
-  int64_t bytes() const { return units_ == 0 ? 0 : units_ * groups_ * unit_bytes_ + slots_ * slot_bytes_; }
+  int64_t bytes() const {
+    return units_ == 0 ? 0 : (apart_ ? 0 : units_ * groups_ * unit_bytes_) + slots_ * slot_bytes_;
+  }
 
   Status run() const {
     if (units_ == 0 || outputs_ == 0) return Status::ok();
-    const auto prepare = [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) Kernel::prepare(p_, i % units_ * Kernel::kUnit, i / units_, unit(i));
-    };
     const int64_t rows = p_.x.size(0), inputs = p_.x.size(2);
-    if (rows * groups_ * inputs <= kAlonePrepared) {
-      prepare(0, units_ * groups_);
-    } else {
-      parallel(context_, units_ * groups_, prepare);
+    if (!apart_) {
+      const auto prepare = [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) Kernel::prepare(p_, i % units_ * Kernel::kUnit, i / units_, unit(i));
+      };
+      if (rows * groups_ * inputs <= kAlonePrepared) {
+        prepare(0, units_ * groups_);
+      } else {
+        parallel(context_, units_ * groups_, prepare);
+      }
     }
     const auto work = [&](int64_t slot, const auto& next) {
-      Kernel kernel(p_, unit(units_ * groups_) + slot * slot_bytes_);
+      uint8_t* memory = (apart_ ? unit(0) : unit(units_ * groups_)) + slot * slot_bytes_;
+      Kernel kernel(p_, memory);
       for (int64_t item = next(); item >= 0; item = next()) {
-        // All outputs of some rows, then of the next: it is the activations that shall stay near.
-        const int64_t panel = item % panels_, group = item / panels_ % groups_, row = item / panels_ / groups_ * rows_;
-        const int64_t first = panel * panel_, end = first + panel_ < outputs_ ? first + panel_ : outputs_;
-        kernel.run(unit(group * units_ + row / Kernel::kUnit),
-                   {group, first, end, row, rows - row < rows_ ? rows - row : rows_});
+        if (apart_) {
+          run_chunk(kernel, item, memory + slot_bytes_ - rows_ / Kernel::kUnit * unit_bytes_);
+        } else {
+          run_piece(kernel, item);
+        }
       }
     };
     linear_spread(context_, slots_, pieces(), rows * p_.weight.size(0) * inputs, work);
@@ -94,12 +101,38 @@ class LinearCall {
   }
 
  private:
-  int64_t pieces() const { return chunks_ * groups_ * panels_; }
+  static constexpr int64_t kChunksEach = 8;  // for each thread, at least, where it takes all panels of a chunk of rows
+
+  int64_t pieces() const { return chunks_ * groups_ * (apart_ ? 1 : panels_); }
+
+  // The panel of a group with rows [row, row + rows_) of activations, of which there may be fewer.
+  LinearPiece piece(int64_t group, int64_t panel, int64_t row) const {
+    const int64_t first = panel * panel_, end = first + panel_ < outputs_ ? first + panel_ : outputs_;
+    const int64_t left = p_.x.size(0) - row;
+    return {group, first, end, row, left < rows_ ? left : rows_};
+  }
+
+  // All outputs of some rows, then of the next: it is the activations that shall stay near.
+  void run_piece(Kernel& kernel, int64_t item) const {
+    const int64_t group = item / panels_ % groups_, row = item / panels_ / groups_ * rows_;
+    kernel.run(unit(group * units_ + row / Kernel::kUnit), piece(group, item % panels_, row));
+  }
+
+  void run_chunk(Kernel& kernel, int64_t item, uint8_t* units) const {
+    const int64_t group = item % groups_, row = item / groups_ * rows_, end = row + piece(group, 0, row).rows;
+    for (int64_t token = row; token < end; token += Kernel::kUnit) {
+      Kernel::prepare(p_, token, group, units + (token - row) / Kernel::kUnit * unit_bytes_);
+    }
+    for (int64_t panel = 0; panel < panels_; ++panel) kernel.run(units, piece(group, panel, row));
+  }
+
   uint8_t* unit(int64_t index) const { return static_cast<uint8_t*>(p_.workspace.data) + index * unit_bytes_; }
 
   const LinearParams& p_;
   const Context& context_;
-  int64_t units_, groups_, outputs_, panel_, panels_, unit_bytes_, rows_, chunks_, slot_bytes_, slots_;
+  int64_t units_, groups_, outputs_, panel_, panels_, unit_bytes_, rows_, chunks_;
+  bool apart_;
+  int64_t slot_bytes_, slots_;
 };
 
 // A kernel's functions for one op.

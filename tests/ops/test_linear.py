@@ -330,6 +330,28 @@ def test_grouped_rows_are_independent(implementation, dtype):
         assert_rows_independent(lambda rows: ops.grouped_linear(rows, weight, scale), [x])
 
 
+@pytest.mark.parametrize("implementation", KERNELS)
+@pytest.mark.parametrize(("tokens", "groups"), [(17, 9), (300, 8), (2305, 1)])
+def test_threads_do_not_matter(implementation, tokens, groups):
+    """One thread takes some rows and all of their outputs, of many threads each takes some outputs."""
+    weight, scale = fp8_weight(groups * 150, 140)
+    x = torch.randn(tokens, groups, 140).bfloat16()
+    before = torch.get_num_threads()
+    try:
+        with only(implementation, "grouped_linear", scale, x.dtype):
+            found = []
+            for threads in (1, 2, 40):
+                torch.set_num_threads(threads)
+                found.append(ops.grouped_linear(x, weight, scale))
+            for first in range(0, tokens, 16 if tokens < 100 else 255):
+                rows = slice(first, first + 7)
+                assert_same_bits(found[0][rows], ops.grouped_linear(x[rows], weight, scale))
+    finally:
+        torch.set_num_threads(before)
+    assert_same_bits(found[1], found[0])
+    assert_same_bits(found[2], found[0])
+
+
 @pytest.mark.parametrize("implementation", implementation_cases("dense_linear"))
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(("groups", "size", "out"), [(1, 128, 33), (3, 70, 50), (2, 512, 64), (4, 31, 1), (2, 0, 3)])

@@ -23,10 +23,10 @@ void split_row(const X* x, int64_t inputs, int64_t stride, bf16* to) {
   for (int64_t at = 0; at < inputs; at += kBlock) {
     const int64_t count = inputs - at < kBlock ? inputs - at : kBlock;
     alignas(64) bf16 parts[kParts][kBlock] = {};
-    for (int64_t i = 0; i < count; ++i) {
-      if constexpr (kParts == 1) {
-        parts[0][i] = x[at + i];
-      } else {
+    if constexpr (kParts == 1) {
+      __builtin_memcpy(parts[0], x + at, static_cast<size_t>(count) * sizeof(bf16));
+    } else {
+      for (int64_t i = 0; i < count; ++i) {
         float rest = x[at + i];
         const bool finite = (bits_from_float(rest) & 0x7FFFFFFFu) < 0x7F800000u;
         if (!finite) parts[0][i] = bf16_from_float(rest);

@@ -273,9 +273,20 @@ class Fp4Rows : public BlockOf<Fp4Rows> {
     }
   }
 
+  // Element 4 i + j becomes element i of register j: by fours within registers, then registers' lanes of 8.
   DSV4_INLINE void arrange(const bf16* x, bf16* to) {
-    for (int64_t i = 0; i < kStep; ++i) {
-      for (int64_t j = 0; j < kBlockSteps; ++j) to[kStep * j + i] = x[kBlockSteps * i + j];
+    alignas(64) static const uint16_t kFours[kStep] = {0, 4, 8,  12, 16, 20, 24, 28, 1, 5, 9,  13, 17, 21, 25, 29,
+                                                       2, 6, 10, 14, 18, 22, 26, 30, 3, 7, 11, 15, 19, 23, 27, 31};
+    const __m512i fours = _mm512_load_si512(kFours);
+    __m512i r[kBlockSteps];
+#pragma GCC unroll 4
+    for (int q = 0; q < kBlockSteps; ++q) r[q] = _mm512_permutexvar_epi16(fours, _mm512_loadu_si512(x + kStep * q));
+#pragma GCC unroll 2
+    for (int j = 0; j < kBlockSteps; j += 2) {
+      const __m512i first = j == 0 ? _mm512_shuffle_i64x2(r[0], r[1], 0x44) : _mm512_shuffle_i64x2(r[0], r[1], 0xEE);
+      const __m512i second = j == 0 ? _mm512_shuffle_i64x2(r[2], r[3], 0x44) : _mm512_shuffle_i64x2(r[2], r[3], 0xEE);
+      _mm512_storeu_si512(to + kStep * j, _mm512_shuffle_i64x2(first, second, 0x88));
+      _mm512_storeu_si512(to + kStep * (j + 1), _mm512_shuffle_i64x2(first, second, 0xDD));
     }
   }
 
