@@ -108,12 +108,16 @@ DSV4_HOST_DEVICE void list_indices(const SparseAttentionParams& p, int64_t row, 
   }
 }
 
-// The keys of a row in the order of their positions, then of their indices; `keys` has room for the most of them.
-DSV4_HOST_DEVICE KeyCounts list_keys(const SparseAttentionParams& p, int64_t row, Key* keys) {
+// The keys of a row in the order of their positions, those of the window from position `turn` on before the others;
+// then those of its indices. `keys` has room for the most of them.
+DSV4_HOST_DEVICE KeyCounts list_keys(const SparseAttentionParams& p, int64_t row, Key* keys, int64_t turn = 0) {
   const int64_t head_dim = p.query.size(2), sequence = *p.sequence.as<const int32_t>().at(row);
   const int64_t end = static_cast<int64_t>(*p.position.as<const int32_t>().at(row)) + 1;
   int64_t count = 0;
-  PoolReader(p.window_pool, sequence, head_dim, p.rope_dim).append_range(larger(end - p.window, 0), end, keys, count);
+  const PoolReader near(p.window_pool, sequence, head_dim, p.rope_dim);
+  const int64_t begin = larger(end - p.window, 0);
+  near.append_range(larger(begin, turn), end, keys, count);
+  near.append_range(begin, turn, keys, count);
   const int64_t window = count;
   if (p.compressed.given() && p.indices.given()) {
     list_indices(p, row, keys, count);

@@ -166,7 +166,9 @@ class Block {
 // What avx512::Call runs.
 struct Rows : RowWork {
   using RowWork::RowWork;
-  static constexpr int64_t kTogether = Block::kMost;
+  static int64_t together(const SparseAttentionParams& p, int64_t slots) {
+    return smaller(Block::kMost, p.query.size(0) / slots);
+  }
 
   template <class MemoryOf>
   static void run_rows(const SparseAttentionParams& p, int64_t first, int64_t end, const MemoryOf& memory,

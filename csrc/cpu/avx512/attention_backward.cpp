@@ -80,10 +80,12 @@ class BackwardRow {
     for (int64_t begin = 0; begin < count.all; begin += kGroup) {
       const int64_t next = smaller(count.all, begin + kGroup);
       tile_for_scores(reader, begin, next, head_dim_, tiles);
-      Products::template score<M>(query(row), query_stride(), heads_, reader, next, count.all, head_dim_,
-                                  scores(0) + begin, head_stride(), tiles);
-      Products::template score<M>(kept_.grad, head_dim_, heads_, reader, next, next, head_dim_, reach(0) + begin,
-                                  head_stride(), tiles);
+      const Lookahead ahead = Lookahead::at(reader, next, smaller(count.all, next + kGroup),
+                                            Products::template lookahead_steps<M>(heads_, head_dim_), tiles);
+      Products::template score<M>(query(row), query_stride(), heads_, head_dim_, scores(0) + begin, head_stride(),
+                                  tiles, ahead);
+      Products::template score<M>(kept_.grad, head_dim_, heads_, head_dim_, reach(0) + begin, head_stride(), tiles,
+                                  Lookahead());
     }
     for (int64_t h = 0; h < heads_; ++h) gates[h] = weigh(row, h, count.all);
     Products::template mix<M, false>(slopes(0), head_stride() * kWordElements<M>, heads_, reader, 0, count.all,

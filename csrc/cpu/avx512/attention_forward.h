@@ -11,6 +11,8 @@
 
 #include <sched.h>
 
+#include <optional>
+
 #include "cpu/avx512/attention_tiles.h"
 #include "cpu/work.h"
 
@@ -132,7 +134,14 @@ class RowWork {
  public:
   using Memory = RowMemory<M>;
   using Tiles = TileMemory<M>;
-  static constexpr int64_t kTogether = 1;
+
+  // Rows whose keys are compared, so that what neighbours have in common is decoded once. Of many heads decoding is a
+  // small part of the work, and scores of many rows would leave the second-level cache.
+  static constexpr int64_t kMostTogether = 8;
+  static int64_t together(const SparseAttentionParams& p, int64_t slots) {
+    const int64_t most = p.query.size(1) <= 16 ? kMostTogether : p.indices.given() ? 1 : 4;
+    return smaller(most, p.query.size(0) / (4 * slots));
+  }
 
   static int64_t row_bytes(const SparseAttentionParams& p, int64_t most, int64_t sums_kept) {
     return Memory::bytes(p, most, sums_kept);
@@ -173,50 +182,73 @@ class RowWork {
         widen(p.query.as<const X>().at(row, h), head_dim, memory.query + h * head_dim);
       }
     }
-    *memory.count = list_keys(p, row, memory.keys);
+    // A window's key has one place for as long as it stays: that of its position's remainder. So the next row has
+    // another key in one place alone.
+    const int64_t position = *p.position.as<const int32_t>().at(row), window = larger(p.window, 1);
+    *memory.count = list_keys(p, row, memory.keys, position < 0 ? 0 : position / window * window);
   }
 
   template <class MemoryOf>
   static void run_rows(const SparseAttentionParams& p, int64_t first, int64_t end, const MemoryOf& memory,
                        const Tiles& tiles) {
-    for (int64_t row = first; row < end; ++row) {
-      prepare(p, row, memory(0));
-      const RowWork work(p, row, memory(0));
-      for (int64_t part = 0; part < work.parts(); ++part) work.score(part, tiles);
-      for (int64_t part = 0; part < work.parts(); ++part) {
-        part == 0 ? work.template mix<false>(part, 0, tiles) : work.template mix<true>(part, 0, tiles);
-      }
-      work.finish(0, p.query.size(1), smaller(work.parts(), 1));
+    std::optional<RowWork> works[kMostTogether];
+    const int64_t count = end - first;
+    int64_t groups = 0, parts = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      prepare(p, first + i, memory(i));
+      works[i].emplace(p, first + i, memory(i));
+      groups = larger(groups, works[i]->groups()), parts = larger(parts, works[i]->parts());
     }
+    Held held{count > 1 ? tiles.held : nullptr};
+    works[0]->ask_for(0, tiles);
+    for (int64_t group = 0; group < groups; ++group) {
+      for (int64_t i = 0; i < count; ++i) {
+        if (group >= works[i]->groups()) continue;
+        const bool last = i + 1 == count;
+        works[i]->score_group(group, tiles, held, *works[last ? 0 : i + 1], last ? group + 1 : group);
+        held.known = held.keys != nullptr;
+      }
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      for (int64_t part = 0; part < works[i]->parts(); ++part) works[i]->settle(part);
+    }
+    for (int64_t part = 0; part < parts; ++part) {
+      for (int64_t i = 0; i < count; ++i) {
+        if (part < works[i]->parts()) works[i]->weigh_part(part);
+      }
+      for (int64_t d = 0; d < p.query.size(2); d += kSliceDims) {
+        for (int64_t i = 0, steps = 0; i < count; ++i) {
+          if (part >= works[i]->parts()) continue;
+          held.known &= steps == works[i]->part_keys(part);  // or the tile has other dims, or another form
+          steps = works[i]->part_keys(part);
+          part == 0 ? works[i]->template mix_slice<false>(part, d, tiles, held)
+                    : works[i]->template mix_slice<true>(part, d, tiles, held);
+          held.known = held.keys != nullptr;
+        }
+      }
+    }
+    for (int64_t i = 0; i < count; ++i) works[i]->finish(0, p.query.size(1), smaller(works[i]->parts(), 1));
   }
 
   int64_t parts() const { return plan_.parts; }
+  int64_t groups() const { return (plan_.keys + kGroup - 1) / kGroup; }
+  // Of a part, with those that fill its last group.
+  int64_t part_keys(int64_t part) const { return round_up(plan_.end(part) - plan_.begin(part), kGroup); }
 
   void score(int64_t part, const TileMemory<M>& tiles) const {
-    const int64_t first = plan_.begin(part), end = plan_.end(part);
-    float *maxima = memory_.maxima + part * heads_, *scores = part_scores(part);
-    Lookahead ahead = Lookahead::at(reader_, first, smaller(end, first + kGroup), 1, tiles);
-    Lookahead::step(ahead);
-    for (int64_t begin = first; begin < end; begin += kGroup) {
-      const int64_t next = smaller(end, begin + kGroup);
-      tile_for_scores(reader_, begin, next, head_dim_, tiles);
-      Product::template score<M>(query_, query_stride_, heads_, reader_, next, end, head_dim_, scores + (begin - first),
-                                 stride_, tiles);
+    const int64_t first = plan_.begin(part) / kGroup, end = first + part_keys(part) / kGroup;
+    ask_for(first, tiles);
+    for (int64_t group = first; group < end; ++group) {
+      score_group(group, tiles, Held(), *this, group + 1 < end ? group + 1 : groups());
     }
-    for (int64_t h = 0; h < heads_; ++h) maxima[h] = settle_scores(scores + h * stride_, end - first, p_.scale);
+    settle(part);
   }
 
-  // After all parts have their scores. This part's sums go to place `place`; kAdds: to those there.
-  template <bool kAdds = false>
+  // After all parts have their scores. This part's sums go to place `place`.
   void mix(int64_t part, int64_t place, const TileMemory<M>& tiles) const {
-    const int64_t first = plan_.begin(part), end = plan_.end(part);
-    float *scores = part_scores(part), *sums = memory_.sums + place * heads_ * head_dim_;
-    for (int64_t h = 0; h < heads_; ++h) {
-      memory_.totals[part * heads_ + h] = weigh<X, M>(scores + h * stride_, round_up(end - first, kGroup), maximum(h));
-    }
-    const M* weights = reinterpret_cast<const M*>(scores);
-    Product::template mix<M, kAdds>(weights, stride_ * kWordElements<M>, heads_, reader_, first, end, head_dim_, sums,
-                                    tiles);
+    weigh_part(part);
+    Product::template mix<M, false>(part_weights(part), stride_ * kWordElements<M>, heads_, reader_, plan_.begin(part),
+                                    plan_.end(part), head_dim_, memory_.sums + place * heads_ * head_dim_, tiles);
   }
 
   // Adds some heads' sums in a place to those in the first.
@@ -253,6 +285,51 @@ class RowWork {
 
  private:
   float* part_scores(int64_t part) const { return memory_.scores + part * heads_ * stride_; }
+  const M* part_weights(int64_t part) const { return reinterpret_cast<const M*>(part_scores(part)); }
+
+  // At once.
+  void ask_for(int64_t group, const TileMemory<M>& tiles) const {
+    const int64_t begin = group * kGroup;
+    Lookahead ahead = Lookahead::at(reader_, begin, smaller(plan_.keys, begin + kGroup), 1, tiles);
+    Lookahead::step(ahead);
+  }
+
+  // The scores of 32 keys, while those of the group that comes next are asked for, of this row or another.
+  void score_group(int64_t group, const TileMemory<M>& tiles, const Held& held, const RowWork& next,
+                   int64_t next_group) const {
+    const int64_t begin = group * kGroup, part = begin / plan_.part_keys;
+    tile_for_scores(reader_, begin, smaller(plan_.keys, begin + kGroup), head_dim_, tiles, held);
+    const int64_t ahead = next_group * kGroup;
+    const Held there{held.keys, held.keys != nullptr && next_group == group};
+    Product::template score<M>(query_, query_stride_, heads_, head_dim_,
+                               part_scores(part) + (begin - plan_.begin(part)), stride_, tiles,
+                               Lookahead::at(next.reader_, ahead, smaller(next.plan_.keys, ahead + kGroup),
+                                             Product::template lookahead_steps<M>(heads_, head_dim_), tiles, there));
+  }
+
+  // After the scores of a part: scaled, and the largest of each head.
+  void settle(int64_t part) const {
+    float *maxima = memory_.maxima + part * heads_, *scores = part_scores(part);
+    for (int64_t h = 0; h < heads_; ++h) {
+      maxima[h] = settle_scores(scores + h * stride_, plan_.end(part) - plan_.begin(part), p_.scale);
+    }
+  }
+
+  // After all parts are settled: scores become numerators.
+  void weigh_part(int64_t part) const {
+    for (int64_t h = 0; h < heads_; ++h) {
+      float* scores = part_scores(part) + h * stride_;
+      memory_.totals[part * heads_ + h] = weigh<X, M>(scores, part_keys(part), maximum(h));
+    }
+  }
+
+  // kAdds: to the sums that are there.
+  template <bool kAdds>
+  void mix_slice(int64_t part, int64_t d, const TileMemory<M>& tiles, const Held& held) const {
+    Product::template mix_slice<M, kAdds>(part_weights(part), stride_ * kWordElements<M>, heads_, reader_,
+                                          plan_.begin(part), plan_.end(part), d, head_dim_, !kAdds, memory_.sums, tiles,
+                                          held);
+  }
 
   float maximum(int64_t head) const {
     float most = memory_.maxima[head];
@@ -286,7 +363,7 @@ struct Schedule {
   int64_t together = 1;
 
   Schedule(int64_t rows, int64_t heads, int64_t least_heads, int64_t most_keys, int64_t most_parts,
-           int64_t most_together, const Context& context)
+           const Context& context)
       : most(most_keys), parts(larger(most_parts, 1)), slots(larger(context.threads, 1)), block(heads), blocks(1) {
     int64_t least = pieces_each(rows) * most * (heads + kDecodeHeads);
     for (int64_t some = least_heads; some < heads; some += least_heads) {
@@ -301,7 +378,6 @@ struct Schedule {
       return;
     }
     slots = smaller(slots, rows * blocks);
-    if (blocks == 1) together = larger(1, smaller(most_together, rows / larger(slots, 1)));
   }
   int64_t row_memories(int64_t rows) const { return by_parts ? rows : slots * together; }
   int64_t sums_kept() const { return by_parts ? parts : 1; }
@@ -318,16 +394,15 @@ DSV4_INLINE SparseAttentionParams some_heads(SparseAttentionParams p, int64_t be
   return p;
 }
 
-// A call whose rows are the work of `Work`, in its memory of a row and of a thread; up to kTogether rows are handed to
-// its run_rows at once, which may share what they have in common.
+// A call whose rows are the work of `Work`, in its memory of a row and of a thread; together() rows are handed to its
+// run_rows at once, which may share what they have in common.
 template <class Work>
 class Call {
  public:
   Call(const SparseAttentionParams& p, const Context& context)
       : p_(p),
         context_(context),
-        schedule_(p.query.size(0), p.query.size(1), Work::least_heads(p), Work::most_keys(p),
-                  Work::most_parts(p, Work::most_keys(p)), Work::kTogether, context),
+        schedule_(scheduled(p, context)),
         row_bytes_(Work::row_bytes(heads(0), schedule_.most, schedule_.sums_kept())),
         tile_bytes_(round_up(Work::tile_bytes(p), 64)) {}
 
@@ -346,6 +421,13 @@ class Call {
   }
 
  private:
+  static Schedule scheduled(const SparseAttentionParams& p, const Context& context) {
+    Schedule s(p.query.size(0), p.query.size(1), Work::least_heads(p), Work::most_keys(p),
+               Work::most_parts(p, Work::most_keys(p)), context);
+    if (!s.by_parts && s.blocks == 1) s.together = larger(1, Work::together(p, larger(s.slots, 1)));
+    return s;
+  }
+
   uint8_t* base() const { return static_cast<uint8_t*>(p_.workspace.data); }
   // Heads of a block.
   SparseAttentionParams heads(int64_t block) const {

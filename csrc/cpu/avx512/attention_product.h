@@ -76,13 +76,18 @@ template <int64_t kMostWords>
 struct WordProduct {
   static constexpr int64_t kLeastHeads = kHeads;  // that a thread takes of a row
 
-  // scores[h][key] = query[h] . key for the keys of a tile. Keys [next, end), a group at most, are asked for meanwhile.
+  // scores[h][key] = query[h] . key for the keys of a tile.
   template <class X>
-  DSV4_INLINE void score(const X* query, int64_t query_stride, int64_t heads, const KeyReader<X>& reader, int64_t next,
-                         int64_t end, int64_t head_dim, float* scores, int64_t stride, const TileMemory<X>& memory) {
+  DSV4_INLINE void score(const X* query, int64_t query_stride, int64_t heads, int64_t head_dim, float* scores,
+                         int64_t stride, const TileMemory<X>& memory, Lookahead ahead) {
+    multiply_heads<X, false>(query, query_stride, heads, memory.tile, head_dim / kWordElements<X>, true, scores, stride,
+                             ahead);
+  }
+  // Of a lookahead in one such product.
+  template <class X>
+  DSV4_INLINE int64_t lookahead_steps(int64_t heads, int64_t head_dim) {
     const int64_t words = head_dim / kWordElements<X>;
-    Lookahead ahead = Lookahead::at(reader, next, smaller(end, next + kGroup), lookahead_steps(heads, words), memory);
-    multiply_heads<X, false>(query, query_stride, heads, memory.tile, words, true, scores, stride, ahead);
+    return (heads + kHeads - 1) / kHeads * ((words + Lookahead::kWords - 1) / Lookahead::kWords);
   }
 
   // sums[h][d] = sum over keys [begin, end) of weights[h][key - begin] * value; kAdds: is added to what is there. Some
@@ -90,26 +95,29 @@ struct WordProduct {
   template <class X, bool kAdds>
   DSV4_INLINE void mix(const X* weights, int64_t stride, int64_t heads, const KeyReader<X>& reader, int64_t begin,
                        int64_t end, int64_t head_dim, float* sums, const TileMemory<X>& memory) {
-    Lookahead nothing;
     for (int64_t first = begin; first < end; first += kSliceKeys) {
-      const int64_t last = smaller(end, first + kSliceKeys), steps = round_up(last - first, kGroup) / kWordElements<X>;
+      const int64_t last = smaller(end, first + kSliceKeys);
       for (int64_t d = 0; d < head_dim; d += kSliceDims) {
-        const int64_t dims = smaller(head_dim - d, kSliceDims);
-        tile_for_values(reader, first, last, d, dims, memory);
-        for (int64_t group = 0; group < dims / kGroup; ++group) {
-          multiply_heads<X, kAdds>(weights + (first - begin), stride, heads, memory.tile + group * group_stride(steps),
-                                   steps, !kAdds && first == begin, sums + d + group * kGroup, head_dim, nothing);
-        }
+        mix_slice<X, kAdds>(weights + (first - begin), stride, heads, reader, first, last, d, head_dim,
+                            !kAdds && first == begin, sums, memory, Held());
       }
+    }
+  }
+  // The same of at most kSliceKeys keys and of dims from d on, kSliceDims at most.
+  template <class X, bool kAdds>
+  DSV4_INLINE void mix_slice(const X* weights, int64_t stride, int64_t heads, const KeyReader<X>& reader, int64_t begin,
+                             int64_t end, int64_t d, int64_t head_dim, bool fresh, float* sums,
+                             const TileMemory<X>& memory, const Held& held) {
+    const int64_t dims = smaller(head_dim - d, kSliceDims), steps = round_up(end - begin, kGroup) / kWordElements<X>;
+    tile_for_values(reader, begin, end, d, dims, memory, held);
+    Lookahead nothing;
+    for (int64_t group = 0; group < dims / kGroup; ++group) {
+      multiply_heads<X, kAdds>(weights, stride, heads, memory.tile + group * group_stride(steps), steps, fresh,
+                               sums + d + group * kGroup, head_dim, nothing);
     }
   }
 
  private:
-  // Of a lookahead in one product.
-  DSV4_INLINE int64_t lookahead_steps(int64_t heads, int64_t words) {
-    return (heads + kHeads - 1) / kHeads * ((words + Lookahead::kWords - 1) / Lookahead::kWords);
-  }
-
   template <class X, bool kApart>
   DSV4_INLINE void multiply_heads(const X* left, int64_t left_stride, int64_t heads, const uint32_t* right,
                                   int64_t words, bool fresh, float* sums, int64_t sums_stride, Lookahead& ahead) {

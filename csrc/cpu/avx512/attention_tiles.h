@@ -2,6 +2,8 @@
 // out in 32-bit words (two bfloat16 or one float32) as the multiplications read them.
 #pragma once
 
+#include <cstddef>
+
 #include "common/pages.h"
 #include "cpu/attention_keys.h"
 #include "cpu/avx512/e4m3_bytes.h"
@@ -170,10 +172,11 @@ struct TileMemory {
   uint32_t* tile;
   X *rows, *zeros;        // [kBatch, D]; [D], zero
   const uint8_t** lines;  // of a group of keys
+  const uint8_t** held;   // [kSliceKeys]
 
   static int64_t bytes(int64_t head_dim) {
     return 4 * tile_words(head_dim) + (kBatch + 1) * head_dim * kBytes +
-           kGroup * KeyReader<X>::most_lines(head_dim) * static_cast<int64_t>(sizeof(uint8_t*));
+           (kGroup * KeyReader<X>::most_lines(head_dim) + kSliceKeys) * static_cast<int64_t>(sizeof(uint8_t*));
   }
   // Of 32 keys for scores, or a slice of many for values.
   static int64_t tile_words(int64_t head_dim) {
@@ -184,8 +187,32 @@ struct TileMemory {
       : tile(reinterpret_cast<uint32_t*>(memory)),
         rows(reinterpret_cast<X*>(tile + tile_words(head_dim))),
         zeros(rows + kBatch * head_dim),
-        lines(reinterpret_cast<const uint8_t**>(zeros + head_dim)) {
+        lines(reinterpret_cast<const uint8_t**>(zeros + head_dim)),
+        held(lines + kGroup * KeyReader<X>::most_lines(head_dim)) {
     memset(zeros, 0, static_cast<size_t>(head_dim) * sizeof(X));
+  }
+};
+
+// The keys that a tile holds, by the addresses of their rows, null for zeros: of rows that follow one another most are
+// the same, and need not be decoded again.
+struct Held {
+  const uint8_t** keys = nullptr;  // null: not written down
+  bool known = false;
+
+  DSV4_INLINE bool has(const Held& held, int64_t place, const uint8_t* key) {
+    return held.known && held.keys[place] == key;
+  }
+  // Which of 8 places hold other keys than they will: the first `count` of `keys`, then zeros.
+  DSV4_INLINE uint32_t change(const Held& held, int64_t place, const Key* keys, int64_t count) {
+    static_assert(sizeof(Key) == 16 && offsetof(Key, data) == 0);
+    if (held.keys == nullptr) return 0xFF;
+    const __mmask16 words = count >= 8 ? 0xFFFF : count <= 0 ? 0 : static_cast<__mmask16>((1u << 2 * count) - 1);
+    const __m512i first = _mm512_maskz_loadu_epi64(static_cast<__mmask8>(words), keys),
+                  second = _mm512_maskz_loadu_epi64(static_cast<__mmask8>(words >> 8), keys + 4);
+    const __m512i now = _mm512_permutex2var_epi64(first, _mm512_setr_epi64(0, 2, 4, 6, 8, 10, 12, 14), second);
+    const __mmask8 same = held.known ? _mm512_cmpeq_epi64_mask(now, _mm512_loadu_si512(held.keys + place)) : 0;
+    _mm512_storeu_si512(held.keys + place, now);
+    return static_cast<uint8_t>(~same);
   }
 };
 
@@ -196,12 +223,16 @@ class Lookahead {
   static constexpr int64_t kWords = 8;  // of a product to one step
 
   Lookahead() = default;
-  // Keys [begin, end), kGroup at most, over so many steps.
+  // Keys [begin, end), kGroup at most, over so many steps; not those that a tile holds.
   template <class X>
   static Lookahead at(const KeyReader<X>& reader, int64_t begin, int64_t end, int64_t steps,
-                      const TileMemory<X>& memory) {
+                      const TileMemory<X>& memory, const Held& held = Held()) {
     Lookahead ahead;
-    const int64_t count = KeyReader<X>::lines(reader, begin, end, memory.lines);
+    int64_t count = 0;
+    for (int64_t last; begin < end; begin = last + 1) {
+      for (last = begin; last < end && !Held::has(held, last % kGroup, reader.keys()[last].data);) ++last;
+      count += KeyReader<X>::lines(reader, begin, last, memory.lines + count);
+    }
     ahead.next_ = memory.lines, ahead.end_ = memory.lines + count, ahead.each_ = (count + steps - 1) / steps;
     return ahead;
   }
@@ -219,15 +250,31 @@ class Lookahead {
 // Up to 32 keys from `begin` on, and zeros, for scores: [word of a row][32 keys].
 template <class X>
 static __attribute__((noinline)) void tile_for_scores(const KeyReader<X>& reader, int64_t begin, int64_t end,
-                                                      int64_t head_dim, const TileMemory<X>& memory) {
+                                                      int64_t head_dim, const TileMemory<X>& memory,
+                                                      const Held& held = Held()) {
+  constexpr int kSingly = 3;  // keys that take less time one by one than all 16
   const int64_t words = head_dim / kWordElements<X>;
   for (int64_t half = 0; half < kGroup; half += kBatch) {
-    const X* rows[kBatch];
-    for (int64_t i = 0; i < kBatch; ++i) {
+    const auto row = [&](int64_t i) {
       const int64_t key = begin + half + i;
-      rows[i] = key < end ? KeyReader<X>::read(reader, key, 0, head_dim, memory.rows + i * head_dim) : memory.zeros;
-    }
+      return key < end ? KeyReader<X>::read(reader, key, 0, head_dim, memory.rows + i * head_dim) : memory.zeros;
+    };
     uint32_t* to = memory.tile + half;
+    uint32_t changed = 0;
+    for (int64_t i = 0; i < kBatch; i += 8) {
+      const int64_t key = begin + half + i;
+      changed |= Held::change(held, half + i, reader.keys() + key, end - key) << i;
+    }
+    if (__builtin_popcount(changed) <= kSingly) {
+      for (; changed != 0; changed &= changed - 1) {
+        const int64_t i = __builtin_ctz(changed);
+        const X* from = row(i);
+        for (int64_t word = 0; word < words; ++word) memcpy(to + word * kGroup + i, from + word * kWordElements<X>, 4);
+      }
+      continue;
+    }
+    const X* rows[kBatch];
+    for (int64_t i = 0; i < kBatch; ++i) rows[i] = row(i);
     for (int64_t word = 0; word < words; word += 16) {
       __m512i x[16];
       for (int i = 0; i < 16; ++i) x[i] = _mm512_loadu_si512(reinterpret_cast<const uint8_t*>(rows[i]) + 4 * word);
@@ -265,26 +312,23 @@ static __attribute__((noinline)) int64_t put_pairs(const Key* keys, int64_t coun
   return done;
 }
 
-// Dims [first_dim, first_dim + dims), a slice at most, of keys [begin, end), zeros up to a multiple of 32, as values:
-// [group of 32 dims][step][32 words]. A step is one key, or two whose bfloat16 elements stand together in words; these
-// unpack within lanes, so the dims of a group come in the order of `value_order`. Before the first slice all keys are
-// asked for.
+// Steps [step, last) of what tile_for_values makes.
 template <class X>
-static __attribute__((noinline)) void tile_for_values(const KeyReader<X>& reader, int64_t begin, int64_t end,
-                                                      int64_t first_dim, int64_t dims, const TileMemory<X>& memory) {
-  const int64_t steps = round_up(end - begin, kGroup) / kWordElements<X>, stride = group_stride(steps);
-  for (int64_t key = begin; first_dim == 0 && key < end; ++key) KeyReader<X>::prefetch_again(reader, key);
-  for (int64_t step = 0; step < steps; ++step) {
+static __attribute__((noinline)) void value_steps(const KeyReader<X>& reader, int64_t begin, int64_t end,
+                                                  int64_t first_dim, int64_t dims, int64_t step, int64_t last,
+                                                  int64_t steps, const TileMemory<X>& memory) {
+  const int64_t stride = group_stride(steps);
+  for (; step < last; ++step) {
     if constexpr (sizeof(X) == 2) {
       const Key* keys = reader.keys() + begin + 2 * step;
-      const int64_t left = end - begin - 2 * step, words = reader.words_at(first_dim);
+      const int64_t left = smaller(end - begin - 2 * step, 2 * (last - step)), words = reader.words_at(first_dim);
       uint32_t* to = memory.tile + step * kGroup;
       if (reader.are_codes(first_dim)) {
         step += put_pairs<true>(keys, left, first_dim, first_dim / kRowBlock, to, stride) / 2;
       } else if (words >= 0) {
         step += put_pairs<false>(keys, left, words, 0, to, stride) / 2;
       }
-      if (step == steps) return;
+      if (step == last) return;
     }
     uint32_t* to = memory.tile + step * kGroup;
     const int64_t first = begin + step * kWordElements<X>;
@@ -302,6 +346,39 @@ static __attribute__((noinline)) void tile_for_values(const KeyReader<X>& reader
       }
     }
   }
+}
+
+// Dims [first_dim, first_dim + dims), a slice at most, of keys [begin, end), zeros up to a multiple of 32, as values:
+// [group of 32 dims][step][32 words]. A step is one key, or two whose bfloat16 elements stand together in words; these
+// unpack within lanes, so the dims of a group come in the order of `value_order`. Before the first slice all keys are
+// asked for.
+template <class X>
+static __attribute__((noinline)) void tile_for_values(const KeyReader<X>& reader, int64_t begin, int64_t end,
+                                                      int64_t first_dim, int64_t dims, const TileMemory<X>& memory,
+                                                      const Held& held = Held()) {
+  const int64_t steps = round_up(end - begin, kGroup) / kWordElements<X>;
+  for (int64_t key = begin; first_dim == 0 && !held.known && key < end; ++key) {
+    KeyReader<X>::prefetch_again(reader, key);
+  }
+  if (held.keys == nullptr) return value_steps(reader, begin, end, first_dim, dims, 0, steps, steps, memory);
+  constexpr int64_t kEach = kWordElements<X>;
+  int64_t from = -1;  // of a run of steps that change
+  for (int64_t key = begin, step = 0; step < steps; key += 8) {
+    uint32_t changed = Held::change(held, key - begin, reader.keys() + key, end - key);
+    for (const int64_t last = step + 8 / kEach; step < last; ++step, changed >>= kEach) {
+      if (changed == 0 && from < 0) {
+        step = last;
+        break;
+      }
+      if ((changed & ((1u << kEach) - 1)) != 0) {
+        from = from < 0 ? step : from;
+      } else if (from >= 0) {
+        value_steps(reader, begin, end, first_dim, dims, from, step, steps, memory);
+        from = -1;
+      }
+    }
+  }
+  if (from >= 0) value_steps(reader, begin, end, first_dim, dims, from, steps, steps, memory);
 }
 
 // 32 sums of a group, in the order of their dims.
