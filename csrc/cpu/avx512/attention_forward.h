@@ -191,8 +191,18 @@ class RowWork {
   template <class MemoryOf>
   static void run_rows(const SparseAttentionParams& p, int64_t first, int64_t end, const MemoryOf& memory,
                        const Tiles& tiles) {
+    const auto sequence = p.sequence.as<const int32_t>();
+    for (int64_t row = first, next; row < end; row = next) {
+      for (next = row + 1; next < end && *sequence.at(next) == *sequence.at(row);) ++next;
+      run_together(p, row, next - row, memory, tiles);
+    }
+  }
+
+  // Every group of keys for all rows, then every slice of values.
+  template <class MemoryOf>
+  static void run_together(const SparseAttentionParams& p, int64_t first, int64_t count, const MemoryOf& memory,
+                           const Tiles& tiles) {
     std::optional<RowWork> works[kMostTogether];
-    const int64_t count = end - first;
     int64_t groups = 0, parts = 0;
     for (int64_t i = 0; i < count; ++i) {
       prepare(p, first + i, memory(i));
