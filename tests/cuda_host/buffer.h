@@ -55,10 +55,21 @@ inline bool no_device() {
   return true;
 }
 
-// Bytes with guards on both sides.
+// While one lives, the rows of new tensors lie so far apart that offsets are no 32-bit numbers, on the host model.
+struct RowsApart {
+  static inline int64_t elements = 0;
+#if !defined(DSV4_ON_GPU)
+  RowsApart() { elements = int64_t{1} << 31; }
+  ~RowsApart() { elements = 0; }
+  RowsApart(const RowsApart&) = delete;
+  RowsApart& operator=(const RowsApart&) = delete;
+#endif
+};
+
+// Bytes with guards on both sides. Sparse ones exist only where they are touched, and start as zeros.
 class DeviceBytes {
  public:
-  explicit DeviceBytes(size_t bytes) : bytes_(bytes) {
+  explicit DeviceBytes(size_t bytes, [[maybe_unused]] bool sparse = false) : bytes_(bytes) {
 #if defined(DSV4_ON_GPU)
     host_.assign(bytes + 2 * kGuard, kPattern);
     if (cudaMalloc(reinterpret_cast<void**>(&memory_), host_.size()) != cudaSuccess) throw std::bad_alloc();
@@ -66,12 +77,14 @@ class DeviceBytes {
 #else
     const size_t body = (bytes + 2 * kGuard + kPage - 1) / kPage * kPage;
     mapped_ = body + kPage;
-    void* memory = mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    const int flags = MAP_PRIVATE | MAP_ANONYMOUS | (sparse ? MAP_NORESERVE : 0);
+    void* memory = mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, flags, -1, 0);
     if (memory == MAP_FAILED) throw std::bad_alloc();
     memory_ = static_cast<uint8_t*>(memory);
     mprotect(memory_ + body, kPage, PROT_NONE);
     start_ = memory_ + (body - bytes) / 16 * 16;
-    memset(memory_, kPattern, body);
+    memset(memory_, kPattern, sparse ? static_cast<size_t>(start_ - memory_) : body);
+    memset(start_ + bytes, kPattern, static_cast<size_t>(memory_ + body - start_) - bytes);
 #endif
   }
   ~DeviceBytes() {
@@ -132,9 +145,10 @@ class DeviceTensor {
   explicit DeviceTensor(std::vector<int64_t> shape, int64_t pad = 0) : shape_(std::move(shape)) {
     inner_ = 1;
     for (size_t axis = 1; axis < shape_.size(); ++axis) inner_ *= shape_[axis];
-    stride_ = (shape_.size() > 1 ? inner_ : 1) + pad;
+    const int64_t apart = shape_.size() > 1 ? RowsApart::elements : 0;
+    stride_ = (shape_.size() > 1 ? inner_ : 1) + pad + apart;
     count_ = shape_[0] * stride_;
-    bytes_ = std::make_unique<DeviceBytes>(static_cast<size_t>(count_) * sizeof(T));
+    bytes_ = std::make_unique<DeviceBytes>(static_cast<size_t>(count_) * sizeof(T), apart > 0);
   }
 
   int64_t rows() const { return shape_[0]; }

@@ -79,10 +79,12 @@ struct CompressProblem {
     }
     ape.upload();
     state.upload();
-    expected_state.assign(&state.at(0),
-                          &state.at(0) + static_cast<size_t>(kSequences * (2 * ring * channels + c.shift)));
+    for (int64_t s = 0; s < kSequences; ++s) {
+      expected_state.insert(expected_state.end(), &state.at(s), &state.at(s) + state_stride());
+    }
   }
 
+  int64_t state_stride() const { return state.inner() + c.shift; }  // of expected_state
   float value(Random& random) const {
     const float x = random.uniform(-8, 8);
     return !c.exact ? x : std::round(x) == 0 ? 1.0f : std::round(x);  // sums that are zero have one sign
@@ -128,7 +130,7 @@ struct CompressProblem {
       return view;
     };
     AnyView<4> kept = view_of<4>(state, on_host);
-    if (on_host) kept.data = expected_state.data();
+    if (on_host) kept.data = expected_state.data(), kept.stride[0] = state_stride();
     CompressParams p = {cut(view_of<2>(kv, on_host)).template as<const float>(),
                         cut(view_of<2>(gate, on_host)).template as<const float>(),
                         from(ape),
@@ -171,9 +173,11 @@ struct CompressProblem {
   }
 
   std::string wrong_state() {
-    for (size_t i = 0; i < expected_state.size(); ++i) {
-      const float got = (&state.at(0))[i];
-      if (memcmp(&got, &expected_state[i], 4) != 0) return "state element " + std::to_string(i);
+    for (int64_t s = 0; s < kSequences; ++s) {
+      for (int64_t i = 0; i < state_stride(); ++i) {
+        const float got = state.at(s, i), wanted = expected_state[static_cast<size_t>(s * state_stride() + i)];
+        if (memcmp(&got, &wanted, 4) != 0) return "state " + std::to_string(s) + " element " + std::to_string(i);
+      }
     }
     return "";
   }

@@ -173,6 +173,7 @@ struct NormProblem {
     std::vector<X> expected(static_cast<size_t>(c.rows * (c.dim + c.shift)));
     AnyView<2> from = view_of<2>(x, true), to = from;
     to.data = expected.data();
+    to.stride[0] = c.dim + c.shift;
     const Status status =
         c.rope_dim < 0
             ? rms_norm_rows<X>(scalar::Lanes(), {from, weight(true), kRowEps, to}, scalar_context())

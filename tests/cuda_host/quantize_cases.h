@@ -114,8 +114,8 @@ struct QuantizeProblem {
     std::vector<uint8_t> own_codes(static_cast<size_t>(c.rows * (codes.inner() + c.shift)) + 1, 0xFF);
     std::vector<uint8_t> own_scale(static_cast<size_t>(c.rows * (scale.inner() + c.shift)) + 1, 0xFF);
     QuantizeParams p = params(true);
-    p.codes.data = own_codes.data();
-    p.scale.data = own_scale.data();
+    p.codes.data = own_codes.data(), p.codes.stride[0] = codes.inner() + c.shift;
+    p.scale.data = own_scale.data(), p.scale.stride[0] = scale.inner() + c.shift;
     const Status status = c.fp4 ? quantize_fp4_rows(scalar::Lanes(), p, scalar_context())
                                 : quantize_fp8_rows(scalar::Lanes(), p, scalar_context());
     if (!status.is_ok()) return status.message();
@@ -190,7 +190,7 @@ struct DequantizeProblem {
   std::string wrong() {
     std::vector<X> expected(static_cast<size_t>(c.batch * (result.inner() + c.shift)) + 1);
     DequantizeParams p = params(true);
-    p.result.data = expected.data();
+    p.result.data = expected.data(), p.result.stride[0] = result.inner() + c.shift;
     const Status status = dequantize_rows<X>(scalar::Lanes(), p, scalar_context());
     if (!status.is_ok()) return status.message();
     for (int64_t b = 0; b < c.batch; ++b) {

@@ -96,7 +96,8 @@ struct PoolMemory {
   RowPool pool(bool on_host) {
     RowPool pool = {};
     uint8_t* data = (on_host ? expected.data() : pages.device()) + shift;
-    const int64_t size = format == PageFormat::kFloat32 ? 4 : 2, stride = pages.inner();
+    const int64_t size = format == PageFormat::kFloat32 ? 4 : 2;
+    const int64_t stride = on_host ? pages.inner() : pages.any<2>().stride[0];
     if (format == PageFormat::kFloat32 || format == PageFormat::kBFloat16) {
       const DType dtype = size == 4 ? DType::kFloat32 : DType::kBFloat16;
       pool.plain = {data, dtype, {pages.rows(), page_size, dim}, {stride / size, dim, 1}};

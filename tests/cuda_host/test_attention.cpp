@@ -238,6 +238,18 @@ TEST(strided_rows) {
   }
 }
 
+#if !defined(DSV4_ON_GPU)
+
+TEST(offsets_beyond_32_bits) {
+  const RowsApart apart;
+  check_forms("rows far apart", [](AttentionCase& c) {
+    c.runs = {{40, 1}, {20, 1}, {44, 1}};
+    c.heads = 2;
+  });
+}
+
+#endif
+
 // No stored page, no visible entry, a sequence that no table has.
 TEST(rows_without_keys) {
   if (no_device()) return;

@@ -182,6 +182,21 @@ TEST(strided_rows) {
   }
 }
 
+#if !defined(DSV4_ON_GPU)
+
+// Pools with gradients lie densely: of FP8 rows alone.
+TEST(offsets_beyond_32_bits) {
+  const RowsApart apart;
+  for (const bool f32_query : {false, true}) {
+    AttentionCase c = formed({f32_query, RowForm::kFp8, RowForm::kFp8, Entries::kIndices});
+    c.runs = {{40, 1}, {20, 1}, {44, 1}};
+    c.heads = 2;
+    check_case(c, "rows far apart");
+  }
+}
+
+#endif
+
 TEST(without_rotation) {
   if (no_device()) return;
   check_forms("not rotated", [](AttentionCase& c) { c.rotated = false; });

@@ -95,6 +95,20 @@ TEST(anywhere_in_memory) {
   for (const PageFormat format : kKeys) check_case({4, 128, 64, 2, format, false, true, 3, 1, 3});
 }
 
+#if !defined(DSV4_ON_GPU)
+
+TEST(offsets_beyond_32_bits) {
+  const RowsApart apart;
+  for (const bool wide : {false, true}) {
+    for (const PageFormat format : kRows) check_case({4, 64, 32, 2, format, wide});
+    for (const PageFormat format : kKeys) check_case({4, 128, 64, 2, format, wide});
+  }
+  const std::string narrow = try_entries<bf16>({4, 64, 32, 2}, 23), wide = try_entries<float>({4, 64, 32, 2}, 23);
+  CHECK_MESSAGE(narrow.empty() && wide.empty(), narrow + wide);
+}
+
+#endif
+
 TEST(page_sizes_and_rings) {
   if (no_device()) return;
   for (const int64_t page_size : {1, 2, 64}) {

@@ -122,6 +122,16 @@ TEST(gates_of_any_size_anywhere_in_memory) {
   }
 }
 
+#if !defined(DSV4_ON_GPU)
+
+TEST(offsets_beyond_32_bits) {
+  const RowsApart apart;
+  check_both({15, 4, 64, 32, 2});
+  check_both({15, 4, 64, 32, 1, true});
+}
+
+#endif
+
 // A gate of -inf takes part with weight 0; a channel with no other has no weights.
 TEST(gates_that_are_not_finite) {
   if (no_device()) return;

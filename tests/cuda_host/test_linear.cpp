@@ -90,6 +90,17 @@ TEST(rows_that_do_not_lie_densely) {
   }
 }
 
+#if !defined(DSV4_ON_GPU)
+
+TEST(offsets_beyond_32_bits) {
+  const RowsApart apart;
+  for (const LinearOp op : kOps) {
+    for (const bool wide : {false, true}) check_tiles({op, 9, 136, 300, 1, wide, wide, wide});
+  }
+}
+
+#endif
+
 // Operands and results that start at no multiple of 16 bytes.
 TEST(memory_may_start_anywhere) {
   if (no_device()) return;

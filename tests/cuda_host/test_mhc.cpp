@@ -3,9 +3,6 @@
 #include "cuda/common/launch.h"
 #include "cuda/sm80/mhc_mix_few.h"
 #include "mhc_cases.h"
-#if !defined(DSV4_ON_GPU)
-#include "far_rows.h"
-#endif
 
 namespace dsv4::sm80 {
 void sm80_bf16_mhc_pre_mix(MixArguments);
@@ -250,27 +247,15 @@ TEST(runs_of_splits_change_nothing) {
 template <class X>
 void check_far_rows() {
   const MhcCase c = {3, 40, true};
-  MhcProblem<X> near(c, false), far(c, false);
-  CHECK(run_mhc(near, MhcOp::kPostPre).empty());
-  FarRows<X> sublayer, streams, result, input;
-  MhcPostPreParams p = far.post_pre_params();
-  p.post.sublayer = sublayer.spread(p.post.sublayer, &far.sublayer);
-  p.post.streams = streams.spread(p.post.streams, &far.streams);
-  p.post.result = p.pre.streams = result.spread(p.post.result);
-  p.pre.input = input.spread(p.pre.input);
-  const Status fused = sm80::mhc_post_pre(p, cuda_context());
-  CHECK_MESSAGE(fused.is_ok(), fused.message());
-  const auto check = [&] {
-    for (int64_t t = 0; t < 3; ++t) {
-      CHECK(memcmp(result.data + t * FarRows<X>::kStride, &near.result.at(t), near.result.inner() * sizeof(X)) == 0);
-      CHECK(memcmp(input.data + t * FarRows<X>::kStride, &near.input.at(t), near.input.inner() * sizeof(X)) == 0);
-      memset(result.data + t * FarRows<X>::kStride, 0, near.result.inner() * sizeof(X));
-    }
-  };
-  check();
-  CHECK(sm80::mhc_post(p.post, cuda_context()).is_ok());
-  CHECK(sm80::mhc_pre(p.pre, cuda_context()).is_ok());
-  check();
+  for (const MhcOp op : kOps) {
+    MhcProblem<X> near(c, op == MhcOp::kHead);
+    const RowsApart apart;
+    MhcProblem<X> far(c, op == MhcOp::kHead);
+    CHECK(run_mhc(near, op).empty());
+    const std::string fault = run_mhc(far, op);
+    CHECK_MESSAGE(fault.empty(), fault);
+    for (int64_t t = 0; t < c.tokens; ++t) CHECK(bits_of(far, op, t) == bits_of(near, op, t));
+  }
 }
 
 TEST(offsets_beyond_32_bits) {

@@ -123,6 +123,22 @@ TEST(rows_that_do_not_lie_densely) {
   }
 }
 
+#if !defined(DSV4_ON_GPU)
+
+TEST(offsets_beyond_32_bits) {
+  const RowsApart apart;
+  for (const WeightFormat format : kFormats) {
+    for (const bool wide_scales : {false, true}) {
+      MoeCase c = {5, 96, 72, 4, 2, format, format, format};
+      c.wide_scales = wide_scales;
+      check_cuts<bf16>(c);
+      check_cuts<float>(c);
+    }
+  }
+}
+
+#endif
+
 TEST(limits) {
   if (no_device()) return;
   for (const float limit : {0.0f, 0.05f, 10.0f}) {

@@ -91,6 +91,17 @@ TEST(rows_that_do_not_lie_densely) {
   }
 }
 
+#if !defined(DSV4_ON_GPU)
+
+TEST(offsets_beyond_32_bits) {
+  const RowsApart apart;
+  const GradientCase c = {9, 96, 72, 4, 2};
+  check_both(c);
+  for (const sm80::GradientCut& cut : kCuts) check_both(c, &cut);
+}
+
+#endif
+
 TEST(limits) {
   if (no_device()) return;
   for (const float limit : {0.0f, 0.05f, 10.0f}) {

@@ -310,6 +310,33 @@ void check_company() {
   }
 }
 
+#if !defined(DSV4_ON_GPU)
+
+template <class X>
+void check_far_rows() {
+  for (const int64_t dim : {40, 512}) {
+    for (const HeadOp op : {HeadOp::kQueryNormRope, HeadOp::kApplyRope}) check_queries<X>({3, 2, dim, 8, 3, 0, op});
+    for (const int64_t rope_dim : {-1, 8}) {
+      const std::string wrong = try_norm<X>({3, dim, rope_dim});
+      CHECK_MESSAGE(wrong.empty(), wrong);
+    }
+    for (const PageFormat format : {PageFormat::kFp8Rows, PageFormat::kFloat32, PageFormat::kBFloat16}) {
+      check_window<X>({9, dim, 8, format});
+    }
+  }
+  check_queries<X>({3, 2, 128, 64, 3, 0, HeadOp::kIndexQuery});
+  const std::string wrong = try_norm<X>({3, 1032});
+  CHECK_MESSAGE(wrong.empty(), wrong);
+}
+
+TEST(offsets_beyond_32_bits) {
+  const RowsApart apart;
+  check_far_rows<bf16>();
+  check_far_rows<float>();
+}
+
+#endif
+
 TEST(rows_do_not_depend_on_their_company) {
   if (no_device()) return;
   check_company<bf16>();

@@ -168,6 +168,24 @@ TEST(queries_of_every_dim) {
   }
 }
 
+#if !defined(DSV4_ON_GPU)
+
+template <class X>
+void check_far_rows() {
+  for (const int64_t shift : {0, 1}) {
+    for (const int64_t dim : {40, 512, 8200}) check_norm<X>({5, dim, 8, 2, 3, shift});
+    for (const int64_t dim : {40, 512}) check_queries<X>({3, 2, dim, 8, 3, shift});
+  }
+}
+
+TEST(offsets_beyond_32_bits) {
+  const RowsApart apart;
+  check_far_rows<bf16>();
+  check_far_rows<float>();
+}
+
+#endif
+
 TEST(queries_of_any_size_anywhere_in_memory) {
   if (no_device()) return;
   for (const float size : {1e-12f, 1e-3f, 1e4f, 1e13f, 1e16f, 1e19f}) {

@@ -116,6 +116,26 @@ TEST(values_of_codes) {
   check_dequantize<bf16>({1, 3, 33, 7});
 }
 
+#if !defined(DSV4_ON_GPU)
+
+template <class X>
+void check_far_rows() {
+  for (const bool fp4 : {false, true}) {
+    check_quantize<X>({3, 192, 64, fp4});
+    check_dequantize<X>({3, 2, 64, 32, 1, fp4});
+    check_dequantize<X>({3, 2, 64, 32, 1, fp4, true});
+  }
+  for (const int64_t dim : {64, 2048}) check_hadamard<X>({3, dim});
+}
+
+TEST(offsets_beyond_32_bits) {
+  const RowsApart apart;
+  check_far_rows<bf16>();
+  check_far_rows<float>();
+}
+
+#endif
+
 TEST(hadamard_of_every_width) {
   if (no_device()) return;
   for (int64_t dim = 1; dim <= 1024; dim *= 2) {
