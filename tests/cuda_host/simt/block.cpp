@@ -228,6 +228,7 @@ Status run(const char* kernel, const cuda::LaunchShape& shape, const std::functi
                          static_cast<long long>(shape.blocks_x), static_cast<long long>(shape.blocks_y), shape.threads,
                          shape.shared_bytes);
   }
+  if (options.launch_only) return Status::ok();
   std::mt19937_64 random(options.seed);
   Block block(shape, options, random);
   std::vector<int64_t> order(static_cast<size_t>(shape.blocks_x * shape.blocks_y));

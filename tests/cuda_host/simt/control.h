@@ -21,6 +21,7 @@ struct Options {
   const char* skip_file = nullptr;  // leave out every synchronisation of this line
   int skip_line = 0;
   bool count_banks = false;  // see bank_sites
+  bool launch_only = false;  // whether a GPU takes the launch; nothing runs
 };
 
 struct SyncSite {
