@@ -66,6 +66,33 @@ struct RowsApart {
 #endif
 };
 
+// While one lives, one of the new tensors, by their number from 1 on, starts or has its rows an element off where they
+// would be.
+struct OddTensor {
+  enum Part { kStart, kRows };
+  static inline int chosen = 0, made = 0;
+  static inline Part part = kStart;
+  OddTensor(int number, Part of) {
+    chosen = number, made = 0;
+    part = of;
+  }
+  ~OddTensor() { chosen = 0; }
+  OddTensor(const OddTensor&) = delete;
+  OddTensor& operator=(const OddTensor&) = delete;
+
+  // Of the tensor that is made now.
+  static bool is(Part of) { return chosen > 0 && made == chosen && part == of; }
+};
+
+// Calls check() for each tensor that it makes, as that one.
+template <class Check>
+void each_odd_tensor(OddTensor::Part part, const Check& check) {
+  for (int number = 1; number == 1 || number <= OddTensor::made; ++number) {
+    const OddTensor odd(number, part);
+    check();
+  }
+}
+
 // Bytes with guards on both sides. Sparse ones exist only where they are touched, and start as zeros.
 class DeviceBytes {
  public:
@@ -139,22 +166,26 @@ class DeviceBytes {
 };
 
 // A tensor; the last axis is contiguous. pad: elements between one row of the first axis and the next, never touched.
+// grain: elements that are one of what a kernel reads.
 template <class T>
 class DeviceTensor {
  public:
-  explicit DeviceTensor(std::vector<int64_t> shape, int64_t pad = 0) : shape_(std::move(shape)) {
+  explicit DeviceTensor(std::vector<int64_t> shape, int64_t pad = 0, int64_t grain = 1) : shape_(std::move(shape)) {
+    ++OddTensor::made;
+    start_ = OddTensor::is(OddTensor::kStart) ? grain : 0;
+    if (OddTensor::is(OddTensor::kRows) && shape_.size() > 1) pad += grain;
     inner_ = 1;
     for (size_t axis = 1; axis < shape_.size(); ++axis) inner_ *= shape_[axis];
     const int64_t apart = shape_.size() > 1 ? RowsApart::elements : 0;
     stride_ = (shape_.size() > 1 ? inner_ : 1) + pad + apart;
     count_ = shape_[0] * stride_;
-    bytes_ = std::make_unique<DeviceBytes>(static_cast<size_t>(count_) * sizeof(T), apart > 0);
+    bytes_ = std::make_unique<DeviceBytes>(static_cast<size_t>(start_ + count_) * sizeof(T), apart > 0);
   }
 
   int64_t rows() const { return shape_[0]; }
   int64_t inner() const { return inner_; }
-  T& at(int64_t row, int64_t column = 0) { return static_cast<T*>(bytes_->host())[row * stride_ + column]; }
-  T* device() { return static_cast<T*>(bytes_->device()); }
+  T& at(int64_t row, int64_t column = 0) { return static_cast<T*>(bytes_->host())[start_ + row * stride_ + column]; }
+  T* device() { return static_cast<T*>(bytes_->device()) + start_; }
   void upload() { bytes_->upload(); }
   void download() { bytes_->download(); }
   bool intact() { return bytes_->intact(); }
@@ -197,7 +228,7 @@ class DeviceTensor {
   }
 
   std::vector<int64_t> shape_;
-  int64_t inner_, stride_, count_;
+  int64_t inner_, stride_, count_, start_;
   std::unique_ptr<DeviceBytes> bytes_;
 };
 

@@ -62,13 +62,13 @@ std::string wrong_sums(DeviceTensor<R>& got, const std::vector<double>& exact, c
 class ScratchMemory {
  public:
   Workspace of(int64_t bytes) {
-    memory_ = std::make_unique<DeviceTensor<uint8_t>>(std::vector<int64_t>{(bytes + 63) / 64 * 64});
+    memory_ = std::make_unique<DeviceBytes>(static_cast<size_t>((bytes + 63) / 64 * 64));
     return {memory_->device(), bytes};
   }
   bool intact() { return memory_->intact(); }
 
  private:
-  std::unique_ptr<DeviceTensor<uint8_t>> memory_;
+  std::unique_ptr<DeviceBytes> memory_;
 };
 
 // rms_norm_backward, and kv_norm_rope_backward where there are dims to rotate.

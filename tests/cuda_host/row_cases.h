@@ -74,7 +74,7 @@ struct PoolMemory {
         rope_dim(the_rope_dim),
         page_bytes(bytes_of(format, page_size, dim, rope_dim)),
         shift(the_shift),
-        pages({sequences * blocks + 2, page_bytes + shift}),
+        pages({sequences * blocks + 2, page_bytes + shift}, 0, plain_bytes() > 0 ? plain_bytes() : 1),
         table({sequences, blocks}) {
     const int64_t count = sequences * blocks;
     for (int64_t s = 0; s < sequences; ++s) {
@@ -92,13 +92,16 @@ struct PoolMemory {
     expected.assign(static_cast<size_t>(pages.rows() * pages.inner()), 0x5A);
   }
 
+  // Of an element; 0: pages of bytes.
+  int64_t plain_bytes() const { return format == PageFormat::kFloat32 ? 4 : format == PageFormat::kBFloat16 ? 2 : 0; }
+
   // On the host the pool is `expected`.
   RowPool pool(bool on_host) {
     RowPool pool = {};
     uint8_t* data = (on_host ? expected.data() : pages.device()) + shift;
-    const int64_t size = format == PageFormat::kFloat32 ? 4 : 2;
+    const int64_t size = plain_bytes();
     const int64_t stride = on_host ? pages.inner() : pages.any<2>().stride[0];
-    if (format == PageFormat::kFloat32 || format == PageFormat::kBFloat16) {
+    if (size > 0) {
       const DType dtype = size == 4 ? DType::kFloat32 : DType::kBFloat16;
       pool.plain = {data, dtype, {pages.rows(), page_size, dim}, {stride / size, dim, 1}};
     } else {

@@ -95,6 +95,21 @@ TEST(anywhere_in_memory) {
   for (const PageFormat format : kKeys) check_case({4, 128, 64, 2, format, false, true, 3, 1, 3});
 }
 
+// Each operand and result alone: what is believed of one must not be concluded from another.
+TEST(any_operand_anywhere_in_memory) {
+  if (no_device()) return;
+  for (const OddTensor::Part part : {OddTensor::kStart, OddTensor::kRows}) {
+    for (const bool wide : {false, true}) {
+      for (const PageFormat format : kRows) {
+        each_odd_tensor(part, [&] { check_case({4, 64, 32, 2, format, wide}); });
+      }
+      for (const PageFormat format : kKeys) {
+        each_odd_tensor(part, [&] { check_case({4, 128, 64, 2, format, wide}); });
+      }
+    }
+  }
+}
+
 #if !defined(DSV4_ON_GPU)
 
 TEST(offsets_beyond_32_bits) {

@@ -310,6 +310,33 @@ void check_company() {
   }
 }
 
+template <class X>
+void check_any_operand(int weight) {
+  for (const HeadOp op : {HeadOp::kQueryNormRope, HeadOp::kApplyRope, HeadOp::kIndexQuery}) {
+    check_queries<X>({3, 2, 64, 16, 3, 0, op});
+  }
+  for (const int64_t dim : {64, 1032}) {
+    for (const int64_t rope_dim : {-1, 16}) {
+      const std::string wrong = try_norm<X>({3, dim, rope_dim, weight});
+      CHECK_MESSAGE(wrong.empty(), wrong);
+    }
+  }
+  for (const PageFormat format : {PageFormat::kFp8Rows, PageFormat::kFloat32, PageFormat::kBFloat16}) {
+    check_window<X>({9, 64, 16, format, 4, weight == 2});
+  }
+}
+
+// Each operand and result alone: what is believed of one must not be concluded from another.
+TEST(any_operand_anywhere_in_memory) {
+  if (no_device()) return;
+  for (const OddTensor::Part part : {OddTensor::kStart, OddTensor::kRows}) {
+    for (const int weight : {1, 2}) {
+      each_odd_tensor(part, [weight] { check_any_operand<bf16>(weight); });
+      each_odd_tensor(part, [weight] { check_any_operand<float>(weight); });
+    }
+  }
+}
+
 #if !defined(DSV4_ON_GPU)
 
 template <class X>

@@ -168,6 +168,25 @@ TEST(queries_of_every_dim) {
   }
 }
 
+template <class X>
+void check_any_operand(int weight) {
+  for (const int64_t dim : {64, 512}) {
+    check_norm<X>({5, dim, 16, weight});
+    check_queries<X>({3, 2, dim, 16});
+  }
+}
+
+// Each operand and result alone: what is believed of one must not be concluded from another.
+TEST(any_operand_anywhere_in_memory) {
+  if (no_device()) return;
+  for (const OddTensor::Part part : {OddTensor::kStart, OddTensor::kRows}) {
+    for (const int weight : {1, 2}) {
+      each_odd_tensor(part, [weight] { check_any_operand<bf16>(weight); });
+      each_odd_tensor(part, [weight] { check_any_operand<float>(weight); });
+    }
+  }
+}
+
 #if !defined(DSV4_ON_GPU)
 
 template <class X>

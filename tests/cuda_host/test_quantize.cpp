@@ -116,6 +116,25 @@ TEST(values_of_codes) {
   check_dequantize<bf16>({1, 3, 33, 7});
 }
 
+template <class X>
+void check_any_operand() {
+  for (const bool fp4 : {false, true}) {
+    check_quantize<X>({3, 192, 64, fp4});
+    check_dequantize<X>({3, 2, 64, 32, 1, fp4});
+    check_dequantize<X>({3, 2, 64, 32, 1, fp4, true});
+  }
+  check_hadamard<X>({3, 64});
+}
+
+// Each operand and result alone: what is believed of one must not be concluded from another.
+TEST(any_operand_anywhere_in_memory) {
+  if (no_device()) return;
+  for (const OddTensor::Part part : {OddTensor::kStart, OddTensor::kRows}) {
+    each_odd_tensor(part, [] { check_any_operand<bf16>(); });
+    each_odd_tensor(part, [] { check_any_operand<float>(); });
+  }
+}
+
 #if !defined(DSV4_ON_GPU)
 
 template <class X>
