@@ -182,6 +182,23 @@ TEST(strided_rows) {
   }
 }
 
+// Each operand and result alone: what is believed of one must not be concluded from another.
+// Pools with gradients lie densely.
+TEST(any_operand_anywhere_in_memory) {
+  if (no_device()) return;
+  const auto check_small = [](AttentionCase c, auto) {
+    c.runs = {{12, 2}};
+    c.heads = c.window = c.k = 4;
+    check_case(c, "any operand");
+  };
+  each_odd_tensor(OddTensor::kStart, [&] { check_both(check_small); });
+  each_odd_tensor(OddTensor::kRows, [&] {
+    for (const bool f32_query : {false, true}) {
+      check_small(formed({f32_query, RowForm::kFp8, RowForm::kFp8, Entries::kIndices}), bf16());
+    }
+  });
+}
+
 #if !defined(DSV4_ON_GPU)
 
 // Pools with gradients lie densely: of FP8 rows alone.

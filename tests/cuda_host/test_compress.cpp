@@ -114,9 +114,10 @@ TEST(any_operand_anywhere_in_memory) {
 
 TEST(offsets_beyond_32_bits) {
   const RowsApart apart;
+  const std::vector<CompressRun> runs = {{1, 0, 23}, {3, 6, 9}};  // the second reads what `state` holds
   for (const bool wide : {false, true}) {
-    for (const PageFormat format : kRows) check_case({4, 64, 32, 2, format, wide});
-    for (const PageFormat format : kKeys) check_case({4, 128, 64, 2, format, wide});
+    for (const PageFormat format : kRows) check_case(with_runs({4, 64, 32, 2, format, wide}, runs));
+    for (const PageFormat format : kKeys) check_case(with_runs({4, 128, 64, 2, format, wide}, runs));
   }
   const std::string narrow = try_entries<bf16>({4, 64, 32, 2}, 23), wide = try_entries<float>({4, 64, 32, 2}, 23);
   CHECK_MESSAGE(narrow.empty() && wide.empty(), narrow + wide);
