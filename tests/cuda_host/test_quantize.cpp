@@ -174,6 +174,17 @@ TEST(hadamard_of_long_rows) {
   }
 }
 
+// The cut of a long row is that of its largest element, whichever warp has it.
+TEST(hadamard_of_long_rows_with_one_large_element) {
+  if (no_device()) return;
+  HadamardProblem<float> p({1, 2048});
+  p.x.at(0, 5) = 1e30f;
+  p.x.upload();
+  CHECK(p.run().empty());
+  const std::string wrong = p.wrong(false);
+  CHECK_MESSAGE(wrong.empty(), wrong);
+}
+
 TEST(hadamard_of_any_size) {
   if (no_device()) return;
   for (const float size : {0.0f, 1e-38f, 1e-20f, 1e-6f, 1e6f, 1e22f, 1e24f, 1e37f, 3.3e38f}) {
