@@ -264,6 +264,8 @@ TEST(messages) {
   CompressParams p = problem.params(result, 0, Problem::kRows);
   p.ratio = 0;
   CHECK(message(p) == "compress: ratio must be at least 1, got 0");
+  p.ratio = int64_t{1} << 31;
+  CHECK(message(p) == "compress: ratio is too large");
   p = problem.params(result, 0, Problem::kRows);
   p.state.shape[1] = 7;
   CHECK(message(p) == "compress: state must have a ring of at least 8 positions, got 7");

@@ -427,6 +427,14 @@ TEST(messages) {
   expect(p, fp8_linear, "fp8_linear: weight must be uint8 [*, 256], got uint8 [200, 255]");
   expect(good, fp4_linear, "fp4_linear: weight must be uint8 [*, 128], got uint8 [200, 256]");
   p = good;
+  p.x.shape[2] = 255;
+  expect(p, fp4_linear, "fp4_linear: x must have an even number of inputs");
+  p.x.shape[2] = int64_t{1} << 31;
+  expect(p, fp8_linear, "fp8_linear: the weight is too large");
+  p = good;
+  p.weight.shape[0] = int64_t{1} << 31;
+  expect(p, fp8_linear, "fp8_linear: the weight is too large");
+  p = good;
   p.scale.dtype = DType::kInt32;
   expect(p, fp8_linear, "fp8_linear: scale must be uint8 or float32");
   p = good;

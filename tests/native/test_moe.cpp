@@ -383,6 +383,11 @@ TEST(map) {
   CHECK(std::string(moe_map(p, pool.context()).message()) == "moe_map: rows must be int32 [8], got int32 [7]");
   p.rows.shape[0] = 8, p.experts = 0;
   CHECK(std::string(moe_map(p, pool.context()).message()) == "moe_map: experts must be at least 1, got 0");
+  const std::string too_many = "moe_map: indices and experts must be fewer than 2^31";
+  p.experts = INT32_MAX;
+  CHECK(moe_map(p, pool.context()).message() == too_many);
+  p.experts = 3, p.indices.shape[0] = int64_t{1} << 30;
+  CHECK(moe_map(p, pool.context()).message() == too_many);
 }
 
 TEST(invalid_arguments) {
@@ -404,6 +409,8 @@ TEST(invalid_arguments) {
   refused(p, "moe_experts: w3 must be uint8 [2, 32, 32], got uint8 [2, 31, 32]");
   p = good, p.w2.scale.shape[2] = 2;
   refused(p, "moe_experts: w2_scale must be uint8 [2, 64, 1], got uint8 [2, 64, 2]");
+  p = good, p.x.shape[1] = 63;
+  refused(p, "moe_experts: w1 in e2m1 needs an even number of inputs, got 63");
   p = good, p.w1.format = WeightFormat::kNone;
   refused(p, "moe_experts: w1 must not be missing");
   p = good, p.shared[2].data.data = nullptr;

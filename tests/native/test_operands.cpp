@@ -351,6 +351,10 @@ TEST(gate) {
   check_operands("moe_gate", p, moe_gate, [](auto& q, const auto& each) {
     each("x", q.x), each("weight", q.weight), each("weights", q.weights), each("indices", q.indices);
   });
+  MoeGateParams many = p;
+  many.weight.shape[0] = int64_t{1} << 31;
+  ThreadPool pool(1);
+  CHECK(std::string(moe_gate(many, pool.context()).message()) == "moe_gate: weight has too many experts");
   p.bias = {}, p.token_ids = token_ids.any<1>(), p.tid2eid = table.any<2>();
   check_operands("moe_gate", p, moe_gate, [](auto& q, const auto& each) {
     each("token_ids", q.token_ids), each("tid2eid", q.tid2eid, Sizes::kFree);

@@ -582,6 +582,11 @@ BAD = {
             ({"w1_scale": S13}, "w1 must be float8_e4m3fn or uint8 or int8 [..., out, in], got float32 [4, 6, 8]"),
             ({**PACKED, "w1_scale": S2}, f"w1_scale must be {SCALES} [4, 6, 1], got float32 [4, 8, 1]"),
             ({**PACKED, "w1": P13[:, :, :3]}, "w1 must be int8 [4, 6, 4], got int8 [4, 6, 3]"),
+            ({**PACKED, "x": X[:, :7]}, "w1 in e2m1 needs an even number of inputs, got 7"),
+            (
+                {"shared": [P13[0, 0], P13[0, 0], P2[0, 0], S13[0, 0], S13[0, 0], S2[0, 0]]},
+                "shared w1 must be [..., out, in], got 1 dimensions",
+            ),
             ({**PACKED, "w2": W2.to(E4M3)}, f"w2_scale must be {SCALES} [4, 1, 1], got float32 [4, 8, 1]"),
             ({"shared": [W13[0]]}, "shared must hold 0, 3 or 6 tensors, got 1"),
             ({"shared": [W13[0], W13[0], W13[0]]}, "shared w2 must be float32 [8, 6], got float32 [6, 8]"),
