@@ -235,6 +235,14 @@ BAD: list[tuple[str, dict[str, Any]]] = [
     ("lengths must be int32 [17], got int32 [3]", {"lengths": torch.zeros(3, dtype=torch.int32)}),
     ("lengths must be given with compressed_pages, got None", {"lengths": None}),
     ("compressed_table must be None without compressed_pages", {"compressed_pages": None}),
+    (
+        "indices must be None without compressed_pages",
+        {"compressed_pages": None, "compressed_table": None, "lengths": None},
+    ),
+    (
+        "lengths must be None without compressed_pages",
+        {"compressed_pages": None, "compressed_table": None, "indices": None},
+    ),
     ("compressed_table must be given with compressed_pages, got None", {"compressed_table": None}),
     ("sequence must be int32 [17], got int64 [17]", {"sequence": torch.zeros(17, dtype=torch.int64)}),
     ("position must be int32 [17], got int32 [16]", {"position": torch.zeros(16, dtype=torch.int32)}),
