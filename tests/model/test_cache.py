@@ -406,7 +406,7 @@ def test_bad_arguments(arguments: dict, message: str) -> None:
     [
         ([torch.zeros(1, dtype=torch.int64)], "one tensor a sequence"),
         ([torch.zeros(1, dtype=torch.int64), torch.zeros(53, dtype=torch.int64)], "max_seq_len is 60"),
-        ([torch.zeros(1, dtype=torch.int64), torch.zeros(1)], "integer"),
+        *(([torch.tensor([1]), torch.zeros(1, dtype=kind)], "integer") for kind in (torch.float32, torch.bool)),
         ([torch.zeros(1, dtype=torch.int64), torch.zeros(1, 1, dtype=torch.int64)], "integer"),
         ([torch.zeros(1, dtype=torch.int64), torch.tensor([97])], "vocab|\\[0, 97\\)"),
         ([torch.zeros(1, dtype=torch.int64), torch.tensor([-1])], "\\[0, 97\\)"),

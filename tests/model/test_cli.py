@@ -296,6 +296,23 @@ def test_bad_input_is_one_line_and_exit_code_2(run, arguments, words):
     assert words in lines[0]
 
 
+def test_bench_runs_what_its_options_say(run, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    ran = []
+    monkeypatch.setattr("dsv4.bench.run", lambda **options: ran.append(options) or 0)
+    monkeypatch.setattr("dsv4.bench.million.run", lambda *options: ran.append(options) or 0)
+    assert run("bench", "--op", "mhc_post", "--shape", "nano", "--context", "4K", "--device", "cuda:1")[0] == 0
+    assert run("bench", "--quick", "--json", "x")[0] == 0
+    assert run("bench", "--million")[0] == 0
+    cuda = {"ops": ["mhc_post"], "shapes": ["nano"], "contexts": [4096], "device": torch.device("cuda:1")}
+    assert ran == [
+        cuda | {"quick": False, "json_file": None},
+        dict.fromkeys(cuda) | {"device": torch.device("cpu"), "quick": True, "json_file": "x"},
+        (1 << 20, None, None),
+    ]
+
+
 def test_interrupt_keeps_what_was_produced(run, folder, monkeypatch):
     tokenizer = Tokenizer(folder)
     tokens = tokenizer.encode("a为")
