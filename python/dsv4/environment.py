@@ -103,11 +103,11 @@ def environment_lines(found: dict[str, Any]) -> list[str]:
         f"cuda ops   {_library_line(libraries.get('cuda', {}), bool(hardware['gpus']))}",
         f"{VARIABLE}  {_limit(found[VARIABLE])}",
     ]
-    if not hardware["gpus"]:
-        lines.insert(4, "gpu        none" if versions["cuda of torch"] else "gpu        none (torch is a CPU build)")
-    for gpu in hardware["gpus"]:
-        kind = f"sm_{gpu['capability'].replace('.', '')}"
-        lines.insert(4, f"gpu        {gpu['name']}, {kind}, {gpu['memory bytes'] / 2**30:.0f} GiB")
+    gpus = [
+        f"gpu        {gpu['name']}, sm_{gpu['capability'].replace('.', '')}, {gpu['memory bytes'] / 2**30:.0f} GiB"
+        for gpu in hardware["gpus"]
+    ]
+    lines[4:4] = gpus or ["gpu        none" if versions["cuda of torch"] else "gpu        none (torch is a CPU build)"]
     return lines
 
 

@@ -161,6 +161,14 @@ def test_transformers_rates_and_rope() -> None:
     assert config.qk_rope_head_dim == 128
 
 
+@pytest.mark.parametrize(("head_dim", "words"), [(None, "missing head_dim"), ("512", "head_dim must be")])
+def test_a_rotary_part_of_no_width(head_dim: object, words: str) -> None:
+    values = transformers_values(head_dim=head_dim)
+    del values["qk_rope_head_dim"]
+    with pytest.raises(ValueError, match=words):
+        Config.from_dict(values)
+
+
 def test_attention_factor_follows_transformers() -> None:
     """A nested yarn section without the key means the paper's factor, which transformers then applies."""
     values = transformers_values()

@@ -111,6 +111,19 @@ def test_env_as_json(run, monkeypatch):
     assert values["implementations"] == dsv4.ops.implementations()
 
 
+def test_env_lists_gpus_by_their_number():
+    found = dsv4.environment.environment()
+    found["hardware"]["gpus"] = [
+        {"name": "first", "capability": "9.0", "memory bytes": 80 << 30, "processors": 132},
+        {"name": "second", "capability": "12.0", "memory bytes": 96 << 30, "processors": 188},
+    ]
+    lines = dsv4.environment.environment_lines(found)
+    first = lines.index("gpu        first, sm_90, 80 GiB")
+    assert lines[first - 1].startswith("threads")
+    assert lines[first + 1] == "gpu        second, sm_120, 96 GiB"
+    assert lines[first + 2].startswith("cpu ops")
+
+
 def test_env_knows_the_instruction_sets(run, monkeypatch):
     monkeypatch.setenv("DSV4_MAX_ISA", "SCALAR")
     assert "SCALAR: unknown, limits nothing; there are scalar, avx512, amx, sm80, sm90" in run("env")[1]
