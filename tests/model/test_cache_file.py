@@ -134,6 +134,7 @@ def test_load_refuses_a_changed_description(saved: Path, metadata: dict, message
         ("compressed_table", 1 << 30, "tables of sequence 0"),
         ("compressed_table", -1, "tables of sequence 0"),
         ("ids.0", 97, "vocabulary"),
+        ("ids.0", -1, "vocabulary"),
     ],
 )
 def test_load_refuses_changed_numbers(saved: Path, tensor: str, value: int, message: str) -> None:
