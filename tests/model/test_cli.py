@@ -1,8 +1,11 @@
 """The command line as its users meet it: what it prints, where, and with which exit code."""
 
+import importlib.metadata
 import json
 import re
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -111,12 +114,30 @@ def test_env_as_json(run, monkeypatch):
     assert values["implementations"] == dsv4.ops.implementations()
 
 
-def test_env_lists_gpus_by_their_number():
+def test_env_names_the_machine():
     found = dsv4.environment.environment()
-    found["hardware"]["gpus"] = [
-        {"name": "first", "capability": "9.0", "memory bytes": 80 << 30, "processors": 132},
-        {"name": "second", "capability": "12.0", "memory bytes": 96 << 30, "processors": 188},
+    memory = re.search(r"^MemTotal: +(\d+) kB$", Path("/proc/meminfo").read_text(), re.MULTILINE)
+    assert found["hardware"]["memory bytes"] == int(memory[1]) << 10
+    assert found["hardware"]["processor"] in re.findall(r": (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    assert {name: found["versions"][name] for name in ("tokenizers", "safetensors")} == {
+        name: importlib.metadata.version(name) for name in ("tokenizers", "safetensors")
+    }
+    line = next(line for line in dsv4.environment.environment_lines(found) if line.startswith("processor  "))
+    found["hardware"]["memory bytes"] = None  # where the system does not say
+    assert re.sub(r", \d+ GiB$", "", line) in dsv4.environment.environment_lines(found)
+
+
+def test_env_lists_gpus_by_their_number(monkeypatch):
+    gpus = [
+        SimpleNamespace(name="first", major=9, minor=0, total_memory=80 << 30, multi_processor_count=132),
+        SimpleNamespace(name="second", major=12, minor=0, total_memory=96 << 30, multi_processor_count=188),
     ]
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.get_device_properties", gpus.__getitem__)
+    found = dsv4.environment.environment()
+    second = {"name": "second", "capability": "12.0", "memory bytes": 96 << 30, "processors": 188}
+    assert found["hardware"]["gpus"][1] == second
     lines = dsv4.environment.environment_lines(found)
     first = lines.index("gpu        first, sm_90, 80 GiB")
     assert lines[first - 1].startswith("threads")
