@@ -112,6 +112,10 @@ def test_ratios_without_the_mtp_blocks() -> None:
 
 def test_expert_dtype_where_config_json_is_silent() -> None:
     values = FLASH.to_dict()
+    assert values["quantization_config"] == {
+        "activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "scale_fmt": "ue8m0",
+        "weight_block_size": [128, 128],
+    }, "as released: other programs read it"  # fmt: skip
     del values["expert_dtype"]
     assert Config.from_dict(values).expert_dtype == "fp4"
     values["quantization_config"]["expert_dtype"] = "fp8"

@@ -330,6 +330,25 @@ def test_bad_input_is_one_line_and_exit_code_2(run, arguments, words):
     assert words in lines[0]
 
 
+def test_generate_runs_what_its_options_say(run, folder, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    load, loaded, ran = checkpoint.load, [], []
+    monkeypatch.setattr(checkpoint, "load", lambda *how: loaded.append(how) or load(how[0], "cpu", *how[2:]))
+    monkeypatch.setattr("dsv4.console.generate", lambda *_, **settings: iter([ran.append(settings) or 1]))
+    options = ("--device", "cuda:1", "--quantization", "off", "--dtype", "float32", "--prefill-chunk", 7)
+    draws = {"temperature": 0.5, "top_p": 0.9, "seed": 3}
+    for more in (options, ("--temperature", 0.5, "--top-p", 0.9, "--seed", 3, "--ignore-eos")):
+        assert run("generate", folder, "--prompt", "x", *more)[0] == 0
+    assert loaded == [
+        (folder, torch.device("cuda:1"), "off", torch.float32),
+        (folder, torch.device("cpu"), "checkpoint", torch.bfloat16),
+    ]
+    plain = {"temperature": 0.0, "top_p": 1.0, "seed": 0, "stop_tokens": (TINY.eos_token_id,), "prefill_chunk": 7}
+    said = plain | draws | {"stop_tokens": (), "prefill_chunk": 2048}
+    assert [{name: settings[name] for name in plain} for settings in ran] == [plain, said]
+
+
 def test_bench_runs_what_its_options_say(run, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
