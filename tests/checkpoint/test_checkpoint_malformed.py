@@ -26,6 +26,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dsv4.checkpoint import CheckpointError, inspect, load
+from dsv4.checkpoint.reader import Checkpoint
 from dsv4.checkpoint.writer import write_safetensors
 
 STATE = released_state()
@@ -316,6 +317,14 @@ def test_inconsistent_shards(name: str, tmp_path: Path) -> None:
     change, fragments = INDEXES[name]
     change(folder)
     refused(folder, str(folder), *fragments)
+
+
+def test_a_file_that_goes_while_it_is_read(tmp_path: Path) -> None:
+    checkpoint = Checkpoint(write(tmp_path, STATE))
+    (tmp_path / MODEL).unlink()
+    with pytest.raises(CheckpointError, match=f"{MODEL}: {NORM} cannot be read") as caught:
+        checkpoint.get(NORM)
+    assert "\n" not in str(caught.value)
 
 
 def test_index_that_sends_a_tensor_to_the_wrong_shard(tmp_path: Path) -> None:
