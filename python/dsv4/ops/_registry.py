@@ -14,7 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from dsv4 import _library
 
@@ -88,11 +90,36 @@ def register(
         backward, setup_context = _recompute_backward(reference), _save_arguments
     if backward is not None:
         torch.library.register_autograd(
-            qualified, _for_passed_arguments(backward), setup_context=setup_context, lib=_fragment
+            qualified, _for_passed_arguments(backward), setup_context=setup_context, lib=_ReverseMode()
         )
     elif getattr(getattr(torch.ops, NAMESPACE), op).default._schema.is_mutable:
         _fragment.impl(op, _writing(op), "Autograd", with_keyset=True)
     _registered.append(op)
+
+
+class _ReverseMode:
+    """The library as register_autograd sees it: its kernel refuses what torch would otherwise leave at a tangent of
+    zeros (forward mode, torch.func.jvp), or fail at in words about its own classes (torch.func.grad)."""
+
+    def impl(self, op: str, kernel: Callable[..., Any], key: str, **options: Any) -> None:
+        def run(keyset: Any, *args: Any, **kwargs: Any) -> Any:
+            if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
+                for value in tree_leaves(args):
+                    if isinstance(value, Tensor) and _is_differentiated(value):
+                        name = op.removeprefix(f"{NAMESPACE}::").removeprefix("_").removesuffix("_reference")
+                        raise RuntimeError(
+                            f"{name}: has gradients of torch.autograd alone; use backward or torch.autograd.grad in "
+                            "place of torch.func's grad, vjp and jvp"
+                        )
+            return kernel(keyset, *args, **kwargs)
+
+        _fragment.impl(op, run, key, **options)
+
+
+def _is_differentiated(value: Tensor) -> bool:
+    """By a transform of torch.func, or in forward mode."""
+    traced = torch._C._are_functorch_transforms_active() and torch.is_grad_enabled() and value.requires_grad
+    return traced or (forward_ad._current_level >= 0 and forward_ad.unpack_dual(value).tangent is not None)
 
 
 def _writing(op: str) -> Callable[..., Any]:
