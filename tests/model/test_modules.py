@@ -194,6 +194,39 @@ def test_autocast_changes_nothing(tokens: int, dtype: torch.dtype) -> None:
     assert torch.equal(found, model(ids))
 
 
+@pytest.mark.parametrize("kind", ["SWA", "CSA", "HCA", "MoE"])
+def test_between_layers_of_autocast(kind: str) -> None:
+    """What a linear of torch hands on there is bfloat16, beside weights of float32: as with weights in bfloat16."""
+    module = build(kind, torch.float32)
+    x = torch.randn(2, 19, CONFIG.hidden_size)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = module(nn.functional.linear(x, torch.eye(CONFIG.hidden_size)))
+    found.float().square().sum().backward()
+    for name, parameter in module.named_parameters():
+        reached = parameter.grad is not None and parameter.grad.dtype == torch.float32
+        assert reached == (parameter.requires_grad and not name.startswith("indexer.")), name
+    expected = module.to(torch.bfloat16)(x.bfloat16())
+    assert found.dtype == torch.bfloat16
+    assert (found - expected).norm() <= 0.02 * expected.norm()
+
+
+def test_wrapped_shared_expert() -> None:
+    """Its weights go into one op with the experts', so an adapter around one would do nothing."""
+    module = build("MoE", torch.float32)
+
+    class Adapter(nn.Linear):
+        pass
+
+    module.shared_experts.w3 = Adapter(CONFIG.hidden_size, CONFIG.moe_intermediate_size, bias=False)
+    with pytest.raises(TypeError, match=r"shared_experts.w3 must be .* forward of Adapter would not run"):
+        module(torch.zeros(3, CONFIG.hidden_size))
+    module = build("MoE", torch.float32)
+    x = torch.randn(3, CONFIG.hidden_size)
+    expected = module(x)
+    nn.utils.parametrizations.weight_norm(module.shared_experts.w3)
+    torch.testing.assert_close(module(x), expected)
+
+
 def test_other_dtypes() -> None:
     """Mode "off" follows `to`; codes have no other dtype, and a model that was refused is as before."""
     config = replace(CONFIG, num_hidden_layers=2, compress_ratios=(0, 4), num_hash_layers=0)

@@ -67,6 +67,12 @@ class StoredWeights(nn.Module):
         return super()._apply(fn, recurse)
 
 
+def as_taken(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """A plain weight in the dtype of activations, which autocast or mixed precision may have made another; codes as
+    they are."""
+    return weight.to(dtype) if weight.dtype.itemsize > 1 else weight
+
+
 class Linear(nn.Module):
     """`y = x W^T` with a plain weight, in the input's dtype.
 
@@ -98,7 +104,8 @@ class Linear(nn.Module):
         dtype = torch.promote_types(x.dtype, torch.float32) if self.wide else x.dtype
         if self.exact or few_rows(x, x.shape[:-1].numel()):
             return ops.dense_linear(x, self.weight, dtype)
-        with torch.autocast(x.device.type, enabled=False):  # the result has the dtype that the ops after it take
+        device = "cpu" if x.is_meta else x.device.type  # torch.autocast knows no meta
+        with torch.autocast(device, enabled=False):  # the result has the dtype that the ops after it take
             return F.linear(x.to(dtype), self.weight.to(dtype))
 
 
@@ -137,7 +144,7 @@ class GroupedLinear(StoredWeights):
             fill_normal(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.grouped_linear(x, self.weight, self.scale)
+        return ops.grouped_linear(x, as_taken(self.weight, x.dtype), self.scale)
 
 
 def linear(in_features: int, out_features: int, quantization: str, dtype: torch.dtype) -> nn.Module:

@@ -9,7 +9,17 @@ from torch import Tensor, nn
 
 from dsv4 import ops
 from dsv4.model.config import Config
-from dsv4.nn.linear import FP8_BLOCK, StoredWeights, check_quantization, empty_parameter, fill_normal, linear
+from dsv4.nn.linear import (
+    FP8_BLOCK,
+    Fp8Linear,
+    Linear,
+    StoredWeights,
+    as_taken,
+    check_quantization,
+    empty_parameter,
+    fill_normal,
+    linear,
+)
 
 FP4_BLOCK = 32
 _MATRICES = ("w1", "w3", "w2")  # gate, up, down
@@ -109,12 +119,17 @@ class SharedExpert(nn.Module):
         self.w3 = linear(hidden, inter, quantization, dtype)
         self.w2 = linear(inter, hidden, quantization, dtype)
 
-    def tensors(self) -> tuple[Tensor, ...]:
-        """What ops.moe_experts takes as `shared`."""
+    def tensors(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """What ops.moe_experts takes as `shared` for activations of this dtype."""
         tensors = []
         for name in _MATRICES:
             module = getattr(self, name)
-            tensors += [module.weight] if not hasattr(module, "scale") else [module.weight, module.scale]
+            if not isinstance(module, (Linear, Fp8Linear)):  # an adapter would be left out without a word
+                raise TypeError(
+                    f"MixtureOfExperts: shared_experts.{name} must be a dsv4.nn.Linear or Fp8Linear, whose weight goes "
+                    f"into one op with the experts'; forward of {type(module).__name__} would not run"
+                )
+            tensors += [as_taken(module.weight, dtype), *([module.scale] if isinstance(module, Fp8Linear) else [])]
         return tuple(tensors)
 
 
@@ -145,16 +160,20 @@ class MixtureOfExperts(StoredWeights):
         self.shared_experts = SharedExpert(config, quantization, dtype) if config.n_shared_experts else None
 
     def forward(self, x: Tensor, token_ids: Tensor | None = None) -> Tensor:
-        """x [..., hidden] (token_ids [...] for hash routing) -> the shape of x."""
+        """x [..., hidden] (token_ids [...] for hash routing) -> the shape of x.
+
+        Raises:
+            TypeError: a matrix of the shared expert was wrapped.
+        """
         flat = x.reshape(-1, x.shape[-1])
         weights, indices = self.gate(flat, None if token_ids is None else token_ids.reshape(-1))
         out = ops.moe_experts(
             flat,
             weights,
             indices,
-            *(getattr(self.experts, name) for name in _MATRICES),
+            *(as_taken(getattr(self.experts, name), x.dtype) for name in _MATRICES),
             *(getattr(self.experts, name + "_scale", None) for name in _MATRICES),
-            shared=self.shared_experts.tensors() if self.shared_experts is not None else (),
+            shared=self.shared_experts.tensors(x.dtype) if self.shared_experts is not None else (),
             swiglu_limit=self.swiglu_limit or 0.0,
         )
         return out.view(x.shape)
