@@ -1,8 +1,8 @@
-"""torch.compile of a whole model: the bits of the model itself, with and without a cache."""
+"""torch.compile and torch.export of a whole model, and of its blocks one by one: the bits of the model itself."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pytest
@@ -34,6 +34,35 @@ def test_model(quantization: str) -> None:
             assert torch.equal(compiled(IDS[:, first:end], other), model(IDS[:, first:end], own))
     expected = list(model.generate(IDS[0], max_new_tokens=4))
     assert list(dsv4.generate(compiled, IDS[0], max_new_tokens=4)) == expected
+
+
+def test_blocks_compiled_one_by_one() -> None:
+    """A graph for each kind of layer: none for what another layer has left in the rows that they share."""
+    config = replace(CONFIG, num_hidden_layers=6, compress_ratios=(0, 4, 128) * 2, num_hash_layers=0)
+    model, compiled = (dsv4.init(config, 0, "off", torch.float32) for _ in range(2))
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., object]:
+        graphs.append(graph)
+        return graph.forward
+
+    for block in compiled.layers:
+        block.compile(backend=backend, fullgraph=True)
+    with torch.no_grad():
+        assert torch.equal(compiled(IDS), model(IDS))
+        assert len(graphs) == 3
+        assert torch.equal(compiled(IDS, cache=compiled.new_cache(2)), model(IDS, cache=model.new_cache(2)))
+        assert len(graphs) == 6
+
+
+@pytest.mark.parametrize("quantization", ["checkpoint", "off"])
+@torch.no_grad()
+def test_export(quantization: str) -> None:
+    model = dsv4.init(CONFIG, quantization=quantization)
+    exported = torch.export.export(model, (IDS,), strict=False).module()
+    assert torch.equal(exported(IDS), model(IDS))
+    with pytest.raises(IndexError):
+        exported(IDS + CONFIG.vocab_size)
 
 
 def test_wrong_tokens() -> None:

@@ -227,6 +227,16 @@ def test_wrapped_shared_expert() -> None:
     torch.testing.assert_close(module(x), expected)
 
 
+@pytest.mark.parametrize("quantization", ["checkpoint", "off"])
+def test_shapes_on_meta(quantization: str) -> None:
+    config = replace(CONFIG, num_hidden_layers=3, compress_ratios=(0, 4, 8), num_hash_layers=1)
+    with torch.device("meta"):
+        model = dsv4.Transformer(config, quantization)
+        ids = torch.zeros(2, 19, dtype=torch.int64)
+    found = model(ids)
+    assert found.device.type == "meta" and found.shape == (2, 19, config.vocab_size)
+
+
 def test_other_dtypes() -> None:
     """Mode "off" follows `to`; codes have no other dtype, and a model that was refused is as before."""
     config = replace(CONFIG, num_hidden_layers=2, compress_ratios=(0, 4), num_hash_layers=0)

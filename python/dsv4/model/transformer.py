@@ -129,6 +129,7 @@ class Transformer(StoredWeights):
 
     def _layers(self, rows: Rows, storage: Sequence[LayerCache] | None) -> Tensor:
         assert rows.token_ids is not None
+        rows.fill({self.config.layer_ratio(index) for index in range(len(self.layers))})
         streams = self._embed(rows.token_ids).unsqueeze(1).repeat(1, STREAMS, 1)
         layers: Sequence[LayerCache | None] = storage or [None] * len(self.layers)
         for block, layer in zip(self.layers, layers, strict=True):
@@ -214,7 +215,9 @@ class Transformer(StoredWeights):
         if input_ids.dim() != 2 or input_ids.dtype not in _ID_DTYPES:
             raise ValueError(f"input_ids must be integer [batch, seq], got {input_ids.dtype} {list(input_ids.shape)}")
         ids = input_ids.to(device=self.device if cache is None else "cpu", dtype=torch.int64)
-        low, high = (int(end) for end in ids.aminmax()) if ids.numel() else (0, 0)
+        # torch.export and the meta device have no values; in an exported program the embedding refuses.
+        known = ids.numel() > 0 and not ids.is_meta and not torch.compiler.is_exporting()
+        low, high = (int(end) for end in ids.aminmax()) if known else (0, 0)
         if low < 0 or high >= self.config.vocab_size:
             raise ValueError(f"input_ids must lie in [0, {self.config.vocab_size}), got {low} to {high}")
         if cache is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -21,19 +22,22 @@ class RopeFrequencies:
 
     def __init__(self, config: Config):
         yarn = config.rope_scaling
-        self._settings = {
-            False: (config.qk_rope_head_dim, config.rope_theta, None),
-            True: (config.qk_rope_head_dim, config.compress_rope_theta, yarn),
-        }
         self._factor = {False: 1.0, True: yarn.attention_factor if yarn else 1.0}
-        self._inverse: dict[tuple[bool, torch.device], Tensor] = {}  # made when used: a model may be built on meta
+        self._inverse = {
+            False: ops.rope_frequencies(config.qk_rope_head_dim, config.rope_theta),
+            True: ops.rope_frequencies(config.qk_rope_head_dim, config.compress_rope_theta, yarn),
+        }
+        self._elsewhere: dict[tuple[bool, torch.device], Tensor] = {}  # copies on other devices than the CPU
 
     def rope(self, compressed: bool, position: Tensor) -> Tensor:
         """float32 (cos, sin), [tokens, rope_dim / 2, 2]."""
-        key = (compressed, position.device)
-        if key not in self._inverse:
-            self._inverse[key] = ops.rope_frequencies(*self._settings[compressed]).to(position.device)
-        rope = ops.rope_rows(position, self._inverse[key])
+        inverse = self._inverse[compressed]
+        if position.device.type != "cpu":
+            key = (compressed, position.device)
+            if key not in self._elsewhere:
+                self._elsewhere[key] = inverse.to(position.device)
+            inverse = self._elsewhere[key]
+        rope = ops.rope_rows(position, inverse)
         return rope if self._factor[compressed] == 1.0 else rope * self._factor[compressed]
 
 
@@ -76,6 +80,15 @@ class Rows:
         sequence = torch.arange(batch, dtype=torch.int32, device=device).repeat_interleave(length)
         position = torch.arange(length, dtype=torch.int32, device=device).repeat(batch)
         return cls(frequencies, sequence, position, table, table, table, token_ids)
+
+    def fill(self, ratios: Iterable[int]) -> None:
+        """Makes at once what layers of these ratios share: where layers are compiled one by one, each finds the same,
+        and none is compiled again for what another has left."""
+        for ratio in ratios:
+            self.rope(ratio > 0)
+            if ratio:
+                self.entry_rope(ratio)
+                self.visible_entries(ratio)
 
     def rope(self, compressed: bool) -> Tensor:
         """(cos, sin) at each row's own position, [tokens, rope_dim / 2, 2]."""

@@ -52,7 +52,7 @@ class Yarn(Protocol):
 
 
 def rope_frequencies(rope_dim: int, theta: float, yarn: Yarn | None = None) -> Tensor:
-    """Angle a position adds to each pair: theta^(-2i / rope_dim), float32 [rope_dim / 2].
+    """Angle a position adds to each pair: theta^(-2i / rope_dim), float32 [rope_dim / 2] on the CPU.
 
     YaRN divides by `factor` the frequencies that turn fewer than `beta_slow` times within
     `original_max_position_embeddings`, keeps those that turn more than `beta_fast` times, and blends linearly between.
@@ -63,7 +63,7 @@ def rope_frequencies(rope_dim: int, theta: float, yarn: Yarn | None = None) -> T
     """
     if rope_dim < 2 or rope_dim % 2:
         raise ValueError(f"rope_frequencies: rope_dim must be even and positive, got {rope_dim}")
-    inverse = 1.0 / (theta ** (torch.arange(0, rope_dim, 2, dtype=torch.float32) / rope_dim))
+    inverse = 1.0 / (theta ** (torch.arange(0, rope_dim, 2, dtype=torch.float32, device="cpu") / rope_dim))
     if yarn is None:
         return inverse
 
@@ -74,7 +74,7 @@ def rope_frequencies(rope_dim: int, theta: float, yarn: Yarn | None = None) -> T
     low = max(math.floor(dim_of(yarn.beta_fast)), 0)
     high = min(math.ceil(dim_of(yarn.beta_slow)), rope_dim - 1)
     width = max(high - low, 0.001)
-    blend = ((torch.arange(rope_dim // 2, dtype=torch.float32) - low) / width).clamp(0, 1)
+    blend = ((torch.arange(rope_dim // 2, dtype=torch.float32, device="cpu") - low) / width).clamp(0, 1)
     keep = 1 - blend
     return inverse / yarn.factor * (1 - keep) + inverse * keep
 
