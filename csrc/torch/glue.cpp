@@ -97,9 +97,13 @@ Tensor allocate(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(device_of.get(), &device_type));
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(device_of.get(), &device_index));
   AtenTensorHandle made = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+  const AOTITorchError error = aoti_torch_empty_strided(
       static_cast<int64_t>(sizes.size()), sizes.data(), strides,
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type, device_index, &made));
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type, device_index, &made);
+  if (error != AOTI_TORCH_SUCCESS) {
+    throw std::runtime_error("dsv4: no memory for " + std::string(dtype_name(dtype)) + " " + shape_text(sizes) +
+                             "; pass fewer rows at once");
+  }
   return Tensor(made);
 }
 
@@ -137,8 +141,7 @@ std::vector<int64_t> Check::tensor(const char* name, const Tensor& tensor, std::
     fits = sizes.begin()[axis] == kAny || sizes.begin()[axis] == actual[axis];
   }
   if (!fits || !is_one_of(tensor.scalar_type(), dtypes)) {
-    require(false, std::string(name) + " must be " + dtypes_text(dtypes, words.dtypes) + " " +
-                       shape_text(sizes, words.axes) + ", got " + described(tensor));
+    refuse(name, tensor, dtypes, words.dtypes, shape_text(sizes, words.axes));
   }
   same_device(name, tensor);
   return std::vector<int64_t>(actual.begin(), actual.end());
@@ -148,8 +151,7 @@ std::vector<int64_t> Check::rows(const char* name, const Tensor& tensor, const c
                                  std::initializer_list<ScalarType> dtypes, const char* dtype_words, size_t least) {
   const auto actual = sizes_of(tensor);
   if (!tensor.defined() || actual.size() < least || !is_one_of(tensor.scalar_type(), dtypes)) {
-    require(false, std::string(name) + " must be " + dtypes_text(dtypes, dtype_words) + " [..., " + label + "], got " +
-                       described(tensor));
+    refuse(name, tensor, dtypes, dtype_words, std::string("[..., ") + label + "]");
   }
   same_device(name, tensor);
   return std::vector<int64_t>(actual.begin(), actual.end());
@@ -161,8 +163,7 @@ void Check::sized(const char* name, const Tensor& tensor, const std::vector<int6
   bool fits = tensor.defined() && actual.size() == sizes.size();
   for (size_t axis = 0; fits && axis < sizes.size(); ++axis) fits = sizes[axis] == actual[axis];
   if (!fits || !is_one_of(tensor.scalar_type(), dtypes)) {
-    require(false, std::string(name) + " must be " + dtypes_text(dtypes, nullptr) + " " + shape_text(sizes) + ", got " +
-                       described(tensor));
+    refuse(name, tensor, dtypes, nullptr, shape_text(sizes));
   }
   same_device(name, tensor);
 }
@@ -183,6 +184,17 @@ void Check::same_device(const char* name, const Tensor& tensor) {
   if (device != device_) {
     require(false, std::string(name) + " must be on " + device_ + " like " + first_name_ + ", got " + device);
   }
+}
+
+void Check::refuse(const char* name, const Tensor& tensor, std::initializer_list<ScalarType> dtypes,
+                   const char* dtype_words, const std::string& shape) const {
+  // A dtype that Python's formulas take, but these kernels do not: whoever gets here has called torch.ops.
+  const bool formula =
+      tensor.defined() && dtype_words != nullptr && !is_one_of(tensor.scalar_type(), dtypes) &&
+      (" " + std::string(dtype_words) + " ").find(" " + std::string(dtype_name(tensor.scalar_type())) + " ") !=
+          std::string::npos;
+  require(false, std::string(name) + " must be " + dtypes_text(dtypes, formula ? nullptr : dtype_words) + " " + shape +
+                     ", got " + described(tensor) + (formula ? "; dsv4.ops takes that too" : ""));
 }
 
 void Check::require(bool condition, const std::string& message) const {

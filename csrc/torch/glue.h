@@ -105,6 +105,9 @@ class Check {
   Context context(const Tensor& on) const;  // where `run` runs
   void raise(const Status& status) const;
   void same_device(const char* name, const Tensor& tensor);
+  // Throws what the tensor must be, in `dtype_words` where given, and what it is.
+  void refuse(const char* name, const Tensor& tensor, std::initializer_list<ScalarType> dtypes, const char* dtype_words,
+              const std::string& shape) const;
 
   const char* op_;
   const char* first_name_ = nullptr;

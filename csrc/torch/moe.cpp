@@ -69,9 +69,8 @@ struct Matrix {
       shape(check, name, data_, leading, out, in, {x});
       return;
     }
-    const ScalarType dtype = data_.scalar_type();
+    const ScalarType dtype = data_.defined() ? data_.scalar_type() : ScalarType::Undefined;
     const bool fp8 = dtype == ScalarType::Float8_e4m3fn, fp4 = dtype == ScalarType::Byte || dtype == ScalarType::Char;
-    check.require(fp8 || in % 2 == 0, name + " in e2m1 needs an even number of inputs, got " + std::to_string(in));
     if (!fp8 && !fp4) {
       check.tensor(name.c_str(), data_, {kAny, kAny}, {ScalarType::Float8_e4m3fn, ScalarType::Byte, ScalarType::Char},
                    {nullptr, {"..., out", "in"}});
@@ -83,6 +82,7 @@ struct Matrix {
     const int64_t rows = sizes[sizes.size() - 2], columns = sizes[sizes.size() - 1] * (fp8 ? 1 : 2);
     shape(check, name + "_scale", *scale_, {sizes.begin(), sizes.end() - 2}, fp8 ? (rows + 127) / 128 : rows,
           fp8 ? (columns + 127) / 128 : (columns + 31) / 32, {ScalarType::Float8_e8m0fnu, ScalarType::Float});
+    check.require(fp8 || in % 2 == 0, name + " in e2m1 needs an even number of inputs, got " + std::to_string(in));
     shape(check, name, data_, leading, out, fp8 ? in : in / 2, {dtype});
   }
 
@@ -131,6 +131,7 @@ struct Matrix {
 };
 
 void check_rank(const Check& check, const Tensor& w1) {
+  check.require(w1.defined(), "w1 must be [experts, inter, hidden], got None");
   if (w1.dim() == 3) return;
   std::string shape;
   for (const int64_t size : w1.sizes()) shape += (shape.empty() ? "" : ", ") + std::to_string(size);

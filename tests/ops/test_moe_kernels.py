@@ -397,7 +397,21 @@ def test_opcheck_of_the_ops_for_other_dtypes() -> None:
     check_op(torch.ops.dsv4._moe_gate_reference, x, torch.randn(4, 160, dtype=torch.float64).requires_grad_(), 2)
 
 
-def test_a_missing_matrix_is_named() -> None:
-    x, weights, indices = torch.ones(2, 8), torch.ones(2, 1), torch.zeros(2, 1, dtype=torch.int32)
-    with pytest.raises(RuntimeError, match=r"^moe_experts: w2 must be float32 \[3, 8, 4\], got None"):
-        ops.moe_experts(x, weights, indices, torch.ones(3, 4, 8), torch.ones(3, 4, 8), None)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("form", ["fp4", "fp8", "plain"])
+def test_a_missing_matrix_is_named(form: str, dtype: torch.dtype) -> None:
+    """On kernels, and on the definition, which takes float64."""
+    a = problem(form=form, dtype=dtype, shared=None)
+    plain = str(dtype).removeprefix("torch.")
+    bytes_ = " or ".join(("float8_e4m3fn", *(("uint8", "int8"))))
+    for name, sizes in (("w3", "4, 200, 160"), ("w2", "4, 160, 200")):
+        expected = f"{plain} [{sizes}]" if form == "plain" else f"{bytes_} [..., out, in]"
+        assert_rejects(ops.moe_experts, a, f"moe_experts: {name} must be {expected}, got None", **{name: None})
+    assert_rejects(ops.moe_experts, a, "moe_experts: w1 must be [experts, inter, hidden], got None", w1=None)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_e2m1_holds_an_even_number(dtype: torch.dtype) -> None:
+    a = problem(form="fp4", dtype=dtype, shared=None)
+    message = "moe_experts: w1 in e2m1 needs an even number of inputs, got 159"
+    assert_rejects(ops.moe_experts, a, message, x=a["x"][:, 1:])

@@ -331,6 +331,7 @@ def _check_experts(
     top_k = check.tensor("weights", weights, FLOAT32_OR_64, (tokens, "top_k"))[1]
     check.tensor("indices", indices, INTEGERS, (tokens, top_k))
     w1 = matrices[0]
+    check.that(w1 is not None, "w1 must be [experts, inter, hidden], got None")
     check.that(w1.dim() == 3, f"w1 must be [experts, inter, hidden], got {list(w1.shape)}")
     _check_matrices(check, x.dtype, "", matrices, scales, (w1.shape[0], w1.shape[1], hidden))
     if shared:
@@ -357,9 +358,9 @@ def _check_matrices(
         if scale is None:
             check.tensor(prefix + name, matrix, (dtype,), (*leading, out, size))
             continue
+        check_quantized_weight(check, prefix + name, matrix, f"{prefix}{name}_scale", scale)
         packed = 1 if matrix.dtype == torch.float8_e4m3fn else 2
         check.that(size % packed == 0, f"{prefix}{name} in e2m1 needs an even number of inputs, got {size}")
-        check_quantized_weight(check, prefix + name, matrix, f"{prefix}{name}_scale", scale)
         check.tensor(prefix + name, matrix, (matrix.dtype,), (*leading, out, size // packed))
 
 
