@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import dsv4
-from dsv4 import bench
-from dsv4.bench.measure import Case, Clock, Comparison, Peaks, Timing, judge
+from dsv4 import _library, bench
+from dsv4.bench.measure import Case, Clock, Comparison, Peaks, Timing, judge, measure_peaks
 from dsv4.model.recording import Recording
 from dsv4.ops import rms_norm
 
@@ -277,6 +277,16 @@ def test_peaks_decide_the_roof():
     assert PEAKS.flops_per_us("bfloat16") == 1e8
     assert PEAKS.flops_per_us("float32") == 5e7  # two BF16 products replace one in float32
     assert PEAKS.roof_us(both) == 1e-4
+
+
+def test_units_are_measured_twice(monkeypatch):
+    """A program beside one of the two measurements does not lower the roof."""
+    monkeypatch.setattr(Clock, "time", lambda self, run: Timing(1.0, 0.0, 1.0))
+    clock = Clock(torch.device("cpu"), quick=True)
+    found = iter([{"float32": 1.0, "bfloat16": 4.0}, {"float32": 2.0, "bfloat16": 3.0}, None, None])
+    monkeypatch.setattr(_library, "unit_peaks", lambda threads: next(found))
+    assert measure_peaks(clock).units == {"float32": 2.0, "bfloat16": 4.0}
+    assert measure_peaks(clock).units is None
 
 
 def test_recorded_time_has_no_python_in_it(run, monkeypatch, tmp_path):
