@@ -381,7 +381,7 @@ def plan_lines(name: str, found: Plan) -> list[str]:
         "",
         row("weights", size(found.weight_bytes)),
         row("parameters", f"{found.parameters / giga:,.3f} B"),
-        row("  used by one token", f"{found.active_parameters / giga:,.3f} B"),
+        row("  multiply one token", f"{found.active_parameters / giga:,.3f} B"),
         "(parameters count the block of multi-token prediction, which the release's own figure leaves out)",
     ]  # fmt: skip
     return lines

@@ -281,6 +281,18 @@ def test_ratios_that_are_not_heavy(ratio: int) -> None:
         dsv4.nn.HeavilyCompressedAttention(CONFIG, ratio=ratio)
 
 
+def test_arguments_that_no_module_is_made_of() -> None:
+    with pytest.raises(ValueError, match=r"attention: ratio must be 0 \(window only\) or more, got -1"):
+        dsv4.nn.Attention(CONFIG, -1)
+    for make in (
+        lambda: dsv4.nn.Attention(CONFIG, 0, "fp8"),
+        lambda: dsv4.nn.GroupedLinear(2, 8, 8, "fp8", torch.float32),
+        lambda: dsv4.nn.MixtureOfExperts(CONFIG, quantization="fp8"),
+    ):
+        with pytest.raises(ValueError, match=r'quantization must be "checkpoint" or "off", got \'fp8\''):
+            make()
+
+
 def test_streams_of_another_shape() -> None:
     connection = dsv4.nn.HyperConnection(CONFIG)
     with pytest.raises(ValueError, match=r"streams must be \[\.\.\., 4, hidden\], got \[3, 2, 48\]"):

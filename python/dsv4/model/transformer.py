@@ -29,7 +29,9 @@ class Transformer(StoredWeights):
         quantization: "checkpoint": weights as released (FP8, FP4), activations and cache rounded where the checkpoint
             was trained with it. "off": plain weights and cache of `dtype`; differentiable; equals transformers'
             implementation to rounding.
-        dtype: of activations and, in mode "off", of weights and cache.
+        dtype: of activations and, in mode "off", of weights and cache: bfloat16, float32 or float64.
+    Raises:
+        ValueError: unknown quantization.
     """
 
     note: str = ""

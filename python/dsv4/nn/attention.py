@@ -27,7 +27,7 @@ class Attention(StoredWeights):
         quantization: "checkpoint" (FP8 weights, activations and cache rows; FP4 index) or "off".
         dtype: of activations and, in mode "off", of the weights.
     Raises:
-        ValueError: unknown quantization.
+        ValueError: unknown quantization, or a negative ratio.
     """
 
     def __init__(
@@ -35,6 +35,8 @@ class Attention(StoredWeights):
     ):
         super().__init__()
         self.quantized = check_quantization(quantization) == "checkpoint"
+        if ratio < 0:
+            raise ValueError(f"attention: ratio must be 0 (window only) or more, got {ratio}")
         trainable = not self.quantized
         self.config, self.ratio = config, ratio
         self.heads, self.head_dim = config.num_attention_heads, config.head_dim

@@ -119,7 +119,9 @@ class HyperConnection(nn.Module):
         """streams [..., 4, hidden]; sublayer maps [..., hidden] to [..., hidden]. Returns the new streams.
 
         Raises:
-            ValueError: streams of another shape.
+            ValueError: streams that are not 4.
+            RuntimeError: another width, or a dtype that is not bfloat16, float32 or float64; a sublayer that returns
+                another shape or dtype.
         """
         if streams.dim() < 2 or streams.shape[-2] != STREAMS:
             raise ValueError(f"hyper_connection: streams must be [..., {STREAMS}, hidden], got {list(streams.shape)}")

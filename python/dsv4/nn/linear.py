@@ -101,6 +101,7 @@ class Linear(nn.Module):
         fill_normal(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [..., in_features], a float dtype -> [..., out_features]. RuntimeError: another width."""
         dtype = torch.promote_types(x.dtype, torch.float32) if self.wide else x.dtype
         if self.exact or few_rows(x, x.shape[:-1].numel()):
             return ops.dense_linear(x, self.weight, dtype)
@@ -122,6 +123,7 @@ class Fp8Linear(StoredWeights):
         self.weight, self.scale = _fp8_pair(out_features, in_features, scale_dtype)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [..., in_features] -> [..., out_features] in its dtype; dtypes and errors of `ops.fp8_linear`."""
         return ops.fp8_linear(x, self.weight, self.scale)
 
 
@@ -132,18 +134,21 @@ class GroupedLinear(StoredWeights):
         groups, in_features, out_features: the weight is [groups * out_features, in_features].
         quantization: "checkpoint" (FP8 codes with scales of 128 x 128 blocks) or "off".
         dtype: of the weight in mode "off".
+    Raises:
+        ValueError: unknown quantization.
     """
 
     def __init__(self, groups: int, in_features: int, out_features: int, quantization: str, dtype: torch.dtype):
         super().__init__()
         self.scale: nn.Parameter | None = None
-        if quantization == "checkpoint":
+        if check_quantization(quantization) == "checkpoint":
             self.weight, self.scale = _fp8_pair(groups * out_features, in_features, torch.float8_e8m0fnu)
         else:
             self.weight = empty_parameter(groups * out_features, in_features, dtype=dtype, trainable=True)
             fill_normal(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [tokens, groups, in_features] -> [tokens, groups, out_features]; errors of `ops.grouped_linear`."""
         return ops.grouped_linear(x, as_taken(self.weight, x.dtype), self.scale)
 
 
@@ -172,4 +177,5 @@ class RMSNorm(nn.Module):
             nn.init.ones_(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [..., width] -> the same; dtypes and errors of `ops.rms_norm`."""
         return ops.rms_norm(x, self.weight, self.eps)

@@ -143,6 +143,8 @@ class MixtureOfExperts(StoredWeights):
         hash_routing: experts by token id (the first `num_hash_layers` layers of a model).
         quantization: "checkpoint" (weights as released, FP8 activations) or "off".
         dtype: of activations and, in mode "off", of the weights.
+    Raises:
+        ValueError: unknown quantization.
     """
 
     def __init__(
@@ -160,10 +162,16 @@ class MixtureOfExperts(StoredWeights):
         self.shared_experts = SharedExpert(config, quantization, dtype) if config.n_shared_experts else None
 
     def forward(self, x: Tensor, token_ids: Tensor | None = None) -> Tensor:
-        """x [..., hidden] (token_ids [...] for hash routing) -> the shape of x.
+        """The experts' sum for every row.
 
+        Args:
+            x: [..., hidden] bfloat16, float32 or float64; plain weights are converted to its dtype.
+            token_ids: [...] int32 or int64, for hash routing.
+        Returns: the shape and dtype of x.
         Raises:
+            ValueError: token_ids are missing where experts are chosen by them.
             TypeError: a matrix of the shared expert was wrapped.
+            RuntimeError: another width or dtype, or a token id outside the vocabulary.
         """
         flat = x.reshape(-1, x.shape[-1])
         weights, indices = self.gate(flat, None if token_ids is None else token_ids.reshape(-1))

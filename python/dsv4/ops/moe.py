@@ -201,7 +201,7 @@ def moe_experts(
         swiglu_limit: 0 for no clamp.
     Returns: [tokens, hidden] in the dtype of x. Differentiable in x, weights and plain weights, unless a matrix is
         quantised.
-    Raises: RuntimeError where a shape, dtype or device differs from the above.
+    Raises: RuntimeError where a shape, dtype or device differs from the above, or swiglu_limit is negative.
     Source: DeepSeek-V4 report, 2.1; the official inference code.
     """
     kernel = x.dtype in KERNEL_FLOATS and weights.dtype == torch.float32

@@ -310,8 +310,9 @@ def store_window(
         rope:     [tokens, rope_dim / 2, 2] float32 or float64, (cos, sin).
         pages:    uint8 [pages, bytes] or float [pages, page_size, head_dim]; written.
         table:    [sequences, blocks] int32, physical pages.
-        sequence: [tokens] int32, row of the table.
-        position: [tokens] int32, from 0.
+        sequence: [tokens] int32, row of the table; int64 too, by the definition alone.
+        position: [tokens] likewise; the row of one below 0 is dropped.
+        page_size: rows of a page.
     Raises: RuntimeError where a shape, dtype or device differs from the above, a sequence is not a row of the table, or
         a gradient of an argument is wanted: nothing can be differentiated through what is stored.
     """

@@ -257,13 +257,19 @@ def _check_hadamard(x: Tensor) -> None:
 
 
 def fp8_round_trip(x: Tensor, block: int = 128) -> Tensor:
-    """x after quantize_fp8 and dequantize_fp8, in the dtype of x. Not differentiable."""
+    """x after quantize_fp8 and dequantize_fp8: [..., n] bfloat16, float32 or float64, which the result is too.
+
+    Raises: as quantize_fp8, in its name. Not differentiable.
+    """
     codes, scale = quantize_fp8(x, block)
     return dequantize_fp8(codes, scale, block, x.dtype)
 
 
 def fp4_round_trip(x: Tensor, block: int = 32) -> Tensor:
-    """x after quantize_fp4 and dequantize_fp4, in the dtype of x. Not differentiable."""
+    """x after quantize_fp4 and dequantize_fp4: [..., n] bfloat16, float32 or float64, which the result is too; n even.
+
+    Raises: as quantize_fp4, in its name. Not differentiable.
+    """
     codes, scale = quantize_fp4(x, block)
     return dequantize_fp4(codes, scale, block, x.dtype)
 
