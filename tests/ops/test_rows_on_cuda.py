@@ -1,5 +1,5 @@
 """Norms, rotations, quantisers, store_window and compress through torch on a GPU: the bits of the definitions. And
-the gradients of norms and of compress_entries."""
+the gradients of norms and of compress_entries, and calls of every family in a CUDA graph."""
 
 from __future__ import annotations
 
@@ -161,3 +161,56 @@ def test_entries(ratio: int, overlap: bool, rotate: bool) -> None:
     }
     for own, expected in run_both("compress", a, ("pages", "state")):
         assert_same_bits(own, expected)
+
+
+def graphed_calls() -> dict[str, tuple[Callable[..., Any], list[Any]]]:
+    """A call of each family, whose first argument a graph's next run finds changed."""
+    torch.manual_seed(0)
+    x = torch.randn(5, 256).bfloat16()
+    weight, scale = torch.randn(256, 256).to(torch.float8_e4m3fn), torch.ones(2, 2).to(torch.float8_e8m0fnu)
+    codes, scales = ops.quantize_fp4(torch.randn(4, 256, 256))
+    routing = torch.rand(5, 2), torch.rand(5, 4).argsort(-1)[:, :2].int()
+    places = torch.zeros(5, dtype=torch.int32), torch.arange(5, dtype=torch.int32)
+    table, heads = torch.zeros(1, 1, dtype=torch.int32), torch.randn(5, 4, 128).bfloat16()
+    window, keys = torch.randn(1, 256, 128).bfloat16(), torch.randn(1, 64, 128).bfloat16()
+    visible = torch.full((5,), 9, dtype=torch.int32)
+    return {
+        "mhc_pre": (
+            ops.mhc_pre,
+            [x.view(5, 1, 256).repeat(1, 4, 1), torch.randn(24, 1024), torch.ones(3), torch.zeros(24)],
+        ),
+        "fp8_linear": (ops.fp8_linear, [x, weight, scale]),
+        "moe_gate": (ops.moe_gate, [x, torch.randn(4, 256), 2]),
+        "moe_experts": (ops.moe_experts, [x, *routing, codes, codes, codes, scales, scales, scales]),
+        "index_topk": (ops.index_topk, [heads, torch.rand(5, 4), keys, table, places[0], visible, 3]),
+        "sparse_attention": (
+            ops.sparse_attention,
+            [heads, window, table, keys, table, *places, None, visible, torch.zeros(4), turns(5, 64), 128, 0.1],
+        ),
+        "rms_norm": (ops.rms_norm, [x, torch.ones(256)]),
+        "quantize_fp8": (lambda x: ops.quantize_fp8(x)[0].view(torch.uint8), [x]),
+    }
+
+
+@pytest.mark.parametrize("op", graphed_calls())
+def test_a_graph_repeats_a_call(op: str) -> None:
+    function, arguments = graphed_calls()[op]
+    arguments = [there(value) for value in arguments]
+
+    def call() -> list[Tensor]:
+        found = function(*arguments)
+        return list(found) if isinstance(found, tuple) else [found]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()  # what is done once, such as loading the kernel, is no part of the graph
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = call()
+    for _ in range(3):
+        arguments[0].copy_(torch.randn(arguments[0].shape))
+        graph.replay()
+        for own, wanted in zip(results, call(), strict=True):
+            assert_same_bits(own.cpu(), wanted.cpu())
