@@ -529,6 +529,7 @@ def test_compiles_without_graph_breaks():
 
 X, GATE, BIAS = torch.zeros(3, 8), torch.zeros(4, 8), torch.zeros(4)
 IDS, HASHED = torch.zeros(3, dtype=torch.int64), torch.zeros(10, 2, dtype=torch.int64)
+BY_HASH = {"bias": None, "token_ids": IDS, "tid2eid": HASHED}
 FLOATS, SCALES = "bfloat16 or float32 or float64", "float8_e8m0fnu or float32"
 W13, W2 = torch.zeros(4, 6, 8), torch.zeros(4, 8, 6)
 WEIGHTS, INDICES = torch.zeros(3, 2), torch.zeros(3, 2, dtype=torch.int32)
@@ -550,16 +551,10 @@ BAD = {
             ({"token_ids": IDS}, "token_ids and tid2eid must be given together"),
             ({"tid2eid": HASHED}, "token_ids and tid2eid must be given together"),
             ({"token_ids": IDS, "tid2eid": HASHED}, "bias must be None where tid2eid chooses the experts"),
+            ({**BY_HASH, "token_ids": IDS[:2]}, "token_ids must be int32 or int64 [3], got int64 [2]"),
+            ({**BY_HASH, "token_ids": IDS.float()}, "token_ids must be int32 or int64 [3], got float32 [3]"),
             (
-                {"bias": None, "token_ids": IDS[:2], "tid2eid": HASHED},
-                "token_ids must be int32 or int64 [3], got int64 [2]",
-            ),
-            (
-                {"bias": None, "token_ids": IDS.float(), "tid2eid": HASHED},
-                "token_ids must be int32 or int64 [3], got float32 [3]",
-            ),
-            (
-                {"bias": None, "token_ids": IDS, "tid2eid": HASHED[:, :1]},
+                {**BY_HASH, "tid2eid": HASHED[:, :1]},
                 "tid2eid must be int32 or int64 [vocabulary, 2], got int64 [10, 1]",
             ),
         ],
