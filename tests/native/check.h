@@ -2,12 +2,18 @@
 // accesses.
 #pragma once
 
+#include <sys/mman.h>
+
 #include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <limits>
+#include <new>
+#include <numeric>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "common/context.h"
@@ -40,28 +46,62 @@ void not_run(const char* reason);
 
 using dsv4::Random;
 
-// A dense array between guard bands, filled with signalling NaN patterns until somebody writes. `intact()` is false
-// once anything wrote beside it.
+// Bytes behind a guard band that end, but for less than 4, where the process may not read or write; a signalling NaN
+// pattern until somebody writes.
+class GuardedBytes {
+ public:
+  explicit GuardedBytes(size_t size) : size_(size), body_((size + kGuard + kPage - 1) / kPage * kPage) {
+    void* memory = mmap(nullptr, body_ + kPage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (memory == MAP_FAILED) throw std::bad_alloc();
+    memory_ = static_cast<uint8_t*>(memory);
+    mprotect(memory_ + body_, kPage, PROT_NONE);
+    std::memset(memory_, kPattern, body_);
+  }
+  GuardedBytes(const GuardedBytes& other) : GuardedBytes(other.size_) { std::memcpy(data(), other.data(), size_); }
+  GuardedBytes(GuardedBytes&& other) noexcept
+      : size_(other.size_), body_(other.body_), memory_(std::exchange(other.memory_, nullptr)) {}
+  GuardedBytes& operator=(GuardedBytes other) {
+    std::swap(size_, other.size_), std::swap(body_, other.body_), std::swap(memory_, other.memory_);
+    return *this;
+  }
+  ~GuardedBytes() {
+    if (memory_ != nullptr) munmap(memory_, body_ + kPage);
+  }
+
+  uint8_t* data() const { return memory_ + (body_ - size_) / 4 * 4; }
+  bool operator==(const GuardedBytes& other) const {
+    return size_ == other.size_ && std::memcmp(data(), other.data(), size_) == 0;
+  }
+  bool intact() const {
+    const auto untouched = [](uint8_t byte) { return byte == kPattern; };
+    return std::all_of(data() - kGuard, data(), untouched) && std::all_of(data() + size_, memory_ + body_, untouched);
+  }
+
+ private:
+  static constexpr size_t kGuard = 256, kPage = 4096;
+  static constexpr uint8_t kPattern = 0xFF;  // NaN in bfloat16 and float32
+
+  size_t size_, body_;
+  uint8_t* memory_;
+};
+
+// A dense array of such bytes. `intact()` is false once anything wrote before it; what reads or writes behind it ends
+// the program.
 template <class T>
 class Guarded {
  public:
-  explicit Guarded(std::vector<int64_t> shape) : shape_(std::move(shape)), size_(1) {
-    for (const int64_t extent : shape_) size_ *= extent;
-    bytes_.assign(2 * kGuard + static_cast<size_t>(size_) * sizeof(T), kPattern);
-  }
+  explicit Guarded(std::vector<int64_t> shape)
+      : shape_(std::move(shape)),
+        size_(std::accumulate(shape_.begin(), shape_.end(), int64_t{1}, std::multiplies<>())),
+        bytes_(static_cast<size_t>(size_) * sizeof(T)) {}
 
   int64_t size() const { return size_; }
-  T* data() { return reinterpret_cast<T*>(bytes_.data() + kGuard); }
-  const T* data() const { return reinterpret_cast<const T*>(bytes_.data() + kGuard); }
+  T* data() { return reinterpret_cast<T*>(bytes_.data()); }
+  const T* data() const { return reinterpret_cast<const T*>(bytes_.data()); }
   T& operator[](int64_t index) { return data()[index]; }
   const T& operator[](int64_t index) const { return data()[index]; }
 
-  bool intact() const {
-    for (size_t i = 0; i < kGuard; ++i) {
-      if (bytes_[i] != kPattern || bytes_[bytes_.size() - 1 - i] != kPattern) return false;
-    }
-    return true;
-  }
+  bool intact() const { return bytes_.intact(); }
 
   Guarded& fill(Random& random, float low, float high) {
     for (int64_t i = 0; i < size_; ++i) data()[i] = from_float<T>(random.uniform(low, high));
@@ -84,12 +124,9 @@ class Guarded {
   bool same_bits(const Guarded& other) const { return bytes_ == other.bytes_; }
 
  private:
-  static constexpr size_t kGuard = 256;
-  static constexpr uint8_t kPattern = 0xFF;  // NaN in bfloat16 and float32
-
   std::vector<int64_t> shape_;
   int64_t size_;
-  std::vector<uint8_t> bytes_;
+  GuardedBytes bytes_;
 };
 
 // Scratch memory of exactly the bytes that an op asks for: 64-byte aligned, NaN at first, guarded on both sides.

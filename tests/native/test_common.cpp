@@ -1,5 +1,9 @@
 // csrc/common: the exact conversions, the thread pool, the instruction set limit.
+#include <sys/wait.h>
+#include <unistd.h>
+
 #include <atomic>
+#include <csignal>
 #include <thread>
 
 #include "common/hardware.h"
@@ -135,8 +139,22 @@ TEST(guard_bands_notice_a_stray_write) {
   testing::Random random(1);
   array.fill(random, -1, 1);
   CHECK(array.intact());
-  array.data()[15] = 0;
+  array.data()[-1] = 0;
   CHECK(!array.intact());
+}
+
+TEST(reading_behind_an_array_ends_the_process) {
+  testing::Guarded<float> array({3, 5});
+  const volatile float* numbers = array.data();
+  for (const int at : {14, 15}) {
+    const pid_t child = fork();
+    if (child == 0) {
+      std::signal(SIGSEGV, SIG_DFL);  // not a sanitizer's
+      _exit(numbers[at] == 0 ? 1 : 0);
+    }
+    int status = 0;
+    CHECK(waitpid(child, &status, 0) == child && WIFSIGNALED(status) == (at == 15));
+  }
 }
 
 TEST(scratch_memory_notices_writes_on_either_side) {
