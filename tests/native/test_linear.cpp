@@ -316,7 +316,8 @@ TEST(rows_among_hundreds_have_the_same_bits) {
     if (implementation.needs == Isa::kScalar || !usable(implementation)) continue;
     for (const Shape& shape : {Shape{Form::kFp8, 547, 1, 650, 70}, Shape{Form::kFp4, 547, 1, 1026, 37},
                                Shape{Form::kGrouped, 547, 2, 514, 33}, Shape{Form::kFp8, 130, 1, 5250, 33},
-                               Shape{Form::kFp4, 270, 1, 2080, 1100}, Shape{Form::kFp8, 270, 1, 2050, 1100}}) {
+                               Shape{Form::kFp4, 270, 1, 2080, 1100}, Shape{Form::kFp8, 270, 1, 2050, 1100},
+                               Shape{Form::kGrouped, 547, 6, 66, 33}, Shape{Form::kFp8, 4100, 1, 66, 33}}) {
       Problem<bf16, uint8_t> problem(shape, 37);
       const std::vector<float> whole = problem.run(implementation, 2);
       for (const int64_t count : {int64_t{1}, int64_t{16}, int64_t{33}, int64_t{100}}) {

@@ -227,10 +227,10 @@ class RowWork {
         if (part < works[i]->parts()) works[i]->weigh_part(part);
       }
       for (int64_t d = 0; d < p.query.size(2); d += kSliceDims) {
-        for (int64_t i = 0, steps = 0; i < count; ++i) {
+        for (int64_t i = 0, keys = 0; i < count; ++i) {
           if (part >= works[i]->parts()) continue;
-          held.known &= steps == works[i]->part_keys(part);  // or the tile has other dims, or another form
-          steps = works[i]->part_keys(part);
+          held.known &= keys == works[i]->part_keys(part);  // or the tile has other dims, or another form
+          keys = works[i]->part_keys(part);
           part == 0 ? works[i]->template mix_slice<false>(part, d, tiles, held)
                     : works[i]->template mix_slice<true>(part, d, tiles, held);
           held.known = held.keys != nullptr;
