@@ -30,8 +30,7 @@ from torch import Tensor, nn
 
 import dsv4
 from dsv4 import ops
-from dsv4.checkpoint import quantize, resolve, save_released
-from dsv4.checkpoint.memory import keep_freed
+from dsv4.checkpoint import keep_freed, quantize, resolve, save_released
 from dsv4.generation import Tokenizer
 from dsv4.nn.moe import Router
 

@@ -4,6 +4,7 @@ from dsv4.checkpoint.errors import CheckpointError
 from dsv4.checkpoint.init import init
 from dsv4.checkpoint.inspect import Inspection, inspect
 from dsv4.checkpoint.loader import load, resolve
+from dsv4.checkpoint.memory import keep_freed
 from dsv4.checkpoint.quantize import quantize
 from dsv4.checkpoint.reader import Checkpoint
 from dsv4.checkpoint.writer import save_released
@@ -14,6 +15,7 @@ __all__ = [
     "Inspection",
     "init",
     "inspect",
+    "keep_freed",
     "load",
     "quantize",
     "resolve",
