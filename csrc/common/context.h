@@ -6,7 +6,7 @@
 namespace dsv4 {
 
 // Ordered within a device: a limit admits itself and everything below it on that device.
-enum class Isa : int8_t { kScalar = 0, kAvx512 = 1, kAmx = 2, kSm80 = 16, kSm90 = 17 };
+enum class Isa : int8_t { kScalar = 0, kAvx2 = 1, kAvx512 = 2, kAmx = 3, kSm80 = 16, kSm90 = 17 };
 
 enum class Device : int8_t { kCpu, kCuda };
 

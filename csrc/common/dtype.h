@@ -12,6 +12,9 @@
 #define DSV4_HOST_DEVICE inline __attribute__((always_inline))
 #endif
 
+// Helpers of files with flags of their own: static for the same reason.
+#define DSV4_INLINE static inline __attribute__((always_inline))
+
 namespace dsv4 {
 
 enum class DType : int8_t { kNone, kFloat32, kBFloat16, kUInt8, kInt32, kInt64 };

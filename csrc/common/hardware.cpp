@@ -12,7 +12,7 @@
 namespace dsv4 {
 namespace {
 
-constexpr Isa kIsas[] = {Isa::kScalar, Isa::kAvx512, Isa::kAmx, Isa::kSm80, Isa::kSm90};
+constexpr Isa kIsas[] = {Isa::kScalar, Isa::kAvx2, Isa::kAvx512, Isa::kAmx, Isa::kSm80, Isa::kSm90};
 
 bool is_cuda(Isa isa) { return isa >= Isa::kSm80; }
 
@@ -36,19 +36,19 @@ Isa detect() {
   constexpr uint32_t kFma = 1u << 12, kXsave = 1u << 27;
   if ((c & kFma) == 0 || (c & kXsave) == 0) return Isa::kScalar;
   const uint64_t state = enabled_state();
-  constexpr uint64_t kVectorState = 0xE6, kTileState = 0x60000;  // xmm, ymm, opmask, zmm; tile configuration and data
-  if ((state & kVectorState) != kVectorState) return Isa::kScalar;
-
+  constexpr uint64_t kHalfState = 0x6, kWholeState = 0xE6, kTileState = 0x60000;  // xmm, ymm; opmask, zmm; tiles
+  constexpr uint32_t kAvx2 = 1u << 5;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return Isa::kScalar;
+  if ((state & kHalfState) != kHalfState || (b & kAvx2) == 0) return Isa::kScalar;
   constexpr uint32_t kAvx512 = (1u << 16) | (1u << 17) | (1u << 30) | (1u << 31);  // F, DQ, BW, VL
   constexpr uint32_t kAvx512Extra = (1u << 1) | (1u << 11);                        // VBMI, VNNI
-  if ((b & kAvx512) != kAvx512 || (c & kAvx512Extra) != kAvx512Extra) return Isa::kScalar;
+  if ((state & kWholeState) != kWholeState) return Isa::kAvx2;
+  if ((b & kAvx512) != kAvx512 || (c & kAvx512Extra) != kAvx512Extra) return Isa::kAvx2;
   constexpr uint32_t kTiles = (1u << 22) | (1u << 24) | (1u << 25);  // AMX BF16, TILE, INT8
   const bool tiles = (d & kTiles) == kTiles;
 
-  if (!__get_cpuid_count(7, 1, &a, &b, &c, &d)) return Isa::kScalar;
   constexpr uint32_t kAvx512Bf16 = 1u << 5;
-  if ((a & kAvx512Bf16) == 0) return Isa::kScalar;
+  if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || (a & kAvx512Bf16) == 0) return Isa::kAvx2;
   return tiles && (state & kTileState) == kTileState && tiles_permitted() ? Isa::kAmx : Isa::kAvx512;
 }
 
@@ -64,6 +64,8 @@ const char* isa_name(Isa isa) {
   switch (isa) {
     case Isa::kScalar:
       return "scalar";
+    case Isa::kAvx2:
+      return "avx2";
     case Isa::kAvx512:
       return "avx512";
     case Isa::kAmx:

@@ -8,8 +8,9 @@ namespace dsv4 {
 
 const char* isa_name(Isa isa);
 
-// The best instruction set of this processor. kAvx512 stands for F, BW, DQ, VL, VBMI, VNNI and BF16 together; kAmx for
-// those, AMX tiles with BF16 and INT8, and the kernel's permission to use them, which the first call asks for.
+// The best instruction set of this processor. kAvx2 stands for AVX2 and FMA; kAvx512 for F, BW, DQ, VL, VBMI, VNNI and
+// BF16 together; kAmx for those, AMX tiles with BF16 and INT8, and the kernel's permission to use them, which the first
+// call asks for.
 Isa cpu_isa();
 
 // The best instruction set of a CUDA device, kScalar where it has no kernels here; an error, with what CUDA says and
@@ -17,8 +18,8 @@ Isa cpu_isa();
 Status cuda_isa(int device_index, Isa* isa);
 int cuda_device_count();
 
-// `best`, lowered to the limit in the environment variable DSV4_MAX_ISA, read at each call. scalar, avx512 and amx
-// limit the CPU, sm80 and sm90 the GPU; any other value limits nothing.
+// `best`, lowered to the limit in the environment variable DSV4_MAX_ISA, read at each call. scalar, avx2, avx512
+// and amx limit the CPU, sm80 and sm90 the GPU; any other value limits nothing.
 Isa limited(Isa best);
 
 }  // namespace dsv4

@@ -12,6 +12,12 @@ Status sparse_attention_backward(const SparseAttentionBackwardParams&, const Con
 }  // namespace dsv4::scalar
 
 // Head dims that are multiples of 32.
+namespace dsv4::avx2 {
+int64_t sparse_attention_workspace_bytes(const SparseAttentionParams&, const Context&);
+Status sparse_attention(const SparseAttentionParams&, const Context&);
+}  // namespace dsv4::avx2
+
+// The same.
 namespace dsv4::avx512 {
 int64_t sparse_attention_workspace_bytes(const SparseAttentionParams&, const Context&);
 Status sparse_attention(const SparseAttentionParams&, const Context&);
@@ -19,7 +25,7 @@ int64_t sparse_attention_backward_workspace_bytes(const SparseAttentionBackwardP
 Status sparse_attention_backward(const SparseAttentionBackwardParams&, const Context&);
 }  // namespace dsv4::avx512
 
-// The same with bfloat16 queries and no float32 pool.
+// Of those bfloat16 queries and no float32 pool.
 namespace dsv4::amx {
 int64_t sparse_attention_workspace_bytes(const SparseAttentionParams&, const Context&);
 Status sparse_attention(const SparseAttentionParams&, const Context&);

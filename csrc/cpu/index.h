@@ -10,6 +10,12 @@ int64_t index_topk_workspace_bytes(const IndexTopkParams&, const Context&);
 Status index_topk(const IndexTopkParams&, const Context&);
 }  // namespace dsv4::scalar
 
+// Dims that are multiples of 32.
+namespace dsv4::avx2 {
+int64_t index_topk_workspace_bytes(const IndexTopkParams&, const Context&);
+Status index_topk(const IndexTopkParams&, const Context&);
+}  // namespace dsv4::avx2
+
 // D a multiple of 32; index_query: R as well.
 namespace dsv4::avx512 {
 Status index_query(const IndexQueryParams&, const Context&);

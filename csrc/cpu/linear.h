@@ -15,6 +15,17 @@ int64_t dense_linear_workspace_bytes(const DenseLinearParams&, const Context&);
 Status dense_linear(const DenseLinearParams&, const Context&);
 }  // namespace dsv4::scalar
 
+namespace dsv4::avx2 {
+int64_t fp8_linear_workspace_bytes(const LinearParams&, const Context&);
+int64_t fp4_linear_workspace_bytes(const LinearParams&, const Context&);
+int64_t grouped_linear_workspace_bytes(const LinearParams&, const Context&);
+Status fp8_linear(const LinearParams&, const Context&);
+Status fp4_linear(const LinearParams&, const Context&);
+Status grouped_linear(const LinearParams&, const Context&);
+int64_t dense_linear_workspace_bytes(const DenseLinearParams&, const Context&);
+Status dense_linear(const DenseLinearParams&, const Context&);
+}  // namespace dsv4::avx2
+
 // Operands below 2^-126 count as zero (dense_linear: where both are bfloat16).
 namespace dsv4::avx512 {
 int64_t fp8_linear_workspace_bytes(const LinearParams&, const Context&);

@@ -14,6 +14,13 @@ Status moe_experts_backward(const MoeExpertsBackwardParams&, const Context&);
 Status moe_map(const MoeMapParams&, const Context&);
 }  // namespace dsv4::scalar
 
+namespace dsv4::avx2 {
+int64_t moe_gate_workspace_bytes(const MoeGateParams&, const Context&);
+Status moe_gate(const MoeGateParams&, const Context&);
+int64_t moe_experts_workspace_bytes(const MoeExpertsParams&, const Context&);
+Status moe_experts(const MoeExpertsParams&, const Context&);
+}  // namespace dsv4::avx2
+
 namespace dsv4::avx512 {
 int64_t moe_gate_workspace_bytes(const MoeGateParams&, const Context&);
 Status moe_gate(const MoeGateParams&, const Context&);

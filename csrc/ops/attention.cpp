@@ -21,6 +21,7 @@ constexpr Candidate<SparseAttentionParams> kSparseAttention[] = {
     {"sm80", Isa::kSm80, DSV4_SM80(sm80::sparse_attention), DSV4_SM80(sm80::accepts_sparse_attention)},
     {"amx", Isa::kAmx, DSV4_AMX(amx::sparse_attention), in_bf16},
     {"avx512", Isa::kAvx512, DSV4_AVX512(avx512::sparse_attention), whole_steps},
+    {"avx2", Isa::kAvx2, DSV4_AVX2(avx2::sparse_attention), whole_steps},
     {"scalar", Isa::kScalar, DSV4_SCALAR(scalar::sparse_attention)},
 };
 const Op sparse_attention_op("sparse_attention", kSparseAttention);
@@ -123,6 +124,9 @@ int64_t sparse_attention_workspace_bytes(const SparseAttentionParams& p, const C
   if (context.device == Device::kCpu) {
 #if defined(DSV4_WITH_CPU)
     at_least(scalar::sparse_attention_workspace_bytes(p, context));
+#endif
+#if defined(DSV4_WITH_AVX2)
+    if (context.best >= Isa::kAvx2 && whole_steps(p)) at_least(avx2::sparse_attention_workspace_bytes(p, context));
 #endif
 #if defined(DSV4_WITH_AVX512)
     if (context.best >= Isa::kAvx512 && whole_steps(p)) at_least(avx512::sparse_attention_workspace_bytes(p, context));

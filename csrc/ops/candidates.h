@@ -13,6 +13,11 @@
 #else
 #define DSV4_SCALAR(kernel) nullptr
 #endif
+#if defined(DSV4_WITH_AVX2)
+#define DSV4_AVX2(kernel) kernel
+#else
+#define DSV4_AVX2(kernel) nullptr
+#endif
 #if defined(DSV4_WITH_AVX512)
 #define DSV4_AVX512(kernel) kernel
 #else
@@ -38,7 +43,7 @@ namespace dsv4 {
 
 template <class Params>
 struct Candidate {
-  const char* name;  // "amx", "avx512", "scalar", "sm90", "sm80"; unique in its list
+  const char* name;  // "amx", "avx512", "avx2", "scalar", "sm90", "sm80"; unique in its list
   Isa isa;
   Status (*run)(const Params&, const Context&);  // none: not in this library
   bool (*accepts)(const Params&) = nullptr;      // none: every valid problem

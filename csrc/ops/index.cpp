@@ -44,6 +44,7 @@ constexpr Candidate<IndexTopkParams> kIndexTopk[] = {
     {"sm80", Isa::kSm80, DSV4_SM80(sm80::index_topk)},
     {"amx", Isa::kAmx, DSV4_AMX(amx::index_topk), in_bf16},
     {"avx512", Isa::kAvx512, DSV4_AVX512(avx512::index_topk), whole_steps},
+    {"avx2", Isa::kAvx2, DSV4_AVX2(avx2::index_topk), whole_steps},
     {"scalar", Isa::kScalar, DSV4_SCALAR(scalar::index_topk)},
 };
 const Op index_topk_op("index_topk", kIndexTopk);
@@ -80,6 +81,9 @@ int64_t index_topk_workspace_bytes(const IndexTopkParams& p, const Context& cont
   if (context.device == Device::kCpu) {
 #if defined(DSV4_WITH_CPU)
     at_least(scalar::index_topk_workspace_bytes(p, context));
+#endif
+#if defined(DSV4_WITH_AVX2)
+    if (context.best >= Isa::kAvx2 && whole_steps(p)) at_least(avx2::index_topk_workspace_bytes(p, context));
 #endif
 #if defined(DSV4_WITH_AVX512)
     if (context.best >= Isa::kAvx512 && whole_steps(p)) at_least(avx512::index_topk_workspace_bytes(p, context));

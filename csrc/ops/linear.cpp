@@ -19,24 +19,28 @@ constexpr Candidate<LinearParams> kFp8Linear[] = {
     {"sm80", Isa::kSm80, DSV4_SM80(sm80::fp8_linear)},
     {"amx", Isa::kAmx, DSV4_AMX(amx::fp8_linear), e8m0_scales},
     {"avx512", Isa::kAvx512, DSV4_AVX512(avx512::fp8_linear)},
+    {"avx2", Isa::kAvx2, DSV4_AVX2(avx2::fp8_linear)},
     {"scalar", Isa::kScalar, DSV4_SCALAR(scalar::fp8_linear)},
 };
 constexpr Candidate<LinearParams> kFp4Linear[] = {
     {"sm80", Isa::kSm80, DSV4_SM80(sm80::fp4_linear)},
     {"amx", Isa::kAmx, DSV4_AMX(amx::fp4_linear), e8m0_scales},
     {"avx512", Isa::kAvx512, DSV4_AVX512(avx512::fp4_linear)},
+    {"avx2", Isa::kAvx2, DSV4_AVX2(avx2::fp4_linear)},
     {"scalar", Isa::kScalar, DSV4_SCALAR(scalar::fp4_linear)},
 };
 constexpr Candidate<LinearParams> kGroupedLinear[] = {
     {"sm80", Isa::kSm80, DSV4_SM80(sm80::grouped_linear)},
     {"amx", Isa::kAmx, DSV4_AMX(amx::grouped_linear), narrow_with_e8m0_scales},
     {"avx512", Isa::kAvx512, DSV4_AVX512(avx512::grouped_linear)},
+    {"avx2", Isa::kAvx2, DSV4_AVX2(avx2::grouped_linear)},
     {"scalar", Isa::kScalar, DSV4_SCALAR(scalar::grouped_linear)},
 };
 constexpr Candidate<DenseLinearParams> kDenseLinear[] = {
     {"sm80", Isa::kSm80, DSV4_SM80(sm80::dense_linear)},
     {"amx", Isa::kAmx, DSV4_AMX(amx::dense_linear), both_narrow},
     {"avx512", Isa::kAvx512, DSV4_AVX512(avx512::dense_linear)},
+    {"avx2", Isa::kAvx2, DSV4_AVX2(avx2::dense_linear)},
     {"scalar", Isa::kScalar, DSV4_SCALAR(scalar::dense_linear)},
 };
 const Op fp8_linear_op("fp8_linear", kFp8Linear);
@@ -105,7 +109,7 @@ using WorkspaceBytes = BytesOf<LinearParams>;
 // Of the kernels in this library; null where there is none.
 template <class Params>
 struct Bytes {
-  BytesOf<Params> scalar, avx512, amx, sm80;
+  BytesOf<Params> scalar, avx2, avx512, amx, sm80;
 };
 
 // The most that a kernel which this context admits asks for.
@@ -118,6 +122,7 @@ int64_t most_bytes(const Params& p, const Context& context, const Bytes<Params>&
     most = needed > most ? needed : most;
   };
   at_least(of.scalar);
+  if (context.best >= Isa::kAvx2) at_least(of.avx2);
   if (context.best >= Isa::kAvx512) at_least(of.avx512);
   if (context.best >= Isa::kAmx && tiles) at_least(of.amx);
   return most;
@@ -165,27 +170,29 @@ int64_t dense_linear_workspace_bytes(const DenseLinearParams& p, const Context& 
   if (!v.status().is_ok()) return 0;
   return most_bytes<DenseLinearParams>(
       p, c,
-      {DSV4_SCALAR(scalar::dense_linear_workspace_bytes), DSV4_AVX512(avx512::dense_linear_workspace_bytes),
-       DSV4_AMX(amx::dense_linear_workspace_bytes), DSV4_SM80(sm80::dense_linear_workspace_bytes)},
+      {DSV4_SCALAR(scalar::dense_linear_workspace_bytes), DSV4_AVX2(avx2::dense_linear_workspace_bytes),
+       DSV4_AVX512(avx512::dense_linear_workspace_bytes), DSV4_AMX(amx::dense_linear_workspace_bytes),
+       DSV4_SM80(sm80::dense_linear_workspace_bytes)},
       both_narrow(p));
 }
 int64_t fp8_linear_workspace_bytes(const LinearParams& p, const Context& c) {
-  return workspace_bytes(
-      p, c, "fp8_linear", Form::kFp8,
-      {DSV4_SCALAR(scalar::fp8_linear_workspace_bytes), DSV4_AVX512(avx512::fp8_linear_workspace_bytes),
-       DSV4_AMX(amx::fp8_linear_workspace_bytes), DSV4_SM80(sm80::quantised_linear_workspace_bytes)});
+  return workspace_bytes(p, c, "fp8_linear", Form::kFp8,
+                         {DSV4_SCALAR(scalar::fp8_linear_workspace_bytes), DSV4_AVX2(avx2::fp8_linear_workspace_bytes),
+                          DSV4_AVX512(avx512::fp8_linear_workspace_bytes), DSV4_AMX(amx::fp8_linear_workspace_bytes),
+                          DSV4_SM80(sm80::quantised_linear_workspace_bytes)});
 }
 int64_t fp4_linear_workspace_bytes(const LinearParams& p, const Context& c) {
-  return workspace_bytes(
-      p, c, "fp4_linear", Form::kFp4,
-      {DSV4_SCALAR(scalar::fp4_linear_workspace_bytes), DSV4_AVX512(avx512::fp4_linear_workspace_bytes),
-       DSV4_AMX(amx::fp4_linear_workspace_bytes), DSV4_SM80(sm80::quantised_linear_workspace_bytes)});
+  return workspace_bytes(p, c, "fp4_linear", Form::kFp4,
+                         {DSV4_SCALAR(scalar::fp4_linear_workspace_bytes), DSV4_AVX2(avx2::fp4_linear_workspace_bytes),
+                          DSV4_AVX512(avx512::fp4_linear_workspace_bytes), DSV4_AMX(amx::fp4_linear_workspace_bytes),
+                          DSV4_SM80(sm80::quantised_linear_workspace_bytes)});
 }
 int64_t grouped_linear_workspace_bytes(const LinearParams& p, const Context& c) {
   return workspace_bytes(
       p, c, "grouped_linear", Form::kGrouped,
-      {DSV4_SCALAR(scalar::grouped_linear_workspace_bytes), DSV4_AVX512(avx512::grouped_linear_workspace_bytes),
-       DSV4_AMX(amx::grouped_linear_workspace_bytes), DSV4_SM80(sm80::grouped_linear_workspace_bytes)});
+      {DSV4_SCALAR(scalar::grouped_linear_workspace_bytes), DSV4_AVX2(avx2::grouped_linear_workspace_bytes),
+       DSV4_AVX512(avx512::grouped_linear_workspace_bytes), DSV4_AMX(amx::grouped_linear_workspace_bytes),
+       DSV4_SM80(sm80::grouped_linear_workspace_bytes)});
 }
 
 Status fp8_linear(const LinearParams& p, const Context& c) {

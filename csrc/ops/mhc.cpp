@@ -18,24 +18,28 @@ bool post_pre_has_bf16_streams(const MhcPostPreParams& p) { return has_bf16_stre
 constexpr Candidate<MhcPostParams> kMhcPost[] = {
     {"sm80", Isa::kSm80, DSV4_SM80(sm80::mhc_post)},
     {"avx512", Isa::kAvx512, DSV4_AVX512(avx512::mhc_post)},
+    {"avx2", Isa::kAvx2, DSV4_AVX2(avx2::mhc_post)},
     {"scalar", Isa::kScalar, DSV4_SCALAR(scalar::mhc_post)},
 };
 constexpr Candidate<MhcPreParams> kMhcPre[] = {
     {"sm80", Isa::kSm80, DSV4_SM80(sm80::mhc_pre)},
     {"amx", Isa::kAmx, DSV4_AMX(amx::mhc_pre), has_bf16_streams<MhcPreParams>},
     {"avx512", Isa::kAvx512, DSV4_AVX512(avx512::mhc_pre)},
+    {"avx2", Isa::kAvx2, DSV4_AVX2(avx2::mhc_pre)},
     {"scalar", Isa::kScalar, DSV4_SCALAR(scalar::mhc_pre)},
 };
 constexpr Candidate<MhcPostPreParams> kMhcPostPre[] = {
     {"sm80", Isa::kSm80, DSV4_SM80(sm80::mhc_post_pre)},
     {"amx", Isa::kAmx, DSV4_AMX(amx::mhc_post_pre), post_pre_has_bf16_streams},
     {"avx512", Isa::kAvx512, DSV4_AVX512(avx512::mhc_post_pre)},
+    {"avx2", Isa::kAvx2, DSV4_AVX2(avx2::mhc_post_pre)},
     {"scalar", Isa::kScalar, DSV4_SCALAR(scalar::mhc_post_pre)},
 };
 constexpr Candidate<MhcHeadParams> kMhcHead[] = {
     {"sm80", Isa::kSm80, DSV4_SM80(sm80::mhc_head)},
     {"amx", Isa::kAmx, DSV4_AMX(amx::mhc_head), has_bf16_streams<MhcHeadParams>},
     {"avx512", Isa::kAvx512, DSV4_AVX512(avx512::mhc_head)},
+    {"avx2", Isa::kAvx2, DSV4_AVX2(avx2::mhc_head)},
     {"scalar", Isa::kScalar, DSV4_SCALAR(scalar::mhc_head)},
 };
 constexpr Candidate<MhcPreBackwardParams> kMhcPreBackward[] = {
@@ -209,6 +213,9 @@ int64_t forward_workspace(int64_t tokens, int64_t hidden, int mixes, const Conte
     return bytes;
   }
   (void)tokens, (void)mixes;
+#if defined(DSV4_WITH_AVX2)
+  if (context.best >= Isa::kAvx2) at_least(avx2::mhc_workspace_bytes(tokens, context));
+#endif
 #if defined(DSV4_WITH_AVX512)
   if (context.best >= Isa::kAvx512) at_least(avx512::mhc_workspace_bytes(hidden, mixes));
 #endif

@@ -12,9 +12,8 @@ namespace {
 bool fits_tiles(const MoeGateParams& p) { return p.x.dtype == DType::kBFloat16 && p.weight.dtype == DType::kBFloat16; }
 
 constexpr Candidate<MoeGateParams> kMoeGate[] = {
-    {"sm80", Isa::kSm80, DSV4_SM80(sm80::moe_gate)},
-    {"amx", Isa::kAmx, DSV4_AMX(amx::moe_gate), fits_tiles},
-    {"avx512", Isa::kAvx512, DSV4_AVX512(avx512::moe_gate)},
+    {"sm80", Isa::kSm80, DSV4_SM80(sm80::moe_gate)},         {"amx", Isa::kAmx, DSV4_AMX(amx::moe_gate), fits_tiles},
+    {"avx512", Isa::kAvx512, DSV4_AVX512(avx512::moe_gate)}, {"avx2", Isa::kAvx2, DSV4_AVX2(avx2::moe_gate)},
     {"scalar", Isa::kScalar, DSV4_SCALAR(scalar::moe_gate)},
 };
 const Op moe_gate_op("moe_gate", kMoeGate);
@@ -32,6 +31,7 @@ constexpr Candidate<MoeExpertsParams> kMoeExperts[] = {
     {"sm80", Isa::kSm80, DSV4_SM80(sm80::moe_experts)},
     {"amx", Isa::kAmx, DSV4_AMX(amx::moe_experts), fits_tiles},
     {"avx512", Isa::kAvx512, DSV4_AVX512(avx512::moe_experts)},
+    {"avx2", Isa::kAvx2, DSV4_AVX2(avx2::moe_experts)},
     {"scalar", Isa::kScalar, DSV4_SCALAR(scalar::moe_experts)},
 };
 const Op moe_experts_op("moe_experts", kMoeExperts);
@@ -217,29 +217,34 @@ Status validate(const MoeMapParams& p) {
   return v.status();
 }
 
+// What a kernel needs; null where this library has none.
+template <class Params>
+using Bytes = int64_t (*)(const Params&, const Context&);
+
 // The most that a kernel which may run needs.
 template <class Params>
-int64_t workspace_bytes(const char* op, const Params& p, const Context& context,
-                        int64_t (*portable)(const Params&, const Context&),
-                        int64_t (*vectorised)(const Params&, const Context&),
-                        int64_t (*cuda)(const Params&, const Context&)) {
+int64_t workspace_bytes(const char* op, const Params& p, const Context& context, Bytes<Params> scalar,
+                        Bytes<Params> avx2, Bytes<Params> avx512, Bytes<Params> cuda) {
   Validator v(op);
   validate_arguments(v, p);
   if (!v.status().is_ok()) return 0;
   if (context.device == Device::kCuda) return cuda == nullptr ? 0 : cuda(p, context);
-  int64_t bytes = portable == nullptr ? 0 : portable(p, context);
-  if (vectorised != nullptr && context.best >= Isa::kAvx512) {
-    const int64_t needed = vectorised(p, context);
-    bytes = needed > bytes ? needed : bytes;
-  }
-  return bytes;
+  int64_t most = 0;
+  const auto at_least = [&](Bytes<Params> bytes, Isa isa) {
+    const int64_t needed = bytes != nullptr && context.best >= isa ? bytes(p, context) : 0;
+    most = needed > most ? needed : most;
+  };
+  at_least(scalar, Isa::kScalar);
+  at_least(avx2, Isa::kAvx2);
+  at_least(avx512, Isa::kAvx512);
+  return most;
 }
 
 }  // namespace
 
 int64_t moe_gate_workspace_bytes(const MoeGateParams& p, const Context& context) {
   const int64_t bytes = workspace_bytes<MoeGateParams>(
-      "moe_gate", p, context, DSV4_SCALAR(scalar::moe_gate_workspace_bytes),
+      "moe_gate", p, context, DSV4_SCALAR(scalar::moe_gate_workspace_bytes), DSV4_AVX2(avx2::moe_gate_workspace_bytes),
       DSV4_AVX512(avx512::moe_gate_workspace_bytes), DSV4_SM80(sm80::moe_gate_workspace_bytes));
 #if defined(DSV4_WITH_AMX)
   if (bytes > 0 && context.device == Device::kCpu && context.best >= Isa::kAmx && fits_tiles(p)) {
@@ -253,7 +258,8 @@ int64_t moe_gate_workspace_bytes(const MoeGateParams& p, const Context& context)
 int64_t moe_experts_workspace_bytes(const MoeExpertsParams& p, const Context& context) {
   const int64_t bytes = workspace_bytes<MoeExpertsParams>(
       "moe_experts", p, context, DSV4_SCALAR(scalar::moe_experts_workspace_bytes),
-      DSV4_AVX512(avx512::moe_experts_workspace_bytes), DSV4_SM80(sm80::moe_experts_workspace_bytes));
+      DSV4_AVX2(avx2::moe_experts_workspace_bytes), DSV4_AVX512(avx512::moe_experts_workspace_bytes),
+      DSV4_SM80(sm80::moe_experts_workspace_bytes));
 #if defined(DSV4_WITH_AMX)
   if (bytes > 0 && context.device == Device::kCpu && context.best >= Isa::kAmx && fits_tiles(p)) {
     const int64_t tiles = amx::moe_experts_workspace_bytes(p, context);
@@ -265,7 +271,7 @@ int64_t moe_experts_workspace_bytes(const MoeExpertsParams& p, const Context& co
 
 int64_t moe_experts_backward_workspace_bytes(const MoeExpertsBackwardParams& p, const Context& context) {
   const int64_t bytes = workspace_bytes<MoeExpertsBackwardParams>(
-      "moe_experts_backward", p, context, DSV4_SCALAR(scalar::moe_experts_backward_workspace_bytes),
+      "moe_experts_backward", p, context, DSV4_SCALAR(scalar::moe_experts_backward_workspace_bytes), nullptr,
       DSV4_AVX512(avx512::moe_experts_backward_workspace_bytes), DSV4_SM80(sm80::moe_experts_backward_workspace_bytes));
 #if defined(DSV4_WITH_AMX)
   if (bytes > 0 && context.device == Device::kCpu && context.best >= Isa::kAmx && fits_tiles(p)) {

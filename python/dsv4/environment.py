@@ -17,7 +17,7 @@ from dsv4.checkpoint import memory
 #: The one environment variable that changes results: it holds every op to a lower instruction set, for comparisons.
 VARIABLE = "DSV4_MAX_ISA"
 #: Its values, of the CPU and of the GPU.
-LIMITS = ("scalar", "avx512", "amx", "sm80", "sm90")
+LIMITS = ("scalar", "avx2", "avx512", "amx", "sm80", "sm90")
 
 
 def environment() -> dict[str, Any]:

@@ -81,8 +81,9 @@ TEST(pool_serves_two_callers) {
 }
 
 TEST(limit_lowers_and_never_raises) {
-  for (const Isa best : {Isa::kScalar, Isa::kAvx512, Isa::kAmx}) {
+  for (const Isa best : {Isa::kScalar, Isa::kAvx2, Isa::kAvx512, Isa::kAmx}) {
     testing::with_max_isa("scalar", [&] { CHECK(limited(best) == Isa::kScalar); });
+    testing::with_max_isa("avx2", [&] { CHECK(limited(best) == (best < Isa::kAvx2 ? best : Isa::kAvx2)); });
     testing::with_max_isa("avx512", [&] { CHECK(limited(best) == (best < Isa::kAvx512 ? best : Isa::kAvx512)); });
     for (const char* other : {"amx", "sm80", "", "nonsense"}) {
       testing::with_max_isa(other, [&] { CHECK(limited(best) == best); });

@@ -32,6 +32,9 @@ struct Implementation {
 
 const Implementation kImplementations[] = {
     {"scalar", Isa::kScalar, false, scalar::index_topk_workspace_bytes, scalar::index_topk},
+#if defined(DSV4_WITH_AVX2)
+    {"avx2", Isa::kAvx2, false, avx2::index_topk_workspace_bytes, avx2::index_topk},
+#endif
 #if defined(DSV4_WITH_AVX512)
     {"avx512", Isa::kAvx512, false, avx512::index_topk_workspace_bytes, avx512::index_topk},
     {"amx_model", Isa::kAvx512, true, amx_model::index_topk_workspace_bytes, amx_model::index_topk},

@@ -47,6 +47,13 @@ const Implementation kImplementations[] = {
      {{scalar::fp8_linear_workspace_bytes, scalar::fp8_linear},
       {scalar::fp4_linear_workspace_bytes, scalar::fp4_linear},
       {scalar::grouped_linear_workspace_bytes, scalar::grouped_linear}}},
+#if defined(DSV4_WITH_AVX2)
+    {"avx2",
+     Isa::kAvx2,
+     {{avx2::fp8_linear_workspace_bytes, avx2::fp8_linear},
+      {avx2::fp4_linear_workspace_bytes, avx2::fp4_linear},
+      {avx2::grouped_linear_workspace_bytes, avx2::grouped_linear}}},
+#endif
 #if defined(DSV4_WITH_AVX512)
     {"avx512",
      Isa::kAvx512,

@@ -32,6 +32,9 @@ struct Implementation {
 
 const Implementation kImplementations[] = {
     {"scalar", Isa::kScalar, scalar::dense_linear_workspace_bytes, scalar::dense_linear},
+#if defined(DSV4_WITH_AVX2)
+    {"avx2", Isa::kAvx2, avx2::dense_linear_workspace_bytes, avx2::dense_linear},
+#endif
 #if defined(DSV4_WITH_AVX512)
     {"avx512", Isa::kAvx512, avx512::dense_linear_workspace_bytes, avx512::dense_linear},
     {"amx_model", Isa::kAvx512, amx_model::dense_linear_workspace_bytes, amx_model::dense_linear, true},

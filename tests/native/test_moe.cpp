@@ -128,9 +128,21 @@ double relative_rms(const std::vector<float>& a, const std::vector<float>& b) {
   return size == 0 ? error : std::sqrt(error / size);
 }
 
+// Whether there is anything to compare with the scalar kernels; says what of it does not run.
+bool has_vectors() {
+#if defined(DSV4_WITH_AVX2)
+  if (cpu_isa() < Isa::kAvx512) testing::not_run("this machine has no avx512");
+  if (cpu_isa() < Isa::kAvx2) testing::not_run("this machine has no avx2");
+  return cpu_isa() >= Isa::kAvx2;
+#else
+  testing::not_run("built without avx2");
+  return false;
+#endif
+}
+
 constexpr WeightFormat kFormats[] = {WeightFormat::kPlain, WeightFormat::kFp8, WeightFormat::kFp4};
 
-#if defined(DSV4_WITH_AVX512)
+#if defined(DSV4_WITH_AVX2)
 struct Implementation {
   Isa isa;
   bool tiles;  // which take no plain matrices of float32 (csrc/ops/moe.cpp)
@@ -138,8 +150,11 @@ struct Implementation {
   int64_t (*bytes)(const MoeExpertsParams&, const Context&);
 };
 const Implementation kImplementations[] = {
+    {Isa::kAvx2, false, avx2::moe_experts, avx2::moe_experts_workspace_bytes},
+#if defined(DSV4_WITH_AVX512)
     {Isa::kAvx512, false, avx512::moe_experts, avx512::moe_experts_workspace_bytes},
     {Isa::kAvx512, true, amx_model::moe_experts, amx_model::moe_experts_workspace_bytes},
+#endif
 #if defined(DSV4_WITH_AMX)
     {Isa::kAmx, true, amx::moe_experts, amx::moe_experts_workspace_bytes},
 #endif
@@ -177,8 +192,8 @@ void compare(int64_t tokens, int64_t hidden, int64_t inter, WeightFormat format,
 #endif
 
 TEST(experts_equal_the_scalar_ones) {
-  if (cpu_isa() < Isa::kAvx512) return testing::not_run("this machine has no avx512");
-#if defined(DSV4_WITH_AVX512)
+  if (!has_vectors()) return;
+#if defined(DSV4_WITH_AVX2)
   for (const WeightFormat format : kFormats) {
     for (const int64_t tokens : {1, 2, 9, 40}) {
       for (const auto& [hidden, inter] : {std::pair<int64_t, int64_t>{32, 32}, {160, 200}, {258, 130}}) {
@@ -187,15 +202,13 @@ TEST(experts_equal_the_scalar_ones) {
       }
     }
   }
-#else
-  testing::not_run("built without avx512");
 #endif
 }
 
 // Sums start anew every 1,024 inputs; one whole chunk, one and a bit, two and a bit; 1 to 7 rows an expert and more.
 TEST(experts_of_many_inputs) {
-  if (cpu_isa() < Isa::kAvx512) return testing::not_run("this machine has no avx512");
-#if defined(DSV4_WITH_AVX512)
+  if (!has_vectors()) return;
+#if defined(DSV4_WITH_AVX2)
   for (const WeightFormat format : kFormats) {
     for (const int64_t tokens : {1, 3, 5, 8, 23}) {
       compare<bf16>(tokens, 1024, 64, format, 4e-3);
@@ -208,8 +221,6 @@ TEST(experts_of_many_inputs) {
     problem.indices.assign(problem.indices.size(), 0);
     compare(problem, 86, 4e-3);
   }
-#else
-  testing::not_run("built without avx512");
 #endif
 }
 
@@ -226,6 +237,9 @@ TEST(scalar_experts_do_not_depend_on_threads_or_company) {
 // One expert of one input and output by hand: silu(min(gate, limit)) * clamp(up) * weight * w2.
 TEST(formula) {
   for (const auto op : {scalar::moe_experts,
+#if defined(DSV4_WITH_AVX2)
+                        cpu_isa() >= Isa::kAvx2 ? avx2::moe_experts : scalar::moe_experts,
+#endif
 #if defined(DSV4_WITH_AVX512)
                         cpu_isa() >= Isa::kAvx512 ? avx512::moe_experts : scalar::moe_experts
 #endif
@@ -244,9 +258,28 @@ TEST(formula) {
   }
 }
 
-TEST(gate_equals_the_scalar_one) {
-  if (cpu_isa() < Isa::kAvx512) return testing::not_run("this machine has no avx512");
+#if defined(DSV4_WITH_AVX2)
+struct Gate {
+  Isa isa;
+  bool tiles;  // of bfloat16 alone
+  Status (*run)(const MoeGateParams&, const Context&);
+  int64_t (*bytes)(const MoeGateParams&, const Context&);
+};
+const Gate kGates[] = {
+    {Isa::kAvx2, false, avx2::moe_gate, avx2::moe_gate_workspace_bytes},
 #if defined(DSV4_WITH_AVX512)
+    {Isa::kAvx512, false, avx512::moe_gate, avx512::moe_gate_workspace_bytes},
+    {Isa::kAvx512, true, amx_model::moe_gate, amx_model::moe_gate_workspace_bytes},
+#endif
+#if defined(DSV4_WITH_AMX)
+    {Isa::kAmx, true, amx::moe_gate, amx::moe_gate_workspace_bytes},
+#endif
+};
+#endif
+
+TEST(gate_equals_the_scalar_one) {
+  if (!has_vectors()) return;
+#if defined(DSV4_WITH_AVX2)
   Random random(5);
   for (const int64_t hidden : {1, 31, 200}) {
     const int64_t tokens = 19, experts = 37, k = 4;
@@ -269,31 +302,21 @@ TEST(gate_equals_the_scalar_one) {
     Guarded<float> expected({tokens, k}), found({tokens, k}), threaded({tokens, k});
     std::vector<int32_t> expected_indices, indices, threaded_indices;
     run(scalar::moe_gate, scalar::moe_gate_workspace_bytes, 1, expected, expected_indices);
-    run(avx512::moe_gate, avx512::moe_gate_workspace_bytes, 1, found, indices);
-    run(avx512::moe_gate, avx512::moe_gate_workspace_bytes, 3, threaded, threaded_indices);
-    CHECK(indices == expected_indices && threaded_indices == indices && threaded.same_bits(found));
-    for (int64_t i = 0; i < tokens * k; ++i) CHECK(std::abs(found[i] - expected[i]) <= 2e-6f * expected[i]);
+    for (const Gate& gate : kGates) {
+      if (cpu_isa() < gate.isa || gate.tiles) continue;
+      run(gate.run, gate.bytes, 1, found, indices);
+      run(gate.run, gate.bytes, 3, threaded, threaded_indices);
+      CHECK(indices == expected_indices && threaded_indices == indices && threaded.same_bits(found));
+      for (int64_t i = 0; i < tokens * k; ++i) CHECK(std::abs(found[i] - expected[i]) <= 2e-6f * expected[i]);
+    }
   }
-#else
-  testing::not_run("built without avx512");
 #endif
 }
 
 // Of bfloat16, in tiles too; blocks of tokens, of experts and of inputs with a rest, whole and a token alone.
 TEST(gate_of_bfloat16_equals_the_scalar_one) {
-  if (cpu_isa() < Isa::kAvx512) return testing::not_run("this machine has no avx512");
-#if defined(DSV4_WITH_AVX512)
-  struct Gate {
-    Isa isa;
-    Status (*run)(const MoeGateParams&, const Context&);
-    int64_t (*bytes)(const MoeGateParams&, const Context&);
-  };
-  const Gate gates[] = {{Isa::kAvx512, avx512::moe_gate, avx512::moe_gate_workspace_bytes},
-                        {Isa::kAvx512, amx_model::moe_gate, amx_model::moe_gate_workspace_bytes},
-#if defined(DSV4_WITH_AMX)
-                        {Isa::kAmx, amx::moe_gate, amx::moe_gate_workspace_bytes}
-#endif
-  };
+  if (!has_vectors()) return;
+#if defined(DSV4_WITH_AVX2)
   Random random(6);
   for (const auto& [tokens, hidden] : {std::pair<int64_t, int64_t>{1, 1}, {7, 130}, {83, 600}}) {
     const int64_t experts = 300, k = 5;
@@ -318,8 +341,8 @@ TEST(gate_of_bfloat16_equals_the_scalar_one) {
     };
     std::vector<int32_t> expected_indices, indices, others;
     const auto expected =
-        run({Isa::kScalar, scalar::moe_gate, scalar::moe_gate_workspace_bytes}, 1, 0, tokens, expected_indices);
-    for (const Gate& gate : gates) {
+        run({Isa::kScalar, false, scalar::moe_gate, scalar::moe_gate_workspace_bytes}, 1, 0, tokens, expected_indices);
+    for (const Gate& gate : kGates) {
       if (cpu_isa() < gate.isa) continue;
       const auto found = run(gate, 1, 0, tokens, indices);
       CHECK(indices == expected_indices);
@@ -332,24 +355,20 @@ TEST(gate_of_bfloat16_equals_the_scalar_one) {
       }
     }
   }
-#else
-  testing::not_run("built without avx512");
 #endif
 }
 
 // Scores of every size, as the scalar kernel has them: x is 1, so that a weight of the gate is a logit. What is seen is
 // the score beside that of logit 0, of their sum.
 TEST(gate_scores) {
-  if (cpu_isa() < Isa::kAvx512) return testing::not_run("this machine has no avx512");
-#if defined(DSV4_WITH_AVX512)
+  if (!has_vectors()) return;
+#if defined(DSV4_WITH_AVX2)
   std::vector<float> logits = {0, -0.0f, 1e-30f, -1e-30f, 19.99f, 20, 20.01f, -39.99f, -40, -40.01f, -170, -210, 1e30f};
   for (int i = -1000; i < 1000; ++i) logits.push_back(0.11f * static_cast<float>(i));
   for (const float logit : logits) {
     Guarded<float> x({1, 1}), weight({2, 1});
     x[0] = 1, weight[0] = logit, weight[1] = 0;
-    float values[2];
-    int at = 0;
-    for (const auto op : {scalar::moe_gate, avx512::moe_gate}) {
+    const auto value = [&](Status (*op)(const MoeGateParams&, const Context&)) {
       ThreadPool pool(1);
       std::vector<int32_t> indices(2);
       Guarded<float> weights({1, 2});
@@ -359,12 +378,14 @@ TEST(gate_scores) {
       Scratch scratch(1 << 16);
       p.workspace = scratch.workspace();
       CHECK(op(p, pool.context()).is_ok());
-      values[at++] = weights[indices[0] == 0 ? 0 : 1];
+      return weights[indices[0] == 0 ? 0 : 1];
+    };
+    const float expected = value(scalar::moe_gate);
+    for (const Gate& gate : kGates) {
+      if (cpu_isa() < gate.isa || gate.tiles) continue;
+      CHECK_MESSAGE(std::abs(value(gate.run) - expected) <= 1.2e-7f * expected, "logit " + std::to_string(logit));
     }
-    CHECK_MESSAGE(std::abs(values[1] - values[0]) <= 1.2e-7f * values[0], "logit " + std::to_string(logit));
   }
-#else
-  testing::not_run("built without avx512");
 #endif
 }
 

@@ -12,8 +12,6 @@
 
 #include "common/dtype.h"
 
-#define DSV4_INLINE static inline __attribute__((always_inline))
-
 namespace dsv4::avx512 {
 
 inline constexpr int kStep = 32;  // elements of a step

@@ -11,17 +11,6 @@
 namespace dsv4::scalar {
 namespace {
 
-// Undoes the rotation in pairs of the last dims.
-template <class X>
-void rotate_back(X* out, int64_t head_dim, const float* rope, int64_t pairs) {
-  X* pair = out + head_dim - 2 * pairs;
-  for (int64_t i = 0; i < pairs; ++i, pair += 2, rope += 2) {
-    const float even = to_float(pair[0]), odd = to_float(pair[1]), cos = rope[0], sin = rope[1];
-    pair[0] = from_float<X>(even * cos + odd * sin);
-    pair[1] = from_float<X>(odd * cos - even * sin);
-  }
-}
-
 // One row's work and its memory.
 template <class X>
 class Row {

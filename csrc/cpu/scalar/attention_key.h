@@ -1,4 +1,4 @@
-// Keys as the portable attention kernels read and multiply them.
+// Keys as the portable attention kernels read and multiply them, and the rotation of what they give.
 #pragma once
 
 #include "cpu/attention_keys.h"
@@ -6,7 +6,7 @@
 namespace dsv4::scalar {
 namespace {
 
-void decode(const Key& key, const RowPool& pool, int64_t head_dim, int64_t rope_dim, float* values) {
+inline void decode(const Key& key, const RowPool& pool, int64_t head_dim, int64_t rope_dim, float* values) {
   if (key.scales != nullptr) {
     const int64_t codes = head_dim - rope_dim;
     for (int64_t d = 0; d < codes; ++d) values[d] = e4m3_value(key.data[d]) * e8m0_value(key.scales[d / kRowBlock]);
@@ -34,6 +34,17 @@ float dot(const A* a, const B* b, int64_t count) {
   const float even = (parts[0] + parts[4]) + (parts[2] + parts[6]);
   const float odd = (parts[1] + parts[5]) + (parts[3] + parts[7]);
   return even + odd;
+}
+
+// Undoes the rotation in pairs of the last dims.
+template <class X>
+void rotate_back(X* out, int64_t head_dim, const float* rope, int64_t pairs) {
+  X* pair = out + head_dim - 2 * pairs;
+  for (int64_t i = 0; i < pairs; ++i, pair += 2, rope += 2) {
+    const float even = to_float(pair[0]), odd = to_float(pair[1]), cos = rope[0], sin = rope[1];
+    pair[0] = from_float<X>(even * cos + odd * sin);
+    pair[1] = from_float<X>(odd * cos - even * sin);
+  }
 }
 
 }  // namespace

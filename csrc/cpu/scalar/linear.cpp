@@ -3,46 +3,12 @@
 #include "cpu/linear.h"
 
 #include "cpu/linear_driver.h"
+#include "cpu/scalar/quantised.h"
 
 namespace dsv4::scalar {
 namespace {
 
-constexpr int64_t kQuantBlock = 128;  // activations that share a scale
 constexpr int64_t kLanes = 16;
-
-// The nearest e4m3 value of |value| <= 448, ties to even.
-DSV4_HOST_DEVICE float round_to_e4m3(float value) {
-  const uint32_t bits = bits_from_float(value), magnitude = bits & 0x7FFFFFFFu;
-  if (magnitude >= (127u - 6u) << 23) {
-    return float_from_bits((bits + 0x7FFFFu + ((bits >> 20) & 1u)) & 0xFFF00000u);
-  }
-  const float shift = 1.5f * (1 << 14);  // float32 of this size has steps of 2^-9, those of e4m3's denormals
-  return (value + shift) - shift;
-}
-
-template <class X>
-void quantise(const X* x, int64_t inputs, float* to) {
-  for (int64_t first = 0; first < inputs; first += kQuantBlock) {
-    const int64_t end = first + kQuantBlock < inputs ? first + kQuantBlock : inputs;
-    uint32_t largest = 0;
-    for (int64_t i = first; i < end; ++i) {
-      const uint32_t magnitude = bits_from_float(to_float(x[i])) & 0x7FFFFFFFu;
-      largest = magnitude > largest ? magnitude : largest;
-    }
-    if (largest >= 0x7F800000u) {  // an infinity or a NaN
-      for (int64_t i = first; i < end; ++i) to[i] = float_from_bits(0x7FC00000u);
-      continue;
-    }
-    const float amax = float_from_bits(largest), least = 1e-4f;
-    const uint32_t ratio = bits_from_float((amax > least ? amax : least) * (1.0f / 448.0f));
-    const uint32_t exponent = (ratio >> 23) + ((ratio & 0x7FFFFFu) != 0);
-    const float scale = float_from_bits(exponent << 23), inverse = float_from_bits((254 - exponent) << 23);
-    for (int64_t i = first; i < end; ++i) {
-      const float scaled = to_float(x[i]) * inverse;
-      to[i] = round_to_e4m3(scaled > 448.0f ? 448.0f : scaled < -448.0f ? -448.0f : scaled) * scale;
-    }
-  }
-}
 
 template <bool kQuantise, class X>
 void prepare_row(const X* x, int64_t inputs, float* to) {

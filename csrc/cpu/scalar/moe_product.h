@@ -4,37 +4,10 @@
 #include <math.h>
 
 #include "cpu/moe_driver.h"
+#include "cpu/scalar/quantised.h"
 
 namespace dsv4::scalar {
 namespace {
-
-// A float32 value in [-448, 448] rounded to e4m3, as a value.
-float round_e4m3(float value) {
-  const float magnitude = value < 0 ? -value : value;
-  if (magnitude < 0.015625f) return (value + (value < 0 ? -24576.0f : 24576.0f)) - (value < 0 ? -24576.0f : 24576.0f);
-  const uint32_t bits = bits_from_float(value);
-  return float_from_bits((bits + 0x7FFFFu + ((bits >> 20) & 1u)) & 0xFFF00000u);
-}
-
-// Up to 128 values that share a scale (python/dsv4/ops/quantize.py).
-template <class X>
-void quantise_block(const X* x, int64_t n, float* to) {
-  float largest = 1e-4f;
-  bool finite = true;
-  for (int64_t i = 0; i < n; ++i) {
-    const uint32_t magnitude = bits_from_float(to_float(x[i])) & 0x7FFFFFFFu;
-    finite = finite && magnitude < 0x7F800000u;
-    if (finite && float_from_bits(magnitude) > largest) largest = float_from_bits(magnitude);
-  }
-  const uint32_t ratio = bits_from_float(largest * (1.0f / 448.0f));
-  const uint32_t exponent = (ratio >> 23) + ((ratio & 0x7FFFFFu) != 0);
-  const float scale = finite ? float_from_bits(exponent << 23) : float_from_bits(0x7FC00000u);
-  for (int64_t i = 0; i < n; ++i) {
-    float value = to_float(x[i]) / scale;
-    value = value > 448 ? 448 : value < -448 ? -448 : value;
-    to[i] = (finite ? round_e4m3(value) : 0) * scale;
-  }
-}
 
 // A row of weights as values.
 template <class X>
@@ -69,7 +42,7 @@ struct ExpertKernel {
     if (format == WeightFormat::kPlain) {
       for (int64_t i = 0; i < n; ++i) to[i] = to_float(x[i]);
     } else {
-      for (int64_t i = 0; i < n; i += 128) quantise_block(x + i, n - i < 128 ? n - i : 128, to + i);
+      quantise(x, n, to);
     }
   }
 
