@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <system_error>
 
 #include "common/hardware.h"
 #include "common/peaks.h"
@@ -79,7 +80,13 @@ Bench::Bench(int argc, char** argv) {
   }
   if (threads < 1) usable_ = false;
   if (!usable_) std::fprintf(stderr, "usage: %s [--quick] [--threads N] [--json FILE] [--op NAME]...\n", argv[0]);
-  pool_ = std::make_unique<ThreadPool>(std::max(threads, 1));
+  try {
+    pool_ = std::make_unique<ThreadPool>(std::max(threads, 1));
+  } catch (const std::system_error& error) {
+    std::fprintf(stderr, "cannot start %d threads (%s): ask for fewer, or allow more processes (ulimit -u)\n", threads,
+                 error.what());
+    usable_ = false;
+  }
   if (usable_ && !json_.empty()) {
     if (FILE* file = std::fopen(json_.c_str(), "w")) {
       std::fclose(file);

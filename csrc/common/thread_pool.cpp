@@ -4,7 +4,8 @@
 
 namespace dsv4 {
 
-ThreadPool::ThreadPool(int threads) {
+// The object is there before the first thread, so that where one cannot be made the destructor ends the others.
+ThreadPool::ThreadPool(int threads) : ThreadPool() {
   for (int index = 1; index < threads; ++index) workers_.emplace_back([this, index] { work(index); });
 }
 

@@ -13,7 +13,8 @@ namespace dsv4 {
 
 class ThreadPool {
  public:
-  explicit ThreadPool(int threads);  // the calling thread is one of them
+  // The calling thread is one of them. Throws std::system_error where the system makes no more.
+  explicit ThreadPool(int threads);
   ~ThreadPool();
   ThreadPool(const ThreadPool&) = delete;
   ThreadPool& operator=(const ThreadPool&) = delete;
@@ -22,6 +23,8 @@ class ThreadPool {
   Context context();
 
  private:
+  ThreadPool() = default;
+
   using Body = void (*)(void* argument, int64_t begin, int64_t end);
 
   void run(int64_t count, Body body, void* argument);

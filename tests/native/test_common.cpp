@@ -1,9 +1,13 @@
 // csrc/common: the exact conversions, the thread pool, the instruction set limit.
+#include <pthread.h>
+#include <sys/resource.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
 #include <atomic>
 #include <csignal>
+#include <cstdio>
+#include <system_error>
 #include <thread>
 
 #include "common/hardware.h"
@@ -78,6 +82,36 @@ TEST(pool_serves_two_callers) {
   caller();
   other.join();
   CHECK(sum == 2 * 200 * 11);
+}
+
+// Room in the address space for the stack of one more thread, not of two.
+TEST(pool_ends_its_threads_where_it_cannot_start_all) {
+  constexpr rlim_t kStack = rlim_t{1} << 30;
+  long pages = 0;
+  FILE* statm = std::fopen("/proc/self/statm", "r");
+  CHECK(std::fscanf(statm, "%ld", &pages) == 1);
+  std::fclose(statm);
+  pthread_attr_t large, usual;
+  pthread_attr_init(&large);
+  pthread_attr_setstacksize(&large, kStack);
+  pthread_getattr_default_np(&usual);
+  rlimit before{};
+  getrlimit(RLIMIT_AS, &before);
+  const rlimit tight{static_cast<rlim_t>(pages) * static_cast<rlim_t>(sysconf(_SC_PAGESIZE)) + kStack * 3 / 2,
+                     before.rlim_max};
+  pthread_setattr_default_np(&large);
+  setrlimit(RLIMIT_AS, &tight);
+  std::error_code reason;
+  try {
+    ThreadPool pool(3);
+  } catch (const std::system_error& error) {
+    reason = error.code();
+  }
+  setrlimit(RLIMIT_AS, &before);
+  pthread_setattr_default_np(&usual);
+  pthread_attr_destroy(&large);
+  pthread_attr_destroy(&usual);
+  CHECK(reason == std::errc::resource_unavailable_try_again);
 }
 
 TEST(limit_lowers_and_never_raises) {
