@@ -15,6 +15,8 @@ Status sparse_attention_backward(const SparseAttentionBackwardParams&, const Con
 namespace dsv4::avx2 {
 int64_t sparse_attention_workspace_bytes(const SparseAttentionParams&, const Context&);
 Status sparse_attention(const SparseAttentionParams&, const Context&);
+int64_t sparse_attention_backward_workspace_bytes(const SparseAttentionBackwardParams&, const Context&);
+Status sparse_attention_backward(const SparseAttentionBackwardParams&, const Context&);
 }  // namespace dsv4::avx2
 
 // The same.

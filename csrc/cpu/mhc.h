@@ -34,10 +34,14 @@ Status mhc_head_backward(const MhcHeadBackwardParams&, const Context&);
 
 namespace dsv4::avx2 {
 int64_t mhc_workspace_bytes(int64_t tokens, const Context&);
+int64_t mhc_backward_bytes(int64_t tokens, int64_t hidden, const Context&);
 Status mhc_pre(const MhcPreParams&, const Context&);
 Status mhc_post(const MhcPostParams&, const Context&);
 Status mhc_post_pre(const MhcPostPreParams&, const Context&);
 Status mhc_head(const MhcHeadParams&, const Context&);
+Status mhc_pre_backward(const MhcPreBackwardParams&, const Context&);
+Status mhc_post_backward(const MhcPostBackwardParams&, const Context&);
+Status mhc_head_backward(const MhcHeadBackwardParams&, const Context&);
 }  // namespace dsv4::avx2
 
 namespace dsv4::avx512 {

@@ -19,6 +19,8 @@ int64_t moe_gate_workspace_bytes(const MoeGateParams&, const Context&);
 Status moe_gate(const MoeGateParams&, const Context&);
 int64_t moe_experts_workspace_bytes(const MoeExpertsParams&, const Context&);
 Status moe_experts(const MoeExpertsParams&, const Context&);
+int64_t moe_experts_backward_workspace_bytes(const MoeExpertsBackwardParams&, const Context&);
+Status moe_experts_backward(const MoeExpertsBackwardParams&, const Context&);
 }  // namespace dsv4::avx2
 
 namespace dsv4::avx512 {

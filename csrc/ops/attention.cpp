@@ -34,6 +34,7 @@ constexpr Candidate<SparseAttentionBackwardParams> kSparseAttentionBackward[] = 
      DSV4_SM80(sm80::accepts_sparse_attention_backward)},
     {"amx", Isa::kAmx, DSV4_AMX(amx::sparse_attention_backward), in_bf16_backward},
     {"avx512", Isa::kAvx512, DSV4_AVX512(avx512::sparse_attention_backward), whole_steps_backward},
+    {"avx2", Isa::kAvx2, DSV4_AVX2(avx2::sparse_attention_backward), whole_steps_backward},
     {"scalar", Isa::kScalar, DSV4_SCALAR(scalar::sparse_attention_backward)},
 };
 const Op sparse_attention_backward_op("sparse_attention_backward", kSparseAttentionBackward);
@@ -156,6 +157,11 @@ int64_t sparse_attention_backward_workspace_bytes(const SparseAttentionBackwardP
   }
 #if defined(DSV4_WITH_CPU)
   at_least(scalar::sparse_attention_backward_workspace_bytes(p, context));
+#endif
+#if defined(DSV4_WITH_AVX2)
+  if (context.best >= Isa::kAvx2 && whole_steps(p.forward)) {
+    at_least(avx2::sparse_attention_backward_workspace_bytes(p, context));
+  }
 #endif
 #if defined(DSV4_WITH_AVX512)
   if (context.best >= Isa::kAvx512 && whole_steps(p.forward)) {

@@ -46,17 +46,20 @@ constexpr Candidate<MhcPreBackwardParams> kMhcPreBackward[] = {
     {"sm80", Isa::kSm80, DSV4_SM80(sm80::mhc_pre_backward)},
     {"amx", Isa::kAmx, DSV4_AMX(amx::mhc_pre_backward), has_bf16_streams<MhcPreBackwardParams>},
     {"avx512", Isa::kAvx512, DSV4_AVX512(avx512::mhc_pre_backward)},
+    {"avx2", Isa::kAvx2, DSV4_AVX2(avx2::mhc_pre_backward)},
     {"scalar", Isa::kScalar, DSV4_SCALAR(scalar::mhc_pre_backward)},
 };
 constexpr Candidate<MhcPostBackwardParams> kMhcPostBackward[] = {
     {"sm80", Isa::kSm80, DSV4_SM80(sm80::mhc_post_backward)},
     {"avx512", Isa::kAvx512, DSV4_AVX512(avx512::mhc_post_backward)},
+    {"avx2", Isa::kAvx2, DSV4_AVX2(avx2::mhc_post_backward)},
     {"scalar", Isa::kScalar, DSV4_SCALAR(scalar::mhc_post_backward)},
 };
 constexpr Candidate<MhcHeadBackwardParams> kMhcHeadBackward[] = {
     {"sm80", Isa::kSm80, DSV4_SM80(sm80::mhc_head_backward)},
     {"amx", Isa::kAmx, DSV4_AMX(amx::mhc_head_backward), has_bf16_streams<MhcHeadBackwardParams>},
     {"avx512", Isa::kAvx512, DSV4_AVX512(avx512::mhc_head_backward)},
+    {"avx2", Isa::kAvx2, DSV4_AVX2(avx2::mhc_head_backward)},
     {"scalar", Isa::kScalar, DSV4_SCALAR(scalar::mhc_head_backward)},
 };
 const Op mhc_post_op("mhc_post", kMhcPost);
@@ -234,6 +237,9 @@ int64_t backward_workspace(int64_t tokens, int64_t hidden, DType x, int mixes, c
   int64_t bytes = tokens * static_cast<int64_t>(sizeof(MhcTokenGradient));
   const auto at_least = [&](int64_t needed) { bytes = needed > bytes ? needed : bytes; };
   (void)hidden, (void)x, (void)mixes, (void)context, (void)at_least;
+#if defined(DSV4_WITH_AVX2)
+  if (context.best >= Isa::kAvx2) at_least(avx2::mhc_backward_bytes(tokens, hidden, context));
+#endif
 #if defined(DSV4_WITH_AVX512)
   if (context.best >= Isa::kAvx512) at_least(avx512::mhc_backward_bytes(tokens, hidden, mixes, context));
 #endif

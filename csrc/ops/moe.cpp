@@ -42,6 +42,7 @@ constexpr Candidate<MoeExpertsBackwardParams> kMoeExpertsBackward[] = {
     {"sm80", Isa::kSm80, DSV4_SM80(sm80::moe_experts_backward), DSV4_SM80(sm80::accepts_moe_experts_backward)},
     {"amx", Isa::kAmx, DSV4_AMX(amx::moe_experts_backward), fits_tiles},
     {"avx512", Isa::kAvx512, DSV4_AVX512(avx512::moe_experts_backward)},
+    {"avx2", Isa::kAvx2, DSV4_AVX2(avx2::moe_experts_backward)},
     {"scalar", Isa::kScalar, DSV4_SCALAR(scalar::moe_experts_backward)},
 };
 const Op moe_experts_backward_op("moe_experts_backward", kMoeExpertsBackward);
@@ -271,8 +272,9 @@ int64_t moe_experts_workspace_bytes(const MoeExpertsParams& p, const Context& co
 
 int64_t moe_experts_backward_workspace_bytes(const MoeExpertsBackwardParams& p, const Context& context) {
   const int64_t bytes = workspace_bytes<MoeExpertsBackwardParams>(
-      "moe_experts_backward", p, context, DSV4_SCALAR(scalar::moe_experts_backward_workspace_bytes), nullptr,
-      DSV4_AVX512(avx512::moe_experts_backward_workspace_bytes), DSV4_SM80(sm80::moe_experts_backward_workspace_bytes));
+      "moe_experts_backward", p, context, DSV4_SCALAR(scalar::moe_experts_backward_workspace_bytes),
+      DSV4_AVX2(avx2::moe_experts_backward_workspace_bytes), DSV4_AVX512(avx512::moe_experts_backward_workspace_bytes),
+      DSV4_SM80(sm80::moe_experts_backward_workspace_bytes));
 #if defined(DSV4_WITH_AMX)
   if (bytes > 0 && context.device == Device::kCpu && context.best >= Isa::kAmx && fits_tiles(p)) {
     const int64_t tiles = amx::moe_experts_backward_workspace_bytes(p, context);

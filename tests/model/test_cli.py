@@ -147,7 +147,7 @@ def test_env_lists_gpus_by_their_number(monkeypatch):
 
 def test_env_knows_the_instruction_sets(run, monkeypatch):
     monkeypatch.setenv("DSV4_MAX_ISA", "SCALAR")
-    assert "SCALAR: unknown, limits nothing; there are scalar, avx512, amx, sm80, sm90" in run("env")[1]
+    assert "SCALAR: unknown, limits nothing; there are scalar, avx2, avx512, amx, sm80, sm90" in run("env")[1]
     monkeypatch.setenv("DSV4_MAX_ISA", "scalar")
     assert "unknown" not in run("env")[1]
 

@@ -33,6 +33,9 @@ struct Implementation {
 const Implementation kScalar = {"scalar", Isa::kScalar, false, scalar::sparse_attention_backward_workspace_bytes,
                                 scalar::sparse_attention_backward};
 const Implementation kAll[] = {
+#if defined(DSV4_WITH_AVX2)
+    {"avx2", Isa::kAvx2, false, avx2::sparse_attention_backward_workspace_bytes, avx2::sparse_attention_backward},
+#endif
 #if defined(DSV4_WITH_AVX512)
     {"avx512", Isa::kAvx512, false, avx512::sparse_attention_backward_workspace_bytes,
      avx512::sparse_attention_backward},

@@ -54,7 +54,7 @@ const Implementation kScalar = {"scalar",
 const Implementation kOthers[] = {
 #if defined(DSV4_WITH_AVX2)
     {"avx2", Isa::kAvx2, false, 0, avx2::mhc_pre, avx2::mhc_post, avx2::mhc_post_pre, avx2::mhc_head,
-     scalar::mhc_pre_backward, scalar::mhc_post_backward, scalar::mhc_head_backward},
+     avx2::mhc_pre_backward, avx2::mhc_post_backward, avx2::mhc_head_backward},
 #endif
 #if defined(DSV4_WITH_AVX512)
     {"avx512", Isa::kAvx512, false, 0, avx512::mhc_pre, avx512::mhc_post, avx512::mhc_post_pre, avx512::mhc_head,

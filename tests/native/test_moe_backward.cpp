@@ -33,6 +33,9 @@ struct Kernel {
 };
 constexpr Kernel kKernels[] = {
     {"scalar", Isa::kScalar, false, scalar::moe_experts_backward_workspace_bytes, scalar::moe_experts_backward},
+#if defined(DSV4_WITH_AVX2)
+    {"avx2", Isa::kAvx2, false, avx2::moe_experts_backward_workspace_bytes, avx2::moe_experts_backward},
+#endif
 #if defined(DSV4_WITH_AVX512)
     {"avx512", Isa::kAvx512, false, avx512::moe_experts_backward_workspace_bytes, avx512::moe_experts_backward},
     {"amx_model", Isa::kAvx512, true, amx_model::moe_experts_backward_workspace_bytes, amx_model::moe_experts_backward},

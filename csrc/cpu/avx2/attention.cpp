@@ -6,61 +6,13 @@
 #include <cmath>
 #include <limits>
 
+#include "cpu/avx2/attention_key.h"
 #include "cpu/avx2/product.h"
 #include "cpu/scalar/attention_key.h"
 #include "cpu/work.h"
 
 namespace dsv4::avx2 {
 namespace {
-
-constexpr int64_t kKeys = 16;      // whose values are decoded together
-constexpr int64_t kDims = 32;      // of a tile of sums
-constexpr int64_t kTileHeads = 3;  // of a tile of sums
-
-// Dims [first, first + count) of a key; `first` is a multiple of 64.
-DSV4_INLINE void decode(const Key& key, const RowPool& pool, int64_t head_dim, int64_t rope_dim, int64_t first,
-                        int64_t count, float* to) {
-  if (key.scales == nullptr) {
-    if (pool.plain.dtype == DType::kFloat32) return widen(reinterpret_cast<const float*>(key.data) + first, count, to);
-    return widen(reinterpret_cast<const bf16*>(key.data) + first, count, to);
-  }
-  const int64_t codes = head_dim - rope_dim, end = first + count, code_end = smaller(codes, end);
-  int64_t d = first;
-  for (; d + kLanes <= code_end; d += kLanes) {
-    const __m256 scale = _mm256_set1_ps(e8m0_value(key.scales[d / kRowBlock]));
-    store(to + d - first, _mm256_mul_ps(e4m3_values(key.data + d), scale));
-  }
-  for (; d < code_end; ++d) to[d - first] = e4m3_value(key.data[d]) * e8m0_value(key.scales[d / kRowBlock]);
-  if (d < end) widen(reinterpret_cast<const bf16*>(key.data + codes) + (d - codes), end - d, to + d - first);
-}
-
-// sums[h][0, kDims) += the weights of `count` keys times their values, for kHeads heads.
-template <int kHeads>
-DSV4_INLINE void add_values(const float* weights, int64_t stride, const float* values, int64_t head_dim, int64_t count,
-                            float* sums) {
-  __m256 tile[kHeads][kDims / kLanes];
-#pragma GCC unroll 3
-  for (int h = 0; h < kHeads; ++h) {
-#pragma GCC unroll 4
-    for (int i = 0; i < kDims / kLanes; ++i) tile[h][i] = load(sums + h * head_dim + i * kLanes);
-  }
-  for (int64_t j = 0; j < count; ++j, values += head_dim) {
-    __m256 weight[kHeads];
-#pragma GCC unroll 3
-    for (int h = 0; h < kHeads; ++h) weight[h] = _mm256_broadcast_ss(weights + h * stride + j);
-#pragma GCC unroll 4
-    for (int i = 0; i < kDims / kLanes; ++i) {
-      const __m256 value = load(values + i * kLanes);
-#pragma GCC unroll 3
-      for (int h = 0; h < kHeads; ++h) tile[h][i] = _mm256_fmadd_ps(weight[h], value, tile[h][i]);
-    }
-  }
-#pragma GCC unroll 3
-  for (int h = 0; h < kHeads; ++h) {
-#pragma GCC unroll 4
-    for (int i = 0; i < kDims / kLanes; ++i) store(sums + h * head_dim + i * kLanes, tile[h][i]);
-  }
-}
 
 // How a call is cut: heads of a row that one thread takes, and the pieces.
 struct Plan {
@@ -81,7 +33,7 @@ class Heads {
  public:
   static int64_t bytes(const SparseAttentionParams& p, const Plan& plan) {
     const int64_t head_dim = p.query.size(2);
-    const int64_t floats = plan.part * (2 * head_dim + round_up(plan.most, kLanes) + kLanes) + kKeys * head_dim;
+    const int64_t floats = plan.part * (2 * head_dim + round_up(plan.most, kLanes) + kLanes) + kValueKeys * head_dim;
     return round_up(plan.most * static_cast<int64_t>(sizeof(Key)), 64) + kPanelBytes + round_up(floats * 4, 64);
   }
 
@@ -91,13 +43,12 @@ class Heads {
         keys_(reinterpret_cast<Key*>(memory)),
         panel_(reinterpret_cast<float*>(memory + round_up(plan.most * static_cast<int64_t>(sizeof(Key)), 64))),
         values_(panel_ + kPanelRows * kPanelInputs),
-        query_(values_ + kKeys * head_dim_),
+        query_(values_ + kValueKeys * head_dim_),
         sums_(query_ + plan.part * head_dim_),
         divisors_(sums_ + plan.part * head_dim_),
         scores_(divisors_ + plan.part * kLanes) {}
 
   void attend(int64_t row, int64_t head, int64_t heads) {
-    heads_ = heads;
     count_ = list_keys(p_, row, keys_);
     stride_ = round_up(count_.all, kLanes);
     for (int64_t h = 0; h < heads; ++h) {
@@ -107,7 +58,8 @@ class Heads {
             panel_, [&](int64_t h) { return query_ + h * head_dim_; }, heads,
             [&](int64_t h) { return scores_ + h * stride_; });
     for (int64_t h = 0; h < heads; ++h) weigh(row, head, h);
-    sum_values();
+    sum_values([&](int64_t j, float* to) { decode_key(j, 0, head_dim_, to); }, count_.all, scores_, stride_, heads,
+               head_dim_, values_, sums_);
     for (int64_t h = 0; h < heads; ++h) write(p_.out.as<X>().at(row, head + h), row, h);
   }
 
@@ -125,13 +77,10 @@ class Heads {
       divisors_[h] = 1;
       return;
     }
-    for (int64_t j = count_.all; j < stride_; ++j) scores[j] = -kInfinity;
-    const __m256 scale = _mm256_set1_ps(p_.scale);
+    scale_scores(scores, count_.all, p_.scale);
     __m256 largest = _mm256_set1_ps(-kInfinity);
     for (int64_t j = 0; j < stride_; j += kLanes) {
-      const __m256 score = j + kLanes <= count_.all ? _mm256_mul_ps(load(scores + j), scale) : scaled_tail(scores, j);
-      store(scores + j, score);
-      largest = _mm256_max_ps(score, largest);  // the second operand comes through where one is NaN
+      largest = _mm256_max_ps(load(scores + j), largest);  // the second operand comes through where one is NaN
     }
     float lanes[kLanes];
     store(lanes, largest);
@@ -148,35 +97,6 @@ class Heads {
     divisors_[h] = all + std::exp(*p_.sink.as<const float>().at(head + h) - most);
   }
 
-  // The last scores of a row: the padding behind them stays minus infinity whatever the scale.
-  __m256 scaled_tail(const float* scores, int64_t from) const {
-    float some[kLanes];
-    for (int64_t i = 0; i < kLanes; ++i)
-      some[i] = from + i < count_.all ? scores[from + i] * p_.scale : scores[from + i];
-    return load(some);
-  }
-
-  void sum_values() {
-    memset(sums_, 0, static_cast<size_t>(heads_ * head_dim_) * sizeof(float));
-    for (int64_t j = 0; j < count_.all; j += kKeys) {
-      const int64_t count = smaller(kKeys, count_.all - j);
-      for (int64_t i = 0; i < count; ++i) decode_key(j + i, 0, head_dim_, values_ + i * head_dim_);
-      for (int64_t h = 0; h < heads_; h += kTileHeads) {
-        const float* weights = scores_ + h * stride_ + j;
-        for (int64_t d = 0; d < head_dim_; d += kDims) {
-          float* sums = sums_ + h * head_dim_ + d;
-          if (heads_ - h >= 3) {
-            add_values<3>(weights, stride_, values_ + d, head_dim_, count, sums);
-          } else if (heads_ - h == 2) {
-            add_values<2>(weights, stride_, values_ + d, head_dim_, count, sums);
-          } else {
-            add_values<1>(weights, stride_, values_ + d, head_dim_, count, sums);
-          }
-        }
-      }
-    }
-  }
-
   void write(X* out, int64_t row, int64_t h) const {
     const __m256 divisor = _mm256_set1_ps(divisors_[h]);
     const float* sums = sums_ + h * head_dim_;
@@ -185,10 +105,10 @@ class Heads {
   }
 
   const SparseAttentionParams& p_;
-  int64_t head_dim_, heads_ = 0, stride_ = 0;
+  int64_t head_dim_, stride_ = 0;
   Key* keys_;
   float* panel_;          // of keys
-  float* values_;         // [kKeys, D]
+  float* values_;         // [kValueKeys, D]
   float *query_, *sums_;  // [heads, D]
   float* divisors_;       // [heads]
   float* scores_;         // [heads, stride_], then the numerators

@@ -5,68 +5,21 @@
 #include <cmath>
 
 #include "cpu/avx2/mhc_mixing.h"
-#include "cpu/avx2/product.h"
-#include "cpu/work.h"
+#include "cpu/avx2/mhc_product.h"
 
 namespace dsv4::avx2 {
 namespace {
-
-constexpr int64_t kBlockBytes = kPanelBytes + kMhcTokens * kPanelInputs * static_cast<int64_t>(sizeof(float));
-
-// Tokens of a block. What it is shows in no result.
-int64_t block_of(int64_t tokens, const Context& context) {
-  const int64_t threads = context.threads < 1 ? 1 : context.threads, share = (tokens + threads - 1) / threads;
-  return share < kMhcTokens ? share : kMhcTokens;
-}
-
-template <class T>
-DSV4_INLINE __m256 load_some(const T* p, int64_t left) {
-  return left < kLanes ? load(p, left) : load(p);
-}
-template <class T>
-DSV4_INLINE void store_some(T* p, __m256 x, int64_t left) {
-  left < kLanes ? store(p, x, left) : store(p, x);
-}
-
-// The sum of squares of float32 with zeros up to the next multiple of eight.
-DSV4_INLINE float squares(const float* x, int64_t count) {
-  __m256 sum = _mm256_setzero_ps();
-  for (int64_t i = 0; i < count; i += kLanes) sum = _mm256_fmadd_ps(load(x + i), load(x + i), sum);
-  return total(sum);
-}
 
 // The mixing weights of `count` tokens from `token` on, by eights, from their streams. kRows: of fn.
 template <int kRows, class T>
 void weigh(const View<const T, 3>& streams, const MhcMixing& mixing, int64_t token, int64_t count, uint8_t* memory,
            MixingWeights* out) {
-  float *panel = reinterpret_cast<float*>(memory), *x = panel + kPanelRows * kPanelInputs;
-  const int64_t hidden = streams.size(2);
-  float sums[kMhcTokens][kRows];
-  double all_squares[kMhcTokens] = {};
-  for (int stream = 0; stream < kStreams; ++stream) {
-    for (int64_t first = 0; first < hidden; first += kPanelInputs) {
-      const int64_t n = hidden - first < kPanelInputs ? hidden - first : kPanelInputs;
-      for (int64_t t = 0; t < count; ++t) {
-        widen(streams.at(token + t, stream, first), n, x + t * kPanelInputs);
-        all_squares[t] += static_cast<double>(squares(x + t * kPanelInputs, n));
-      }
-      for (int64_t j = 0; j < kRows; j += kPanelRows) {
-        const int64_t rows = kRows - j < kPanelRows ? kRows - j : kPanelRows;
-        for (int64_t r = 0; r < rows; ++r) {
-          widen(mixing.fn.at(j + r, stream * hidden + first), n, panel + r * kPanelInputs);
-        }
-        multiply(
-            panel, rows, [&](int64_t t) { return x + t * kPanelInputs; }, count, round_up(n, kLanes),
-            stream == 0 && first == 0, [&](int64_t t) { return sums[t] + j; });
-      }
-    }
-  }
+  MhcProducts<kRows> products;
+  products.find(streams, mixing, token, count, memory);
   for (int64_t t = 0; t < count; t += kLanes, ++out) {
     float mixes[kRows][kLanes] = {};
     for (int64_t i = 0; i < kLanes && t + i < count; ++i) {
-      const double mean = all_squares[t + i] / static_cast<double>(kStreams * hidden);
-      const float rms = static_cast<float>(1 / std::sqrt(mean + static_cast<double>(mixing.norm_eps)));
-      for (int j = 0; j < kRows; ++j) mixes[j][i] = sums[t + i][j] * rms;
+      for (int j = 0; j < kRows; ++j) mixes[j][i] = products.sums[t + i][j] * products.rms[t + i];
     }
     __m256 lanes[kRows];
     for (int j = 0; j < kRows; ++j) lanes[j] = load(mixes[j]);
@@ -136,15 +89,10 @@ void head_block(const MhcHeadParams& p, int64_t token, int64_t count, uint8_t* m
   }
 }
 
-// block(p, token, count, memory) for all tokens.
 template <class Params>
-Status blocks(const Params& p, const Context& context, void (*block)(const Params&, int64_t, int64_t, uint8_t*)) {
-  const int64_t tokens = p.streams.size(0), size = block_of(tokens, context);
-  if (tokens == 0) return Status::ok();
-  const int64_t count = (tokens + size - 1) / size, slots = count < context.threads ? count : context.threads;
-  spread(context, slots, count, [&](int64_t slot, int64_t i) {
-    const int64_t token = i * size, left = tokens - token;
-    block(p, token, left < size ? left : size, static_cast<uint8_t*>(p.workspace.data) + slot * kBlockBytes);
+Status run(const Params& p, const Context& context, void (*block)(const Params&, int64_t, int64_t, uint8_t*)) {
+  mhc_blocks(p.streams.size(0), context, [&](int64_t slot, int64_t token, int64_t count) {
+    block(p, token, count, static_cast<uint8_t*>(p.workspace.data) + slot * kMhcProductBytes);
   });
   return Status::ok();
 }
@@ -175,8 +123,7 @@ void post_rows(const MhcPostParams& p, int64_t begin, int64_t end) {
 }  // namespace
 
 int64_t mhc_workspace_bytes(int64_t tokens, const Context& context) {
-  const int64_t size = block_of(tokens, context), count = size == 0 ? 0 : (tokens + size - 1) / size;
-  return (count < context.threads ? count : context.threads) * kBlockBytes;
+  return mhc_slots(tokens, context) * kMhcProductBytes;
 }
 
 Status mhc_post(const MhcPostParams& p, const Context& context) {
@@ -186,7 +133,7 @@ Status mhc_post(const MhcPostParams& p, const Context& context) {
 }
 
 Status mhc_pre(const MhcPreParams& p, const Context& context) {
-  return blocks(p, context, p.streams.dtype == DType::kBFloat16 ? pre_block<bf16> : pre_block<float>);
+  return run(p, context, p.streams.dtype == DType::kBFloat16 ? pre_block<bf16> : pre_block<float>);
 }
 
 Status mhc_post_pre(const MhcPostPreParams& p, const Context& context) {
@@ -195,7 +142,7 @@ Status mhc_post_pre(const MhcPostPreParams& p, const Context& context) {
 }
 
 Status mhc_head(const MhcHeadParams& p, const Context& context) {
-  return blocks(p, context, p.streams.dtype == DType::kBFloat16 ? head_block<bf16> : head_block<float>);
+  return run(p, context, p.streams.dtype == DType::kBFloat16 ? head_block<bf16> : head_block<float>);
 }
 
 }  // namespace dsv4::avx2

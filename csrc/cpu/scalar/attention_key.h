@@ -1,4 +1,4 @@
-// Keys as the portable attention kernels read and multiply them, and the rotation of what they give.
+// Keys as the portable attention kernels read and multiply them, and the rotations around them.
 #pragma once
 
 #include "cpu/attention_keys.h"
@@ -44,6 +44,17 @@ void rotate_back(X* out, int64_t head_dim, const float* rope, int64_t pairs) {
     const float even = to_float(pair[0]), odd = to_float(pair[1]), cos = rope[0], sin = rope[1];
     pair[0] = from_float<X>(even * cos + odd * sin);
     pair[1] = from_float<X>(odd * cos - even * sin);
+  }
+}
+
+// Turns pairs of the last dims, as for a query.
+template <class X>
+void rotate(float* grad, int64_t head_dim, const float* rope, int64_t pairs) {
+  float* pair = grad + head_dim - 2 * pairs;
+  for (int64_t i = 0; i < pairs; ++i, pair += 2, rope += 2) {
+    const float even = pair[0], odd = pair[1], cos = rope[0], sin = rope[1];
+    pair[0] = to_float(from_float<X>(even * cos - odd * sin));
+    pair[1] = to_float(from_float<X>(odd * cos + even * sin));
   }
 }
 

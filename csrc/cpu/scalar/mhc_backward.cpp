@@ -1,64 +1,10 @@
 // The gradients of mHC, portable. A first pass takes the tokens one by one: all that stays within a token, and what the
 // sums over tokens need, which goes to the workspace. A second pass forms those sums column by column, in ascending
 // token order, so that no result depends on the number of threads.
-#include "cpu/scalar/mhc_token.h"
+#include "cpu/scalar/mhc_token_gradient.h"
 
 namespace dsv4::scalar {
 namespace {
-
-// What mhc_pre and mhc_head have in common here.
-struct Problem {
-  AnyView<2> grad_input;
-  AnyView<3> grad_residual, streams, grad_streams;
-  MhcMixing mixing;
-  AnyView<1> norm_weight;
-  float rms_eps;
-  int mixes;
-  MhcTokenGradient* tokens;
-};
-
-// Gradient of the logits of comb. The steps are taken again and kept in blocks, so that any number of them fits the
-// stack.
-void sinkhorn_backward(const Weights& weights, const MhcMixing& mixing, float* grad) {
-  constexpr int kBlock = 64, kEntries = kStreams * kStreams;
-  float kept[kBlock][kEntries], divisors[kBlock][kStreams];
-  for (int end = 2 * mixing.sinkhorn_iterations - 1; end > 0;) {
-    const int begin = (end - 1) / kBlock * kBlock;
-    float x[kEntries];
-    for (int k = 0; k < kEntries; ++k) x[k] = weights.softmax[k] + mixing.hc_eps;
-    for (int step = 0; step < end; ++step) {
-      const int slot = step < begin ? 0 : step - begin;
-      normalise(x, step % 2 == 0, mixing.hc_eps, divisors[slot]);
-      for (int k = 0; k < kEntries; ++k) kept[slot][k] = x[k];
-    }
-    for (int step = end - 1; step >= begin; --step) {
-      const bool columns = step % 2 == 0;
-      for (int line = 0; line < kStreams; ++line) {
-        float dot = 0;
-        for (int k = 0; k < kStreams; ++k) {
-          const int at = columns ? k * kStreams + line : line * kStreams + k;
-          dot += grad[at] * kept[step - begin][at];
-        }
-        for (int k = 0; k < kStreams; ++k) {
-          float& g = grad[columns ? k * kStreams + line : line * kStreams + k];
-          g = (g - dot) / divisors[step - begin][line];
-        }
-      }
-    }
-    end = begin;
-  }
-  for (int row = 0; row < kStreams; ++row) {
-    const float* p = weights.softmax + row * kStreams;
-    float *g = grad + row * kStreams, dot = 0;
-    for (int k = 0; k < kStreams; ++k) dot += g[k] * p[k];
-    for (int k = 0; k < kStreams; ++k) g[k] = p[k] * (g[k] - dot);
-  }
-}
-
-// d input / d mixed for the optional RMSNorm: grad_mixed = rms * (w g) - along * mixed.
-struct NormGradient {
-  float rms = 1, along = 0;
-};
 
 template <class T>
 NormGradient norm_gradient(const Problem& p, int64_t token, const float* pre) {
@@ -93,37 +39,14 @@ void token_backward(const Problem& p, int64_t token, float* grad) {
   const auto streams = p.streams.as<const T>();
   const int64_t hidden = streams.size(2);
   const Mixes mixes = mixes_of(streams, token, p.mixing, p.mixes);
-  const bool head = p.mixes == kStreams;
-  Weights weights = {};
-  if (head) {
-    pre_weights(mixes, p.mixing, weights.pre);
-  } else {
-    weights = weights_of(mixes, p.mixing);
-    sinkhorn_backward(weights, p.mixing, grad + 2 * kStreams);
-  }
+  const Weights weights = p.mixes == kStreams ? pre_alone(mixes, p.mixing) : weights_of(mixes, p.mixing);
   const NormGradient norm = norm_gradient<T>(p, token, weights.pre);
   double dots[kStreams] = {};
   for (int64_t d = 0; d < hidden; ++d) {
     const double g = grad_mixed<T>(p, token, d, weights.pre, norm);
     for (int i = 0; i < kStreams; ++i) dots[i] += g * to_float(*streams.at(token, i, d));
   }
-
-  MhcTokenGradient& out = p.tokens[token];
-  out = {};
-  float along = 0;
-  for (int j = 0; j < p.mixes; ++j) {
-    const float s = sigmoid(logit(mixes, p.mixing, j));
-    if (j < kStreams) grad[j] = static_cast<float>(dots[j]) * s * (1 - s);
-    if (j >= kStreams && j < 2 * kStreams) grad[j] *= 2 * s * (1 - s);
-    const float grad_m = grad[j] * *p.mixing.scale.at(group_of(j));
-    out.logits[j] = grad[j];
-    out.product[j] = grad_m * mixes.rms;
-    out.scale[group_of(j)] += grad[j] * mixes.m[j];
-    along += grad_m * mixes.m[j];
-  }
-  for (int i = 0; i < kStreams; ++i) out.pre[i] = weights.pre[i];
-  out.rms = norm.rms;
-  along *= mixes.rms * mixes.rms / static_cast<float>(kStreams * hidden);
+  const MhcTokenGradient& out = p.tokens[token] = token_gradient(p, mixes, weights, norm, dots, grad);
 
   const auto grad_streams = p.grad_streams.as<T>();
   for (int64_t d = 0; d < hidden; ++d) {
@@ -131,7 +54,7 @@ void token_backward(const Problem& p, int64_t token, float* grad) {
     for (int i = 0; i < kStreams; ++i) {
       float sum = 0;  // the largest terms come last: they would round the small ones
       for (int j = 0; j < p.mixes; ++j) sum += out.product[j] * *p.mixing.fn.at(j, i * hidden + d);
-      sum += weights.pre[i] * g - along * to_float(*streams.at(token, i, d));
+      sum += weights.pre[i] * g - out.along * to_float(*streams.at(token, i, d));
       if (p.grad_residual.given()) sum += to_float(*p.grad_residual.as<const T>().at(token, i, d));
       *grad_streams.at(token, i, d) = from_float<T>(sum);
     }
@@ -164,16 +87,6 @@ void norm_columns(const Problem& p, const View<float, 1>& grad_weight, int64_t b
     }
     *grad_weight.at(d) = static_cast<float>(sum);
   }
-}
-
-void small_sums(const Problem& p, int64_t tokens, const View<float, 1>& grad_scale, const View<float, 1>& grad_base) {
-  double scale[3] = {}, base[kMixes] = {};
-  for (int64_t token = 0; token < tokens; ++token) {
-    for (int group = 0; group < 3; ++group) scale[group] += p.tokens[token].scale[group];
-    for (int j = 0; j < p.mixes; ++j) base[j] += p.tokens[token].logits[j];
-  }
-  for (int64_t group = 0; group < grad_scale.size(0); ++group) *grad_scale.at(group) = static_cast<float>(scale[group]);
-  for (int j = 0; j < p.mixes; ++j) *grad_base.at(j) = static_cast<float>(base[j]);
 }
 
 template <class T>

@@ -1,4 +1,4 @@
-// mHC of one token, in the order in which the contract states it: what the scalar kernels share. Sums over the hidden
+// mHC of one token, in the order in which the contract states it: what the portable kernels share. Sums over the hidden
 // width run in double.
 #pragma once
 
@@ -7,6 +7,7 @@
 #include "cpu/mhc.h"
 
 namespace dsv4::scalar {
+namespace {
 
 struct Mixes {
   float m[kMixes];  // fn r / rms
@@ -96,4 +97,5 @@ float norm_weight_at(const AnyView<1>& weight, int64_t d) {
                                          : to_float(static_cast<const T*>(weight.data)[d]);
 }
 
+}  // namespace
 }  // namespace dsv4::scalar
