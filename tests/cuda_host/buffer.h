@@ -92,6 +92,11 @@ void each_odd_tensor(OddTensor::Part part, const Check& check) {
     check();
   }
 }
+template <class Check>
+void each_odd_tensor(const Check& check) {
+  each_odd_tensor(OddTensor::kStart, check);
+  each_odd_tensor(OddTensor::kRows, check);
+}
 
 // Bytes with guards on both sides. Sparse ones exist only where they are touched, and start as zeros.
 class DeviceBytes {

@@ -305,10 +305,8 @@ TEST(memory_may_start_anywhere) {
 // Each operand and result alone: what is believed of one must not be concluded from another.
 TEST(any_operand_anywhere_in_memory) {
   if (no_device()) return;
-  for (const OddTensor::Part part : {OddTensor::kStart, OddTensor::kRows}) {
-    for (const IndexKeyFormat format : kFormats) {
-      each_odd_tensor(part, [&] { check_case({3, 4, 64, 10, format, 8, 4}); });
-    }
+  for (const IndexKeyFormat format : kFormats) {
+    each_odd_tensor([&] { check_case({3, 4, 64, 10, format, 8, 4}); });
   }
 }
 

@@ -203,9 +203,7 @@ TEST(the_fused_op_equals_the_two) {
 // Each operand and result alone: what is believed of one must not be concluded from another.
 TEST(any_operand_anywhere_in_memory) {
   if (no_device()) return;
-  for (const OddTensor::Part part : {OddTensor::kStart, OddTensor::kRows}) {
-    each_odd_tensor(part, [] { check_case({3, 64, true}); });
-  }
+  each_odd_tensor([] { check_case({3, 64, true}); });
 }
 
 #if !defined(DSV4_ON_GPU)  // a kernel is launched by name where nvcc compiles the test, which it does not

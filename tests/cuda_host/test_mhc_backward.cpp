@@ -143,9 +143,7 @@ void check_company(MhcBackwardOp op) {
 // Each operand and result alone: what is believed of one must not be concluded from another.
 TEST(any_operand_anywhere_in_memory) {
   if (no_device()) return;
-  for (const OddTensor::Part part : {OddTensor::kStart, OddTensor::kRows}) {
-    each_odd_tensor(part, [] { check_case({3, 64, true, true}); });
-  }
+  each_odd_tensor([] { check_case({3, 64, true, true}); });
 }
 
 TEST(a_row_does_not_depend_on_its_company) {

@@ -94,9 +94,7 @@ TEST(rows_that_do_not_lie_densely) {
 // Each operand and result alone: what is believed of one must not be concluded from another.
 TEST(any_operand_anywhere_in_memory) {
   if (no_device()) return;
-  for (const OddTensor::Part part : {OddTensor::kStart, OddTensor::kRows}) {
-    each_odd_tensor(part, [] { check_both({4, 64, 64, 2, 2}); });
-  }
+  each_odd_tensor([] { check_both({4, 64, 64, 2, 2}); });
 }
 
 #if !defined(DSV4_ON_GPU)
