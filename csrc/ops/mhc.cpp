@@ -83,9 +83,10 @@ void validate_mixing(Validator& v, const MhcMixing& mixing, int64_t hidden, bool
   v.not_negative("norm_eps", mixing.norm_eps);
   v.not_negative("hc_eps", mixing.hc_eps);
   if (head) return;
-  const int iterations = mixing.sinkhorn_iterations;
+  const int64_t iterations = mixing.sinkhorn_iterations;
   v.require(iterations >= 1 && iterations <= kMostSinkhornIterations,
-            "sinkhorn_iterations must be from 1 to %d, got %d", kMostSinkhornIterations, iterations);
+            "sinkhorn_iterations must be from 1 to %d, got %lld", kMostSinkhornIterations,
+            static_cast<long long>(iterations));
 }
 
 void validate_norm(Validator& v, const AnyView<1>& weight, float eps, int64_t hidden, DType x) {

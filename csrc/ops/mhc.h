@@ -28,12 +28,12 @@ struct MhcPostParams {
 //   sinkhorn: softmax over the last axis + hc_eps, columns / (sum + hc_eps), then (iterations - 1) times
 //   rows / (sum + hc_eps), columns / (sum + hc_eps). A column is the sum over the first axis, the stream read.
 struct MhcMixing {
-  View<const float, 2> fn;     // [24, 4 D]  (mhc_head: [4, 4 D])
-  View<const float, 1> scale;  // [3]        pre, post, comb (mhc_head: [1])
-  View<const float, 1> base;   // [24]       (mhc_head: [4])
-  float norm_eps;              // >= 0
-  float hc_eps;                // >= 0
-  int sinkhorn_iterations;     // from 1 to kMostSinkhornIterations; not read by mhc_head
+  View<const float, 2> fn;      // [24, 4 D]  (mhc_head: [4, 4 D])
+  View<const float, 1> scale;   // [3]        pre, post, comb (mhc_head: [1])
+  View<const float, 1> base;    // [24]       (mhc_head: [4])
+  float norm_eps;               // >= 0
+  float hc_eps;                 // >= 0
+  int64_t sinkhorn_iterations;  // from 1 to kMostSinkhornIterations; not read by mhc_head
 };
 
 // The weights of this sublayer from the streams before it, and the sublayer's input.

@@ -1,8 +1,5 @@
 #include "ops/mhc.h"
 
-#include <algorithm>
-#include <climits>
-
 #include "torch/glue.h"
 
 namespace dsv4::binding {
@@ -48,12 +45,7 @@ struct Mixing {
   }
 
   operator MhcMixing() const {
-    return {view(fn),
-            view(scale),
-            view(base),
-            static_cast<float>(norm_eps),
-            static_cast<float>(hc_eps),
-            static_cast<int>(std::clamp<int64_t>(iterations, INT_MIN, INT_MAX))};
+    return {view(fn), view(scale), view(base), static_cast<float>(norm_eps), static_cast<float>(hc_eps), iterations};
   }
 };
 

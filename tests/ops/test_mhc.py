@@ -270,6 +270,7 @@ def bad_norm(op):
         ({"norm_weight": torch.rand(9)}, f"{op}: norm_weight must be bfloat16 or float32 [8], got float32 [9]"),
         ({"sinkhorn_iterations": 0}, f"{op}: sinkhorn_iterations must be from 1 to 1048576, got 0"),
         ({"sinkhorn_iterations": 2**20 + 1}, f"{op}: sinkhorn_iterations must be from 1 to 1048576, got 1048577"),
+        ({"sinkhorn_iterations": 2**31}, f"{op}: sinkhorn_iterations must be from 1 to 1048576, got 2147483648"),
         ({"rms_eps": -2.5}, f"{op}: rms_eps must be finite and not negative, got -2.5"),
     ]
 
