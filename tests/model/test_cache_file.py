@@ -200,5 +200,5 @@ def test_failed_save_leaves_the_old_file(saved: Path, monkeypatch: pytest.Monkey
             made.save(saved)
     assert saved.read_bytes() == before
     assert [path.name for path in saved.parent.iterdir()] == ["cache"]
-    with pytest.raises(OSError, match="No such file"):
+    with pytest.raises(FileNotFoundError, match=r"/missing: no such folder; make it first$"):
         made.save(saved.parent / "missing" / "cache")

@@ -73,6 +73,8 @@ def save_cache(cache: KVCache, path: str | Path) -> None:
     path = Path(os.path.realpath(path))  # what a link names is replaced, not the link
     if path.exists() and not path.is_file():
         raise FileExistsError(f"{path} is there and no file")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path.parent}: no such folder; make it first")
     entries = _entries(cache)
     config = _fingerprint_fields(cache.config)
     metadata = {
