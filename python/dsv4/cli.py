@@ -25,6 +25,7 @@ from dsv4.checkpoint.loader import BUNDLED, RANDOM
 from dsv4.checkpoint.memory import keep_freed, parse_size, size
 from dsv4.console import Run, end_tokens, say
 from dsv4.generation import Tokenizer, encode_messages
+from dsv4.generation.loop import check_positions
 from dsv4.model.config import Config
 from dsv4.model.transformer import Transformer
 from dsv4.planner import FLOP_WEIGHT, Flops, Plan, format_context, parse_context
@@ -215,12 +216,7 @@ def _generate(options: argparse.Namespace) -> int:
     text = _read_text(options.prompt_file) if options.prompt_file is not None else options.prompt
     model, tokenizer = _load(options)
     ids = options.tokens if tokenizer is None else tokenizer.encode(_prompt_text(text, options.mode, options.system))
-    most = model.config.max_position_embeddings
-    if len(ids) + options.max_new_tokens > most:
-        raise ValueError(
-            f"a prompt of {len(ids):,} tokens and --max-new-tokens {options.max_new_tokens:,} exceed the {most:,} "
-            "positions of the model"
-        )
+    check_positions(model.config, len(ids) + options.max_new_tokens)
     keep_freed()
     run = Run(model, tokenizer, ids)
     if model.note:

@@ -20,8 +20,8 @@ VOCAB = 11
 class Cache:
     """Keeps the tokens it was fed, and in which pieces."""
 
-    def __init__(self, batch_size=1, max_seq_len=1 << 20):
-        self.batch_size, self.max_seq_len, self.tokens, self.pieces = batch_size, max_seq_len, [], []
+    def __init__(self, batch_size=1, max_seq_len=1 << 20, length=0):
+        self.batch_size, self.max_seq_len, self.tokens, self.pieces = batch_size, max_seq_len, [0] * length, []
 
     @property
     def length(self):
@@ -31,7 +31,7 @@ class Cache:
 class Model:
     """Logits depend on the last two tokens alone; gradients must be off, as in any generation."""
 
-    config = SimpleNamespace(vocab_size=VOCAB)
+    config = SimpleNamespace(vocab_size=VOCAB, max_position_embeddings=200)
 
     def __init__(self):
         self.table = torch.randn(VOCAB, VOCAB, VOCAB, generator=torch.Generator().manual_seed(3))
@@ -175,6 +175,11 @@ def test_exact_fit_and_one_too_many():
         ({"temperature": math.nan}, "temperature must be a finite number >= 0"),
         ({"top_p": 0.0}, "top_p must be above 0 and at most 1, got 0.0"),
         ({"top_p": 1.1}, "top_p must be above 0 and at most 1, got 1.1"),
+        ({"seed": -1}, "seed must be an integer from 0 to 9223372036854775807, got -1"),
+        ({"seed": 2**63}, "seed must be an integer from 0 to 9223372036854775807, got 9223372036854775808"),
+        ({"seed": 1.5}, "seed must be an integer from 0 to 9223372036854775807, got 1.5"),
+        ({"max_new_tokens": 200}, "^prompt and new tokens, 201, would exceed the 200 positions of the model"),
+        ({"cache": Cache(length=190), "max_new_tokens": 10}, "^prompt and new tokens, 201, would exceed"),
         ({"cache": Cache(batch_size=2)}, "the cache holds 2"),
     ],
 )
@@ -194,6 +199,8 @@ def test_faults_are_named_at_the_call(arguments, words):
         ({"prefill_chunk": 0}, "prefill_chunk must be an integer >= 1, got 0"),
         ({"temperature": -1}, "temperature must be a finite number >= 0"),
         ({"top_p": 2}, "top_p must be above 0 and at most 1, got 2"),
+        ({"seed": 2**63}, "seed must be an integer from 0 to 9223372036854775807"),
+        ({"prompts": [[1], [2] * 190], "max_new_tokens": 11}, "^prompt and new tokens, 201, would exceed"),
     ],
 )
 def test_faults_of_a_batch_are_named_at_the_call(arguments, words):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
@@ -11,8 +12,11 @@ import torch
 
 from dsv4.cache import KVCache
 from dsv4.generation.sampling import check_sampling, sample
+from dsv4.model.config import Config
 from dsv4.model.recording import RecordedModel
 from dsv4.model.transformer import Transformer
+
+_MOST_SEED = 2**63 - 1
 
 
 def generate(
@@ -38,19 +42,22 @@ def generate(
         input_ids: the prompt: integers, or an integer tensor [tokens] or [1, tokens]. At least one token.
         max_new_tokens: the most tokens to give.
         temperature, top_p: of `dsv4.generation.sample`; temperature 0 is greedy.
-        seed: of the random numbers; the same seed gives the same tokens.
+        seed: of the random numbers, from 0 to 2^63 - 1; the same seed gives the same tokens.
         stop_tokens: one token or several: the sequence ends with the first of these, which is given too. The
             end-of-sentence token counts only when it is named here.
         cache: continues the one sequence it holds. None: a new cache of the size needed.
         prefill_chunk: the prompt is fed this many tokens at a time.
         progress: called with (tokens fed, tokens of the prompt) after every chunk of the prompt.
     Returns: an iterator over tokens; the prompt is fed when the first is asked for.
-    Raises: ValueError, before anything is fed, for arguments out of range or a prompt that does not fit the cache.
+    Raises: ValueError, before anything is fed, for arguments out of range, a prompt that does not fit the cache, or
+        more tokens than the model has positions (`config.max_position_embeddings`).
     """
     prompt = _prompt(input_ids, model.config.vocab_size)
     check_sampling(temperature, top_p)
     max_new_tokens = _integer("max_new_tokens", max_new_tokens, 0)
     prefill_chunk = _integer("prefill_chunk", prefill_chunk, 1)
+    seed = _integer("seed", seed, 0, _MOST_SEED)
+    check_positions(model.config, (0 if cache is None else cache.length) + len(prompt) + max_new_tokens)
     needed = len(prompt) + max(max_new_tokens - 1, 0)
     if cache is None:
         cache = model.new_cache(batch_size=1, max_seq_len=needed)
@@ -88,12 +95,12 @@ def generate_batch(
 
     Args:
         prompts: of any lengths, each as `generate` takes it.
-        seed: the random numbers of prompt i are those of seed + i.
+        seed: from 0 to 2^63 - 1; the random numbers of prompt i are those of seed + i.
         prefill_chunk: so many tokens of all prompts together are fed at a time, at least one of each.
         progress: called with (tokens fed, tokens of all prompts but the last of each) after every such piece.
         model, max_new_tokens, temperature, top_p, stop_tokens: as of `generate`.
     Returns: an iterator over lists with an element a prompt: its next token, or None if it has ended.
-    Raises: ValueError, before anything is fed, for arguments out of range.
+    Raises: ValueError, before anything is fed, for arguments out of range, or more tokens than the model has positions.
     """
     ids = [_prompt(prompt, model.config.vocab_size) for prompt in prompts]
     if not ids:
@@ -101,6 +108,8 @@ def generate_batch(
     check_sampling(temperature, top_p)
     max_new_tokens = _integer("max_new_tokens", max_new_tokens, 0)
     prefill_chunk = _integer("prefill_chunk", prefill_chunk, 1)
+    seed = _integer("seed", seed, 0, _MOST_SEED)
+    check_positions(model.config, max(map(len, ids)) + max_new_tokens)
     choosers = [
         partial(sample, temperature=temperature, top_p=top_p, generator=torch.Generator().manual_seed(seed + number))
         for number in range(len(ids))
@@ -108,9 +117,20 @@ def generate_batch(
     return _batches(model, ids, choosers, max_new_tokens, _stops(stop_tokens), prefill_chunk, progress)
 
 
-def _integer(name: str, value: Any, least: int) -> int:
-    if isinstance(value, bool) or not hasattr(value, "__index__") or value < least:
-        raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
+def check_positions(config: Config, tokens: int) -> None:
+    """ValueError, in one line, where a sequence of so many tokens is longer than the model has positions."""
+    most = config.max_position_embeddings
+    if tokens > most:
+        raise ValueError(
+            f"prompt and new tokens, {tokens:,}, would exceed the {most:,} positions of the model "
+            "(max_position_embeddings); ask for fewer"
+        )
+
+
+def _integer(name: str, value: Any, least: int, most: float = math.inf) -> int:
+    if isinstance(value, bool) or not hasattr(value, "__index__") or not least <= value <= most:
+        wanted = f">= {least}" if most == math.inf else f"from {least} to {most}"
+        raise ValueError(f"{name} must be an integer {wanted}, got {value!r}")
     return operator.index(value)
 
 
