@@ -46,6 +46,7 @@ void compress(const Tensor& kv_, const Tensor& gate_, const Tensor& ape_, const 
     check.require(false, "state must have a ring of at least " + std::to_string(least) + " positions, got " +
                              std::to_string(ring));
   }
+  check.written("state", state_);
   if (page_size < 1) {
     check.require(false, "the page size of pages must be at least 1, got " + std::to_string(page_size));
   }

@@ -31,6 +31,8 @@ const char* dtype_name(ScalarType dtype) {
       return "uint8";
     case ScalarType::Char:
       return "int8";
+    case ScalarType::Short:
+      return "int16";
     case ScalarType::Int:
       return "int32";
     case ScalarType::Long:
@@ -175,6 +177,15 @@ void Check::rope(const Tensor& rope, int64_t tokens, int64_t head_dim) {
           "rope must have at most " + std::to_string(head_dim / 2) + " pairs, got " + std::to_string(rope.size(1)));
 }
 
+void Check::written(const char* name, const Tensor& tensor) const {
+  const auto sizes = tensor.sizes(), strides = tensor.strides();
+  for (size_t axis = 0; axis < sizes.size(); ++axis) {
+    if (sizes[axis] > 1 && strides[axis] == 0) {
+      require(false, std::string(name) + " must not be expanded, since it is written; clone it");
+    }
+  }
+}
+
 void Check::same_device(const char* name, const Tensor& tensor) {
   const std::string device = device_text(tensor);
   if (first_name_ == nullptr) {
@@ -182,7 +193,7 @@ void Check::same_device(const char* name, const Tensor& tensor) {
     device_ = device;
   }
   if (device != device_) {
-    require(false, std::string(name) + " must be on " + device_ + " like " + first_name_ + ", got " + device);
+    require(false, std::string(name) + " must be on " + device_ + " as " + first_name_ + " is, got " + device);
   }
 }
 

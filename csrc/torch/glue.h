@@ -67,6 +67,9 @@ class Check {
   // float32 (cos, sin) [tokens, pairs, 2] for the last dims of heads of head_dim.
   void rope(const Tensor& rope, int64_t tokens, int64_t head_dim);
 
+  // A tensor that the op writes: each element has its own memory.
+  void written(const char* name, const Tensor& tensor) const;
+
   // Throws "<op>: <message>" unless the condition holds.
   void require(bool condition, const std::string& message) const;
 

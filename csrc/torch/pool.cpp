@@ -27,6 +27,7 @@ WrittenPool::WrittenPool(Check& check, bool keys, const Tensor& pages, const Ten
                          int64_t head_dim, int64_t rope_dim)
     : pages_(pages), table_(dense(table)), page_size_(page_size) {
   check_pages(check, keys, pages, page_size, head_dim, rope_dim);
+  check.written("pages", pages);
   check.tensor("table", table, {kAny, kAny}, {ScalarType::Int}, {nullptr, {"sequences", "blocks"}});
 }
 

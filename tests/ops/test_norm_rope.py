@@ -483,7 +483,7 @@ BAD = {
         {"position": torch.arange(3), "inv_freq": WEIGHT},
         [
             ({"position": torch.arange(3.0)}, "position must be int32 or int64 [tokens], got float32 [3]"),
-            ({"position": torch.arange(3).short()}, "position must be int32 or int64 [tokens], got another dtype [3]"),
+            ({"position": torch.arange(3).short()}, "position must be int32 or int64 [tokens], got int16 [3]"),
             ({"position": torch.zeros(3, 1).int()}, "position must be int32 or int64 [tokens], got int32 [3, 1]"),
             ({"position": torch.zeros(()).int()}, "position must be int32 or int64 [tokens], got int32 []"),
             ({"inv_freq": X}, "inv_freq must be float32 or float64 [rope_dim / 2], got float32 [3, 8]"),

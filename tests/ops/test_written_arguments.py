@@ -1,4 +1,5 @@
-"""Ops that write their arguments, as autograd sees them: writing is counted and has no gradient."""
+"""Ops that write their arguments: as autograd sees them, writing is counted and has no gradient; and each element has
+memory of its own."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dsv4 import ops
-from dsv4.testing import assert_same_bits
+from dsv4.testing import assert_rejects, assert_same_bits
 
 TOKENS, DIM = 6, 32
 WRITTEN = {"store_window": ("pages",), "compress": ("state", "pages")}
@@ -81,6 +82,21 @@ def test_a_gradient_is_refused(op: str, dtype: torch.dtype, reference: bool) -> 
         getattr(ops, op)(**{**a, "kv": a["kv"].clone().requires_grad_()})
     assert a["pages"].count_nonzero() > 0
     assert not a["pages"].requires_grad
+
+
+@pytest.mark.parametrize(("op", "name"), [(op, name) for op, names in WRITTEN.items() for name in names])
+@pytest.mark.parametrize(("dtype", "reference"), RUNS)
+@pytest.mark.parametrize("axis", [0, 1, -1])
+def test_elements_that_share_memory_are_refused(
+    op: str, name: str, dtype: torch.dtype, reference: bool, axis: int
+) -> None:
+    a = arguments(op, dtype)
+    if (op, name, axis) == ("compress", "state", 0):  # of one sequence
+        a["table"], a["state"] = a["table"].expand(2, -1), a["state"].expand(2, -1, -1, -1).clone()
+    shared = a[name].narrow(axis, 0, 1).expand_as(a[name])
+    with runner(reference)():
+        message = f"{op}: {name} must not be expanded, since it is written; clone it"
+        assert_rejects(getattr(ops, op), a, message, **{name: shared})
 
 
 @pytest.mark.parametrize("op", WRITTEN)

@@ -60,6 +60,11 @@ class Check:
             self.fail(f"{name} must be on {self._device[1]} as {self._device[0]} is, got {value.device}")
         return value.shape
 
+    def written(self, name: str, value: Tensor) -> None:
+        """Checks of a tensor that the op writes that each element has its own memory."""
+        expanded = any(size > 1 and stride == 0 for size, stride in zip(value.shape, value.stride(), strict=True))
+        self.that(not expanded, f"{name} must not be expanded, since it is written; clone it")
+
     def optional(
         self, name: str, value: Tensor | None, dtypes: Sequence[torch.dtype], shape: Sequence[Any]
     ) -> torch.Size | None:

@@ -311,10 +311,12 @@ def _check(
     ring = check.tensor("state", state, (kv.dtype,), (sequences, "ring", 2, channels))[1]
     least = channels // head_dim * ratio
     check.that(ring >= least, f"state must have a ring of at least {least} positions, got {ring}")
+    check.written("state", state)
     if rotate:
         check_key_pages(check, "pages", pages, page_size, head_dim)
     else:
         check_row_pages(check, "pages", pages, page_size, head_dim, 2 * rope.shape[1])
+    check.written("pages", pages)
     check.tensor("sequence", sequence, (torch.int32,), (tokens,))
     check.tensor("position", position, (torch.int32,), (tokens,))
 

@@ -313,8 +313,8 @@ def store_window(
         sequence: [tokens] int32, row of the table; int64 too, by the definition alone.
         position: [tokens] likewise; the row of one below 0 is dropped.
         page_size: rows of a page.
-    Raises: RuntimeError where a shape, dtype or device differs from the above, a sequence is not a row of the table, or
-        a gradient of an argument is wanted: nothing can be differentiated through what is stored.
+    Raises: RuntimeError where a shape, dtype or device differs from the above, pages is expanded, a sequence is not a
+        row of the table, or a gradient of an argument is wanted: nothing can be differentiated through what is stored.
     """
     kernel = (
         kv.dtype in KERNEL_FLOATS
@@ -360,6 +360,7 @@ def _check_store_window(
     tokens, head_dim = _check_kv(check, kv, weight, rope)
     check.that(page_size >= 1, f"page_size must be at least 1, got {page_size}")
     check_row_pages(check, "pages", pages, page_size, head_dim, 2 * rope.shape[1])
+    check.written("pages", pages)
     check.tensor("table", table, (torch.int32,), ("sequences", "blocks"))
     check.tensor("sequence", sequence, INTEGERS, (tokens,))
     check.tensor("position", position, INTEGERS, (tokens,))
