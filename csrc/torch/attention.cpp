@@ -1,11 +1,11 @@
 #include "ops/attention.h"
 
-#include "common/pages.h"
-#include "torch/glue.h"
+#include "torch/pool.h"
 
 namespace dsv4::binding {
 namespace {
 
+constexpr const char* kFloats = "bfloat16 or float16 or float32 or float64";
 constexpr int64_t kRopeDim = 64;  // of FP8 rows, unless a rotation or the caller says otherwise
 
 // A pool of a call and its table. Holds what had to be copied, so it must outlive the call.
@@ -18,17 +18,9 @@ struct Pool {
        int64_t page_size_, int64_t head_dim, int64_t rope_dim, int axes)
       : pages(pages_), table(dense(table_)), page_size(page_size_) {
     const std::string pages_name = name + "_pages", table_name = name + "_table";
-    check.require(page_size >= 1,
-                  "the page size of " + pages_name + " must be at least 1, got " + std::to_string(page_size));
-    if (!plain()) {
-      check.require(rope_dim >= 0 && rope_dim < head_dim, "rope_dim must lie in [0, " + std::to_string(head_dim) +
-                                                              ") for FP8 rows, got " + std::to_string(rope_dim));
-      check.tensor(pages_name.c_str(), pages, {kAny, fp8_page_bytes(page_size, head_dim, rope_dim)},
-                   {ScalarType::Byte});
-    } else {
-      check.tensor(pages_name.c_str(), pages, {kAny, page_size, head_dim}, {ScalarType::BFloat16, ScalarType::Float});
-    }
-    check.tensor(table_name.c_str(), table, {sequences, kAny}, {ScalarType::Int});
+    check_pages(check, pages_name.c_str(), false, pages, page_size, head_dim, rope_dim);
+    check.tensor(table_name.c_str(), table, {sequences, kAny}, {ScalarType::Int},
+                 {nullptr, {sequences == kAny ? "sequences" : nullptr, "blocks"}});
     pages = dense(pages, plain() ? axes : 1);
   }
 
@@ -77,11 +69,12 @@ struct Arguments {
         rope_dim(rope_dim_.value_or(kRopeDim)),
         window(window_),
         scale(scale_) {
-    const auto sizes = check.tensor("query", query, {kAny, kAny, kAny}, {ScalarType::BFloat16, ScalarType::Float});
+    const auto sizes = check.tensor("query", query, {kAny, kAny, kAny}, {ScalarType::BFloat16, ScalarType::Float},
+                                    {kFloats, {"tokens", "heads", "head_dim"}});
     const int64_t tokens = sizes[0], heads = sizes[1], head_dim = sizes[2];
     check.tensor("sequence", sequence, {tokens}, {ScalarType::Int});
     check.tensor("position", position, {tokens}, {ScalarType::Int});
-    check.tensor("sink", sink, {heads}, {ScalarType::Float});
+    check.tensor("sink", sink, {heads}, {ScalarType::Float}, {"float32 or float64"});
     if (rope.has_value()) check_rope(check, tokens, head_dim, rope_dim_.has_value());
     raw.emplace(check, "window", window_pages, window_table, kAny, window_page_size, head_dim, rope_dim, pool_axes);
     if (compressed_pages.has_value()) {
@@ -90,7 +83,8 @@ struct Arguments {
       entries.emplace(check, "compressed", *compressed_pages, *compressed_table, raw->table.size(0), page_size,
                       head_dim, rope_dim, pool_axes);
       check.tensor("lengths", *lengths, {tokens}, {ScalarType::Int});
-      if (indices.has_value()) check.tensor("indices", *indices, {tokens, kAny}, {ScalarType::Int});
+      if (indices.has_value())
+        check.tensor("indices", *indices, {tokens, kAny}, {ScalarType::Int}, {nullptr, {nullptr, "k"}});
     } else {
       check.require(!compressed_table.has_value(), "compressed_table must be None without compressed_pages");
       check.require(!indices.has_value(), "indices must be None without compressed_pages");

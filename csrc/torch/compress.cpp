@@ -47,9 +47,6 @@ void compress(const Tensor& kv_, const Tensor& gate_, const Tensor& ape_, const 
                              std::to_string(ring));
   }
   check.written("state", state_);
-  if (page_size < 1) {
-    check.require(false, "the page size of pages must be at least 1, got " + std::to_string(page_size));
-  }
   WrittenPool pool(check, rotate, pages, table, page_size, s.head_dim, 2 * rope_.size(1));
   check.tensor("sequence", sequence_, {s.tokens}, {ScalarType::Int});
   check.tensor("position", position_, {s.tokens}, {ScalarType::Int});

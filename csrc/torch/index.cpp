@@ -1,25 +1,11 @@
 #include "ops/index.h"
 
-#include "torch/glue.h"
+#include "torch/pool.h"
 
 namespace dsv4::binding {
 namespace {
 
 constexpr char kFloats[] = "bfloat16 or float16 or float32 or float64";
-
-void check_pages(Check& check, const Tensor& pages, int64_t page_size, int64_t dim) {
-  check.require(page_size >= 1, "the page size of pages must be at least 1, got " + std::to_string(page_size));
-  if (pages.scalar_type() != ScalarType::Byte) {
-    check.tensor("pages", pages, {kAny, page_size, dim}, {ScalarType::BFloat16, ScalarType::Float},
-                 {kFloats, {"pages"}});
-    return;
-  }
-  const bool has_fp4 = dim % 32 == 0;
-  const int64_t fp4 = page_size * (dim / 2 + dim / 32), fp8 = page_size * (dim + 4);
-  const bool is_fp4 = has_fp4 && pages.dim() == 2 && pages.size(1) == fp4;
-  const std::string bytes = (has_fp4 ? std::to_string(fp4) + " or " : "") + std::to_string(fp8);
-  check.tensor("pages", pages, {kAny, is_fp4 ? fp4 : fp8}, {ScalarType::Byte}, {nullptr, {"pages", bytes.c_str()}});
-}
 
 Tensor index_topk(const Tensor& query_, const Tensor& weights_, const Tensor& pages_, const Tensor& table_,
                   const Tensor& sequence_, const Tensor& lengths_, int64_t k, int64_t page_size) {
@@ -28,7 +14,7 @@ Tensor index_topk(const Tensor& query_, const Tensor& weights_, const Tensor& pa
                                   {kFloats, {"tokens", "index_heads", "dim"}});
   const int64_t tokens = sizes[0], heads = sizes[1], dim = sizes[2];
   check.tensor("weights", weights_, {tokens, heads}, {ScalarType::Float}, {"float32 or float64"});
-  check_pages(check, pages_, page_size, dim);
+  check_pages(check, "pages", true, pages_, page_size, dim, 0);
   check.tensor("table", table_, {kAny, kAny}, {ScalarType::Int}, {nullptr, {"sequences", "blocks"}});
   check.tensor("sequence", sequence_, {tokens}, {ScalarType::Int});
   check.tensor("lengths", lengths_, {tokens}, {ScalarType::Int});

@@ -11,8 +11,8 @@ struct Sizes {
 };
 
 Sizes check_streams(Check& check, const Tensor& streams) {
-  const auto sizes =
-      check.tensor("streams", streams, {kAny, kStreams, kAny}, {ScalarType::BFloat16, ScalarType::Float});
+  const auto sizes = check.tensor("streams", streams, {kAny, kStreams, kAny}, {ScalarType::BFloat16, ScalarType::Float},
+                                  {nullptr, {"tokens", nullptr, "hidden"}});
   return {sizes[0], sizes[2], streams.scalar_type()};
 }
 

@@ -42,7 +42,6 @@ void store_window(const Tensor& kv_, const Tensor& weight_, const Tensor& rope_,
   const int64_t tokens = sizes[0], head_dim = sizes[1];
   check.tensor("weight", weight_, {head_dim}, {ScalarType::BFloat16, ScalarType::Float}, {kFloats});
   check.rope(rope_, tokens, head_dim);
-  if (page_size < 1) check.require(false, "page_size must be at least 1, got " + std::to_string(page_size));
   WrittenPool pool(check, false, pages, table, page_size, head_dim, 2 * rope_.size(1));
   check.tensor("sequence", sequence_, {tokens}, {ScalarType::Int}, {"int32 or int64"});
   check.tensor("position", position_, {tokens}, {ScalarType::Int}, {"int32 or int64"});

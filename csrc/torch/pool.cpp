@@ -3,11 +3,15 @@
 #include "common/pages.h"
 
 namespace dsv4::binding {
-namespace {
 
-void check_pages(Check& check, bool keys, const Tensor& pages, int64_t page_size, int64_t head_dim, int64_t rope_dim) {
-  if (pages.scalar_type() != ScalarType::Byte) {
-    check.tensor("pages", pages, {kAny, page_size, head_dim}, {ScalarType::BFloat16, ScalarType::Float},
+void check_pages(Check& check, const char* name, bool keys, const Tensor& pages, int64_t page_size, int64_t head_dim,
+                 int64_t rope_dim) {
+  if (page_size < 1) {
+    check.require(false,
+                  "the page size of " + std::string(name) + " must be at least 1, got " + std::to_string(page_size));
+  }
+  if (!pages.defined() || pages.scalar_type() != ScalarType::Byte) {
+    check.tensor(name, pages, {kAny, page_size, head_dim}, {ScalarType::BFloat16, ScalarType::Float},
                  {"bfloat16 or float16 or float32 or float64", {"pages"}});
     return;
   }
@@ -18,15 +22,13 @@ void check_pages(Check& check, bool keys, const Tensor& pages, int64_t page_size
   const bool may_be_fp4 = keys && head_dim % kIndexScaleDims == 0;
   const bool is_fp4 = may_be_fp4 && pages.dim() == 2 && pages.size(1) == fp4;
   const std::string wanted = (may_be_fp4 ? std::to_string(fp4) + " or " : "") + std::to_string(bytes);
-  check.tensor("pages", pages, {kAny, is_fp4 ? fp4 : bytes}, {ScalarType::Byte}, {nullptr, {"pages", wanted.c_str()}});
+  check.tensor(name, pages, {kAny, is_fp4 ? fp4 : bytes}, {ScalarType::Byte}, {nullptr, {"pages", wanted.c_str()}});
 }
-
-}  // namespace
 
 WrittenPool::WrittenPool(Check& check, bool keys, const Tensor& pages, const Tensor& table, int64_t page_size,
                          int64_t head_dim, int64_t rope_dim)
     : pages_(pages), table_(dense(table)), page_size_(page_size) {
-  check_pages(check, keys, pages, page_size, head_dim, rope_dim);
+  check_pages(check, "pages", keys, pages, page_size, head_dim, rope_dim);
   check.written("pages", pages);
   check.tensor("table", table, {kAny, kAny}, {ScalarType::Int}, {nullptr, {"sequences", "blocks"}});
 }

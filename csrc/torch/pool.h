@@ -1,10 +1,14 @@
-// The pages and the table of an op that writes a pool.
+// The pages and the tables of ops that read or write pools.
 #pragma once
 
 #include "ops/pool.h"
 #include "torch/glue.h"
 
 namespace dsv4::binding {
+
+// Pages of the argument `name`: rows of head_dim dims, or with `keys` index keys.
+void check_pages(Check& check, const char* name, bool keys, const Tensor& pages, int64_t page_size, int64_t head_dim,
+                 int64_t rope_dim);
 
 // A tensor that an op writes: itself where its last axis lies densely in memory, else a copy that `finish` puts back.
 class Written {

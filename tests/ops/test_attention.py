@@ -446,6 +446,7 @@ BAD: list[tuple[str, dict[str, Any]]] = [
     ("indices must be int32 [17, k], got int32 [9, 6]", {"indices": torch.zeros(9, 6, dtype=torch.int32)}),
     ("lengths must be int32 [17], got int32 [3]", {"lengths": torch.zeros(3, dtype=torch.int32)}),
     ("lengths must be given with compressed_pages, got None", {"lengths": None}),
+    ("compressed_table must be given with compressed_pages, got None", {"compressed_table": None}),
     ("compressed_table must be None without compressed_pages", {"compressed_pages": None}),
     (
         "indices must be None without compressed_pages",
@@ -458,6 +459,7 @@ BAD: list[tuple[str, dict[str, Any]]] = [
     ("sequence must be int32 [17], got int64 [17]", {"sequence": torch.zeros(17, dtype=torch.int64)}),
     ("position must be int32 [17], got int32 [16]", {"position": torch.zeros(16, dtype=torch.int32)}),
     ("sink must be float32 or float64 [3], got bfloat16 [3]", {"sink": torch.zeros(3, dtype=torch.bfloat16)}),
+    ("sink must be float32 or float64 [3], got float32 [4]", {"sink": torch.zeros(4)}),
     ("rope must be float32 or float64 [17, rope_dim / 2, 2], got float32 [1, 8, 2]", {"rope": torch.zeros(1, 8, 2)}),
     ("rope must have at most 16 pairs, got 17", {"rope": torch.zeros(17, 17, 2)}),
     ("rope_dim must be that of rope, 16, got 32", {"rope_dim": 32}),
@@ -490,6 +492,7 @@ BAD: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # of kernels, of the reference alone
 @pytest.mark.parametrize(("message", "change"), BAD, ids=[message[:60] for message, _ in BAD])
-def test_refuses(message: str, change: dict[str, Any]) -> None:
-    assert_rejects(sparse_attention, make(), f"sparse_attention: {message}", **change)
+def test_refuses(message: str, change: dict[str, Any], dtype: torch.dtype) -> None:
+    assert_rejects(sparse_attention, make(dtype=dtype), f"sparse_attention: {message}", **change)

@@ -446,7 +446,7 @@ def call(**changes: Any) -> tuple[Tensor, ...]:
 
 BAD: list[tuple[str, dict[str, Any]]] = [
     (
-        "query must be bfloat16 or float32 [*, *, *], got float64 [17, 3, 32]",
+        "query must be bfloat16 or float32 [tokens, heads, head_dim], got float64 [17, 3, 32]; dsv4.ops takes that too",
         {"query": torch.zeros(17, 3, 32).double()},
     ),
     ("grad_out must be float32 [17, 3, 32], got bfloat16 [17, 3, 32]", {"grad_out": torch.zeros(17, 3, 32).bfloat16()}),
@@ -454,13 +454,13 @@ BAD: list[tuple[str, dict[str, Any]]] = [
     ("grad_lse must be float32 [17, 3], got float32 [17, 4]", {"grad_lse": torch.zeros(17, 4)}),
     ("grad_lse must be float32 [17, 3], got float64 [17, 3]", {"grad_lse": torch.zeros(17, 3).double()}),
     ("lse must be float32 [17, 3], got float32 [17]", {"lse": torch.zeros(17)}),
-    ("indices must be int32 [17, *], got int64 [17, 6]", {"indices": torch.zeros(17, 6, dtype=torch.int64)}),
+    ("indices must be int32 [17, k], got int64 [17, 6]", {"indices": torch.zeros(17, 6, dtype=torch.int64)}),
     ("lengths must be given with compressed_pages, got None", {"lengths": None}),
-    ("sink must be float32 [3], got float32 [4]", {"sink": torch.zeros(4)}),
+    ("sink must be float32 or float64 [3], got float32 [4]", {"sink": torch.zeros(4)}),
     ("rope must be float32 or float64 [17, rope_dim / 2, 2], got float32 [1, 8, 2]", {"rope": torch.zeros(1, 8, 2)}),
     ("window must be at least 1, got 0", {"window": 0}),
     (
-        "window_pages must be bfloat16 or float32 [*, 16, 32], got float32 [4, 16, 64]",
+        "window_pages must be bfloat16 or float16 or float32 or float64 [pages, 16, 32], got float32 [4, 16, 64]",
         {"window_pages": torch.zeros(4, 16, 64)},
     ),
     (

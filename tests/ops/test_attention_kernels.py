@@ -16,7 +16,7 @@ from torch import Tensor
 from dsv4 import _library
 from dsv4.ops import sparse_attention
 from dsv4.ops.layout import allocate_pages, read_rows, write_rows
-from dsv4.testing import Guarded, assert_rejects, assert_rows_independent, assert_same_bits
+from dsv4.testing import Guarded, assert_rows_independent, assert_same_bits
 
 pytestmark = pytest.mark.skipif(not KERNELS, reason="not run: the op library has no sparse_attention")
 ROW_ARGUMENTS = ("query", "sequence", "position", "rope", "indices", "lengths")
@@ -229,63 +229,7 @@ def test_any_call(attend: Attend, runs: list[tuple[int, int]], width: int, missi
     assert_matches(attend, a)
 
 
-BAD: list[tuple[str, dict[str, Any]]] = [
-    ("query must be bfloat16 or float32 [*, *, *], got float32 [17, 32]", {"query": torch.zeros(17, 32)}),
-    ("indices must be int32 [17, *], got int64 [17, 6]", {"indices": torch.zeros(17, 6, dtype=torch.int64)}),
-    ("lengths must be int32 [17], got int32 [3]", {"lengths": torch.zeros(3, dtype=torch.int32)}),
-    ("lengths must be given with compressed_pages, got None", {"lengths": None}),
-    ("compressed_table must be None without compressed_pages", {"compressed_pages": None}),
-    (
-        "indices must be None without compressed_pages",
-        {"compressed_pages": None, "compressed_table": None, "lengths": None},
-    ),
-    (
-        "lengths must be None without compressed_pages",
-        {"compressed_pages": None, "compressed_table": None, "indices": None},
-    ),
-    ("compressed_table must be given with compressed_pages, got None", {"compressed_table": None}),
-    ("sequence must be int32 [17], got int64 [17]", {"sequence": torch.zeros(17, dtype=torch.int64)}),
-    ("position must be int32 [17], got int32 [16]", {"position": torch.zeros(16, dtype=torch.int32)}),
-    ("sink must be float32 [3], got float32 [4]", {"sink": torch.zeros(4)}),
-    ("rope must be float32 or float64 [17, rope_dim / 2, 2], got float32 [1, 8, 2]", {"rope": torch.zeros(1, 8, 2)}),
-    ("rope must have at most 16 pairs, got 17", {"rope": torch.zeros(17, 17, 2)}),
-    ("rope_dim must be that of rope, 16, got 32", {"rope_dim": 32}),
-    ("window must be at least 1, got 0", {"window": 0}),
-    (
-        "window_pages must be bfloat16 or float32 [*, 16, 32], got float32 [4, 16, 64]",
-        {"window_pages": torch.zeros(4, 16, 64)},
-    ),
-    (
-        "compressed_pages must be uint8 [*, 240], got uint8 [4, 200]",
-        {"compressed_pages": torch.zeros(4, 200, dtype=torch.uint8)},
-    ),
-    (
-        "compressed_table must be int32 [3, *], got int32 [2, 4]",
-        {"compressed_table": torch.zeros(2, 4, dtype=torch.int32)},
-    ),
-    (
-        "window_table must be int32 [*, *], got int64 [3, 17]",
-        {"window_table": torch.zeros(3, 17, dtype=torch.int64)},
-    ),
-    ("the page size of window_pages must be at least 1, got 0", {"window_page_size": 0}),
-    (
-        "sequence must lie in [0, 3), the rows of the table, got 3",
-        {"sequence": torch.full((17,), 3, dtype=torch.int32)},
-    ),
-    (
-        "sequence must lie in [0, 3), the rows of the table, got -1",
-        {"sequence": torch.full((17,), -1, dtype=torch.int32)},
-    ),
-]
-
-
-@pytest.mark.parametrize(("message", "change"), BAD, ids=[message[:60] for message, _ in BAD])
-def test_refuses(message: str, change: dict[str, Any]) -> None:
-    assert_rejects(sparse_attention, make(dtype=torch.float32), f"sparse_attention: {message}", **change)
-
-
 def test_half_is_refused_by_the_op_with_kernels() -> None:
-    with pytest.raises(
-        RuntimeError, match=r"query must be bfloat16 or float32 \[\*, \*, \*\], got float16 \[17, 3, 32\]"
-    ):
+    message = r"query must be bfloat16 or float32 \[tokens, heads, head_dim\], got float16 .*; dsv4.ops takes that too$"
+    with pytest.raises(RuntimeError, match=message):
         torch.ops.dsv4.sparse_attention(**make(dtype=torch.float16))

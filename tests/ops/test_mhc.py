@@ -232,7 +232,7 @@ def test_a_block_of_the_official_program(implementation, case):
 
 
 def bad_streams(op):
-    wanted = f"{op}: streams must be bfloat16 or float32 [*, 4, *], got"
+    wanted = f"{op}: streams must be bfloat16 or float32 [tokens, 4, hidden], got"
     return [
         ({"streams": torch.randn(9, 3, 8).to(X)}, f"{wanted} bfloat16 [9, 3, 8]"),
         ({"streams": torch.randn(9, 4, 8).double()}, f"{wanted} float64 [9, 4, 8]"),

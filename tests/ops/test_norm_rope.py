@@ -509,7 +509,7 @@ BAD = {
             ({"pages": PAGES.int()}, f"pages must be {PLAIN} [pages, 4, 8], got int32 [2, 4, 8]"),
             ({"pages": PAGES[:, :3]}, f"pages must be {PLAIN} [pages, 4, 8], got float32 [2, 3, 8]"),
             ({"pages": torch.zeros(2, 40, dtype=torch.uint8)}, "pages must be uint8 [pages, 84], got uint8 [2, 40]"),
-            ({"page_size": 0}, "page_size must be at least 1, got 0"),
+            ({"page_size": 0}, "the page size of pages must be at least 1, got 0"),
             ({"table": TABLE.long()}, "table must be int32 [sequences, blocks], got int64 [1, 2]"),
             ({"table": TABLE[0]}, "table must be int32 [sequences, blocks], got int32 [2]"),
             ({"sequence": ROW[:2]}, "sequence must be int32 or int64 [3], got int32 [2]"),

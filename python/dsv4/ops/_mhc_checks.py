@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsv4.ops._check import Check
+from dsv4.ops._check import KERNEL_FLOATS, Check
 
 STREAMS = 4
 MIXES = 2 * STREAMS + STREAMS * STREAMS  # pre, post, comb
@@ -16,7 +16,7 @@ _F32 = (torch.float32,)
 
 
 def _check_streams(check: Check, streams: Tensor) -> tuple[int, int]:
-    tokens, _, hidden = check.tensor("streams", streams, (torch.bfloat16, torch.float32), ("*", STREAMS, "*"))
+    tokens, _, hidden = check.tensor("streams", streams, KERNEL_FLOATS, ("tokens", STREAMS, "hidden"))
     check.that(hidden >= 1, f"hidden must be at least 1, got {hidden}")
     return tokens, hidden
 

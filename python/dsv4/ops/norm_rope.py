@@ -358,7 +358,6 @@ def _check_store_window(
 ) -> None:
     check = Check("store_window")
     tokens, head_dim = _check_kv(check, kv, weight, rope)
-    check.that(page_size >= 1, f"page_size must be at least 1, got {page_size}")
     check_row_pages(check, "pages", pages, page_size, head_dim, 2 * rope.shape[1])
     check.written("pages", pages)
     check.tensor("table", table, (torch.int32,), ("sequences", "blocks"))
