@@ -291,6 +291,10 @@ def test_arguments_that_no_module_is_made_of() -> None:
     ):
         with pytest.raises(ValueError, match=r'quantization must be "checkpoint" or "off", got \'fp8\''):
             make()
+    for mode in ("checkpoint", "off"):
+        for kind in (dsv4.Transformer, dsv4.nn.SlidingWindowAttention, dsv4.nn.MixtureOfExperts):
+            with pytest.raises(ValueError, match=r"^dtype must be one of torch.bfloat16, .*, got torch.float16$"):
+                kind(CONFIG, quantization=mode, dtype=torch.float16)
 
 
 def test_streams_of_another_shape() -> None:

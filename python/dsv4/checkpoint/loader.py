@@ -15,8 +15,8 @@ from dsv4.checkpoint.progress import byte_bar
 from dsv4.checkpoint.reader import Checkpoint
 from dsv4.model.config import Config
 from dsv4.model.transformer import Transformer
+from dsv4.nn.linear import check_mode
 
-DTYPES = (torch.bfloat16, torch.float32, torch.float64)
 BUNDLED = Path(__file__).resolve().parent.parent / "models"
 _EXPERT = re.compile(r"(.+\.ffn\.experts)\.(\d+)\.(w[123])\.weight")
 _E8M0_NAN = 255
@@ -103,8 +103,7 @@ def _check_mode(source: Source, quantization: str, dtype: torch.dtype, place: st
     if quantization == "checkpoint" and (source.storage.linear == "plain" or source.storage.experts == "plain"):
         raise CheckpointError(f"{place}: the weights are not quantised; load them with quantization='off'")
     source.config.check_quantization(quantization)
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(str(known) for known in DTYPES)}, got {dtype}")
+    check_mode(quantization, dtype)
 
 
 def _device(name: str | torch.device) -> torch.device:

@@ -15,7 +15,7 @@ from dsv4.cache import KVCache, LayerCache, Step
 from dsv4.model.block import Block
 from dsv4.model.config import Config
 from dsv4.nn.hyper_connection import STREAMS, MixingSettings, add_mixing_parameters, mixing_weights
-from dsv4.nn.linear import Linear, RMSNorm, StoredWeights, check_quantization, empty_parameter, linear
+from dsv4.nn.linear import Linear, RMSNorm, StoredWeights, check_mode, empty_parameter, linear
 from dsv4.nn.rows import RopeFrequencies, Rows
 
 _ID_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -31,7 +31,7 @@ class Transformer(StoredWeights):
             implementation to rounding.
         dtype: of activations and, in mode "off", of weights and cache: bfloat16, float32 or float64.
     Raises:
-        ValueError: unknown quantization.
+        ValueError: unknown quantization or dtype.
     """
 
     note: str = ""
@@ -43,7 +43,7 @@ class Transformer(StoredWeights):
 
     def __init__(self, config: Config, quantization: str = "checkpoint", dtype: torch.dtype = torch.bfloat16):
         super().__init__()
-        exact = check_quantization(quantization) == "checkpoint"
+        exact = check_mode(quantization, dtype) == "checkpoint"
         trainable = not exact
         self.config, self.quantization = config, quantization
         self._activations = dtype

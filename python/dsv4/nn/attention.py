@@ -10,7 +10,7 @@ from dsv4 import ops
 from dsv4.cache import BLOCK, LayerCache, entries_per_page
 from dsv4.model.config import Config
 from dsv4.nn.compressor import Compressor, Indexer
-from dsv4.nn.linear import GroupedLinear, RMSNorm, StoredWeights, check_quantization, empty_parameter, linear
+from dsv4.nn.linear import GroupedLinear, RMSNorm, StoredWeights, check_mode, empty_parameter, linear
 from dsv4.nn.rows import RopeFrequencies, Rows
 
 
@@ -25,16 +25,16 @@ class Attention(StoredWeights):
         config: of the model.
         ratio: tokens a compressed entry; 0 = window only.
         quantization: "checkpoint" (FP8 weights, activations and cache rows; FP4 index) or "off".
-        dtype: of activations and, in mode "off", of the weights.
+        dtype: of activations and, in mode "off", of the weights: bfloat16, float32 or float64.
     Raises:
-        ValueError: unknown quantization, or a negative ratio.
+        ValueError: unknown quantization or dtype, or a negative ratio.
     """
 
     def __init__(
         self, config: Config, ratio: int, quantization: str = "checkpoint", dtype: torch.dtype = torch.bfloat16
     ):
         super().__init__()
-        self.quantized = check_quantization(quantization) == "checkpoint"
+        self.quantized = check_mode(quantization, dtype) == "checkpoint"
         if ratio < 0:
             raise ValueError(f"attention: ratio must be 0 (window only) or more, got {ratio}")
         trainable = not self.quantized

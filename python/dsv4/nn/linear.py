@@ -15,9 +15,15 @@ from dsv4.ops.linear import few_rows
 FP8_BLOCK = 128
 
 
-def check_quantization(quantization: str) -> str:
+DTYPES = (torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_mode(quantization: str, dtype: torch.dtype) -> str:
+    """The quantization. ValueError where layers have none of that name, or no such dtype of activations and weights."""
     if quantization not in ("checkpoint", "off"):
         raise ValueError(f'quantization must be "checkpoint" or "off", got {quantization!r}')
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype}")
     return quantization
 
 
@@ -135,13 +141,13 @@ class GroupedLinear(StoredWeights):
         quantization: "checkpoint" (FP8 codes with scales of 128 x 128 blocks) or "off".
         dtype: of the weight in mode "off".
     Raises:
-        ValueError: unknown quantization.
+        ValueError: unknown quantization or dtype.
     """
 
     def __init__(self, groups: int, in_features: int, out_features: int, quantization: str, dtype: torch.dtype):
         super().__init__()
         self.scale: nn.Parameter | None = None
-        if check_quantization(quantization) == "checkpoint":
+        if check_mode(quantization, dtype) == "checkpoint":
             self.weight, self.scale = _fp8_pair(groups * out_features, in_features, torch.float8_e8m0fnu)
         else:
             self.weight = empty_parameter(groups * out_features, in_features, dtype=dtype, trainable=True)

@@ -15,7 +15,7 @@ from dsv4.nn.linear import (
     Linear,
     StoredWeights,
     as_taken,
-    check_quantization,
+    check_mode,
     empty_parameter,
     fill_normal,
     linear,
@@ -142,9 +142,9 @@ class MixtureOfExperts(StoredWeights):
         config: of the model.
         hash_routing: experts by token id (the first `num_hash_layers` layers of a model).
         quantization: "checkpoint" (weights as released, FP8 activations) or "off".
-        dtype: of activations and, in mode "off", of the weights.
+        dtype: of activations and, in mode "off", of the weights: bfloat16, float32 or float64.
     Raises:
-        ValueError: unknown quantization.
+        ValueError: unknown quantization or dtype.
     """
 
     def __init__(
@@ -155,7 +155,7 @@ class MixtureOfExperts(StoredWeights):
         dtype: torch.dtype = torch.bfloat16,
     ):
         super().__init__()
-        quantized = check_quantization(quantization) == "checkpoint"
+        quantized = check_mode(quantization, dtype) == "checkpoint"
         self.swiglu_limit = config.swiglu_limit
         self.gate = Router(config, hash_routing, trainable=not quantized, dtype=dtype)
         self.experts = Experts(config, quantization, dtype)
