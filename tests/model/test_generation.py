@@ -167,6 +167,8 @@ def test_exact_fit_and_one_too_many():
         ({"input_ids": [VOCAB]}, r"must lie in \[0, 11\), got 11 to 11"),
         ({"input_ids": [-1, 2]}, "got -1 to 2"),
         ({"input_ids": [1.5]}, "must be integer"),
+        ({"input_ids": "def f"}, "got the text 'def f'; encode it first$"),
+        ({"input_ids": [[1, 2], [3]]}, r"must be integer \[tokens\] or \[1, tokens\], got list$"),
         ({"input_ids": torch.ones(2, 3, dtype=torch.int64)}, r"got torch.int64 \[2, 3\]"),
         ({"max_new_tokens": -1}, "max_new_tokens must be an integer >= 0, got -1"),
         ({"max_new_tokens": 2.0}, "max_new_tokens must be an integer >= 0, got 2.0"),

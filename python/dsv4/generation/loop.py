@@ -148,7 +148,11 @@ def _stops(stop_tokens: int | Collection[int]) -> frozenset[int]:
 
 def _prompt(input_ids: torch.Tensor | Sequence[int], vocab_size: int) -> torch.Tensor:
     """The prompt as int64 [tokens] on the CPU."""
-    ids = torch.as_tensor(input_ids)
+    try:
+        ids = torch.as_tensor(input_ids)
+    except (TypeError, ValueError, RuntimeError):  # text, or lists of different lengths
+        what = f"the text {input_ids!r}; encode it first" if isinstance(input_ids, str) else type(input_ids).__name__
+        raise ValueError(f"input_ids must be integer [tokens] or [1, tokens], got {what}") from None
     if ids.dim() == 2 and ids.shape[0] == 1:
         ids = ids[0]
     if ids.numel() == 0:
