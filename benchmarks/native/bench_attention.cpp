@@ -119,7 +119,7 @@ class Case {
   bench::Measurement measurement() {
     bench::Measurement m;
     m.op = "sparse_attention";
-    m.impl = context_.best >= Isa::kAmx ? "amx" : context_.best >= Isa::kAvx512 ? "avx512" : "scalar";
+    m.impl = isa_name(context_.best);
     m.shape = shape_.name;
     int64_t keys = 0;
     for (int64_t row = 0; row < shape_.rows; ++row) keys += count(row);

@@ -112,7 +112,7 @@ class Case {
     for (int64_t row = 0; row < s_.rows; ++row) keys += static_cast<int64_t>(keys_of(row).size());
     bench::Measurement m;
     m.op = "sparse_attention_backward";
-    m.impl = context_.best >= Isa::kAvx512 ? "avx512" : "scalar";
+    m.impl = context_.best >= Isa::kAvx512 ? "avx512" : isa_name(context_.best);
     m.shape = s_.name;
     m.flops = 10.0 * kHeads * kDim * static_cast<double>(keys);
     // Queries, their gradients, out and its gradient once; keys and their gradients once.

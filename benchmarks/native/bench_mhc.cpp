@@ -203,7 +203,7 @@ int main(int argc, char** argv) {
     if (bench.quick() && shape.hidden > 4096) continue;
     for (const int64_t tokens : {int64_t{1}, bench.quick() ? int64_t{256} : int64_t{4096}}) {
       for (const Cost& cost : kOps) {
-        for (const Isa isa : {Isa::kAmx, Isa::kAvx512}) {
+        for (const Isa isa : {Isa::kAmx, Isa::kAvx512, Isa::kAvx2}) {
           if (isa > bench.pool().context().best) continue;
           if (isa == Isa::kAmx && !cost.tiles) continue;
           measure(bench, cost, shape.name, tokens, shape.hidden, isa);

@@ -118,7 +118,7 @@ void measure(bench::Bench& bench, const Shape& s, const char* impl) {
 int main(int argc, char** argv) {
   bench::Bench bench(argc, argv);
   if (!bench.usable()) return bench.exit_code();
-  const char* impl = bench.pool().context().best >= Isa::kAvx512 ? "avx512" : "scalar";
+  const char* impl = bench.pool().context().best >= Isa::kAvx512 ? "avx512" : isa_name(bench.pool().context().best);
   for (const Shape& shape : {Shape{"nano", 64, 256, 128, 16, 2}, Shape{"nano", 512, 256, 128, 16, 2},
                              Shape{"v4-flash", 16, 4096, 2048, 4, 2}, Shape{"v4-flash", 512, 4096, 2048, 4, 2}}) {
     if (bench.quick() && shape.tokens * shape.hidden > 512 * 256) continue;

@@ -46,6 +46,9 @@ PeakKernels peak_kernels(Isa isa) {
   if (isa == Isa::kAmx) return {avx512_float32_peak, amx_bfloat16_peak};
   if (isa == Isa::kAvx512) return {avx512_float32_peak, avx512_bfloat16_peak};
 #endif
+#if defined(DSV4_PEAKS_AVX2)
+  if (isa >= Isa::kAvx2) return {avx2_float32_peak, nullptr};
+#endif
   (void)isa;
   return {scalar_float32_peak, nullptr};
 }

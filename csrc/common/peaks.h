@@ -23,6 +23,7 @@ struct PeakKernels {
 
 PeakKernels peak_kernels(Isa isa);
 
+double avx2_float32_peak(int64_t rounds);
 double avx512_float32_peak(int64_t rounds);
 double avx512_bfloat16_peak(int64_t rounds);
 double amx_bfloat16_peak(int64_t rounds);

@@ -51,7 +51,7 @@ DSV4_INLINE void mixing_weights(const __m256* mixes, const MhcMixing& mixing, Mi
     const __m256 sum = _mm256_add_ps(_mm256_add_ps(row[0], row[1]), _mm256_add_ps(row[2], row[3]));
     for (int k = 0; k < kStreams; ++k) row[k] = _mm256_add_ps(_mm256_div_ps(row[k], sum), eps);
   }
-  for (int64_t step = 0; step < 2 * static_cast<int64_t>(mixing.sinkhorn_iterations) - 1; ++step) {
+  for (int64_t step = 0; step < 2 * mixing.sinkhorn_iterations - 1; ++step) {
     mhc_normalise(comb, step % 2 == 0, eps);
   }
   for (int k = 0; k < kStreams * kStreams; ++k) store(out->comb[k], comb[k]);
