@@ -222,6 +222,7 @@ TEST(bank_conflicts_of_every_width) {
 }
 
 alignas(16) const uint32_t source[8] = {1, 2, 3, 4, 5, 6, 7, 8};
+alignas(8) uint8_t bytes[8] = {};
 
 void copy(bool commit, bool wait, bool barrier) {
   const int t = ptx::thread_index();
@@ -289,6 +290,9 @@ TEST(shared_memory_starts_unwritten_and_has_ends) {
   check_faulty({"outside the 1024 bytes"}, [] { ptx::store_shared_float(word(-1), 1.0f); }, 1);
   check_faulty({"misaligned"}, [] { ptx::store_shared_16(word(1), ptx::Words4{}); }, 1);
   check_faulty({"misaligned global"}, [] { ptx::load_global_16(source + 1); }, 1);
+  check_faulty({"misaligned global"}, [] { ptx::load_global_8(source + 1); }, 1);
+  check_faulty({"misaligned global"}, [] { ptx::load_global_4(bytes + 1); }, 1);
+  check_faulty({"misaligned global"}, [] { ptx::store_global_4(bytes + 2, 0); }, 1);
 }
 
 TEST(a_block_that_cannot_go_on_says_who_waits) {

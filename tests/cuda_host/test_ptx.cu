@@ -82,15 +82,15 @@ DSV4_KERNEL(kThreads, 1) memory(const Arguments a) {
   const int t = ptx::thread_index();
   const uint32_t mine = ptx::shared_base() + static_cast<uint32_t>(t * 32);
   ptx::store_shared_16(mine, ptx::load_global_16(a.in + 8 * t));
-  ptx::store_shared_8(mine + 16, ptx::Words2{{a.in[8 * t + 4], a.in[8 * t + 5]}});
-  ptx::store_shared_float(mine + 24, float_from_bits(a.in[8 * t + 6]));
+  ptx::store_shared_8(mine + 16, ptx::load_global_8(a.in + 8 * t + 4));
+  ptx::store_shared_float(mine + 24, float_from_bits(ptx::load_global_4(a.in + 8 * t + 6)));
   ptx::store_shared_float(mine + 28, float_from_bits(a.in[8 * t + 7]));
   ptx::sync_threads();
   const uint32_t other = ptx::shared_base() + static_cast<uint32_t>((t + 37) % kThreads * 32);
   ptx::store_global_16(a.out + 16 * t, ptx::load_shared_16(other));
   ptx::store_global_16(a.out + 16 * t + 8, ptx::load_constant_16(a.in + 8 * t + 4));
   const ptx::Words2 pair = ptx::load_shared_8(other + 24);
-  a.out[16 * t + 12] = pair.word[0];
+  ptx::store_global_4(a.out + 16 * t + 12, pair.word[0]);
   a.out[16 * t + 13] = pair.word[1];
   ptx::store_global_8(a.out + 16 * t + 14, ptx::Words2{{a.in[8 * t], a.in[8 * t + 1]}});
   for (int i = 0; i < 4; ++i) {

@@ -215,7 +215,28 @@ DSV4_DEVICE void store_global_16(void* destination, const Words4& value, Site si
 #endif
 }
 
-// The pointer must be a multiple of 8 bytes.
+// Several elements as one access of 4 or 8 bytes, of which the pointer must be a multiple.
+DSV4_DEVICE uint32_t load_global_4(const void* source, Site site = Site::here()) {
+#if !defined(__CUDACC__)
+  simt::check_aligned(source, 4, site);
+#endif
+  return *static_cast<const uint32_t*>(source);
+}
+
+DSV4_DEVICE Words2 load_global_8(const void* source, Site site = Site::here()) {
+#if !defined(__CUDACC__)
+  simt::check_aligned(source, 8, site);
+#endif
+  return *static_cast<const Words2*>(source);
+}
+
+DSV4_DEVICE void store_global_4(void* destination, uint32_t value, Site site = Site::here()) {
+#if !defined(__CUDACC__)
+  simt::check_aligned(destination, 4, site);
+#endif
+  *static_cast<uint32_t*>(destination) = value;
+}
+
 DSV4_DEVICE void store_global_8(void* destination, const Words2& value, Site site = Site::here()) {
 #if defined(__CUDACC__)
   asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(__cvta_generic_to_global(destination)), "r"(value.word[0]),

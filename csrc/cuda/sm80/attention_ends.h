@@ -44,7 +44,7 @@ struct OutPair<bf16> {
   DSV4_DEVICE float odd() const { return ptx::high_bf16(bits); }
   DSV4_DEVICE void store(bf16* to, bool whole) const {
     if (whole) {
-      *reinterpret_cast<uint32_t*>(to) = bits;
+      ptx::store_global_4(to, bits);
     } else {
       to[0] = bf16{static_cast<uint16_t>(bits)};
       to[1] = bf16{static_cast<uint16_t>(bits >> 16)};

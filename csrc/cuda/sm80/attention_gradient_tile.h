@@ -55,14 +55,14 @@ struct GradientPart : WarpPart {
       DSV4_UNROLL
       for (int j = 0; j < 4; ++j) {
         const int operand = static_cast<int>(head_of(j) - first_head);
-        store_word(operand_of<bf16>(g, index, at, operand) + dim_of(i, j), query[i][j]);
-        store_word(operand_of<bf16>(g, index, at, kGroupHeads + operand) + dim_of(i, j), grad[i][j]);
+        ptx::store_global_4(operand_of<bf16>(g, index, at, operand) + dim_of(i, j), query[i][j]);
+        ptx::store_global_4(operand_of<bf16>(g, index, at, kGroupHeads + operand) + dim_of(i, j), grad[i][j]);
       }
     }
     const int missing = static_cast<int>(g.wide_dim - g.call.padded_dim) / 2;
     for (int word = 32 * part + lane; word < kGroupWeights * missing; word += 32 * kGroupWarps) {
       bf16* to = operand_of<bf16>(g, index, at, word / missing) + g.call.padded_dim;
-      store_word(to + word % missing * 2, 0);
+      ptx::store_global_4(to + word % missing * 2, 0);
     }
   }
 
@@ -113,7 +113,7 @@ struct GradientPart : WarpPart {
     if (!exists(g.call)) return;
     bf16* to = weights_of<bf16>(g, index, run * kGroups + group, tile * kTileKeys + 8 * part + lane / 4);
     DSV4_UNROLL
-    for (int i = 0; i < 4; ++i) store_word(to + 8 * i + lane % 4 * 2, weights[i]);
+    for (int i = 0; i < 4; ++i) ptx::store_global_4(to + 8 * i + lane % 4 * 2, weights[i]);
   }
 
   // block_head: the block's first, the same in all threads. Addresses start from it: those of the queries, worked out
@@ -135,8 +135,6 @@ struct GradientPart : WarpPart {
   }
 
  private:
-  static DSV4_DEVICE void store_word(bf16* to, uint32_t word) { *reinterpret_cast<uint32_t*>(to) = word; }
-
   // Whether the row has this group; what it shares with the block's other one it computes all the same.
   DSV4_DEVICE bool exists(const AttentionArguments& a) const { return first_head < a.heads; }
   DSV4_DEVICE int head_of_block() const { return group * kGroupHeads + weighed_head(); }

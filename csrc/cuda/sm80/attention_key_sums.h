@@ -144,7 +144,7 @@ struct KeySum {
   }
 
   DSV4_DEVICE ptx::Words2 load(int dim, bool paired) const {
-    if (paired) return *reinterpret_cast<const ptx::Words2*>(at + dim);
+    if (paired) return ptx::load_global_8(at + dim);
     return ptx::Words2{{bits_from_float(at[dim]), bits_from_float(at[dim + 1])}};
   }
   DSV4_DEVICE void add(int dim, const ptx::Words2& old, float even, float odd, bool paired) const {

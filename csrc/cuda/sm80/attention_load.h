@@ -120,8 +120,7 @@ struct TileLoader {
         const int piece = member() + i * kThreadsPerKey;
         if (piece < fp8_pieces(a)) ahead[i] = ptx::load_global_16(from.data + 16 * piece);
       }
-      const uint32_t* words = reinterpret_cast<const uint32_t*>(from.scales);
-      scales = ptx::Words2{{words[0], words[1]}};
+      scales = ptx::load_global_8(from.scales);
     }
   }
 

@@ -233,7 +233,7 @@ struct WarpPart {
                                         int64_t head, int dim, bool exists) {
     if (!exists || head >= a.heads || dim >= a.head_dim) return 0;
     const bf16* from = static_cast<const bf16*>(rows.data) + row * rows.stride[0] + head * rows.stride[1] + dim;
-    if (paired) return *reinterpret_cast<const uint32_t*>(from);
+    if (paired) return ptx::load_global_4(from);
     return from[0].bits | static_cast<uint32_t>(from[1].bits) << 16;
   }
 };

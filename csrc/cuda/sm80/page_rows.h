@@ -118,7 +118,7 @@ class PageRow {
     const uint32_t codes = e2m1_eight(value, by);
     uint8_t* to = place_.data + column / 2;
     if (vector_) {
-      *reinterpret_cast<uint32_t*>(to) = codes;
+      ptx::store_global_4(to, codes);
     } else {
       store_bytes(to, 4, {{codes, 0}});
     }

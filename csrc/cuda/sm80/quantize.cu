@@ -45,7 +45,7 @@ DSV4_DEVICE void store_codes(uint8_t* codes, int column, int count, bool vector,
   if constexpr (kFp4) {
     const uint32_t four = e2m1_eight(value, by);
     if (vector) {
-      *reinterpret_cast<uint32_t*>(codes + column / 2) = four;
+      ptx::store_global_4(codes + column / 2, four);
     } else {
       store_bytes(codes + column / 2, left / 2, {{four, 0}});
     }
@@ -171,9 +171,9 @@ DSV4_DEVICE void expand_codes(const DequantizeArguments& a) {
   if (a.vector) {
     ptx::Words2 codes;
     if constexpr (kFp4) {
-      codes.word[0] = *reinterpret_cast<const uint32_t*>(from + column / 2);
+      codes.word[0] = ptx::load_global_4(from + column / 2);
     } else {
-      codes = *reinterpret_cast<const ptx::Words2*>(from + column);
+      codes = ptx::load_global_8(from + column);
     }
     const float by = scale.at(a.block.quotient(static_cast<uint32_t>(column)));
     float value[8];
