@@ -42,7 +42,7 @@ class Heads {
         head_dim_(p.query.size(2)),
         keys_(reinterpret_cast<Key*>(memory)),
         panel_(reinterpret_cast<float*>(memory + round_up(plan.most * static_cast<int64_t>(sizeof(Key)), 64))),
-        values_(panel_ + kPanelRows * kPanelInputs),
+        values_(panel_ + kPanelFloats),
         query_(values_ + kValueKeys * head_dim_),
         sums_(query_ + plan.part * head_dim_),
         divisors_(sums_ + plan.part * head_dim_),

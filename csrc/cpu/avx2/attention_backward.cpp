@@ -37,7 +37,7 @@ class BackwardRow {
         arena_{row_memory},
         memory_(params, most, arena_),
         panel_(reinterpret_cast<float*>(slot_memory)),
-        values_(panel_ + kPanelRows * kPanelInputs),
+        values_(panel_ + kPanelFloats),
         sums_(values_ + kValueKeys * head_dim_) {}
 
   void differentiate(int64_t row, const KeySums& sums, float* gates) {

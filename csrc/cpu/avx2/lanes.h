@@ -50,6 +50,9 @@ DSV4_INLINE __m256 rounded(__m256 x, const bf16*) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(to_bf16(x)), 16));
 }
 
+// Asks for a cache line, which may lie anywhere.
+DSV4_INLINE void ask(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+
 // to[0, count) as float32, and zeros up to the next multiple of eight.
 template <class T>
 DSV4_INLINE void widen(const T* from, int64_t count, float* to) {

@@ -69,7 +69,7 @@ class Kernel {
       return p_.scale.dtype == DType::kFloat32 ? *p_.scale.as<const float>().at(scale_row, block)
                                                : e8m0_value(*p_.scale.as<const uint8_t>().at(scale_row, block));
     };
-    expand_codes<kFp4>(p_.weight.as<const uint8_t>().at(row), first, count, scale, to);
+    expand_codes<kFp4>(p_.weight.as<const uint8_t>().at(row), p_.weight.stride[0], first, count, scale, to);
   }
 
   const LinearParams& p_;

@@ -11,7 +11,7 @@ namespace dsv4::avx2 {
 namespace {
 
 inline constexpr int64_t kMhcProductBytes =
-    kPanelBytes + kMhcTokens * kPanelInputs * static_cast<int64_t>(sizeof(float));
+    kPanelBytes + kMhcTokens * kPanelStride * static_cast<int64_t>(sizeof(float));
 
 // Tokens of a block, and how many threads have one. What it is shows in no result of a token.
 inline int64_t mhc_block(int64_t tokens, const Context& context) {
@@ -59,23 +59,23 @@ struct MhcProducts {
   // memory: kMhcProductBytes.
   template <class T>
   void find(const View<const T, 3>& streams, const MhcMixing& mixing, int64_t token, int64_t count, uint8_t* memory) {
-    float *panel = reinterpret_cast<float*>(memory), *x = panel + kPanelRows * kPanelInputs;
+    float *panel = reinterpret_cast<float*>(memory), *x = panel + kPanelFloats;
     const int64_t hidden = streams.size(2);
     double all_squares[kMhcTokens] = {};
     for (int stream = 0; stream < kStreams; ++stream) {
       for (int64_t first = 0; first < hidden; first += kPanelInputs) {
         const int64_t n = hidden - first < kPanelInputs ? hidden - first : kPanelInputs;
         for (int64_t t = 0; t < count; ++t) {
-          widen(streams.at(token + t, stream, first), n, x + t * kPanelInputs);
-          all_squares[t] += static_cast<double>(squares(x + t * kPanelInputs, n));
+          widen(streams.at(token + t, stream, first), n, x + t * kPanelStride);
+          all_squares[t] += static_cast<double>(squares(x + t * kPanelStride, n));
         }
         for (int64_t j = 0; j < kRows; j += kPanelRows) {
           const int64_t rows = kRows - j < kPanelRows ? kRows - j : kPanelRows;
           for (int64_t r = 0; r < rows; ++r) {
-            widen(mixing.fn.at(j + r, stream * hidden + first), n, panel + r * kPanelInputs);
+            widen(mixing.fn.at(j + r, stream * hidden + first), n, panel + r * kPanelStride);
           }
           multiply(
-              panel, rows, [&](int64_t t) { return x + t * kPanelInputs; }, count, round_up(n, kLanes),
+              panel, rows, [&](int64_t t) { return x + t * kPanelStride; }, count, round_up(n, kLanes),
               stream == 0 && first == 0, [&](int64_t t) { return sums[t] + j; });
         }
       }

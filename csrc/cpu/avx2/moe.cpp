@@ -30,7 +30,7 @@ struct Gate {
 
   static void logits(const MoeGateParams& p, int64_t first, int64_t count, float* z, uint8_t* memory) {
     const int64_t experts = p.weight.size(0), hidden = p.x.size(1);
-    float *panel = reinterpret_cast<float*>(memory), *x = panel + kPanelRows * kPanelInputs;
+    float *panel = reinterpret_cast<float*>(memory), *x = panel + kPanelFloats;
     for (int64_t i = 0; i < count; ++i) row(p.x, first + i, 0, hidden, x + i * stride(p));
     for (int64_t e = 0; e < experts; e += kPanelRows) {
       const int64_t rows = experts - e < kPanelRows ? experts - e : kPanelRows;

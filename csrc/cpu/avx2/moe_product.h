@@ -35,9 +35,9 @@ struct ExpertKernel {
                                               : e8m0_value(*w.scale.as<const uint8_t>().at(expert, scale_row, block));
     };
     if (w.format == WeightFormat::kFp4) {
-      expand_codes<true>(codes, first, count, scale, to);
+      expand_codes<true>(codes, w.data.stride[1], first, count, scale, to);
     } else {
-      expand_codes<false>(codes, first, count, scale, to);
+      expand_codes<false>(codes, w.data.stride[1], first, count, scale, to);
     }
   }
 

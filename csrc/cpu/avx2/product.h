@@ -1,5 +1,5 @@
 // Products of float32 rows in scratch memory, which the AVX2 kernels for linears, experts and mHC share: weights are
-// expanded kPanelRows at a time and kPanelInputs inputs of them (32 KiB), then multiplied with all rows of activations.
+// expanded kPanelRows at a time and kPanelInputs inputs of them (16 KiB), then multiplied with all rows of activations.
 // A sum is eight lanes over a chunk of kPanelInputs, added by a tree, chunks one after another: its bits depend on its
 // two rows alone. Limit: two FMAs a cycle; a tile of 4 x 3 loads 7 registers for 12 of them.
 #pragma once
@@ -9,9 +9,11 @@
 namespace dsv4::avx2 {
 namespace {
 
-inline constexpr int64_t kPanelRows = 8;
+inline constexpr int64_t kPanelRows = 4;
 inline constexpr int64_t kPanelInputs = 1024;
-inline constexpr int64_t kPanelBytes = kPanelRows * kPanelInputs * static_cast<int64_t>(sizeof(float));
+inline constexpr int64_t kPanelStride = kPanelInputs + 16;  // rows in different sets of the first-level cache
+inline constexpr int64_t kPanelFloats = kPanelRows * kPanelStride;
+inline constexpr int64_t kPanelBytes = kPanelFloats * static_cast<int64_t>(sizeof(float));
 
 // out[c * out_stride + r] for four rows of weights and kRows of activations.
 template <int kRows>
@@ -46,7 +48,7 @@ template <class X, class Out>
 void multiply(const float* panel, int64_t rows, const X& x, int64_t count, int64_t n, bool first, const Out& out) {
   for (int64_t r = 0; r < rows; r += 4) {
     const float* w[4];
-    for (int64_t i = 0; i < 4; ++i) w[i] = panel + (r + i < rows ? r + i : rows - 1) * kPanelInputs;
+    for (int64_t i = 0; i < 4; ++i) w[i] = panel + (r + i < rows ? r + i : rows - 1) * kPanelStride;
     for (int64_t c = 0; c < count; c += 3) {
       const float* values[3];
       float* to[3];
@@ -75,7 +77,7 @@ void product(const Expand& expand, int64_t rows, int64_t inputs, float* panel, c
     const int64_t n = inputs - first < kPanelInputs ? inputs - first : kPanelInputs;
     for (int64_t row = 0; row < rows; row += kPanelRows) {
       const int64_t here = rows - row < kPanelRows ? rows - row : kPanelRows;
-      for (int64_t r = 0; r < here; ++r) expand(row + r, first, n, panel + r * kPanelInputs);
+      for (int64_t r = 0; r < here; ++r) expand(row + r, first, n, panel + r * kPanelStride);
       multiply(
           panel, here, [&](int64_t c) { return x(c) + first; }, count, round_up(n, kLanes), first == 0,
           [&](int64_t c) { return out(c) + row; });
@@ -84,20 +86,32 @@ void product(const Expand& expand, int64_t rows, int64_t inputs, float* panel, c
 }
 
 // Inputs [first, first + count) of a row of e4m3 or e2m1 codes times their scales; scale(b) is that of block b of 128
-// or 32 inputs. `first` begins a block.
+// or 32 inputs, of which `first` begins one. `stride`: bytes from a row to the next. What the panel after this one
+// reads is asked for: pieces of rows are no stream that the hardware would see.
 template <bool kFp4, class Scale>
-DSV4_INLINE void expand_codes(const uint8_t* codes, int64_t first, int64_t count, const Scale& scale, float* to) {
+DSV4_INLINE void expand_codes(const uint8_t* codes, int64_t stride, int64_t first, int64_t count, const Scale& scale,
+                              float* to) {
   constexpr int64_t kBlock = kFp4 ? 32 : 128, kCodes = kFp4 ? 2 : 1;  // of a byte
-  __m256 factor = _mm256_setzero_ps();
-  for (int64_t i = 0; i < count; i += kLanes) {
-    if (i % kBlock == 0) factor = _mm256_set1_ps(scale((first + i) / kBlock));
-    const uint8_t* at = codes + (first + i) / kCodes;
-    uint8_t last[kLanes] = {};
-    if (count - i < kLanes)
-      at = static_cast<const uint8_t*>(memcpy(last, at, static_cast<size_t>((count - i) / kCodes)));
-    store(to + i, _mm256_mul_ps(kFp4 ? e2m1_values(at) : e4m3_values(at), factor));
+  const auto values = [](const uint8_t* at) { return kFp4 ? e2m1_values(at) : e4m3_values(at); };
+  codes += first / kCodes;
+  const auto factor_of = [&](int64_t i) { return _mm256_set1_ps(scale((first + i) / kBlock)); };
+  int64_t i = 0;
+  for (; i + kBlock <= count; i += kBlock) {
+    const __m256 factor = factor_of(i);
+    const uint8_t* block = codes + i / kCodes;
+    if (i % (64 * kCodes) == 0) ask(block + kPanelRows * stride);
+    if (kBlock > 64) ask(block + kPanelRows * stride + 64);
+#pragma GCC unroll 16
+    for (int64_t d = 0; d < kBlock; d += kLanes) {
+      store(to + i + d, _mm256_mul_ps(values(block + d / kCodes), factor));
+    }
   }
-  for (int64_t i = count; i % kLanes != 0; ++i) to[i] = 0;  // code 0 times a scale of infinity is no zero
+  for (; i < count; i += kLanes) {
+    uint8_t some[kLanes] = {};
+    memcpy(some, codes + i / kCodes, static_cast<size_t>((count - i < kLanes ? count - i : kLanes) / kCodes));
+    store(to + i, _mm256_mul_ps(values(some), factor_of(i)));
+  }
+  for (i = count; i % kLanes != 0; ++i) to[i] = 0;  // code 0 times a scale of infinity is no zero
 }
 
 }  // namespace
