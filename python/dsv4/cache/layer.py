@@ -181,9 +181,10 @@ def cache_bytes(
     return bytes_in_use(settings, lengths, window, sum(map(blocks_of, lengths)))
 
 
-@dataclass(frozen=True)
 class LayerCache:
     """The tensors of one layer, as the ops take them. Pages are shared by all sequences; tails have one row a sequence.
+
+    Not a dataclass: torch.distributed takes those apart, and copies of tensors of another dtype would be written.
 
     Attributes:
         ratio: tokens a compressed entry; 0 = window rows only, and the fields below that are None.
@@ -197,12 +198,18 @@ class LayerCache:
         index_state: tail of the index compressor, [sequences, ring, 2, 2 * index_head_dim]; or None.
     """
 
-    ratio: int
-    window_pages: Tensor
-    pages: Tensor | None = None
-    state: Tensor | None = None
-    index_pages: Tensor | None = None
-    index_state: Tensor | None = None
+    def __init__(
+        self,
+        ratio: int,
+        window_pages: Tensor,
+        pages: Tensor | None = None,
+        state: Tensor | None = None,
+        index_pages: Tensor | None = None,
+        index_state: Tensor | None = None,
+    ):
+        self.ratio, self.window_pages = ratio, window_pages
+        self.pages, self.state = pages, state
+        self.index_pages, self.index_state = index_pages, index_state
 
     @property
     def page_size(self) -> int:

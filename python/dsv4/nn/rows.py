@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -41,9 +40,10 @@ class RopeFrequencies:
         return rope if self._factor[compressed] == 1.0 else rope * self._factor[compressed]
 
 
-@dataclass
 class Rows:
     """Query rows of a step, sequences one after another, positions ascending inside each.
+
+    Not a dataclass: torch.distributed takes those apart and casts what they hold to a mixed precision's dtype.
 
     Attributes:
         frequencies: of the model's rotary embeddings.
@@ -55,15 +55,22 @@ class Rows:
         token_ids: int64 [tokens] or None, for hash routing.
     """
 
-    frequencies: RopeFrequencies
-    sequence: Tensor
-    position: Tensor
-    window_table: Tensor
-    compressed_table: Tensor
-    write_table: Tensor
-    token_ids: Tensor | None = None
-    _ropes: dict[tuple[bool, int], Tensor] = field(default_factory=dict, init=False)
-    _visible: dict[int, Tensor] = field(default_factory=dict, init=False)
+    def __init__(
+        self,
+        frequencies: RopeFrequencies,
+        sequence: Tensor,
+        position: Tensor,
+        window_table: Tensor,
+        compressed_table: Tensor,
+        write_table: Tensor,
+        token_ids: Tensor | None = None,
+    ):
+        self.frequencies = frequencies
+        self.sequence, self.position = sequence, position
+        self.window_table, self.compressed_table, self.write_table = window_table, compressed_table, write_table
+        self.token_ids = token_ids
+        self._ropes: dict[tuple[bool, int], Tensor] = {}
+        self._visible: dict[int, Tensor] = {}
 
     @classmethod
     def whole_sequences(
