@@ -134,6 +134,29 @@ def test_model_gradients() -> None:
         assert reached != (".indexer." in name or "tid2eid" in name or name.endswith("gate.bias")), name
 
 
+def test_hooks_that_run() -> None:
+    """Those of all modules but the norms and matrices whose weights enter an op with other things, in training and with
+    a cache."""
+    config = replace(
+        CONFIG, num_hidden_layers=3, compress_ratios=(0, 4, 8, 0), num_nextn_predict_layers=1, num_hash_layers=1
+    )
+    model = dsv4.init(config, 0, "off", torch.float32)
+    seen: set[str] = set()
+    for name, module in model.named_modules():
+        module.register_forward_hook(lambda *_, name=name: seen.add(name))
+    ids = torch.arange(20).unsqueeze(0)
+    streams = model.hidden_streams(ids)
+    model.predict_next(streams, ids)
+    apart = ("layers", "mtp", "attn_norm", "ffn_norm", "kv_norm", "compressor.norm")
+    expected = {n for n, _ in model.named_modules() if not n.endswith(apart) and ".shared_experts" not in n}
+    assert seen == expected - {"", "norm"}
+    model(ids)
+    assert seen == expected
+    seen.clear()
+    model(ids, cache=model.new_cache())
+    assert seen == {name for name in expected if not name.startswith("mtp.")}
+
+
 def test_model_arguments() -> None:
     """What a call refuses, and that a refused call leaves the cache as it was."""
     model = dsv4.init(replace(CONFIG, num_hidden_layers=1, compress_ratios=(0,), num_hash_layers=0), 0, "off")

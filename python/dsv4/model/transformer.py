@@ -151,19 +151,15 @@ class Transformer(StoredWeights):
         keep = min(keep, batch[1]) or batch[1]
         if all(count == batch[1] for count in counts):
             streams = flat.unflatten(0, batch)[:, -keep:]
-            return self.head(self.norm(self._collapse(self, streams.flatten(0, 1)))).unflatten(0, streams.shape[:2])
+            return self.head(self.norm(_collapse(self, streams.flatten(0, 1)))).unflatten(0, streams.shape[:2])
         used = _used(counts, batch[1])
         kept = used.clone()
         kept[:, :-keep] = False
         rows, places = (mask.nonzero().to(flat.device) for mask in (kept[used], used[:, -keep:]))
-        logits = self.head(self.norm(self._collapse(self, flat[rows.squeeze(1)])))
+        logits = self.head(self.norm(_collapse(self, flat[rows.squeeze(1)])))
         out = logits.new_zeros(batch[0], keep, logits.shape[-1])
         out[places[:, 0], places[:, 1]] = logits
         return out
-
-    def _collapse(self, module: nn.Module, streams: Tensor) -> Tensor:
-        """[tokens, 4, hidden] -> [tokens, hidden], with the head mixing weights of `module`."""
-        return self.mixing.head(streams, mixing_weights(module, "hc_head", streams.dtype))
 
     def hidden_streams(self, input_ids: Tensor) -> Tensor:
         """Residual streams after the last layer, [batch, seq, 4, hidden]: what multi-token prediction starts from."""
@@ -188,7 +184,7 @@ class Transformer(StoredWeights):
         module = self.mtp[block]
         assert isinstance(module, MultiTokenPrediction)
         hidden = module(streams.flatten(0, 1), self._embed(ids.flatten()), self._whole_sequences(ids))
-        return self.head(module.norm(self._collapse(module, hidden))).unflatten(0, ids.shape)
+        return self.head(hidden).unflatten(0, ids.shape)
 
     def _whole_sequences(self, ids: Tensor) -> Rows:
         batch, length = ids.shape
@@ -233,6 +229,11 @@ class Transformer(StoredWeights):
         return ids, [operator.index(count) for count in counts]
 
 
+def _collapse(module: Transformer | MultiTokenPrediction, streams: Tensor) -> Tensor:
+    """[tokens, 4, hidden] -> [tokens, hidden], with the module's head mixing weights."""
+    return module.mixing.head(streams, mixing_weights(module, "hc_head", streams.dtype))
+
+
 def _used(counts: Sequence[int], length: int) -> Tensor:
     """bool [batch, length], in host memory: where the first counts[b] columns of row b are."""
     return torch.tensor(counts)[:, None] > torch.arange(length)
@@ -270,6 +271,6 @@ class MultiTokenPrediction(Block):
         add_mixing_parameters(self, "hc_head", config.hidden_size, STREAMS, 1, mixing_dtype, trainable)
 
     def forward(self, streams: Tensor, embedded: Tensor, rows: Rows) -> Tensor:  # type: ignore[override]
-        """streams [tokens, 4, hidden], embedded [tokens, hidden] -> [tokens, 4, hidden]."""
+        """streams [tokens, 4, hidden], embedded [tokens, hidden] -> what the head takes, [tokens, hidden]."""
         mixed = self.e_proj(self.enorm(embedded)).unsqueeze(1) + self.h_proj(self.hnorm(streams))
-        return super().forward(mixed, rows, None)
+        return self.norm(_collapse(self, super().forward(mixed, rows, None)))

@@ -142,11 +142,11 @@ class Attention(StoredWeights):
         if not self.ratio:
             return window_pages, None, None
         page_size = entries_per_page(self.ratio)
-        pages = _to_pages(self.compressor.entries(x, rows, batch), rows, page_size)
+        pages = _to_pages(self.compressor(x, rows), rows, page_size)
         if self.indexer is None:
             return window_pages, pages, None
         with torch.no_grad():  # a selection has no gradient
-            index_pages = _to_pages(self.indexer.compressor.entries(x, rows, batch), rows, page_size)
+            index_pages = _to_pages(self.indexer.compressor(x, rows), rows, page_size)
             indices = self.indexer(x, query_latent, rows, index_pages, page_size)
         return window_pages, pages, indices
 

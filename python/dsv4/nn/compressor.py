@@ -44,9 +44,13 @@ class Compressor(nn.Module):
         if not self.ape.is_meta:
             nn.init.normal_(self.ape, std=0.02)
 
-    def forward(self, x: Tensor, rows: Rows, state: Tensor, pages: Tensor, page_size: int) -> None:
+    def forward(
+        self, x: Tensor, rows: Rows, state: Tensor | None = None, pages: Tensor | None = None, page_size: int = 0
+    ) -> Tensor | None:
         """Appends tokens, x [tokens, hidden]: completed entries go to `pages`, the rest to `state`, as `ops.compress`
-        has them."""
+        has them. Without these: the entries of whole sequences, differentiable, [batch, length // ratio, head_dim]."""
+        if state is None or pages is None:
+            return self._entries(x, rows)
         kv, gate = self.wkv(x), self.wgate(x)
         ops.compress(
             kv,
@@ -64,9 +68,10 @@ class Compressor(nn.Module):
             page_size=page_size,
             rotate=self.rotate,
         )
+        return None
 
-    def entries(self, x: Tensor, rows: Rows, batch: int) -> Tensor:
-        """Differentiable form for whole sequences: x [batch * length, hidden] -> [batch, length // ratio, head_dim]."""
+    def _entries(self, x: Tensor, rows: Rows) -> Tensor:
+        batch = rows.window_table.shape[0]
         kv, gate = (p.unflatten(0, (batch, -1)) for p in (self.wkv(x), self.wgate(x)))
         completed = slice(self.ratio - 1, None, self.ratio)
         rope = rows.entry_rope(self.ratio).unflatten(0, (batch, -1))[:, completed]

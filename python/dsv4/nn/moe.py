@@ -108,6 +108,20 @@ class Experts(nn.Module):
                 exponent = math.floor(math.log2(inputs**-0.5 / deviation))
                 parameter.copy_(torch.full(shape, 2.0**exponent))
 
+    def forward(
+        self, x: Tensor, weights: Tensor, indices: Tensor, shared: tuple[Tensor, ...], swiglu_limit: float
+    ) -> Tensor:
+        """`ops.moe_experts` with these weights, plain ones in the dtype of x."""
+        return ops.moe_experts(
+            x,
+            weights,
+            indices,
+            *(as_taken(getattr(self, name), x.dtype) for name in _MATRICES),
+            *(getattr(self, name + "_scale", None) for name in _MATRICES),
+            shared=shared,
+            swiglu_limit=swiglu_limit,
+        )
+
 
 class SharedExpert(nn.Module):
     """The expert that every token passes; FP8 pairs in mode "checkpoint"."""
@@ -175,13 +189,5 @@ class MixtureOfExperts(StoredWeights):
         """
         flat = x.reshape(-1, x.shape[-1])
         weights, indices = self.gate(flat, None if token_ids is None else token_ids.reshape(-1))
-        out = ops.moe_experts(
-            flat,
-            weights,
-            indices,
-            *(as_taken(getattr(self.experts, name), x.dtype) for name in _MATRICES),
-            *(getattr(self.experts, name + "_scale", None) for name in _MATRICES),
-            shared=self.shared_experts.tensors(x.dtype) if self.shared_experts is not None else (),
-            swiglu_limit=self.swiglu_limit or 0.0,
-        )
-        return out.view(x.shape)
+        shared = self.shared_experts.tensors(x.dtype) if self.shared_experts is not None else ()
+        return self.experts(flat, weights, indices, shared, self.swiglu_limit or 0.0).view(x.shape)
