@@ -65,6 +65,37 @@ def test_export(quantization: str) -> None:
         exported(IDS + CONFIG.vocab_size)
 
 
+@pytest.mark.parametrize("lengths", [(99, 120), (600, 777)])
+def test_marked_length(lengths: tuple[int, int]) -> None:
+    """One graph for lengths that mean as many pages and entries, as far as 0, 1 and more go: nothing asks for the
+    number itself."""
+    model = dsv4.init(CONFIG, 0, "off", torch.float32).requires_grad_(False)
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., object]:
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(model, backend=backend)
+    for length in lengths:
+        ids = torch.randint(CONFIG.vocab_size, (2, length))
+        torch._dynamo.mark_dynamic(ids, 1)
+        assert torch.equal(compiled(ids), model(ids))
+    assert len(graphs) == 1
+
+
+@torch.no_grad()
+def test_export_of_any_length() -> None:
+    """Past a page of 256 tokens, where the example is."""
+    model = dsv4.init(CONFIG, 0, "off", torch.float32)
+    auto = ({1: torch.export.Dim.AUTO},)
+    example = torch.randint(CONFIG.vocab_size, (2, 600))
+    exported = torch.export.export(model, (example,), dynamic_shapes=auto, strict=False).module()
+    for length in (257, 777):
+        ids = torch.randint(CONFIG.vocab_size, (2, length))
+        assert torch.equal(exported(ids), model(ids))
+
+
 def test_wrong_tokens() -> None:
     compiled = torch.compile(dsv4.init(CONFIG), backend="aot_eager")
     with pytest.raises(ValueError, match=r"must lie in \[0, 512\), got 0 to 512"):

@@ -109,7 +109,7 @@ class Transformer(StoredWeights):
         ids, counts = self.check_ids(input_ids, cache, num_tokens, logits_to_keep)
         if cache is None:
             flat = self._layers(self._whole_sequences(ids), None)  # padding stands to the right, where nothing sees it
-            if any(count < ids.shape[1] for count in counts):
+            if counts is not None:
                 flat = flat[_used(counts, ids.shape[1]).flatten().nonzero().squeeze(1).to(flat.device)]
             return self._logits(flat, counts, ids.shape, logits_to_keep)
         with torch.no_grad():
@@ -117,11 +117,11 @@ class Transformer(StoredWeights):
             return self._logits(self._run(step, cache), counts, ids.shape, logits_to_keep)
 
     @between_graphs
-    def begin(self, ids: Tensor, counts: Sequence[int], cache: KVCache) -> Step:
+    def begin(self, ids: Tensor, counts: Sequence[int] | None, cache: KVCache) -> Step:
         """The step that feeds checked ids to the cache, after any steps that the cache needs first."""
         for step in cache.pending():
             self._run(step, cache)
-        return cache.begin([row[:count] for row, count in zip(ids, counts, strict=True)])
+        return cache.begin([row if counts is None else row[: counts[number]] for number, row in enumerate(ids)])
 
     def _run(self, step: Step, cache: KVCache) -> Tensor:
         with torch.inference_mode():  # the dispatcher need not ask every op for its gradient
@@ -141,15 +141,15 @@ class Transformer(StoredWeights):
     def step_logits(self, rows: Rows, storage: Sequence[LayerCache], batch: torch.Size, keep: int) -> Tensor:
         """Logits of a step in which every row of a batch [sequences, seq] counts. It looks at no value of a tensor, so
         that it can be recorded."""
-        return self._logits(self._layers(rows, storage), [batch[1]] * batch[0], batch, keep)
+        return self._logits(self._layers(rows, storage), None, batch, keep)
 
     def _embed(self, token_ids: Tensor) -> Tensor:
         return self.embed(token_ids).to(self.dtype)
 
-    def _logits(self, flat: Tensor, counts: Sequence[int], batch: torch.Size, keep: int) -> Tensor:
+    def _logits(self, flat: Tensor, counts: Sequence[int] | None, batch: torch.Size, keep: int) -> Tensor:
         """flat [sum(counts), 4, hidden] -> [batch, keep or length, vocab]; 0 where a sequence has no token."""
         keep = min(keep, batch[1]) or batch[1]
-        if all(count == batch[1] for count in counts):
+        if counts is None:
             streams = flat.unflatten(0, batch)[:, -keep:]
             return self.head(self.norm(_collapse(self, streams.flatten(0, 1)))).unflatten(0, streams.shape[:2])
         used = _used(counts, batch[1])
@@ -204,8 +204,9 @@ class Transformer(StoredWeights):
         cache: KVCache | None,
         num_tokens: Sequence[int] | None = None,
         logits_to_keep: int = 0,
-    ) -> tuple[Tensor, list[int]]:
-        """(ids int64, in host memory for a cache; how many of each row count), or ValueError as `forward` says."""
+    ) -> tuple[Tensor, list[int] | None]:
+        """(ids int64, in host memory for a cache; how many of each row count, or None: all), or ValueError as `forward`
+        says."""
         if logits_to_keep < 0:
             raise ValueError(f"logits_to_keep must be 0 (all) or a number of columns, got {logits_to_keep}")
         if not isinstance(input_ids, Tensor):
@@ -222,11 +223,14 @@ class Transformer(StoredWeights):
             self._check_cache(cache)
         if cache is not None and cache.batch_size != ids.shape[0]:
             raise ValueError(f"the cache holds {cache.batch_size} sequences, input_ids has {ids.shape[0]} rows")
-        counts = [ids.shape[1]] * ids.shape[0] if num_tokens is None else list(num_tokens)
+        if num_tokens is None:
+            return ids, None
+        counts = list(num_tokens)
         fits = all(hasattr(count, "__index__") and 0 <= count <= ids.shape[1] for count in counts)
         if len(counts) != ids.shape[0] or not fits:
             raise ValueError(f"num_tokens must be {ids.shape[0]} counts of 0 to {ids.shape[1]}, got {counts}")
-        return ids, [operator.index(count) for count in counts]
+        full = all(count == ids.shape[1] for count in counts)
+        return ids, None if full else [operator.index(count) for count in counts]
 
 
 def _collapse(module: Transformer | MultiTokenPrediction, streams: Tensor) -> Tensor:

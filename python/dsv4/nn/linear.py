@@ -109,7 +109,7 @@ class Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features], a float dtype -> [..., out_features]. RuntimeError: another width."""
         dtype = torch.promote_types(x.dtype, torch.float32) if self.wide else x.dtype
-        if self.exact or few_rows(x, x.shape[:-1].numel()):
+        if self.exact or few_rows(x, math.prod(x.shape[:-1])):
             return ops.dense_linear(x, self.weight, dtype)
         device = "cpu" if x.is_meta else x.device.type  # torch.autocast knows no meta
         with torch.autocast(device, enabled=False):  # the result has the dtype that the ops after it take
