@@ -109,14 +109,6 @@ class DenseKernel {
   }
 
  private:
-  static void widen_row(const AnyView<2>& matrix, int64_t row, int64_t first, int64_t count, float* to) {
-    if (matrix.dtype == DType::kBFloat16) {
-      widen(matrix.as<const bf16>().at(row, first), count, to);
-    } else {
-      widen(matrix.as<const float>().at(row, first), count, to);
-    }
-  }
-
   const DenseLinearParams& p_;
   int64_t stride_;
   float *panel_, *sums_, *x_;

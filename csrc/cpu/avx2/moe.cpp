@@ -20,23 +20,15 @@ struct Gate {
     for (int64_t i = 0; i < count; ++i) z[i] = sqrt_softplus(z[i]);
   }
 
-  static void row(const AnyView<2>& matrix, int64_t row, int64_t first, int64_t count, float* to) {
-    if (matrix.dtype == DType::kBFloat16) {
-      widen(matrix.as<const bf16>().at(row, first), count, to);
-    } else {
-      widen(matrix.as<const float>().at(row, first), count, to);
-    }
-  }
-
   static void logits(const MoeGateParams& p, int64_t first, int64_t count, float* z, uint8_t* memory) {
     const int64_t experts = p.weight.size(0), hidden = p.x.size(1);
     float *panel = reinterpret_cast<float*>(memory), *x = panel + kPanelFloats;
-    for (int64_t i = 0; i < count; ++i) row(p.x, first + i, 0, hidden, x + i * stride(p));
+    for (int64_t i = 0; i < count; ++i) widen_row(p.x, first + i, 0, hidden, x + i * stride(p));
     for (int64_t e = 0; e < experts; e += kPanelRows) {
       const int64_t rows = experts - e < kPanelRows ? experts - e : kPanelRows;
       float sums[kTokens][kPanelRows];
-      product([&](int64_t r, int64_t from, int64_t n, float* to) { row(p.weight, e + r, from, n, to); }, rows, hidden,
-              panel, [&](int64_t i) { return x + i * stride(p); }, count, [&](int64_t i) { return sums[i]; });
+      product([&](int64_t r, int64_t from, int64_t n, float* to) { widen_row(p.weight, e + r, from, n, to); }, rows,
+              hidden, panel, [&](int64_t i) { return x + i * stride(p); }, count, [&](int64_t i) { return sums[i]; });
       for (int64_t i = 0; i < count; ++i)
         memcpy(z + i * experts + e, sums[i], static_cast<size_t>(rows) * sizeof(float));
     }

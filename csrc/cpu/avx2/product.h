@@ -4,6 +4,7 @@
 // two rows alone. Limit: two FMAs a cycle; a tile of 4 x 3 loads 7 registers for 12 of them.
 #pragma once
 
+#include "common/view.h"
 #include "cpu/avx2/lanes.h"
 
 namespace dsv4::avx2 {
@@ -15,7 +16,7 @@ inline constexpr int64_t kPanelStride = kPanelInputs + 16;  // rows in different
 inline constexpr int64_t kPanelFloats = kPanelRows * kPanelStride;
 inline constexpr int64_t kPanelBytes = kPanelFloats * static_cast<int64_t>(sizeof(float));
 
-// out[c * out_stride + r] for four rows of weights and kRows of activations.
+// out[c][r] for four rows of weights and kRows of activations.
 template <int kRows>
 DSV4_INLINE void tile(const float* const* w, const float* const* x, int64_t n, bool first, float* const* out) {
   __m256 sums[kRows][4];
@@ -42,28 +43,27 @@ DSV4_INLINE void tile(const float* const* w, const float* const* x, int64_t n, b
   }
 }
 
-// out(c)[r] = or += the products of the panel's rows r, up to kPanelRows, with the rows x(c) of activations, c < count,
-// over n inputs, a multiple of eight. Of out(c) the next multiple of four is written.
+// out(c)[r] = or += the products of the panel's rows r < rows with the rows x(c) of activations, c < count, over n
+// inputs, a multiple of eight. kPanelRows elements of out(c) are written.
 template <class X, class Out>
 void multiply(const float* panel, int64_t rows, const X& x, int64_t count, int64_t n, bool first, const Out& out) {
-  for (int64_t r = 0; r < rows; r += 4) {
-    const float* w[4];
-    for (int64_t i = 0; i < 4; ++i) w[i] = panel + (r + i < rows ? r + i : rows - 1) * kPanelStride;
-    for (int64_t c = 0; c < count; c += 3) {
-      const float* values[3];
-      float* to[3];
-      const int64_t here = count - c < 3 ? count - c : 3;
-      for (int64_t i = 0; i < here; ++i) {
-        values[i] = x(c + i);
-        to[i] = out(c + i) + r;
-      }
-      if (here == 3) {
-        tile<3>(w, values, n, first, to);
-      } else if (here == 2) {
-        tile<2>(w, values, n, first, to);
-      } else {
-        tile<1>(w, values, n, first, to);
-      }
+  static_assert(kPanelRows == 4, "rows of a tile");
+  const float* w[kPanelRows];
+  for (int64_t r = 0; r < kPanelRows; ++r) w[r] = panel + (r < rows ? r : rows - 1) * kPanelStride;
+  for (int64_t c = 0; c < count; c += 3) {
+    const float* values[3];
+    float* to[3];
+    const int64_t here = count - c < 3 ? count - c : 3;
+    for (int64_t i = 0; i < here; ++i) {
+      values[i] = x(c + i);
+      to[i] = out(c + i);
+    }
+    if (here == 3) {
+      tile<3>(w, values, n, first, to);
+    } else if (here == 2) {
+      tile<2>(w, values, n, first, to);
+    } else {
+      tile<1>(w, values, n, first, to);
     }
   }
 }
@@ -82,6 +82,15 @@ void product(const Expand& expand, int64_t rows, int64_t inputs, float* panel, c
           panel, here, [&](int64_t c) { return x(c) + first; }, count, round_up(n, kLanes), first == 0,
           [&](int64_t c) { return out(c) + row; });
     }
+  }
+}
+
+// Elements [first, first + count) of a row of a plain matrix, as `product` takes them.
+DSV4_INLINE void widen_row(const AnyView<2>& matrix, int64_t row, int64_t first, int64_t count, float* to) {
+  if (matrix.dtype == DType::kBFloat16) {
+    widen(matrix.as<const bf16>().at(row, first), count, to);
+  } else {
+    widen(matrix.as<const float>().at(row, first), count, to);
   }
 }
 
