@@ -1,0 +1,60 @@
+// The state of 32 threads, and of the block around them as far as instructions see it.
+#pragma once
+
+#include <array>
+#include <cstring>
+#include <deque>
+#include <memory>
+
+#include "global_memory.h"
+#include "program.h"
+
+namespace dsv4::machine {
+
+// 16 bytes on their way to shared memory.
+struct Copy {
+  uint32_t destination;
+  const uint8_t* source;  // null: zeros
+};
+
+struct SharedMemory {
+  enum State : uint8_t { kUnwritten, kWritten, kInFlight };
+  std::vector<uint8_t> bytes;
+  std::vector<uint8_t> state;
+
+  // The place of an access, which must be aligned, inside, and not in flight; for reads, written.
+  uint8_t* at(uint32_t address, int size, bool write);
+};
+
+struct Warp {
+  const Program* program = nullptr;
+  SharedMemory* shared = nullptr;
+  GlobalMemory* global = nullptr;
+  const uint8_t* parameters = nullptr;
+  std::unique_ptr<uint8_t[]> registers;
+  std::array<int, kLanes> pc = {};
+  uint32_t alive = kAllLanes;
+  uint32_t waiting = 0;                   // lanes at a collective, for the others
+  int barrier = -1, barrier_threads = 0;  // that the warp has come to
+  Toucher self;                           // as global memory knows it
+  std::array<std::vector<Copy>, kLanes> open;
+  std::array<std::deque<std::vector<Copy>>, kLanes> groups;
+
+  template <class T>
+  T* lanes(Slot slot) {
+    return reinterpret_cast<T*>(registers.get() + slot);
+  }
+  uint32_t& bits(Slot slot) { return *lanes<uint32_t>(slot); }
+};
+
+template <class F>
+inline void each(uint32_t lanes, const F& f) {
+  if (lanes == kAllLanes) {
+#pragma GCC ivdep
+    for (int lane = 0; lane < kLanes; ++lane) f(lane);
+  } else {
+    for (; lanes != 0; lanes &= lanes - 1) f(__builtin_ctz(lanes));
+  }
+}
+
+}  // namespace dsv4::machine
