@@ -85,6 +85,7 @@ Isa cpu_isa() {
 
 Isa limited(Isa best) {
   const char* limit = std::getenv("DSV4_MAX_ISA");
+  if (best == Isa::kSm90 && (limit == nullptr || std::strcmp(limit, isa_name(best)) != 0)) best = Isa::kSm80;
   if (limit == nullptr) return best;
   for (Isa isa : kIsas) {
     if (is_cuda(isa) == is_cuda(best) && isa < best && std::strcmp(limit, isa_name(isa)) == 0) return isa;

@@ -19,7 +19,8 @@ Status cuda_isa(int device_index, Isa* isa);
 int cuda_device_count();
 
 // `best`, lowered to the limit in the environment variable DSV4_MAX_ISA, read at each call. scalar, avx2, avx512
-// and amx limit the CPU, sm80 and sm90 the GPU; any other value limits nothing.
+// and amx limit the CPU, sm80 and sm90 the GPU; any other value limits nothing. sm90 is also what asks for the kernels
+// of Hopper, which are otherwise left out: no GPU has run them yet.
 Isa limited(Isa best);
 
 }  // namespace dsv4

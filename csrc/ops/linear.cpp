@@ -2,6 +2,7 @@
 
 #include "cpu/linear.h"
 #include "cuda/sm80/linear.h"
+#include "cuda/sm90/linear.h"
 #include "ops/candidates.h"
 #include "ops/validate.h"
 
@@ -15,7 +16,11 @@ bool both_narrow(const DenseLinearParams& p) {
   return p.x.dtype == DType::kBFloat16 && p.weight.dtype == DType::kBFloat16;
 }
 
+// What warpgroups take: activations that are one bfloat16.
+bool narrow(const LinearParams& p) { return p.x.dtype == DType::kBFloat16; }
+
 constexpr Candidate<LinearParams> kFp8Linear[] = {
+    {"sm90", Isa::kSm90, DSV4_SM90(sm90::fp8_linear)},
     {"sm80", Isa::kSm80, DSV4_SM80(sm80::fp8_linear)},
     {"amx", Isa::kAmx, DSV4_AMX(amx::fp8_linear), e8m0_scales},
     {"avx512", Isa::kAvx512, DSV4_AVX512(avx512::fp8_linear)},
@@ -23,6 +28,7 @@ constexpr Candidate<LinearParams> kFp8Linear[] = {
     {"scalar", Isa::kScalar, DSV4_SCALAR(scalar::fp8_linear)},
 };
 constexpr Candidate<LinearParams> kFp4Linear[] = {
+    {"sm90", Isa::kSm90, DSV4_SM90(sm90::fp4_linear), e8m0_scales},
     {"sm80", Isa::kSm80, DSV4_SM80(sm80::fp4_linear)},
     {"amx", Isa::kAmx, DSV4_AMX(amx::fp4_linear), e8m0_scales},
     {"avx512", Isa::kAvx512, DSV4_AVX512(avx512::fp4_linear)},
@@ -30,6 +36,7 @@ constexpr Candidate<LinearParams> kFp4Linear[] = {
     {"scalar", Isa::kScalar, DSV4_SCALAR(scalar::fp4_linear)},
 };
 constexpr Candidate<LinearParams> kGroupedLinear[] = {
+    {"sm90", Isa::kSm90, DSV4_SM90(sm90::grouped_linear), narrow},
     {"sm80", Isa::kSm80, DSV4_SM80(sm80::grouped_linear)},
     {"amx", Isa::kAmx, DSV4_AMX(amx::grouped_linear), narrow_with_e8m0_scales},
     {"avx512", Isa::kAvx512, DSV4_AVX512(avx512::grouped_linear)},

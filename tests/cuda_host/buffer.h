@@ -37,6 +37,15 @@ inline bool has_device() {
   int count = 0;
   return cudaGetDeviceCount(&count) == cudaSuccess && count > 0;
 }
+// Hopper's, and kernels for them in this program.
+inline bool has_warpgroups() {
+#if defined(DSV4_WITH_SM90)
+  int major = 0;
+  return cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0) == cudaSuccess && major == 9;
+#else
+  return false;
+#endif
+}
 // Waits for the kernels; false and a failed check if one of them went wrong.
 inline bool finish_device() {
   const cudaError_t error = cudaDeviceSynchronize();
@@ -45,6 +54,7 @@ inline bool finish_device() {
 #else
 inline constexpr double kSumError = 0x1p-22;
 inline bool has_device() { return true; }
+inline bool has_warpgroups() { return false; }
 inline bool finish_device() { return true; }
 #endif
 

@@ -10,6 +10,7 @@
 #include "buffer.h"
 #include "common/pages.h"
 #include "cuda/sm80/linear.h"
+#include "cuda/sm90/linear.h"
 
 namespace dsv4::testing {
 
@@ -26,8 +27,16 @@ struct LinearCase {
   uint64_t seed = 1;
 };
 
-inline constexpr sm80::LinearTile kLinearTiles[] = {sm80::LinearTile::kFew, sm80::LinearTile::kSome,
-                                                    sm80::LinearTile::kMany};
+// The tiles of the sm80 kernels, and that of Hopper's warpgroups.
+enum class LinearTile { kFew, kSome, kMany, kGroup };
+inline constexpr LinearTile kEveryTile[] = {LinearTile::kFew, LinearTile::kSome, LinearTile::kMany, LinearTile::kGroup};
+
+// Those that the device has for a case.
+inline std::vector<LinearTile> tiles_of(const LinearCase& c) {
+  const bool narrow =
+      c.op == LinearOp::kFp8 || (c.op == LinearOp::kFp4 && !c.wide_scales) || (c.op == LinearOp::kGrouped && !c.wide_x);
+  return {kEveryTile, kEveryTile + (narrow && has_warpgroups() ? 4 : 3)};
+}
 
 // x after the quantiser of activations.
 inline void quantise_row(std::vector<float>& x) {
@@ -149,10 +158,10 @@ struct LinearProblem {
   }
 
   // The message of what went wrong, or nothing. No tile: the one that the op takes.
-  std::string run(const sm80::LinearTile* tile = nullptr) {
+  std::string run(const LinearTile* tile = nullptr) {
     return dense() ? run(dense_params(), tile) : run(params(), tile);
   }
-  std::string run(LinearParams p, const sm80::LinearTile* tile) {
+  std::string run(LinearParams p, const LinearTile* tile) {
     const Context context = cuda_context();
     const int64_t bytes = c.op == LinearOp::kGrouped ? sm80::grouped_linear_workspace_bytes(p, context)
                                                      : sm80::quantised_linear_workspace_bytes(p, context);
@@ -163,14 +172,21 @@ struct LinearProblem {
     constexpr Run kRun[] = {sm80::fp8_linear, sm80::fp4_linear, sm80::grouped_linear};
     constexpr RunTile kRunTile[] = {sm80::fp8_linear, sm80::fp4_linear, sm80::grouped_linear};
     const int op = static_cast<int>(c.op);
-    return finish(tile == nullptr ? kRun[op](p, context) : kRunTile[op](p, context, *tile), workspace);
+    if (tile == nullptr) return finish(kRun[op](p, context), workspace);
+#if defined(DSV4_WITH_SM90)
+    constexpr Run kRunGroup[] = {sm90::fp8_linear_many, sm90::fp4_linear_many, sm90::grouped_linear_many};
+    if (*tile == LinearTile::kGroup) return finish(kRunGroup[op](p, context), workspace);
+#endif
+    return finish(kRunTile[op](p, context, static_cast<sm80::LinearTile>(*tile)), workspace);
   }
-  std::string run(DenseLinearParams p, const sm80::LinearTile* tile) {
+  std::string run(DenseLinearParams p, const LinearTile* tile) {
     const Context context = cuda_context();
     const int64_t bytes = sm80::dense_linear_workspace_bytes(p, context);
     DeviceBytes workspace(static_cast<size_t>(bytes));
     p.workspace = {workspace.device(), bytes};
-    return finish(tile == nullptr ? sm80::dense_linear(p, context) : sm80::dense_linear(p, context, *tile), workspace);
+    return finish(tile == nullptr ? sm80::dense_linear(p, context)
+                                  : sm80::dense_linear(p, context, static_cast<sm80::LinearTile>(*tile)),
+                  workspace);
   }
 
   std::vector<uint32_t> bits_of(int64_t t) {
@@ -218,7 +234,7 @@ struct LinearProblem {
   }
 };
 
-inline std::string try_linear(const LinearCase& c, const sm80::LinearTile* tile = nullptr) {
+inline std::string try_linear(const LinearCase& c, const LinearTile* tile = nullptr) {
   LinearProblem p(c);
   const std::string fault = p.run(tile);
   return fault.empty() ? p.wrong() : fault;

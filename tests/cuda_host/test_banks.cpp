@@ -86,10 +86,10 @@ TEST(index) {
 TEST(linears) {
   for (const LinearOp op : {LinearOp::kFp8, LinearOp::kFp4, LinearOp::kGrouped, LinearOp::kDense}) {
     for (const bool wide : {false, true}) {
-      for (const sm80::LinearTile& tile : kLinearTiles) {
+      for (const LinearTile& tile : tiles_of({op, 70, 512, 128, 1, wide, wide})) {
         const std::string what = "op " + std::to_string(static_cast<int>(op)) + " tile " +
                                  std::to_string(static_cast<int>(tile)) + (wide ? " float32" : "");
-        const bool many = tile == sm80::LinearTile::kMany && op == LinearOp::kFp4 && !wide;
+        const bool many = tile == LinearTile::kMany && op == LinearOp::kFp4 && !wide;
         check_banks(what, [&] { return try_linear({op, 70, 512, 128, 1, wide, wide, false}, &tile); }, many ? 2 : 1);
       }
     }

@@ -9,9 +9,9 @@ using namespace dsv4::testing;
 
 constexpr LinearOp kOps[] = {LinearOp::kFp8, LinearOp::kFp4, LinearOp::kGrouped, LinearOp::kDense};
 constexpr const char* kNames[] = {"fp8_linear", "fp4_linear", "grouped_linear", "dense_linear"};
-constexpr const char* kTileNames[] = {"few", "some", "many"};
+constexpr const char* kTileNames[] = {"few", "some", "many", "group"};
 
-void check_case(const LinearCase& c, const sm80::LinearTile* tile = nullptr) {
+void check_case(const LinearCase& c, const LinearTile* tile = nullptr) {
   const std::string wrong = try_linear(c, tile);
   const auto text = [](int64_t value) { return std::to_string(value) + " "; };
   CHECK_MESSAGE(wrong.empty(), std::string(kNames[static_cast<int>(c.op)]) + " tokens " + text(c.tokens) + "groups " +
@@ -21,7 +21,7 @@ void check_case(const LinearCase& c, const sm80::LinearTile* tile = nullptr) {
 }
 
 void check_tiles(const LinearCase& c) {
-  for (const sm80::LinearTile& tile : kLinearTiles) check_case(c, &tile);
+  for (const LinearTile& tile : tiles_of(c)) check_case(c, &tile);
 }
 
 TEST(nothing_to_do) {
@@ -130,7 +130,7 @@ TEST(memory_may_start_anywhere) {
       }
     }
     moved.upload();
-    for (const sm80::LinearTile& tile : kLinearTiles) {
+    for (const LinearTile& tile : tiles_of(whole.c)) {
       std::string fault;
       if (op == LinearOp::kDense) {
         DenseLinearParams p = moved.dense_params();
@@ -159,8 +159,8 @@ TEST(a_row_does_not_depend_on_tile_or_company) {
     for (const bool wide : {false, true}) {
       LinearCase c = {op, 35, 1410, 21, op == LinearOp::kGrouped ? 2 : 1, wide, wide, true};
       LinearProblem all(c);
-      CHECK(all.run(&kLinearTiles[2]).empty());
-      for (const sm80::LinearTile& tile : kLinearTiles) {
+      CHECK(all.run(&kEveryTile[2]).empty());
+      for (const LinearTile& tile : tiles_of(c)) {
         for (const int64_t tokens : {1, 9, 35}) {
           LinearCase few = c;
           few.tokens = tokens;
@@ -177,7 +177,7 @@ TEST(a_row_does_not_depend_on_tile_or_company) {
         moved.set_x(34, i, NAN);
       }
       moved.upload();
-      CHECK(moved.run(&kLinearTiles[1]).empty());
+      CHECK(moved.run(&kEveryTile[1]).empty());
       CHECK(moved.bits_of(33) == all.bits_of(2));
       CHECK(std::isnan(moved.out_at(32, 0)) && std::isnan(moved.out_at(34, 20)));
     }
@@ -195,7 +195,7 @@ TEST(codes) {
         p.codes.at(row, row * (op == LinearOp::kFp8 ? 5 : 7) % p.columns) = static_cast<uint8_t>(row);
       }
       p.upload();
-      for (const sm80::LinearTile& tile : kLinearTiles) {
+      for (const LinearTile& tile : tiles_of(p.c)) {
         CHECK(p.run(&tile).empty());
         const std::string wrong = p.wrong();
         CHECK_MESSAGE(wrong.empty(), wrong);
@@ -219,7 +219,7 @@ TEST(scales) {
     }
     if (op == LinearOp::kFp4) p.scale.at(7, 5) = 0xFF;
     p.upload();
-    for (const sm80::LinearTile& tile : kLinearTiles) {
+    for (const LinearTile& tile : tiles_of(p.c)) {
       CHECK(p.run(&tile).empty());
       const std::string wrong = p.wrong();
       CHECK_MESSAGE(wrong.empty(), wrong);
@@ -264,7 +264,7 @@ TEST(wide_operands_keep_their_bits) {
     for (int64_t i = 0; i < 128; ++i) p.set_weight(row, i, row == 0 ? 1.0f : row == 1 ? -0.0f : 1.0f / row);
   }
   p.upload();
-  for (const sm80::LinearTile& tile : kLinearTiles) {
+  for (const LinearTile& tile : tiles_of(p.c)) {
     CHECK(p.run(&tile).empty());
     for (int64_t t = 0; t < 12; ++t) CHECK(p.out_at(t, 0) == p.wide_x.at(t, 5 * t));
     const std::string wrong = p.wrong();

@@ -123,8 +123,10 @@ TEST(limit_lowers_and_never_raises) {
       testing::with_max_isa(other, [&] { CHECK(limited(best) == best); });
     }
   }
-  testing::with_max_isa("sm80", [&] { CHECK(limited(Isa::kSm90) == Isa::kSm80); });
-  testing::with_max_isa("scalar", [&] { CHECK(limited(Isa::kSm90) == Isa::kSm90); });
+  for (const char* other : {"sm80", "scalar", "", "nonsense"}) {
+    testing::with_max_isa(other, [&] { CHECK(limited(Isa::kSm90) == Isa::kSm80); });
+  }
+  testing::with_max_isa("sm90", [&] { CHECK(limited(Isa::kSm90) == Isa::kSm90 && limited(Isa::kSm80) == Isa::kSm80); });
 }
 
 struct Number {

@@ -18,10 +18,11 @@ struct LaunchShape {
   int64_t blocks_x = 1;
   int64_t blocks_y = 1;
   int threads = 1;
-  int shared_bytes = 0;  // dynamic; at most 99 KB, so that every GPU from Ampere on takes it
+  int shared_bytes = 0;  // dynamic; at most 99 KB, so that every GPU from Ampere on takes it, or what Hopper has
 };
 
 inline constexpr int kMaxSharedBytes = 99 * 1024;
+inline constexpr int kMaxSharedBytesOfHopper = 227 * 1024;
 inline constexpr int64_t kMaxBlocks = 0x7FFFFFFF;  // blocks_x at most
 
 }  // namespace dsv4::cuda
@@ -42,7 +43,8 @@ Status launch(const char* name, void (*kernel)(Arguments), const LaunchShape& sh
   cudaError_t error = cudaSetDevice(context.device_index);
   // The limit is the kernel's, for all threads that launch it, so it is the same for every size.
   if (error == cudaSuccess && shape.shared_bytes > 48 * 1024) {
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxSharedBytes);
+    const int limit = shape.shared_bytes > kMaxSharedBytes ? kMaxSharedBytesOfHopper : kMaxSharedBytes;
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limit);
   }
   if (error == cudaSuccess) {
     cudaLaunchConfig_t config = {};

@@ -9,7 +9,7 @@ namespace dsv4::sm80 {
 DSV4_KERNEL(kPrepareThreads, 4) sm80_bf16_prepare_activations(const PrepareArguments a) { prepare<bf16>(a); }
 DSV4_KERNEL(kPrepareThreads, 4) sm80_f32_prepare_activations(const PrepareArguments a) { prepare<float>(a); }
 
-Status prepare_activations(const char* op, const AnyView<3>& x, void* to, int planes, bool quantise, bool permute,
+Status prepare_activations(const char* op, const AnyView<3>& x, void* to, int planes, bool quantise, InputOrder order,
                            const Context& context) {
   PrepareArguments a = {};
   a.x = x;
@@ -18,7 +18,7 @@ Status prepare_activations(const char* op, const AnyView<3>& x, void* to, int pl
   a.rows = x.size(0) * x.size(1);
   a.planes = planes;
   a.quantise = quantise;
-  a.permute = permute;
+  a.order = order;
   a.vector = in_eights(x);
   cuda::LaunchShape shape;
   shape.blocks_x = ceil_div(a.rows * a.units, kPrepareThreads);

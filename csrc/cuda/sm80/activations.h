@@ -38,6 +38,13 @@ struct ActivationRows {
   DSV4_DEVICE int number(int i) const { return map == nullptr ? i : i < count ? map[i] : 0; }
 };
 
+// In which order the inputs of a block lie.
+enum class InputOrder {
+  kPlain,
+  kUnits,  // as a lane meets its units of quantised weights: see weight_forms.h
+  kSteps,  // as the steps of a warpgroup's product meet those units: see cuda/sm90/group_tile.h
+};
+
 struct PrepareArguments {
   AnyView<3> x;   // [T, G, K]; row t G + g of the result is x[t, g]
   uint8_t* to;    // [T G, planes, padded K]
@@ -45,8 +52,8 @@ struct PrepareArguments {
   int64_t rows;
   int planes;
   bool quantise;
-  bool permute;  // for quantised weights: see weight_forms.h
-  bool vector;   // rows are made of whole, aligned 16-byte pieces
+  InputOrder order;
+  bool vector;  // rows are made of whole, aligned 16-byte pieces
 };
 
 inline constexpr int kPrepareThreads = 128;
@@ -85,10 +92,11 @@ DSV4_DEVICE void round_trip_fp8(float (&value)[8]) {
   for (int i = 0; i < 8; ++i) value[i] = float_from_bits(0x7FC00000u);
 }
 
-// A block's unit, inputs 8 unit ..., of a row. `permute`: where and in which order quantised weights meet it.
-DSV4_DEVICE void store_unit(uint8_t* row, int64_t plane_bytes, int planes, int64_t block, int unit, bool permute,
+// A block's unit, inputs 8 unit ..., of a row.
+DSV4_DEVICE void store_unit(uint8_t* row, int64_t plane_bytes, int planes, int64_t block, int unit, InputOrder order,
                             const float (&value)[8]) {
-  const int64_t place = block * 16 + (permute ? unit % 4 * 4 + unit / 4 : unit);
+  const bool pairs = order != InputOrder::kPlain;
+  const int64_t place = block * 16 + (pairs ? unit % 4 * 4 + unit / 4 : unit);
   for (int plane = 0; plane < planes; ++plane) {
     float part[8];
     DSV4_UNROLL
@@ -98,9 +106,17 @@ DSV4_DEVICE void store_unit(uint8_t* row, int64_t plane_bytes, int planes, int64
     Words4 words;
     DSV4_UNROLL
     for (int w = 0; w < 4; ++w) {
-      words.word[w] = permute ? ptx::pack_bf16(part[w], part[w + 4]) : ptx::pack_bf16(part[2 * w], part[2 * w + 1]);
+      words.word[w] = pairs ? ptx::pack_bf16(part[w], part[w + 4]) : ptx::pack_bf16(part[2 * w], part[2 * w + 1]);
     }
-    ptx::store_global_16(row + plane * plane_bytes + place * 16, words);
+    uint8_t* to = row + plane * plane_bytes;
+    if (order != InputOrder::kSteps) {
+      ptx::store_global_16(to + place * 16, words);
+      continue;
+    }
+    DSV4_UNROLL
+    for (int w = 0; w < 4; ++w) {  // 64 bytes a unit of four lanes: words of one number side by side
+      ptx::store_global_4(to + block * 256 + unit % 4 * 64 + w * 16 + unit / 4 * 4, words.word[w]);
+    }
   }
 }
 
@@ -122,13 +138,12 @@ DSV4_DEVICE void prepare(const PrepareArguments& a) {
   if (a.quantise) round_trip_fp8(value);
   if (!exists) return;
   const int64_t plane_bytes = 16 * a.units;
-  store_unit(a.to + static_cast<int64_t>(row) * a.planes * plane_bytes, plane_bytes, a.planes, block, unit, a.permute,
+  store_unit(a.to + static_cast<int64_t>(row) * a.planes * plane_bytes, plane_bytes, a.planes, block, unit, a.order,
              value);
 }
 
-// Writes x [T, G, K] as rows t G + g of `planes` planes, quantised or not, in the order in which quantised weights
-// (`permute`) or plain ones meet it.
-Status prepare_activations(const char* op, const AnyView<3>& x, void* to, int planes, bool quantise, bool permute,
+// Writes x [T, G, K] as rows t G + g of `planes` planes, quantised or not.
+Status prepare_activations(const char* op, const AnyView<3>& x, void* to, int planes, bool quantise, InputOrder order,
                            const Context&);
 
 // Rows [T, K] as one group.

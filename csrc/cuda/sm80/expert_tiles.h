@@ -127,8 +127,9 @@ DSV4_DEVICE void store_inner(const ExpertArguments& a, const ExpertTile& tile, i
                              float (&value)[8]) {
   if (a.quantise) round_trip_fp8(value);
   if (token >= tile.count) return;
-  store_unit(a.inner + (tile.first + token) * a.inner_stride, a.inner_plane_stride, a.inner_planes, block, unit,
-             a.quantise, value);
+  const InputOrder order = a.quantise ? InputOrder::kUnits : InputOrder::kPlain;
+  store_unit(a.inner + (tile.first + token) * a.inner_stride, a.inner_plane_stride, a.inner_planes, block, unit, order,
+             value);
 }
 
 // Sixteen lanes take a row of 128, eight a lane.

@@ -307,7 +307,8 @@ class ExpertRun {
   Status prepare(bool wide) const {
     if ((wide && narrow()) || !wants_x(p_, wide)) return Status::ok();
     void* to = memory(wide ? at_.wide : at_.quantised);
-    return prepare_activations("moe_experts", with_group(x()), to, wide ? 3 : 1, !wide, !wide, context_);
+    return prepare_activations("moe_experts", with_group(x()), to, wide ? 3 : 1, !wide,
+                               wide ? InputOrder::kPlain : InputOrder::kUnits, context_);
   }
 
   Status map() const {

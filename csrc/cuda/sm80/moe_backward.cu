@@ -187,7 +187,7 @@ class GradientRun {
   // x in the form in which float32 weights meet it.
   Status prepare() const {
     if (narrow()) return Status::ok();
-    return prepare_activations(kOp, with_group(p_.x), memory(at_.wide), 3, false, false, context_);
+    return prepare_activations(kOp, with_group(p_.x), memory(at_.wide), 3, false, InputOrder::kPlain, context_);
   }
 
   Status map() const {

@@ -157,9 +157,8 @@ class TokenCopies {
  public:
   DSV4_DEVICE explicit TokenCopies(const ActivationRows& x) {
     count_ = (x.count < Shape::kTokens ? static_cast<int>(x.count) : Shape::kTokens) - share_.row;
-    // Two tokens' four pieces of a unit, which one access reads together, lie in different banks.
     to_ = static_cast<uint32_t>(Shape::kWeightBytes + share_.block * Shape::kBlockBytes +
-                                share_.row * Shape::kTokenBytes + (share_.piece ^ (share_.row & 1) * 4) * 16);
+                                Shape::token_place(share_.row, share_.piece));
   }
 
   DSV4_DEVICE void load(const ActivationRows& x, int block, int plane, uint32_t stage) const {
@@ -180,7 +179,7 @@ class TokenCopies {
     DSV4_UNROLL_IF(kVector)
     for (int turn = 0; turn < Share::kTurns; ++turn) {
       const int row = turn * Share::kRowStep;
-      const uint32_t to = stage + to_ + static_cast<uint32_t>(row * Shape::kTokenBytes);
+      const uint32_t to = stage + to_ + static_cast<uint32_t>(row * Shape::kTokenStep);
       Share::template copy<kVector>(to, from + x.number(share_.row + row) * x.stride, row < count_, left);
     }
   }

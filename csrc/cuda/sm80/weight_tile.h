@@ -28,6 +28,13 @@ struct TileShape {
   static constexpr int kSharedBytes = kStages * kStageBytes + 2 * kExchangeBytes;
   static constexpr int kFragments = kM * kN;  // of a warp, [16 rows, 8 tokens] each
   static constexpr int kOwned = (kFragments + kWarpsK - 1) / kWarpsK;
+
+  // Where a 16-byte piece of a token of a block lies; rows that are eight apart lie alike.
+  static constexpr int kTokenStep = kTokenBytes;
+  static DSV4_DEVICE constexpr int token_place(int row, int piece) {
+    // Two tokens' four pieces of a unit, which one access reads together, lie in different banks.
+    return row * kTokenBytes + (piece ^ (row & 1) * 4) * 16;
+  }
 };
 
 // What a block's sums and a lane's units are multiplied by; of each row of a lane, as stored, a block ahead.
@@ -71,9 +78,10 @@ struct TileScales {
   }
 };
 
-template <class Shape>
+template <class Shape_>
 class WeightTile {
  public:
+  using Shape = Shape_;
   static constexpr int kM = Shape::kM, kN = Shape::kN, kWarpsK = Shape::kWarpsK;
   static constexpr WeightForm kForm = Shape::kForm;
   using Unit = WeightUnit<kForm>;

@@ -57,7 +57,7 @@ void select(Warp& w, const Instruction& i, uint32_t lanes) {
 
 template <class F>
 void predicates(Warp& w, const Instruction& i, uint32_t lanes) {
-  const uint32_t bits = F()(w.bits(i.in[0]), i.inputs > 1 ? w.bits(i.in[1]) : 0u);
+  const uint32_t bits = F()(w.bits(i.in[0]), i.in.size() > 1 ? w.bits(i.in[1]) : 0u);
   uint32_t& out = w.bits(i.out[0]);
   out = (out & ~lanes) | (bits & lanes);
 }

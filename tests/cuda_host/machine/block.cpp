@@ -47,14 +47,17 @@ class Block {
 
   void run(uint32_t x, uint32_t y, uint32_t number) {
     lanes_apart_ = launch_.apart > 0 && order_() % launch_.apart == 0;
-    shared_.bytes.assign(static_cast<size_t>(launch_.shared_bytes), 0xFF);
-    shared_.state.assign(static_cast<size_t>(launch_.shared_bytes), SharedMemory::kUnwritten);
+    shared_.start(static_cast<size_t>(launch_.shared_bytes));
     for (size_t w = 0; w < warps_.size(); ++w) {
       Warp& warp = warps_[w];
       warp.pc.fill(0);
       warp.alive = kAllLanes;
       warp.waiting = 0;
       warp.barrier = -1;
+      warp.written.clear();
+      warp.products.clear();
+      warp.product_groups.clear();
+      warp.registers_fenced = false;
       warp.self.block = number;
       std::fill(std::begin(warp.self.clock), std::end(warp.self.clock), uint16_t{0});
       warp.self.clock[w] = 1;

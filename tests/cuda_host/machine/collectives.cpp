@@ -4,6 +4,7 @@
 
 #include "common/dtype.h"
 #include "instructions.h"
+#include "tensor_core.h"
 #include "warp.h"
 
 namespace dsv4::machine {
@@ -29,7 +30,7 @@ void shuffle(Warp& w, const Instruction& i, uint32_t) {
     out[l] = value[kButterfly ? static_cast<uint32_t>(l) ^ b : b];
   }
   memcpy(w.lanes<uint32_t>(i.out[0]), out, sizeof(out));
-  if (i.outputs > 1) w.bits(i.out[1]) = kAllLanes;
+  if (i.out.size() > 1) w.bits(i.out[1]) = kAllLanes;
 }
 
 void ballot(Warp& w, const Instruction& i, uint32_t) {
@@ -67,33 +68,6 @@ void ldmatrix(Warp& w, const Instruction& i, uint32_t) {
   }
 }
 
-double power_of_two(int exponent) {
-  const uint64_t bits = static_cast<uint64_t>(1023 + exponent) << 52;
-  double value;
-  memcpy(&value, &bits, sizeof(value));
-  return value;
-}
-
-// One element of a product as a careful guess at a tensor core has it: eight products and the sum before them, each
-// exact, are cut off at 2^-24 of the largest power of two among them, added, and the result is cut off to a float.
-// ("Numerical behavior of NVIDIA tensor cores", Fasi, Higham, Mikaitis and Pranesh, 2021, found more bits, not fewer.)
-float sum_of_eight(const float* products, float sum) {
-  constexpr uint32_t kExponent = 0x7F800000u;
-  uint32_t largest = bits_from_float(sum) & kExponent;
-  for (int k = 0; k < 8; ++k) largest = std::max(largest, bits_from_float(products[k]) & kExponent);
-  if (largest == kExponent) {  // infinite or NaN
-    for (int k = 0; k < 8; ++k) sum += products[k];
-    return sum;
-  }
-  const int exponent = std::max(static_cast<int>(largest >> 23), 1) - 127;
-  const double unit = power_of_two(exponent - 24), per = power_of_two(24 - exponent);
-  auto total = static_cast<int64_t>(sum * per);
-  for (int k = 0; k < 8; ++k) total += static_cast<int64_t>(products[k] * per);
-  auto magnitude = static_cast<uint64_t>(total < 0 ? -total : total);
-  if (magnitude >> 24 != 0) magnitude &= ~uint64_t{0} << (40 - __builtin_clzll(magnitude));
-  return static_cast<float>((total < 0 ? -static_cast<double>(magnitude) : static_cast<double>(magnitude)) * unit);
-}
-
 // d [16, 8] = a [16, 16] b [16, 8] + c. Lane l has of a the rows l / 4 and 8 more (registers 0, 2 and 1, 3), columns
 // 2 (l % 4) and the next (and 8 more in registers 2, 3); of b those rows of column l / 4; of c and d the rows of a, the
 // columns 2 (l % 4) and the next.
@@ -118,9 +92,7 @@ void mma(Warp& w, const Instruction& i, uint32_t) {
   for (int l = 0; l < kLanes; ++l) {
     for (int r = 0; r < 4; ++r) {
       const float *row = a[l / 4 + r / 2 * 8], *column = b[l % 4 * 2 + r % 2];
-      float products[16];
-      for (int k = 0; k < 16; ++k) products[k] = row[k] * column[k];
-      d[r][l] = sum_of_eight(products + 8, sum_of_eight(products, w.lanes<float>(i.in[6 + r])[l]));
+      d[r][l] = sum_of_sixteen(row, column, w.lanes<float>(i.in[6 + r])[l]);
     }
   }
   for (int r = 0; r < 4; ++r) memcpy(w.lanes<float>(i.out[r]), d[r], sizeof(d[r]));
@@ -129,7 +101,7 @@ void mma(Warp& w, const Instruction& i, uint32_t) {
 // bar.sync NUMBER or NUMBER, THREADS.
 void barrier(Warp& w, const Instruction& i, uint32_t) {
   w.barrier = static_cast<int>(w.lanes<uint32_t>(i.in[0])[0]);
-  w.barrier_threads = i.inputs > 1 ? static_cast<int>(w.lanes<uint32_t>(i.in[1])[0]) : 0;
+  w.barrier_threads = i.in.size() > 1 ? static_cast<int>(w.lanes<uint32_t>(i.in[1])[0]) : 0;
 }
 
 }  // namespace

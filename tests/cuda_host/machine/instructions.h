@@ -19,6 +19,7 @@ void add_arithmetic(Operations& operations);
 void add_conversions(Operations& operations);
 void add_memory(Operations& operations);
 void add_collectives(Operations& operations);
+void add_warpgroups(Operations& operations);
 
 // All of them.
 const Operations& operations();

@@ -4,6 +4,12 @@
 
 namespace dsv4::machine {
 
+void SharedMemory::start(size_t size) {
+  bytes.assign(size, 0xFF);
+  state.assign(size, kUnwritten);
+  readers.assign(size, 0);
+}
+
 uint8_t* SharedMemory::at(uint32_t address, int size, bool write) {
   const auto length = static_cast<uint32_t>(size);
   if (address % length != 0) throw Fault("misaligned access of " + std::to_string(size) + " bytes of shared memory");
@@ -14,7 +20,8 @@ uint8_t* SharedMemory::at(uint32_t address, int size, bool write) {
   for (uint32_t i = first; i < first + length; ++i) {
     if (state[i] == kInFlight) throw Fault("shared memory that an asynchronous copy is still to write");
     if (!write && state[i] == kUnwritten) throw Fault("reads shared memory that nothing has written");
-    state[i] = kWritten;
+    if (write && readers[i] > 0) throw Fault("writes shared memory that a product on its way still reads");
+    if (write) state[i] = kWritten;
   }
   return bytes.data() + first;
 }
@@ -56,19 +63,22 @@ template <Space kSpace, bool kSigned>
 void load(Warp& w, const Instruction& i, uint32_t lanes) {
   uint8_t values[kLanes][16];
   each(lanes, [&](int l) {  // all reads before the first write: the address may be among the results
-    const int bytes = i.bytes * i.outputs;
+    const int bytes = i.bytes * static_cast<int>(i.out.size());
     memcpy(values[l], source<kSpace>(w, address_of<kSpace>(w, i, 0, 0, l), bytes), static_cast<size_t>(bytes));
   });
   each(lanes, [&](int l) {
-    for (int n = 0; n < i.outputs; ++n) put<kSigned>(w, i.out[n], i.out_bytes, l, values[l] + n * i.bytes, i.bytes);
+    for (size_t n = 0; n < i.out.size(); ++n) {
+      put<kSigned>(w, i.out[n], i.out_bytes, l, values[l] + n * static_cast<size_t>(i.bytes), i.bytes);
+    }
   });
 }
 
 template <Space kSpace>
 void store(Warp& w, const Instruction& i, uint32_t lanes) {
-  const int count = i.inputs - 1, bytes = i.bytes * count;
+  const int count = static_cast<int>(i.in.size()) - 1, bytes = i.bytes * count;
   each(lanes, [&](int l) {
     const uint64_t address = address_of<kSpace>(w, i, 0, 0, l);
+    if (kSpace == Space::kShared) w.wrote(static_cast<uint32_t>(address) - kSharedBase, static_cast<uint32_t>(bytes));
     uint8_t* to = kSpace == Space::kShared ? w.shared->at(static_cast<uint32_t>(address), bytes, true)
                                            : w.global->at(address, bytes, true, w.self);
     for (int n = 0; n < count; ++n) {
@@ -106,6 +116,7 @@ void wait(Warp& w, const Instruction& i, uint32_t lanes) {
       for (const Copy& copy : groups.front()) {
         const uint32_t place = copy.destination - kSharedBase;
         memset(w.shared->state.data() + place, SharedMemory::kWritten, 16);
+        w.wrote(place, 16);
         if (copy.source == nullptr) {
           memset(w.shared->bytes.data() + place, 0, 16);
         } else {

@@ -111,6 +111,8 @@ class Parser {
         Text line = cut(body, "\n").substr(5);
         file_ = static_cast<int>(integer(cut(line, " \t")));
         line_ = static_cast<int>(integer(cut(line, " \t,")));
+      } else if (body.front() == '{' || body.front() == '}') {
+        body = body.substr(1);  // of registers that one statement declares for itself
       } else if (body.front() == '$') {
         labels_[cut(body, ":")] = static_cast<int>(program_.code.size());
       } else {
@@ -124,7 +126,12 @@ class Parser {
     if (statement.substr(0, 5) == ".reg ") {
       statement = trim(statement.substr(5));
       const int bytes = type_bytes(cut(statement, " \t").substr(1));
-      register_bytes_[statement.substr(0, statement.find('<'))] = bytes;
+      const size_t count = statement.find('<');
+      if (count == Text::npos) {
+        slots_[trim(statement)] = reserve(bytes);
+      } else {
+        register_bytes_[statement.substr(0, count)] = bytes;
+      }
       return;
     }
     if (statement.substr(0, 7) == ".pragma") return;
@@ -153,7 +160,8 @@ class Parser {
     } else {
       read_operands(name, trim(statement), &instruction);
     }
-    program_.code.push_back(instruction);
+    program_.async_proxy = program_.async_proxy || name.compare(0, 6, "wgmma.") == 0;
+    program_.code.push_back(std::move(instruction));
   }
 
   // A move that takes a register apart or puts it together.
@@ -163,7 +171,8 @@ class Parser {
     const Text type = Text(name).substr(name.rfind('.') + 1);
     instruction->bytes = type_bytes(type);
     const bool results = name.compare(0, 2, "st") != 0 && name.compare(0, 3, "cp.") != 0 &&
-                         name.compare(0, 4, "bar.") != 0 && name != "ret";
+                         name.compare(0, 4, "bar.") != 0 && name.compare(0, 6, "fence.") != 0 &&
+                         name.compare(0, 10, "wgmma.wait") != 0 && name != "ret";
     int number = 0, addresses = 0;
     while (!(operands = trim(operands)).empty()) {
       const bool output = results && number == 0;
@@ -203,13 +212,11 @@ class Parser {
     const Slot slot = operand.front() == '%' ? slot_of(operand) : constant(operand, bytes, instruction->text);
     const auto wide = operand.front() == '%' ? width(operand) : static_cast<uint8_t>(bytes);
     if (output) {
-      instruction->out_bytes = instruction->outputs == 0 ? wide : instruction->out_bytes;
-      if (instruction->outputs == 4) throw Fault("five results: " + std::string(instruction->text));
-      instruction->out[instruction->outputs++] = slot;
+      if (instruction->out.empty()) instruction->out_bytes = wide;
+      instruction->out.push_back(slot);
     } else {
-      if (instruction->inputs == 10) throw Fault("too many operands: " + std::string(instruction->text));
-      instruction->in_bytes[instruction->inputs] = wide;
-      instruction->in[instruction->inputs++] = slot;
+      instruction->in_bytes.push_back(wide);
+      instruction->in.push_back(slot);
     }
   }
 
@@ -283,6 +290,7 @@ const Operations& operations() {
     add_conversions(made);
     add_memory(made);
     add_collectives(made);
+    add_warpgroups(made);
     return made;
   }();
   return all;

@@ -39,13 +39,11 @@ struct Instruction {
   Kind kind = Kind::kPlain;
   bool unless = false;   // the predicate is negated
   bool guarded = false;  // there is a predicate
-  uint8_t outputs = 0, inputs = 0;
-  uint8_t out_bytes = 0;      // a lane, of the first output
-  uint8_t in_bytes[10] = {};  // and of each input
+  std::vector<Slot> out, in;
+  std::vector<uint8_t> in_bytes;  // a lane, of each input
+  uint8_t out_bytes = 0;          // of the first output
   Execute execute = nullptr;
   Slot predicate = 0;
-  Slot out[4] = {};
-  Slot in[10] = {};
   int64_t offset[2] = {};  // of the addresses
   int target = -1;         // of a branch
   int bytes = 0;           // of an element in memory
@@ -66,6 +64,7 @@ struct Program {
   std::vector<Constant> constants;
   size_t register_bytes = 0;
   Slot thread = 0, block_x = 0, block_y = 0;
+  bool async_proxy = false;  // some instruction reads shared memory by itself
   int max_threads = 0;
   int parameter_bytes = 0;
   std::vector<std::string> files;  // by number

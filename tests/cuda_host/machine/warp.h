@@ -18,12 +18,26 @@ struct Copy {
 };
 
 struct SharedMemory {
-  enum State : uint8_t { kUnwritten, kWritten, kInFlight };
+  // kFenced: written, and for what reads shared memory by itself (the asynchronous proxy) too.
+  enum State : uint8_t { kUnwritten, kWritten, kFenced, kInFlight };
   std::vector<uint8_t> bytes;
   std::vector<uint8_t> state;
+  std::vector<uint8_t> readers;  // products on their way that read the byte
 
+  void start(size_t size);
   // The place of an access, which must be aligned, inside, and not in flight; for reads, written.
   uint8_t* at(uint32_t address, int size, bool write);
+};
+
+// A warp's part of a warpgroup's product that nobody has waited for.
+struct Product {
+  const Instruction* instruction;
+  uint64_t descriptor;
+  bool adds;  // to what is in the registers
+};
+
+struct Bytes {
+  uint32_t first, count;  // of shared memory
 };
 
 struct Warp {
@@ -39,10 +53,17 @@ struct Warp {
   Toucher self;                           // as global memory knows it
   std::array<std::vector<Copy>, kLanes> open;
   std::array<std::deque<std::vector<Copy>>, kLanes> groups;
+  std::vector<Bytes> written;  // since the last fence of the asynchronous proxy
+  bool registers_fenced = false;
+  std::vector<Product> products;
+  std::deque<std::vector<Product>> product_groups;
 
   template <class T>
   T* lanes(Slot slot) {
     return reinterpret_cast<T*>(registers.get() + slot);
+  }
+  void wrote(uint32_t first, uint32_t count) {
+    if (program->async_proxy) written.push_back({first, count});
   }
   uint32_t& bits(Slot slot) { return *lanes<uint32_t>(slot); }
 };
