@@ -32,6 +32,7 @@ if ! device=$(nvidia-smi --query-gpu=name,driver_version --format=csv,noheader 2
 fi
 name=${device%%,*}
 driver=${device##*, }
+hopper=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1 | grep -c '^9\.')
 commit=${COMMIT:-$(git rev-parse HEAD 2>/dev/null || echo unknown)}
 [ -z "$(git status --porcelain 2>/dev/null)" ] || commit=$commit+changes
 file=${1:-docs/results/$(date -u +%Y-%m-%d)-$(tr -cs 'A-Za-z0-9' '-' <<<"$name" | sed 's/-*$//').json}
@@ -114,6 +115,10 @@ step import 60 env -C / "$PYTHON" -c \
 
 # What there is: tests/cuda_host/device builds a program of every test.
 programs=$(cd "$DEVICE_TESTS" 2>/dev/null && ls -d device_test_* 2>/dev/null | grep -v '\.')
+if [ "$hopper" = 0 ] && [[ $programs == *device_test_wgmma* ]]; then
+  not_run device.test_wgmma "no Hopper GPU"
+  programs=$(grep -v '^device_test_wgmma$' <<<"$programs")
+fi
 [ -n "$programs" ] || { echo "gpu_suite: no device tests in $DEVICE_TESTS" >&2; exit 2; }
 
 if [[ $PARTS == *tests* ]]; then
@@ -140,6 +145,8 @@ if [[ $PARTS == *benchmarks* ]]; then
   others=$(env -C / "$PYTHON" -c \
     'import sys; from dsv4 import bench; print(*sorted(bench.families().keys() - sys.argv[1:]))' \
     "${attention[@]}" "${weights[@]}")
+  # Hopper's own kernels, which must be asked for: beside the same in the part `weights`.
+  [ "$hopper" = 0 ] || DSV4_MAX_ISA=sm90 bench hopper 40 --op={fp8_linear,grouped_linear,fp4_linear} --context={256,2048,8192}
   bench rows 90 $(printf -- '--op=%s ' $others) "${both[@]}" --context={1,64,4096}
 fi
 

@@ -5,8 +5,8 @@ caught. Prints the table of docs/investigations/planted_faults.md.
 
 faults.json lists them: the op, what is wrong, the file, the text to find (it occurs there once; tests/policy checks
 that), what replaces it, further such pairs ("also") where one change makes no fault, and the test that must fail: a
-native program, or a file for pytest. What the implementations share, a native program that compares them cannot see;
-the Python test knows the definition.
+native program (ptx_...: with nvcc), or a file for pytest. What the implementations share, a native program that
+compares them cannot see; the Python test knows the definition.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def run(
 class Copy:
     """A copy of the sources with a build of its own."""
 
-    def __init__(self, folder: Path, jobs: int):
+    def __init__(self, folder: Path, jobs: int, cuda: bool):
         self.folder, self.jobs = folder, jobs
         for name in SOURCES:
             source = ROOT / name
@@ -62,7 +62,8 @@ class Copy:
                 shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__", "data"))
             else:
                 shutil.copy(source, folder / name)
-        options = ["-DDSV4_NATIVE=ON", "-DDSV4_CUDA=OFF", f"-DPython_EXECUTABLE={sys.executable}"]
+        options = ["-DDSV4_NATIVE=ON", f"-DDSV4_CUDA={'ON' if cuda else 'OFF'}"]
+        options += [f"-DPython_EXECUTABLE={sys.executable}"]
         self._must(["cmake", "-S", ".", "-B", "build", "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release", *options])
 
     def _must(self, command: list[str]) -> None:
@@ -108,7 +109,7 @@ def main() -> int:
         parser.error(f"no faults of {', '.join(arguments.op)} in {LIST.name}")
     rows, escaped = ["| op | fault | caught by |", "|---|---|---|"], 0
     with tempfile.TemporaryDirectory(prefix="dsv4-faults-") as folder:
-        copy = Copy(Path(folder), arguments.jobs)
+        copy = Copy(Path(folder), arguments.jobs, cuda=any(fault["test"].startswith("ptx_") for fault in faults))
         for program in dict.fromkeys(fault["test"] for fault in faults):
             copy.build(program)
             if failed := copy.failures(program):

@@ -21,6 +21,6 @@ def test_fault_can_be_planted(fault: dict[str, Any]) -> None:
     specification.loader.exec_module(plant)
     assert plant.planted((ROOT / fault["file"]).read_text(), fault) != (ROOT / fault["file"]).read_text()
     test = fault["test"]
-    native = test.removeprefix("cuda_host_")
+    native = test.removeprefix("cuda_host_").removeprefix("ptx_")
     folder = "cuda_host" if native != test else "native"
     assert (ROOT / (test if test.endswith(".py") else f"tests/{folder}/{native}.cpp")).is_file()

@@ -14,7 +14,7 @@ from repository import ROOT
 import dsv4
 from dsv4 import bench
 
-NVIDIA_SMI = 'echo "Fake GPU, 580.1"'
+NVIDIA_SMI = 'case "$*" in *compute_cap*) echo "${CAPABILITY:-8.9}" ;; *) echo "Fake GPU, 580.1" ;; esac'
 # Writes down what the suite runs, and a result for every file that a benchmark was to write. Code on the command line
 # is the suite's own.
 PYTHON = """
@@ -101,8 +101,22 @@ def test_what_is_measured(suite: Suite) -> None:
     weights = next(call for call in calls if "--op=moe_experts" in call)
     contexts = [int(word.removeprefix("--context=")) for word in weights if word.startswith("--context=")]
     assert contexts == [1, 8, 64, 256, 2048, 8192]
+
+    suite.run(CAPABILITY="9.0", PARTS="benchmarks")
+    again = [word.removeprefix("--op=") for call in suite.calls()[len(calls) :] for word in call if "--op=" in word]
+    hopper = ["fp4_linear", "fp8_linear", "grouped_linear"]
+    assert sorted(again) == sorted([*bench.families(), *hopper])
     files = [word for call in calls if "pytest" in call for word in call if word.endswith(".py")]
     assert len(files) >= 7 and all((ROOT / file).is_file() for file in files)
+
+
+def test_what_only_hopper_has(suite: Suite) -> None:
+    for name in ("ptx", "wgmma"):
+        suite.device_test(name, "3 cases passed, 0 parts not run")
+    for capability, result in (("9.0", "passed"), ("8.0", "not run"), ("10.0", "not run")):
+        assert suite.run(CAPABILITY=capability, PARTS="tests").returncode == 0
+        found = {step["step"]: step["result"] for step in json.loads(suite.record_file.read_text())["steps"]}
+        assert (found["device.test_ptx"], found["device.test_wgmma"]) == ("passed", result)
 
 
 def test_failures_are_kept(suite: Suite) -> None:

@@ -4,8 +4,8 @@
 //
 // Weights are turned into bfloat16 in registers, where a warpgroup's product takes its left operand from; activations
 // come from shared memory, in the order of the product's steps (InputOrder::kSteps), 64 inputs a row of 128 bytes with
-// the swizzle that the product asks for. cp.async fills stages ahead of their use, with one barrier a block. The next
-// unit's codes are expanded while the product of the last two steps runs. For 128 x 128 x 128 the tensor cores need
+// the swizzle that the product asks for. cp.async fills stages ahead of their use, with one barrier a block. Codes are
+// expanded while the products of the steps before run. For 128 x 128 x 128 the tensor cores need
 // 1,024 clocks; 85 FLOP a byte from L2 with FP8 weights.
 #pragma once
 
@@ -94,31 +94,31 @@ class GroupTile {
 
   DSV4_DEVICE uint32_t stage(int slot) const { return start_ + static_cast<uint32_t>(slot * Shape::kBlockBytes); }
 
-  // A block: of each unit two steps of 16 inputs, one group on its way while the next one's weights are expanded.
+  // A block: of each unit two steps of 16 inputs. The operands of a product must not change before it is waited for, so
+  // that each has registers of its own.
   DSV4_DEVICE void multiply(uint32_t block, const TileScales<kForm, 1>& scales) {
     const uint64_t tokens = ptx::wgmma_matrix(block + Shape::kWeightBytes);
     Unit unit[2];
-    uint32_t a[2][2][4];  // of two groups
     DSV4_UNROLL
     for (int n = 0; n < kBlockUnits; ++n) {
+      uint32_t a[2][4];
       DSV4_UNROLL
       for (int i = 0; i < 2; ++i) {
         const uint32_t rows = block + static_cast<uint32_t>((first_row_ + 8 * i) * Unit::kRowBytes);
-        unit[i].load(rows, lane_ / 4, lane_ % 4, n / kUnits, n % kUnits, false);
         uint32_t pair[4];
+        unit[i].load(rows, lane_ / 4, lane_ % 4, n / kUnits, n % kUnits, false);
         unit[i].pairs(n % kUnits, 0, scales.factor[i], pair);
-        if (i == 0 && n > 1) ptx::wgmma_wait<1>();  // the registers of the group before the last are free
         DSV4_UNROLL
-        for (int j = 0; j < 4; ++j) a[n % 2][j / 2][j % 2 * 2 + i] = pair[j];
+        for (int j = 0; j < 4; ++j) a[j / 2][j % 2 * 2 + i] = pair[j];
       }
       ptx::wgmma_fence();
       DSV4_UNROLL
       for (int step = 0; step < 2; ++step) {
         const uint32_t at = static_cast<uint32_t>(n / kUnits * Shape::kHalfBytes + n % kUnits * 64 + step * 32);
-        ptx::wgmma_m64n128k16(product_, a[n % 2][step], ptx::wgmma_moved(tokens, at), n > 0 || step > 0);
+        ptx::wgmma_m64n128k16(product_, a[step], ptx::wgmma_moved(tokens, at), n > 0 || step > 0);
       }
-      ptx::wgmma_commit();
     }
+    ptx::wgmma_commit();
     ptx::wgmma_wait<0>();
   }
 

@@ -158,6 +158,7 @@ class Block {
         switch (i.kind) {
           case Kind::kPlain:
             if (lanes != 0) i.execute(w, i, lanes);
+            if (i.writes_operands) w.registers_fenced = false;
             break;
           case Kind::kBranch:
             if (lanes == active) {

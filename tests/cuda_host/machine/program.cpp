@@ -3,6 +3,7 @@
 #include <cstring>
 #include <map>
 #include <unordered_map>
+#include <unordered_set>
 
 #include "instructions.h"
 
@@ -67,6 +68,7 @@ class Parser {
       return !i.guarded && (i.kind == Kind::kExit || i.kind == Kind::kBranch);
     };
     if (program_.code.empty() || !leaves(program_.code.back())) throw Fault("runs past its end");
+    mark_operands();
     return std::move(program_);
   }
 
@@ -160,12 +162,31 @@ class Parser {
     } else {
       read_operands(name, trim(statement), &instruction);
     }
+    for (const char* kind :
+         {"bar.", "cp.async.commit", "cp.async.wait", "fence.", "wgmma.fence", "wgmma.commit", "wgmma.wait"}) {
+      instruction.synchronises = instruction.synchronises || name.compare(0, strlen(kind), kind) == 0;
+    }
     program_.async_proxy = program_.async_proxy || name.compare(0, 6, "wgmma.") == 0;
     program_.code.push_back(std::move(instruction));
   }
 
   // A move that takes a register apart or puts it together.
   static std::string pieces(Text operands) { return operands.front() == '{' ? ".split" : ".join"; }
+
+  // What writes a register that a product of warpgroups takes must be fenced from it.
+  void mark_operands() {
+    std::unordered_set<Slot> operands;
+    for (const Instruction& i : program_.code) {
+      if (!is_product(i)) continue;
+      operands.insert(i.out.begin(), i.out.end());
+      operands.insert(i.in.begin(), i.in.begin() + 4);
+    }
+    for (Instruction& i : program_.code) {
+      for (const Slot slot : i.out)
+        i.writes_operands = i.writes_operands || (!is_product(i) && operands.count(slot) != 0);
+    }
+  }
+  static bool is_product(const Instruction& i) { return i.text.substr(0, 14) == "wgmma.mma_asyn"; }
 
   void read_operands(const std::string& name, Text operands, Instruction* instruction) {
     const Text type = Text(name).substr(name.rfind('.') + 1);

@@ -42,6 +42,8 @@ struct Instruction {
   std::vector<Slot> out, in;
   std::vector<uint8_t> in_bytes;  // a lane, of each input
   uint8_t out_bytes = 0;          // of the first output
+  bool synchronises = false;      // a barrier, a fence, a wait, or what they count
+  bool writes_operands = false;   // of a product of warpgroups
   Execute execute = nullptr;
   Slot predicate = 0;
   int64_t offset[2] = {};  // of the addresses

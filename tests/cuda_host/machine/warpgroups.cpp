@@ -119,7 +119,6 @@ void wait(Warp& w, const Instruction& i, uint32_t) {
     for (const Product& product : w.product_groups.front()) finish(w, product);
     w.product_groups.pop_front();
   }
-  w.registers_fenced = false;
 }
 
 }  // namespace
