@@ -1,5 +1,5 @@
 """A CUDA device for machines without one: tensors that say they are on "cuda" and lie in host memory, and the package's
-own CUDA kernels on the host model of a GPU (tests/cuda_host).
+own CUDA kernels, as the PTX that nvcc made of them on a machine for it, or as C++ on the host model (tests/cuda_host).
 
 Within `with CudaOnHost() as device:` the usual calls work, `dsv4.load(path, device="cuda")` first. What torch itself
 computes, it computes on the CPU; the ops of dsv4 reach the kernels that a GPU would run, chosen by the same list, or
@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dsv4 import _library
 from dsv4.ops import _registry
 
-LIBRARY = "libdsv4_cuda_host_model.so"
+MACHINE, HOST_MODEL = "libdsv4_cuda_machine.so", "libdsv4_cuda_host_model.so"  # the first: built where there is nvcc
 _ROOT = Path(__file__).parents[2]
 _KEY = torch._C.DispatchKey.PrivateUse1  # where the library registers its kernels
 _DEVICE = torch.device("cuda", 0)
@@ -35,9 +35,11 @@ _ANY_DEVICE = (aten.copy_, aten._to_copy, aten.index, aten.index_put, aten.index
 
 
 def library() -> Path | None:
-    """The newest one built; None where there is none."""
-    found = [path for folder in ("build", "build/make") if (path := _ROOT / folder / "lib" / LIBRARY).is_file()]
-    return max(found, key=lambda path: path.stat().st_mtime, default=None)
+    """The machine of the newest build, else its host model; None where nothing is built."""
+    built = [folder for name in ("build", "build/make") if (folder := _ROOT / name / "lib" / HOST_MODEL).is_file()]
+    newest = max(built, key=lambda path: path.stat().st_mtime, default=None)
+    machine = newest.with_name(MACHINE) if newest else None
+    return machine if machine and machine.is_file() else newest
 
 
 class DeviceTensor(Tensor):
@@ -87,7 +89,7 @@ class CudaOnHost(TorchDispatchMode):
         self.references: Counter[str] = Counter()
         path = library()
         if path is None:
-            raise RuntimeError(f"{LIBRARY} is not built: configure with -DDSV4_NATIVE=ON")
+            raise RuntimeError(f"{HOST_MODEL} is not built: configure with -DDSV4_NATIVE=ON")
         torch.ops.load_library(path)
         self._patches: list[Any] = []
 
@@ -201,7 +203,9 @@ class Gpu(TorchDispatchMode):
 Device = Gpu | CudaOnHost
 GPU = torch.cuda.is_available()
 NO_DEVICE = not GPU and library() is None
-WHY_NOT = f"not run: no CUDA device, and {LIBRARY} is not built (DSV4_NATIVE=ON)"
+WHY_NOT = f"not run: no CUDA device, and {HOST_MODEL} is not built (DSV4_NATIVE=ON)"
+# Tensor cores cut off where the host model rounds; the machine does as they do.
+CUTS_OFF = GPU or (library() or Path()).name == MACHINE
 
 
 def cuda_device() -> Device:

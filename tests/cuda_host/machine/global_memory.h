@@ -27,6 +27,9 @@ class GlobalMemory {
   // Blocks of the launch are numbered from the returned number on.
   uint32_t start_launch(uint32_t blocks);
 
+  // From now on what is in no allocation may be memory of the host, in which alignment alone is checked.
+  void trust_the_host() { trusts_host_ = true; }
+
   // The checked place; throws Fault.
   uint8_t* at(uint64_t address, int size, bool write, const Toucher& who);
 
@@ -53,6 +56,7 @@ class GlobalMemory {
   std::map<uint64_t, Allocation> allocations_;  // by start
   Allocation* last_ = nullptr;
   uint32_t launch_ = 1, next_ = 1;
+  bool trusts_host_ = false;
 };
 
 }  // namespace dsv4::machine

@@ -161,6 +161,8 @@ void leave_out(const std::string& kernel, int number) {
   device().left_out = number;
 }
 
+void trust_the_host() { device().memory.trust_the_host(); }
+
 std::string take_fault() { return std::exchange(device().fault, ""); }
 
 }  // namespace dsv4::machine
