@@ -221,7 +221,7 @@ Context Check::context(const Tensor& on) const {
 #if defined(DSV4_HOST_MODEL)
   (void)on;
   context.device = Device::kCuda;
-  context.best = limited(Isa::kSm80);
+  context.best = limited(Isa::kSm90);
 #elif defined(DSV4_TORCH_CUDA)
   context.device = Device::kCuda;
   context.device_index = on.get_device_index();

@@ -15,7 +15,7 @@ void append(std::string& list, const char* name) { list += (list.empty() ? "" : 
 std::string library_info() {
 #if defined(DSV4_HOST_MODEL)
   const int devices = 1;
-  const Isa isa = Isa::kSm80;
+  const Isa isa = Isa::kSm90;
 #elif defined(DSV4_TORCH_CUDA)
   const int devices = cuda_device_count();
   Isa isa = Isa::kScalar;

@@ -115,10 +115,10 @@ class CudaOnHost(TorchDispatchMode):
                 self._patches.pop().stop()
 
     @staticmethod
-    def calls() -> dict[str, int]:
+    def calls(implementation: str = "sm80") -> dict[str, int]:
         """{op: times its CUDA kernel ran in this process}."""
         report = json.loads(torch.ops.dsv4._host_model_library())
-        return {op: entry["calls"].get("sm80", 0) for op, entry in report["ops"].items()}
+        return {op: entry["calls"].get(implementation, 0) for op, entry in report["ops"].items()}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -188,8 +188,8 @@ class Gpu(TorchDispatchMode):
         self.references: Counter[str] = Counter()
 
     @staticmethod
-    def calls() -> dict[str, int]:
-        return {op: by_name.get("sm80", 0) for op, by_name in _library.calls("cuda").items()}
+    def calls(implementation: str = "sm80") -> dict[str, int]:
+        return {op: by_name.get(implementation, 0) for op, by_name in _library.calls("cuda").items()}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -205,7 +205,9 @@ GPU = torch.cuda.is_available()
 NO_DEVICE = not GPU and library() is None
 WHY_NOT = f"not run: no CUDA device, and {HOST_MODEL} is not built (DSV4_NATIVE=ON)"
 # Tensor cores cut off where the host model rounds; the machine does as they do.
-CUTS_OFF = GPU or (library() or Path()).name == MACHINE
+PLAYED_BY_MACHINE = not GPU and (library() or Path()).name == MACHINE
+CUTS_OFF = GPU or PLAYED_BY_MACHINE
+HOPPER = PLAYED_BY_MACHINE or (GPU and torch.cuda.get_device_capability()[0] == 9)
 
 
 def cuda_device() -> Device:

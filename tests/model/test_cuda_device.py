@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from cuda_cases import DTYPES, attention_case, on_device
-from cuda_device import GPU, NO_DEVICE, WHY_NOT, Device, DeviceTensor, cuda_device
+from cuda_device import GPU, HOPPER, NO_DEVICE, WHY_NOT, Device, DeviceTensor, cuda_device
 from golden import ROOT, Run, attention_calls, attention_errors, feed, feed_forward_errors, rel_rms, runs, tensors
 from golden import model as cpu_model
 from torch import Tensor
@@ -21,6 +21,7 @@ from dsv4.checkpoint.loader import BUNDLED
 from dsv4.generation.tokenizer import Tokenizer
 from dsv4.nn import Rows
 from dsv4.testing import assert_same_bits
+from dsv4.testing.checks import max_isa
 
 pytestmark = pytest.mark.skipif(NO_DEVICE, reason=WHY_NOT)
 of_the_played_device = pytest.mark.skipif(GPU, reason="not run: of the device that the host plays alone")
@@ -131,6 +132,32 @@ def test_off_bfloat16(device: Device) -> None:
         errors = rel_rms(feed(model, run.ids, steps(run)).cpu(), tensors(run.case, "expected_fp32")["full.logits"])
         assert errors.median() <= 0.015 and (errors <= 0.05).float().mean() >= 0.90
     assert set(device.references) == {"_grouped_linear_reference"}
+
+
+@pytest.mark.skipif(not HOPPER, reason="not run: no Hopper GPU, and no nvcc for the PTX of its kernels")
+@pytest.mark.parametrize("name", ["fp8_linear", "fp4_linear", "grouped_linear"])
+def test_hopper_where_it_is_asked_for(name: str, device: Device) -> None:
+    """Many tokens, by warpgroups: what the sm80 kernels and the CPU's compute."""
+    generator = torch.Generator().manual_seed(9)
+    tokens, inputs, groups = 70, 256, 2 if name == "grouped_linear" else 1
+    x = torch.randn(tokens, groups, inputs, generator=generator).bfloat16()
+    fp4 = name == "fp4_linear"
+    codes = torch.randint(126, (8192 * groups, inputs // (1 + fp4)), generator=generator, dtype=torch.uint8)
+    scales = torch.randint(
+        118, 124, (8192 if fp4 else 64 * groups, inputs // (32 if fp4 else 128)), generator=generator, dtype=torch.uint8
+    )
+    weight = codes if fp4 else codes.view(torch.float8_e4m3fn)
+    arguments = (x if groups > 1 else x[:, 0], weight, scales.view(torch.float8_e8m0fnu))
+    op = getattr(dsv4.ops, name)
+    there = [value.to("cuda") for value in arguments]
+    before = device.calls("sm90")[name]
+    by_default = op(*there).cpu()
+    assert device.calls("sm90")[name] == before
+    with max_isa("sm90"):
+        asked = op(*there).cpu()
+    assert device.calls("sm90")[name] == before + 1
+    for other in (by_default, op(*arguments)):
+        assert rel_rms(asked.float(), other.float()).max() <= 5e-3
 
 
 @pytest.mark.parametrize("rotate", [False, True])
