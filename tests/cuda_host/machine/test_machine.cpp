@@ -366,6 +366,45 @@ TEST(tensor_cores_cut_off) {
   CHECK(std::isnan(product("0x7F807F80", "0x00000000", "0x3F803F80", 0.0f)));
 }
 
+// Of a matrix of ones [8, 16] in shared memory, times rows of threes, in the steps of a kernel.
+TEST(products_of_warpgroups) {
+  const std::string fill =
+      "shl.b32 %r10, %r0, 4;\nadd.s32 %r3, %r2, %r10;\nmov.u32 %r11, 0x3F803F80;\n"
+      "st.shared.v4.b32 [%r3], {%r11, %r11, %r11, %r11};\n";
+  const std::string visible = "fence.proxy.async.shared::cta;\nbar.sync 0;\n";
+  // Start 1024 (>> 4), eight rows of 1024 bytes apart, swizzled by 128 bytes.
+  std::string operands = "mov.u64 %rd9, 0x4000004000000040;\n";
+  for (int r = 20; r < 24; ++r) operands += "mov.u32 %r" + std::to_string(r) + ", 0x40404040;\n";
+  for (int r = 20; r < 24; ++r) operands += "mov.f32 %f" + std::to_string(r) + ", 0f3F000000;\n";
+  const std::string fence = "wgmma.fence.sync.aligned;\n";
+  const std::string start =
+      "{ .reg .pred %adds; setp.ne.b32 %adds, 1, 0; wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 "
+      "{%f20, %f21, %f22, %f23}, {%r20, %r21, %r22, %r23}, %rd9, %adds, 1, 1, 0; }\n";
+  const std::string commit = "wgmma.commit_group.sync.aligned;\n", wait = "wgmma.wait_group.sync.aligned 0;\n";
+  const std::string out = kMine + "st.global.f32 [%rd4], %f23;\n";
+  Shape group;
+  group.threads = 128;
+  const auto value = [&](const std::string& body) {
+    std::vector<uint32_t> words;
+    const std::string fault = run_kernel(kernel(body), group, std::vector<uint32_t>(1024), &words);
+    CHECK_MESSAGE(fault.empty(), fault);
+    float first = 0;
+    if (!words.empty()) memcpy(&first, words.data(), sizeof(first));
+    return first;
+  };
+  CHECK(value(fill + visible + operands + fence + start + commit + wait + out) == 48.5f);
+  CHECK(value(fill + visible + operands + fence + start + commit + out + wait) == 0.5f);  // not there yet
+  CHECK(value(fill + visible + operands + fence + start + wait + out) == 0.5f);           // in no group
+  check_fault("a fence of its registers", fill + visible + operands + start + commit + wait, group);
+  check_fault("a fence of its registers", fill + visible + fence + operands + start + commit + wait, group);
+  check_fault("is not fenced", fill + "bar.sync 0;\n" + operands + fence + start + commit + wait, group);
+  check_fault("is not fenced", visible + operands + fence + start + commit + wait, group);
+  check_fault("still reads", fill + visible + operands + fence + start + commit + fill + wait, group);
+  check_sound(fill + visible + operands + fence + start + commit + wait + "bar.sync 0;\n" + fill, group);
+  check_fault("is not swizzled by 128 bytes",
+              fill + visible + operands + "mov.u64 %rd9, 0x8000004000000040;\n" + fence + start + commit + wait, group);
+}
+
 TEST(what_a_machine_cannot_run_is_named) {
   check_fault("unknown instruction: frobnicate.u32 %r3, %r0", "frobnicate.u32 %r3, %r0;");
   check_fault("unknown register %q1", "mov.u32 %r3, %q1;");
