@@ -147,6 +147,7 @@ if [[ $PARTS == *benchmarks* ]]; then
     "${attention[@]}" "${weights[@]}")
   # Hopper's own kernels, which must be asked for: beside the same in the part `weights`.
   [ "$hopper" = 0 ] || DSV4_MAX_ISA=sm90 bench hopper 40 --op={fp8_linear,grouped_linear,fp4_linear} --context={256,2048,8192}
+  [ "$hopper" = 0 ] || DSV4_MAX_ISA=sm90 bench hopper_index 40 --op=index_topk
   bench rows 90 $(printf -- '--op=%s ' $others) "${both[@]}" --context={1,64,4096}
 fi
 

@@ -3,6 +3,7 @@
 #include "cpu/index.h"
 #include "cuda/sm80/index.h"
 #include "cuda/sm80/index_query.h"
+#include "cuda/sm90/index.h"
 #include "ops/candidates.h"
 #include "ops/pool_checks.h"
 
@@ -41,6 +42,7 @@ Status validate(const IndexQueryParams& p) {
 }
 
 constexpr Candidate<IndexTopkParams> kIndexTopk[] = {
+    {"sm90", Isa::kSm90, DSV4_SM90(sm90::index_topk), DSV4_SM90(sm90::scores_by_warpgroups)},
     {"sm80", Isa::kSm80, DSV4_SM80(sm80::index_topk)},
     {"amx", Isa::kAmx, DSV4_AMX(amx::index_topk), in_bf16},
     {"avx512", Isa::kAvx512, DSV4_AVX512(avx512::index_topk), whole_steps},

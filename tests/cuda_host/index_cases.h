@@ -11,6 +11,7 @@
 #include "buffer.h"
 #include "common/pages.h"
 #include "cuda/sm80/index.h"
+#include "cuda/sm90/index.h"
 #include "ops/index_keys.h"
 
 namespace dsv4::testing {
@@ -232,7 +233,28 @@ struct IndexProblem {
     const int64_t needed = sm80::index_topk_workspace_bytes(p, cut);
     workspace = std::make_unique<DeviceBytes>(static_cast<size_t>(needed));
     p.workspace = {workspace->device(), needed};
-    const Status status = sm80::index_topk(p, cut, cuda_context());
+    const std::string fault = finish(sm80::index_topk(p, cut, cuda_context()));
+#if defined(DSV4_WITH_SM90)
+    if (!fault.empty() || !has_warpgroups() || !sm90::scores_by_warpgroups(p)) return fault;
+    // Hopper's kernel, once more: the same result to the bit, which is what the caller looks at.
+    std::vector<std::vector<int32_t>> before;
+    for (int64_t t = 0; t < c.tokens; ++t) {
+      before.push_back(chosen(t));
+      for (int64_t i = 0; i < c.k; ++i) result.at(t, i) = -7;
+    }
+    result.upload();
+    workspace = std::make_unique<DeviceBytes>(static_cast<size_t>(needed));
+    p.workspace = {workspace->device(), needed};
+    const std::string of_group = finish(sm90::index_topk(p, cut, cuda_context()));
+    if (!of_group.empty()) return "by warpgroups: " + of_group;
+    for (int64_t t = 0; t < c.tokens; ++t) {
+      if (chosen(t) != before[static_cast<size_t>(t)])
+        return "by warpgroups: another result in row " + std::to_string(t);
+    }
+#endif
+    return fault;
+  }
+  std::string finish(const Status& status) {
     if (!status.is_ok()) return status.message();
     if (!finish_device()) return "the kernel failed";
     result.download();

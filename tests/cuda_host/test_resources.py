@@ -50,6 +50,10 @@ CLAIMS = {
         ]
         for form in ("fp8", "fp4")
     },
+    "sm90_bf16_index_scores": [
+        *("HGMMA.64x64x16.F32.BF16", "WARPGROUP.DEPBAR", "FENCE.VIEW.ASYNC"),
+        *("LDSM.16.M88.4", "LDGSTS.E.BYPASS", "LDG.E.128", "BAR.SYNC"),
+    ],
     "f32_mhc_pre_backward_mix": ["LDGSTS.E.BYPASS", "LDS.128", "FFMA"],
     "f32_mhc_head_backward_mix": ["LDGSTS.E.BYPASS", "LDS.128", "FFMA"],
     "f32_mhc_pre_mix": ["LDGSTS.E.BYPASS", "LDS.128", "FFMA"],

@@ -20,11 +20,14 @@ import dsv4
 from dsv4.checkpoint.loader import BUNDLED
 from dsv4.generation.tokenizer import Tokenizer
 from dsv4.nn import Rows
+from dsv4.ops.layout import allocate_key_pages, write_keys
 from dsv4.testing import assert_same_bits
 from dsv4.testing.checks import max_isa
 
 pytestmark = pytest.mark.skipif(NO_DEVICE, reason=WHY_NOT)
 of_the_played_device = pytest.mark.skipif(GPU, reason="not run: of the device that the host plays alone")
+
+needs_hopper = pytest.mark.skipif(not HOPPER, reason="not run: no Hopper GPU, and no nvcc for its kernels' PTX")
 
 # What a step of a model with all kinds of layers runs.
 STEP_OPS = {
@@ -134,7 +137,7 @@ def test_off_bfloat16(device: Device) -> None:
     assert set(device.references) == {"_grouped_linear_reference"}
 
 
-@pytest.mark.skipif(not HOPPER, reason="not run: no Hopper GPU, and no nvcc for the PTX of its kernels")
+@needs_hopper
 @pytest.mark.parametrize("name", ["fp8_linear", "fp4_linear", "grouped_linear"])
 def test_hopper_where_it_is_asked_for(name: str, device: Device) -> None:
     """Many tokens, by warpgroups: what the sm80 kernels and the CPU's compute."""
@@ -158,6 +161,23 @@ def test_hopper_where_it_is_asked_for(name: str, device: Device) -> None:
     assert device.calls("sm90")[name] == before + 1
     for other in (by_default, op(*arguments)):
         assert rel_rms(asked.float(), other.float()).max() <= 5e-3
+
+
+@needs_hopper
+def test_hopper_chooses_the_same_entries(device: Device) -> None:
+    generator = torch.Generator().manual_seed(10)
+    query, weights = torch.randn(40, 64, 128, generator=generator), torch.randn(40, 64, generator=generator)
+    pages, where = allocate_key_pages(6, 64, 128, "fp4"), torch.arange(6 * 64)
+    write_keys(pages, torch.randn(6 * 64, 128, generator=generator).bfloat16(), where // 64, where % 64, 64)
+    table = torch.randperm(6, generator=generator).int().view(2, 3)
+    sequence, lengths = torch.arange(40).int() // 20, torch.randint(250, (40,), generator=generator).int()
+    arguments = (query.bfloat16(), weights, pages, table, sequence, lengths, 32, 64)
+    there = [value.to("cuda") if isinstance(value, Tensor) else value for value in arguments]
+    with max_isa("sm90"):
+        before = device.calls("sm90")["index_topk"]
+        asked = dsv4.ops.index_topk(*there).cpu()
+        assert device.calls("sm90")["index_topk"] == before + 1
+    assert torch.equal(asked, dsv4.ops.index_topk(*there).cpu()) and torch.equal(asked, dsv4.ops.index_topk(*arguments))
 
 
 @pytest.mark.parametrize("rotate", [False, True])

@@ -104,7 +104,7 @@ def test_what_is_measured(suite: Suite) -> None:
 
     suite.run(CAPABILITY="9.0", PARTS="benchmarks")
     again = [word.removeprefix("--op=") for call in suite.calls()[len(calls) :] for word in call if "--op=" in word]
-    hopper = ["fp4_linear", "fp8_linear", "grouped_linear"]
+    hopper = ["fp4_linear", "fp8_linear", "grouped_linear", "index_topk"]
     assert sorted(again) == sorted([*bench.families(), *hopper])
     files = [word for call in calls if "pytest" in call for word in call if word.endswith(".py")]
     assert len(files) >= 7 and all((ROOT / file).is_file() for file in files)

@@ -32,8 +32,23 @@ DSV4_DEVICE uint64_t wgmma_matrix(uint32_t address) {
 // The same, `bytes` further: a multiple of 32 within the rows, or whole matrices.
 DSV4_DEVICE uint64_t wgmma_moved(uint64_t matrix, uint32_t bytes) { return matrix + (bytes >> 4); }
 
-// d [64, 128] = a [64, 16] b [16, 128], added to d if `adds`: bfloat16 in, float32 out. Warp w of the group has rows
-// 16 w ... of a and d, as mma_m16n8k16 has them, d in sixteen fragments of eight columns.
+// d [64, n] = a [64, 16] b [16, n], added to d if `adds`: bfloat16 in, float32 out. Warp w of the group has rows
+// 16 w ... of a and d, as mma_m16n8k16 has them, d in fragments of eight columns.
+DSV4_DEVICE void wgmma_m64n64k16(float (&d)[8][4], const uint32_t (&a)[4], uint64_t b, bool adds) {
+  asm volatile(
+      "{ .reg .pred %%adds; setp.ne.b32 %%adds, %37, 0; "
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31 "
+      "}, {%32, %33, %34, %35}, %36, %%adds, 1, 1, 0; }"
+      : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]), "+f"(d[1][1]), "+f"(d[1][2]),
+        "+f"(d[1][3]), "+f"(d[2][0]), "+f"(d[2][1]), "+f"(d[2][2]), "+f"(d[2][3]), "+f"(d[3][0]), "+f"(d[3][1]),
+        "+f"(d[3][2]), "+f"(d[3][3]), "+f"(d[4][0]), "+f"(d[4][1]), "+f"(d[4][2]), "+f"(d[4][3]), "+f"(d[5][0]),
+        "+f"(d[5][1]), "+f"(d[5][2]), "+f"(d[5][3]), "+f"(d[6][0]), "+f"(d[6][1]), "+f"(d[6][2]), "+f"(d[6][3]),
+        "+f"(d[7][0]), "+f"(d[7][1]), "+f"(d[7][2]), "+f"(d[7][3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(adds ? 1 : 0));
+}
+
 DSV4_DEVICE void wgmma_m64n128k16(float (&d)[16][4], const uint32_t (&a)[4], uint64_t b, bool adds) {
   asm volatile(
       "{ .reg .pred %%adds; setp.ne.b32 %%adds, %69, 0; "

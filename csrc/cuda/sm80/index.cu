@@ -12,7 +12,7 @@
 
 namespace dsv4::sm80 {
 
-DSV4_KERNEL(kIndexThreads, 3) sm80_bf16_index_scores(const IndexArguments a) { index_scores(a); }
+DSV4_KERNEL(kIndexThreads, 3) sm80_bf16_index_scores(const IndexArguments a) { index_scores<IndexSums>(a); }
 DSV4_KERNEL(kIndexThreads, 3) sm80_bf16_index_scores_plain(const IndexArguments a) { index_scores_plainly<bf16>(a); }
 DSV4_KERNEL(kIndexThreads, 3) sm80_f32_index_scores_plain(const IndexArguments a) { index_scores_plainly<float>(a); }
 DSV4_KERNEL(kSelectThreads, 3) sm80_f32_index_select(const SelectArguments a) { index_select(a); }
@@ -61,15 +61,15 @@ int64_t candidate_bytes(const IndexTopkParams& p, const IndexCut& cut) {
   return ranges > 1 ? round_up(4 * cut.group_rows * ranges * p.k, 64) : 0;
 }
 
-Status launch_scores(const IndexArguments& a, const Context& context) {
+Status launch_scores(const IndexArguments& a, const IndexScoresKernel& by_tensor_cores, const Context& context) {
   const IndexTopkParams& p = a.params;
   const bool wide = p.query.dtype == DType::kFloat32;
   const bool tensor_cores = !wide && a.pool.format != IndexKeyFormat::kFloat32 && a.pool.dim <= kIndexMaxDim;
   cuda::LaunchShape shape;
   shape.blocks_x = a.tiles * ceil_div(a.end_row - a.first_row, tensor_cores ? a.rows_per_block : 1);
   shape.threads = kIndexThreads;
-  shape.shared_bytes = tensor_cores ? kIndexScoresSharedBytes : 0;
-  const auto kernel = tensor_cores ? sm80_bf16_index_scores
+  shape.shared_bytes = tensor_cores ? by_tensor_cores.shared_bytes : 0;
+  const auto kernel = tensor_cores ? by_tensor_cores.run
                       : wide       ? sm80_f32_index_scores_plain
                                    : sm80_bf16_index_scores_plain;
   return cuda::launch("index_topk", kernel, shape, context, a);
@@ -102,6 +102,12 @@ int64_t index_topk_workspace_bytes(const IndexTopkParams& p, const IndexCut& cut
 }
 
 Status index_topk(const IndexTopkParams& p, const IndexCut& cut, const Context& context) {
+  constexpr IndexScoresKernel kScores = {sm80_bf16_index_scores, kIndexScoresSharedBytes<IndexSums>};
+  return index_topk(p, cut, kScores, context);
+}
+
+Status index_topk(const IndexTopkParams& p, const IndexCut& cut, const IndexScoresKernel& by_tensor_cores,
+                  const Context& context) {
   const int64_t tokens = p.query.size(0), needed = index_topk_workspace_bytes(p, cut);
   if (p.workspace.bytes < needed) {
     return Status::error("index_topk: workspace has %lld bytes, needs %lld", static_cast<long long>(p.workspace.bytes),
@@ -131,7 +137,7 @@ Status index_topk(const IndexTopkParams& p, const IndexCut& cut, const Context& 
     const int64_t rows = clamp(tokens - first, 1, cut.group_rows);
     scores.first_row = select.first_row = first;
     scores.end_row = first + rows;
-    Status status = cut.entries > 0 ? launch_scores(scores, context) : Status::ok();
+    Status status = cut.entries > 0 ? launch_scores(scores, by_tensor_cores, context) : Status::ok();
     if (status.is_ok() && select.ranges > 1) {
       select.last = false;
       status = launch_select(select, rows, context);

@@ -16,9 +16,17 @@ struct IndexCut {
   int64_t range;       // entries of a first selection; at least `entries`: there is just one selection
 };
 
+// A kernel that scores by tensor cores, 128 threads a block.
+struct IndexArguments;
+struct IndexScoresKernel {
+  void (*run)(IndexArguments);
+  int shared_bytes;
+};
+
 IndexCut index_cut(const IndexTopkParams&);
 int64_t index_topk_workspace_bytes(const IndexTopkParams&, const IndexCut&);
 Status index_topk(const IndexTopkParams&, const IndexCut&, const Context&);
+Status index_topk(const IndexTopkParams&, const IndexCut&, const IndexScoresKernel&, const Context&);
 
 int64_t index_topk_workspace_bytes(const IndexTopkParams&);
 Status index_topk(const IndexTopkParams&, const Context&);

@@ -1,7 +1,8 @@
 // Scores of 128 entries of a sequence for a few rows. The keys lie in shared memory as bfloat16, decoded once for rows
-// that follow each other in one sequence; queries come in chunks of 32 heads, the next by cp.async while a chunk is
-// worked on. mma.sync multiplies 32 keys of a warp (m) by 32 heads (n); relu, weights and the sum over heads follow in
-// registers. A score is summed over dims and then over heads in an order that depends on their numbers alone.
+// that follow each other in one sequence; queries come in chunks of heads, the next by cp.async while a chunk is
+// worked on. Here mma.sync multiplies 32 keys of a warp (m) by the 32 heads of a chunk (n); cuda/sm90/index_scores.h
+// has Hopper's. Relu, weights and the sum over heads follow in registers. A score is summed over dims and then over
+// heads in an order that depends on their numbers alone.
 //
 // Scores leave as integers that order like them: 0 for what can never be chosen (NaN, not stored), else from 1 on.
 #pragma once
@@ -12,11 +13,13 @@ namespace dsv4::sm80 {
 
 inline constexpr int kIndexThreads = 128;
 inline constexpr int kIndexTile = 128;  // entries of a block
-inline constexpr int kIndexHeads = 32;  // of a chunk
 inline constexpr int kIndexMaxDim = 128;
 inline constexpr int kIndexRowBytes = kIndexMaxDim * 2;  // of a key or a head in shared memory
-inline constexpr int kIndexQueryBytes = kIndexHeads * kIndexRowBytes;
-inline constexpr int kIndexScoresSharedBytes = kIndexTile * (kIndexRowBytes + 4) + 2 * kIndexQueryBytes;
+
+// Of two chunks of heads, the keys and their scales.
+template <class Sums>
+inline constexpr int kIndexScoresSharedBytes =
+    Sums::kAlignment + 2 * Sums::kHeads * kIndexRowBytes + kIndexTile * (kIndexRowBytes + 4);
 
 struct IndexArguments {
   IndexTopkParams params;
@@ -50,7 +53,8 @@ DSV4_DEVICE uint32_t index_order(float score) {
 
 DSV4_DEVICE float index_relu(float value) { return value < 0.0f ? 0.0f : value; }  // NaN stays
 
-// A chunk of heads of a row that sees some of the tile.
+// A chunk of kHeads heads of a row that sees some of the tile.
+template <int kHeads>
 struct IndexStep {
   int64_t row;  // at or past the block's last: there is none
   int head;
@@ -66,7 +70,7 @@ struct IndexStep {
   }
 
   DSV4_DEVICE void advance(const IndexArguments& a, int64_t end, int64_t first) {
-    head += kIndexHeads;
+    head += kHeads;
     if (head < a.heads) return;
     ++row;
     seek(a, end, first);
@@ -78,16 +82,17 @@ DSV4_DEVICE uint32_t index_piece(uint32_t rows, int row, int piece) {
   return rows + static_cast<uint32_t>(row * kIndexRowBytes + (piece ^ (row & 7)) * 16);
 }
 
-// Starts copying a chunk of heads; heads past the last are zeros.
-DSV4_DEVICE void start_index_query(const IndexArguments& a, const IndexStep& step, uint32_t to) {
+// Starts copying a chunk of heads to where Sums looks for it; heads past the last are zeros.
+template <class Sums>
+DSV4_DEVICE void start_index_query(const IndexArguments& a, const IndexStep<Sums::kHeads>& step, uint32_t to) {
   const AnyView<3>& query = a.params.query;
   const bf16* rows = static_cast<const bf16*>(query.data) + step.row * query.stride[0];
   const int pieces = 4 * a.units;
-  for (int i = ptx::thread_index(); i < kIndexHeads * pieces; i += kIndexThreads) {
+  for (int i = ptx::thread_index(); i < Sums::kHeads * pieces; i += kIndexThreads) {
     const int head = i / pieces, piece = i % pieces;
     const bool exists = step.head + head < a.heads;
     const bf16* from = rows + (exists ? (step.head + head) * query.stride[1] : 0);
-    const uint32_t address = index_piece(to, head, piece);
+    const uint32_t address = Sums::query_piece(to, head, piece);
     if (a.vector_query) {
       ptx::cp_async_16(address, exists ? from + 8 * piece : static_cast<const bf16*>(query.data), exists ? 16 : 0);
       continue;
@@ -173,9 +178,51 @@ DSV4_DEVICE void stage_index_keys(const IndexArguments& a, int64_t sequence, int
   for (int piece = 0; piece < 4 * a.units; ++piece) store(piece, gather_index_key(pool, key, 8 * piece));
 }
 
+// Adds a chunk of heads to a thread's sums of keys [m, half]: of products d [m, n, 2 half + e] with heads 8 n + 2 (lane
+// % 4) + e, those times the key's scale, cut off below zero, times the head's weight.
+template <int kHeads>
+DSV4_DEVICE void add_index_heads(const IndexArguments& a, const IndexStep<kHeads>& step,
+                                 const float (&d)[2][kHeads / 8][4], const float (&scale)[2][2], float (&sum)[2][2]) {
+  const View<const float, 2>& weights = a.params.weights;
+  const float* weight = weights.data + step.row * weights.stride[0];
+  DSV4_UNROLL
+  for (int i = 0; i < kHeads / 4; ++i) {
+    const int n = i / 2, e = i % 2, head = step.head + n * 8 + ptx::thread_index() % 4 * 2 + e;
+    if (head >= a.heads) continue;  // its products are zero, but for a key that is not finite
+    const float w = weight[head];
+    DSV4_UNROLL
+    for (int m = 0; m < 2; ++m) {
+      DSV4_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        const float product = ptx::multiply(d[m][n][2 * half + e], scale[m][half]);
+        sum[m][half] = ptx::fma(w, index_relu(product), sum[m][half]);
+      }
+    }
+  }
+}
+
+// Joins four lanes' shares of an entry's score and writes it. All lanes take part.
+template <int kHeads>
+DSV4_DEVICE void write_index_score(const IndexArguments& a, const IndexStep<kHeads>& step, int64_t entry, float score,
+                                   float scale) {
+  score = ptx::add(score, ptx::shuffle_xor(score, 1));
+  score = ptx::add(score, ptx::shuffle_xor(score, 2));
+  uint32_t* scores = a.scores + (step.row - a.first_row) * a.entries;
+  if (ptx::thread_index() % 4 == 0 && entry < step.of.visible) scores[entry] = scale != scale ? 0 : index_order(score);
+}
+
 // A thread's share of the scores of its warp's 32 keys: keys 16 m + lane / 4 + 8 half, and of each 8 heads two.
 struct IndexSums {
+  static constexpr int kHeads = 32, kAlignment = 0;
+  using Step = IndexStep<kHeads>;
   float sum[2][2];
+
+  static DSV4_DEVICE uint32_t query_piece(uint32_t queries, int head, int piece) {
+    return index_piece(queries, head, piece);
+  }
+  // Of what this thread has written, before the barrier after which others multiply it.
+  static DSV4_DEVICE void show() {}
+  DSV4_DEVICE void take_keys(uint32_t) {}
 
   DSV4_DEVICE void clear() {
     DSV4_UNROLL
@@ -183,9 +230,10 @@ struct IndexSums {
   }
 
   // Adds a chunk of heads.
-  DSV4_DEVICE void add(const IndexArguments& a, const IndexStep& step, uint32_t keys, uint32_t scales,
+  DSV4_DEVICE void add(const IndexArguments& a, const Step& step, int64_t first, uint32_t keys, uint32_t scales,
                        uint32_t queries) {
     const int lane = ptx::thread_index() % 32, warp = ptx::thread_index() / 32;
+    if (first + warp * 32 >= step.of.visible) return;
     float d[2][4][4] = {};
     DSV4_UNROLL_IF(false)
     for (int unit = 0; unit < a.units; ++unit) {
@@ -205,83 +253,65 @@ struct IndexSums {
         }
       }
     }
-    const View<const float, 2>& weights = a.params.weights;
-    const float* weight = weights.data + step.row * weights.stride[0];
     float scale[2][2];
     DSV4_UNROLL
     for (int i = 0; i < 4; ++i) scale[i / 2][i % 2] = key_scale(scales, i / 2, i % 2);
-    DSV4_UNROLL
-    for (int i = 0; i < 8; ++i) {
-      const int n = i / 2, e = i % 2, head = step.head + n * 8 + lane % 4 * 2 + e;
-      if (head >= a.heads) continue;  // its products are zero, but for a key that is not finite
-      const float w = weight[head];
-      DSV4_UNROLL
-      for (int m = 0; m < 2; ++m) {
-        DSV4_UNROLL
-        for (int half = 0; half < 2; ++half) {
-          const float product = ptx::multiply(d[m][n][2 * half + e], scale[m][half]);
-          sum[m][half] = ptx::fma(w, index_relu(product), sum[m][half]);
-        }
-      }
-    }
+    add_index_heads(a, step, d, scale, sum);
   }
 
   // Joins the threads' shares and writes the scores of the row's entries.
-  DSV4_DEVICE void write(const IndexArguments& a, const IndexStep& step, int64_t first, uint32_t scales) const {
-    const int lane = ptx::thread_index() % 32, warp = ptx::thread_index() / 32;
-    uint32_t* scores = a.scores + (step.row - a.first_row) * a.entries;
+  DSV4_DEVICE void write(const IndexArguments& a, const Step& step, int64_t first, uint32_t scales) const {
+    const int warp = ptx::thread_index() / 32;
+    if (first + warp * 32 >= step.of.visible) return;
     DSV4_UNROLL
-    for (int m = 0; m < 2; ++m) {
-      DSV4_UNROLL
-      for (int half = 0; half < 2; ++half) {
-        float score = sum[m][half];
-        score = ptx::add(score, ptx::shuffle_xor(score, 1));
-        score = ptx::add(score, ptx::shuffle_xor(score, 2));
-        const float scale = key_scale(scales, m, half);
-        const int64_t entry = first + warp * 32 + m * 16 + half * 8 + lane / 4;
-        if (lane % 4 == 0 && entry < step.of.visible) scores[entry] = scale != scale ? 0 : index_order(score);
-      }
+    for (int i = 0; i < 4; ++i) {
+      write_index_score(a, step, first + key(i / 2, i % 2), sum[i / 2][i % 2], key_scale(scales, i / 2, i % 2));
     }
   }
 
  private:
+  static DSV4_DEVICE int key(int m, int half) {
+    return ptx::thread_index() / 32 * 32 + m * 16 + half * 8 + ptx::thread_index() % 32 / 4;
+  }
   static DSV4_DEVICE float key_scale(uint32_t scales, int m, int half) {
-    const int lane = ptx::thread_index() % 32, warp = ptx::thread_index() / 32;
-    return ptx::load_shared_float(scales + static_cast<uint32_t>(4 * (warp * 32 + m * 16 + half * 8 + lane / 4)));
+    return ptx::load_shared_float(scales + static_cast<uint32_t>(4 * key(m, half)));
   }
 };
 
 // Grid: tiles of entries, and for each all blocks of rows.
+template <class Sums>
 DSV4_DEVICE void index_scores(const IndexArguments& a) {
   const int64_t first = ptx::block_index_x() % a.tiles * kIndexTile;
   const int64_t row = a.first_row + ptx::block_index_x() / a.tiles * a.rows_per_block;
   const int64_t end = row + a.rows_per_block < a.end_row ? row + a.rows_per_block : a.end_row;
-  const int64_t warp_first = first + ptx::thread_index() / 32 * 32;
-  const uint32_t keys = ptx::shared_base(), scales = keys + kIndexTile * kIndexRowBytes;
-  uint32_t queries = scales + kIndexTile * 4, next_queries = queries + kIndexQueryBytes;
-  IndexStep step = {row, 0, {}};
+  constexpr uint32_t kAlignment = Sums::kAlignment > 0 ? Sums::kAlignment : 1, kBytes = Sums::kHeads * kIndexRowBytes;
+  uint32_t queries = (ptx::shared_base() + kAlignment - 1) / kAlignment * kAlignment, next_queries = queries + kBytes;
+  const uint32_t keys = queries + 2 * kBytes, scales = keys + kIndexTile * kIndexRowBytes;
+  typename Sums::Step step = {row, 0, {}};
   step.seek(a, end, first);
   if (step.row >= end) return;
-  start_index_query(a, step, queries);
+  start_index_query<Sums>(a, step, queries);
   int64_t staged = -1;
-  IndexSums sums;
+  Sums sums;
   sums.clear();
   while (step.row < end) {
-    if (step.of.sequence != staged) {
+    const bool other_keys = step.of.sequence != staged;
+    if (other_keys) {
       ptx::sync_threads();  // all are done with the keys before
       stage_index_keys(a, step.of.sequence, first, keys, scales);
       staged = step.of.sequence;
     }
     ptx::cp_async_commit();
     ptx::cp_async_wait<0>();
+    Sums::show();
     ptx::sync_threads();  // keys and queries are there, and all are done with the queries before
-    IndexStep next = step;
+    if (other_keys) sums.take_keys(keys);
+    typename Sums::Step next = step;
     next.advance(a, end, first);
-    if (next.row < end) start_index_query(a, next, next_queries);
-    const bool sees = warp_first < step.of.visible;
-    if (sees) sums.add(a, step, keys, scales, queries);
+    if (next.row < end) start_index_query<Sums>(a, next, next_queries);
+    sums.add(a, step, first, keys, scales, queries);
     if (next.row != step.row) {
-      if (sees) sums.write(a, step, first, scales);
+      sums.write(a, step, first, scales);
       sums.clear();
     }
     step = next;

@@ -11,17 +11,18 @@ namespace {
 using namespace dsv4;
 using namespace dsv4::testing;
 
-constexpr int kColumns = 128, kDepth = 64, kThreads = 128, kStages = 2;
+constexpr int kDepth = 64, kThreads = 128, kStages = 2;
 
 struct Arguments {
-  const bf16 *a, *b;  // [64, 64], [128, 64]
-  const float* c;     // [64, 128]
+  const bf16 *a, *b;  // [64, 64], [columns, 64]
+  const float* c;     // [64, columns]
   float* d;
   bool adds;  // c
 };
 
 // d = a b (+ c). The second of two matrices in shared memory.
-DSV4_KERNEL(kThreads, 1) product(const Arguments arguments) {
+template <int kColumns, class Multiply>
+DSV4_DEVICE void product(const Arguments& arguments, const Multiply& multiply) {
   const int t = ptx::thread_index(), lane = t % 32, first_row = t / 32 * 16;
   const uint32_t start = (ptx::shared_base() + 1023u) / 1024u * 1024u, matrix = start + 128 * kColumns;
   for (int i = t; i < kColumns * 8; i += kThreads) {
@@ -29,9 +30,9 @@ DSV4_KERNEL(kThreads, 1) product(const Arguments arguments) {
     ptx::store_shared_16(matrix + static_cast<uint32_t>(row * 128 + (piece ^ row % 8) * 16),
                          ptx::load_global_16(arguments.b + row * kDepth + piece * 8));
   }
-  float d[16][4];
+  float d[kColumns / 8][4];
   DSV4_UNROLL
-  for (int i = 0; i < 64; ++i) {
+  for (int i = 0; i < kColumns / 2; ++i) {
     d[i / 4][i % 4] = arguments.c[(first_row + lane / 4 + i % 4 / 2 * 8) * kColumns + i / 4 * 8 + lane % 4 * 2 + i % 2];
   }
   ptx::fence_async_proxy();
@@ -46,48 +47,60 @@ DSV4_KERNEL(kThreads, 1) product(const Arguments arguments) {
       a[r] = ptx::load_global_4(arguments.a + row * kDepth + column);
     }
     ptx::wgmma_fence();
-    ptx::wgmma_m64n128k16(d, a, ptx::wgmma_moved(first, static_cast<uint32_t>(step * 32)), arguments.adds || step > 0);
+    multiply(d, a, ptx::wgmma_moved(first, static_cast<uint32_t>(step * 32)), arguments.adds || step > 0);
     ptx::wgmma_commit();
   }
   ptx::wgmma_wait<1>();
   ptx::wgmma_wait<0>();
   DSV4_UNROLL
-  for (int i = 0; i < 64; ++i) {
+  for (int i = 0; i < kColumns / 2; ++i) {
     arguments.d[(first_row + lane / 4 + i % 4 / 2 * 8) * kColumns + i / 4 * 8 + lane % 4 * 2 + i % 2] = d[i / 4][i % 4];
   }
 }
 
+DSV4_KERNEL(kThreads, 1) product_128(const Arguments arguments) {
+  product<128>(arguments, [](auto& d, auto& a, uint64_t b, bool adds) { ptx::wgmma_m64n128k16(d, a, b, adds); });
+}
+DSV4_KERNEL(kThreads, 1) product_64(const Arguments arguments) {
+  product<64>(arguments, [](auto& d, auto& a, uint64_t b, bool adds) { ptx::wgmma_m64n64k16(d, a, b, adds); });
+}
+
 // Whole numbers, whose sums no tensor core rounds.
-TEST(warpgroups_multiply_whole_matrices) {
-  if (!has_device() || !has_warpgroups()) return not_run("no Hopper GPU");
-  DeviceTensor<bf16> a({64, kDepth}), b({kColumns, kDepth});
-  DeviceTensor<float> c({64, kColumns}), d({64, kColumns});
+void check_product(void (*kernel)(Arguments), int columns) {
+  DeviceTensor<bf16> a({64, kDepth}), b({columns, kDepth});
+  DeviceTensor<float> c({64, columns}), d({64, columns});
   Random random(5);
   const auto whole = [&] { return static_cast<float>(static_cast<int>(random.uniform(-8, 8))); };
   for (int k = 0; k < kDepth; ++k) {
     for (int row = 0; row < 64; ++row) a.at(row, k) = from_float<bf16>(whole());
-    for (int column = 0; column < kColumns; ++column) b.at(column, k) = from_float<bf16>(whole());
+    for (int column = 0; column < columns; ++column) b.at(column, k) = from_float<bf16>(whole());
   }
-  for (int i = 0; i < 64 * kColumns; ++i) c.at(i / kColumns, i % kColumns) = whole();
+  for (int i = 0; i < 64 * columns; ++i) c.at(i / columns, i % columns) = whole();
   a.upload(), b.upload(), c.upload();
   for (const bool adds : {false, true}) {
     cuda::LaunchShape shape;
     shape.threads = kThreads;
-    shape.shared_bytes = kStages * 128 * kColumns + 1024;
-    const Status status = cuda::launch("test_wgmma", product, shape, cuda_context(),
+    shape.shared_bytes = kStages * 128 * columns + 1024;
+    const Status status = cuda::launch("test_wgmma", kernel, shape, cuda_context(),
                                        Arguments{a.device(), b.device(), c.device(), d.device(), adds});
     CHECK_MESSAGE(status.is_ok(), status.message());
     finish_device();
     d.download();
     CHECK(a.intact() && b.intact() && c.intact() && d.intact());
     for (int row = 0; row < 64; ++row) {
-      for (int column = 0; column < kColumns; ++column) {
+      for (int column = 0; column < columns; ++column) {
         float sum = adds ? c.at(row, column) : 0;
         for (int k = 0; k < kDepth; ++k) sum += to_float(a.at(row, k)) * to_float(b.at(column, k));
         CHECK(d.at(row, column) == sum);
       }
     }
   }
+}
+
+TEST(warpgroups_multiply_whole_matrices) {
+  if (!has_device() || !has_warpgroups()) return not_run("no Hopper GPU");
+  check_product(product_128, 128);
+  check_product(product_64, 64);
 }
 
 }  // namespace
