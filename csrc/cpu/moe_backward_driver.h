@@ -6,6 +6,7 @@
 //             weight, grad_gate and grad_up, and each row's part of the gradient of its routing weight
 //   matrices  w1: grad_gate^T x, w3: grad_up^T x, w2: grad^T hidden, over the rows of the expert
 //   inputs    grad_gate w1 + grad_up w3, added to the tokens' float32 sums, experts ascending
+// What a result asks for that is none is left out.
 // No cut can show in a result: a kernel's sums depend on their own rows alone, in the order of those.
 //
 // A kernel has, besides row_bytes and prepare as cpu/moe_driver.h asks for them, for tensors of type X:
@@ -112,12 +113,17 @@ class MoeBackwardCall {
       batch(first, end - first, rows);
       first = end;
     }
-    if (kNarrow) moe_spread(context_, row_slots(), tokens_, [&](int64_t, int64_t token) { finish(token); });
+    if (kNarrow && wants_x()) {
+      moe_spread(context_, row_slots(), tokens_, [&](int64_t, int64_t token) { finish(token); });
+    }
     return Status::ok();
   }
 
  private:
   static constexpr bool kNarrow = sizeof(X) < sizeof(float);
+
+  bool wants_x() const { return p_.grad_x.given(); }
+  bool wants_weights() const { return p_.grad_weights.data != nullptr; }
 
   static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
   static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -181,9 +187,11 @@ class MoeBackwardCall {
   void begin(int64_t token) const {
     Kernel::template prepare<X>(WeightFormat::kPlain, p_.x.template as<const X>().at(token), hidden_,
                                 input_ + token * input_bytes_);
-    float* sum = sums(token);
-    for (int64_t i = 0; i < hidden_; ++i) sum[i] = 0;
-    for (int64_t k = 0; k < top_k_; ++k) *p_.grad_weights.at(token, k) = 0;
+    if (wants_x()) {
+      float* sum = sums(token);
+      for (int64_t i = 0; i < hidden_; ++i) sum[i] = 0;
+    }
+    for (int64_t k = 0; wants_weights() && k < top_k_; ++k) *p_.grad_weights.at(token, k) = 0;
   }
 
   void finish(int64_t token) const {
@@ -214,14 +222,15 @@ class MoeBackwardCall {
         down_piece(slot(s), e, (piece - 2 * up) / columns, (piece - 2 * up) % columns);
       }
     });
-    if (rows == 0) return;
-    // Experts follow one another, so narrower pieces are what gives every thread some.
-    const int64_t share = larger(pieces(hidden_, 4 * larger(slots, 1)), 1);
-    const int64_t width = smaller(kOutputs, round_up(share, kMoeOutputs));
-    moe_spread(context_, slots, pieces(hidden_, width), [&](int64_t s, int64_t piece) {
-      for (int64_t i = 0; i < groups; ++i) input_piece(slot(s), expert(first + i), piece * width, width);
-    });
-    for (int64_t i = 0; i < groups; ++i) grad_weights(expert(first + i));
+    if (rows > 0 && wants_x()) {
+      // Experts follow one another, so narrower pieces are what gives every thread some.
+      const int64_t share = larger(pieces(hidden_, 4 * larger(slots, 1)), 1);
+      const int64_t width = smaller(kOutputs, round_up(share, kMoeOutputs));
+      moe_spread(context_, slots, pieces(hidden_, width), [&](int64_t s, int64_t piece) {
+        for (int64_t i = 0; i < groups; ++i) input_piece(slot(s), expert(first + i), piece * width, width);
+      });
+    }
+    for (int64_t i = 0; wants_weights() && i < groups; ++i) grad_weights(expert(first + i));
   }
 
   // Where the expert's rows lie among those of the batch.
@@ -272,6 +281,7 @@ class MoeBackwardCall {
   }
   void outer(const Slot& s, const Expert& e, const AnyView<3>& to, const MoeRows<const X>& a, const MoeRows<const X>& b,
              int64_t row, int64_t rows, int64_t column, int64_t columns) const {
+    if (!to.given()) return;
     if (rows <= 0 || columns <= 0) return;
     Kernel::template outer<X>(a, b, e.count, smaller(rows, kOutputs), smaller(columns, kColumns),
                               to.as<X>().at(e.index, row, column), to.stride[1], s.memory);

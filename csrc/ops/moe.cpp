@@ -175,8 +175,9 @@ constexpr const char* kGradSharedNames[] = {"grad_shared w1", "grad_shared w3", 
 
 // w1, w3 and w2 of `experts` experts.
 void validate_matrices(Validator& v, const char* const* names, const AnyView<3>* matrices, DType x, int64_t experts,
-                       int64_t inter, int64_t hidden) {
+                       int64_t inter, int64_t hidden, bool optional = false) {
   for (int i = 0; i < 3; ++i) {
+    if (optional && !matrices[i].given()) continue;
     v.view(names[i], matrices[i], x, {experts, i == 2 ? hidden : inter, i == 2 ? inter : hidden});
   }
 }
@@ -196,11 +197,13 @@ Status validate(const MoeExpertsBackwardParams& p, const Context& context) {
   Validator v("moe_experts_backward");
   validate_arguments(v, p);
   const int64_t tokens = p.x.size(0), hidden = p.x.size(1);
-  v.view("grad_x", p.grad_x, p.x.dtype, {tokens, hidden});
-  v.view("grad_weights", p.grad_weights, {tokens, p.weights.size(1)});
+  if (p.grad_x.given()) v.view("grad_x", p.grad_x, p.x.dtype, {tokens, hidden});
+  if (p.grad_weights.data != nullptr) v.view("grad_weights", p.grad_weights, {tokens, p.weights.size(1)});
   const AnyView<3>&w1 = p.matrices[0], &shared = p.shared[0];
-  validate_matrices(v, kGradNames, p.grad_matrices, p.x.dtype, w1.size(0), w1.size(1), hidden);
-  if (shared.given()) validate_matrices(v, kGradSharedNames, p.grad_shared, p.x.dtype, 1, shared.size(1), hidden);
+  validate_matrices(v, kGradNames, p.grad_matrices, p.x.dtype, w1.size(0), w1.size(1), hidden, true);
+  if (shared.given()) {
+    validate_matrices(v, kGradSharedNames, p.grad_shared, p.x.dtype, 1, shared.size(1), hidden, true);
+  }
   if (!v.status().is_ok()) return v.status();
   v.workspace(p.workspace.data, p.workspace.bytes, moe_experts_backward_workspace_bytes(p, context));
   return v.status();

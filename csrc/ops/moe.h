@@ -68,7 +68,8 @@ Status moe_experts(const MoeExpertsParams&, const Context&);
 // in moe_experts, in float32, rounded once; grad_weights, the gradients of the matrices: sums over an expert's pairs
 // (token, slot) in ascending order, rounded once, 0 for an expert without any. The gradients of gate and up are rounded
 // to the type of x before they are multiplied. An index outside 0 ... E - 1 has grad_weights 0. grad_x and grad_weights
-// of a token depend on that token alone.
+// of a token depend on that token alone. Any of the results may be none, and is then not computed; the bits of the
+// others do not depend on that.
 struct MoeExpertsBackwardParams {
   AnyView<2> grad;               // of the result: [T, D], the type of x
   AnyView<2> x;                  // bfloat16 or float32 [T, D]
@@ -78,7 +79,7 @@ struct MoeExpertsBackwardParams {
   AnyView<3> shared[3];          // the same of the shared expert, with E = 1 and an I of its own; or none
   float swiglu_limit;            // 0: no clamp
   AnyView<2> grad_x;             // [T, D], the type of x
-  View<float, 2> grad_weights;   // [T, K]
+  View<float, 2> grad_weights;   // [T, K]; none: null
   AnyView<3> grad_matrices[3];   // as matrices
   AnyView<3> grad_shared[3];     // as shared
   Workspace workspace;

@@ -187,10 +187,11 @@ DSV4_OP(
     "Tensor? w3_scale=None, Tensor? w2_scale=None, Tensor[]? shared=None, float swiglu_limit=0.0) -> Tensor",
     moe_experts)
 
-// Of x, weights, w1, w3, w2 and the shared matrices.
+// Of x, weights, w1, w3, w2 and the shared matrices; empty where `needed` says no.
 std::vector<Tensor> moe_experts_backward(const Tensor& grad_, const Tensor& x_, const Tensor& weights_,
                                          const Tensor& indices_, const Tensor& w1, const Tensor& w3, const Tensor& w2,
-                                         const std::vector<Tensor>& shared_, double swiglu_limit) {
+                                         const std::vector<Tensor>& shared_, double swiglu_limit,
+                                         const std::optional<std::vector<bool>>& needed) {
   Check check("moe_experts_backward");
   const auto sizes =
       check.tensor("x", x_, {kAny, kAny}, {ScalarType::BFloat16, ScalarType::Float}, {kFloats, {"tokens", "hidden"}});
@@ -203,18 +204,29 @@ std::vector<Tensor> moe_experts_backward(const Tensor& grad_, const Tensor& x_, 
   check_rank(check, w1);
   check.require(shared_.empty() || shared_.size() == 3,
                 "shared must hold 0 or 3 tensors, got " + std::to_string(shared_.size()));
+  const size_t gradients = 5 + shared_.size();
+  check.require(!needed.has_value() || needed->size() == gradients,
+                "needed must hold " + std::to_string(gradients) + " flags, got " +
+                    std::to_string(needed.has_value() ? needed->size() : 0));
   const Tensor grad = dense(grad_), x = dense(x_), weights = dense(weights_), indices = dense(indices_);
   MoeExpertsBackwardParams params{};
-  std::vector<Tensor> results = {empty({tokens, hidden}, x_type, x), empty({tokens, top_k}, ScalarType::Float, x)};
+  std::vector<Tensor> results;
+  const auto add = [&](const std::vector<int64_t>& size, ScalarType type) {
+    const bool wanted = !needed.has_value() || (*needed)[results.size()];
+    results.push_back(empty(wanted ? size : std::vector<int64_t>{0}, type, x));
+    return wanted;
+  };
+  if (add({tokens, hidden}, x_type)) params.grad_x = mutable_view(results.back());
+  if (add({tokens, top_k}, ScalarType::Float)) params.grad_weights = mutable_view(results.back());
   std::vector<Matrix> matrices;  // hold what was copied
   const auto take = [&](const std::string& prefix, const std::array<const Tensor*, 3>& given,
-                        const std::vector<int64_t>& leading, int64_t inter, AnyView<3>* views, AnyView<3>* gradients) {
+                        const std::vector<int64_t>& leading, int64_t inter, AnyView<3>* views, AnyView<3>* to) {
     for (int i = 0; i < 3; ++i) {
       matrices.emplace_back(check, prefix + kNames[i], *given[i], std::nullopt, x_type, leading,
                             i == 2 ? hidden : inter, i == 2 ? inter : hidden);
       views[i] = static_cast<ExpertMatrix>(matrices.back()).data;
-      results.push_back(empty(given[i]->sizes(), x_type, x));
-      gradients[i] = Matrix::three(results.back());
+      const auto size = given[i]->sizes();
+      if (add({size.begin(), size.end()}, x_type)) to[i] = Matrix::three(results.back());
     }
   };
   take("", {&w1, &w3, &w2}, {w1.size(0)}, w1.size(1), params.matrices, params.grad_matrices);
@@ -228,14 +240,12 @@ std::vector<Tensor> moe_experts_backward(const Tensor& grad_, const Tensor& x_, 
   params.weights = view(weights);
   params.indices = view(indices);
   params.swiglu_limit = static_cast<float>(swiglu_limit);
-  params.grad_x = mutable_view(results[0]);
-  params.grad_weights = mutable_view(results[1]);
   check.run(dsv4::moe_experts_backward, dsv4::moe_experts_backward_workspace_bytes, params, x);
   return results;
 }
 DSV4_OP(
     "moe_experts_backward(Tensor grad, Tensor x, Tensor weights, Tensor indices, Tensor w1, Tensor w3, Tensor w2, "
-    "Tensor[] shared, float swiglu_limit) -> Tensor[]",
+    "Tensor[] shared, float swiglu_limit, bool[]? needed=None) -> Tensor[]",
     moe_experts_backward)
 
 }  // namespace

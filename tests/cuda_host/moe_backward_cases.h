@@ -145,17 +145,28 @@ struct GradientProblem {
     for (int64_t k = 0; k < c.top_k; ++k) bits.push_back(bits_from_float(grad_weights.at(t, k)));
     return bits;
   }
+  // Of one result: the gradient of x, of the routing weights, of a matrix.
+  std::vector<uint32_t> bits_of_result(size_t n) {
+    std::vector<uint32_t> bits;
+    const auto add = [&](float value) { bits.push_back(bits_from_float(value)); };
+    if (n == 0) {
+      for (int64_t i = 0; i < c.tokens * c.hidden; ++i) add(to_float(grad_x.at(i / c.hidden, i % c.hidden)));
+    } else if (n == 1) {
+      for (int64_t i = 0; i < c.tokens * c.top_k; ++i) add(grad_weights.at(i / c.top_k, i % c.top_k));
+    } else {
+      PaddedMatrix<X>& r = results[n - 2];
+      for (int64_t i = 0; i < r.experts * r.out * r.in; ++i) {
+        add(to_float(r.at(i / (r.out * r.in), i / r.in % r.out, i % r.in)));
+      }
+    }
+    return bits;
+  }
   // Of all results.
   std::vector<uint32_t> bits() {
     std::vector<uint32_t> all;
-    for (int64_t t = 0; t < c.tokens; ++t) {
-      const std::vector<uint32_t> own = bits_of(t);
+    for (size_t n = 0; n < 2 + results.size(); ++n) {
+      const std::vector<uint32_t> own = bits_of_result(n);
       all.insert(all.end(), own.begin(), own.end());
-    }
-    for (PaddedMatrix<X>& r : results) {
-      for (int64_t i = 0; i < r.experts * r.out * r.in; ++i) {
-        all.push_back(bits_from_float(to_float(r.at(i / (r.out * r.in), i / r.in % r.out, i % r.in))));
-      }
     }
     return all;
   }

@@ -91,6 +91,39 @@ TEST(rows_that_do_not_lie_densely) {
   }
 }
 
+// Whatever is left out is not written, and the others keep their bits: each alone, all but each, a group's together.
+template <class X>
+void check_results_that_are_none() {
+  const GradientCase c = {5, 40, 24, 3, 2};
+  GradientProblem<X> all(c);
+  CHECK(all.run().empty());
+  const unsigned kAll = 255, kRouted = 0x1c, kShared = 0xe0;
+  std::vector<unsigned> sets = {0, kAll & ~kRouted, kAll & ~kShared, kAll & ~kRouted & ~kShared};
+  for (int i = 0; i < 8; ++i) sets.push_back(1u << i), sets.push_back(kAll & ~(1u << i));
+  for (const unsigned set : sets) {
+    GradientProblem<X> p(c), fresh(c);
+    MoeExpertsBackwardParams params = p.params();
+    const auto needed = [set](size_t i) { return (set >> i & 1) != 0; };
+    if (!needed(0)) params.grad_x = {};
+    if (!needed(1)) params.grad_weights = {};
+    for (size_t n = 0; n < 6; ++n) {
+      if (!needed(2 + n)) (n < 3 ? params.grad_matrices[n] : params.grad_shared[n - 3]) = {};
+    }
+    const std::string fault = p.run(params, nullptr);
+    CHECK_MESSAGE(fault.empty(), fault);
+    for (size_t i = 0; i < 8; ++i) {
+      CHECK_MESSAGE(p.bits_of_result(i) == (needed(i) ? all : fresh).bits_of_result(i),
+                    "gradient " + std::to_string(i) + " of " + std::to_string(set));
+    }
+  }
+}
+
+TEST(results_may_be_none) {
+  if (no_device()) return;
+  check_results_that_are_none<bf16>();
+  check_results_that_are_none<float>();
+}
+
 // Each operand and result alone: what is believed of one must not be concluded from another.
 TEST(any_operand_anywhere_in_memory) {
   if (no_device()) return;

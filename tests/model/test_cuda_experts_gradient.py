@@ -40,8 +40,10 @@ def run(device: Device, a: Problem) -> list[Tensor]:
     found = torch.ops.dsv4.moe_experts_backward(**there(a))
     assert device.calls()["moe_experts_backward"] == before + 1 and not device.references and not device.waits
     inputs = [a["x"], a["weights"], a["w1"], a["w3"], a["w2"], *a["shared"]]
+    needed = a.get("needed", [True] * len(inputs))
     assert all(value.is_cuda and value.is_contiguous() for value in found)
-    assert [(v.shape, v.dtype) for v in found] == [(v.shape, v.dtype) for v in inputs]
+    shapes = [v.shape if wanted else (0,) for v, wanted in zip(inputs, needed, strict=True)]
+    assert [v.shape for v in found] == shapes and [v.dtype for v in found] == [v.dtype for v in inputs]
     return [value.cpu() for value in found]
 
 
@@ -94,12 +96,22 @@ def test_layouts_and_wide_indices(dtype: torch.dtype, device: Device) -> None:
             assert_same_bits(value, same)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradients_that_are_not_needed_come_back_empty(dtype: torch.dtype, device: Device) -> None:
+    a = problem(tokens=9, count=3, dtype=dtype, shared=True, limit=0.7)
+    whole = run(device, a)
+    for needed in ([True, True, *[False] * 6], [False, True, *[True, False] * 3], [True, False, *[False, True] * 3]):
+        for value, other, wanted in zip(run(device, {**a, "needed": needed}), whole, needed, strict=True):
+            assert_same_bits(value, other if wanted else other.new_empty(0))
+
+
 def backward(a: Problem) -> list[Tensor]:
     """What autograd runs, which has no engine for this device."""
     saved = [a[name] for name in ("x", "weights", "indices", "w1", "w3", "w2")]
     ctx = SimpleNamespace(
-        saved_tensors=there([*saved, *a["shared"]]), quantized=False, limit=a["swiglu_limit"], has_list=True
-    )
+        saved_tensors=there([*saved, *a["shared"]]), quantized=False, limit=a["swiglu_limit"], has_list=True,
+        needs_input_grad=(True, True, False, True, True, True, False, False, False, [True] * 3, False),
+    )  # fmt: skip
     d_x, d_weights, _, d_w1, d_w3, d_w2, _, _, _, d_shared, _ = _moe_gradient.experts_backward(ctx, there(a["grad"]))
     return [value.cpu() for value in (d_x, d_weights, d_w1, d_w3, d_w2, *d_shared)]
 

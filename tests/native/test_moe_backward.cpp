@@ -1,5 +1,6 @@
 // The experts' gradient without torch: the scalar kernel against the formula in double precision, the others against
-// the scalar one, guard bands, one result for any number of threads and any company, the validation messages.
+// the scalar one, guard bands, one result for any number of threads and any company, results that are none, the
+// validation messages.
 #include <algorithm>
 #include <cmath>
 #include <string>
@@ -107,7 +108,9 @@ struct Problem {
     return p;
   }
 
-  Gradients run(const Kernel& kernel, int threads, int64_t first = 0, int64_t count = -1) {
+  // Results that are not in the set, bit by bit, are none.
+  Gradients run(const Kernel& kernel, int threads, int64_t first = 0, int64_t count = -1, unsigned set = 255) {
+    const auto needed = [set](size_t i) { return (set >> i & 1) != 0; };
     ThreadPool pool(threads);
     const Context context = pool.context();
     count = count < 0 ? tokens : count;
@@ -115,12 +118,13 @@ struct Problem {
     Guarded<X> grad_x({count, hidden});
     Guarded<float> grad_weights({count, top_k});
     std::vector<Guarded<X>> found;
-    p.grad_x = grad_x.template any<2>(), p.grad_weights = grad_weights.view<2>();
+    if (needed(0)) p.grad_x = grad_x.template any<2>();
+    if (needed(1)) p.grad_weights = grad_weights.view<2>();
     found.reserve(matrices.size());
     for (size_t n = 0; n < matrices.size(); ++n) {
       const AnyView<3>& like = n < 3 ? p.matrices[n] : p.shared[n - 3];
       found.emplace_back(std::vector<int64_t>{like.shape[0], like.shape[1], like.shape[2]});
-      (n < 3 ? p.grad_matrices[n] : p.grad_shared[n - 3]) = found.back().template any<3>();
+      if (needed(2 + n)) (n < 3 ? p.grad_matrices[n] : p.grad_shared[n - 3]) = found.back().template any<3>();
     }
     Scratch scratch(kernel.bytes(p, context));
     p.workspace = scratch.workspace();
@@ -131,7 +135,7 @@ struct Problem {
     const auto add = [&](auto& tensor) {
       CHECK(tensor.intact());
       Values values;
-      for (int64_t i = 0; i < tensor.size(); ++i) values.push_back(to_float(tensor[i]));
+      for (int64_t i = 0; needed(all.values.size()) && i < tensor.size(); ++i) values.push_back(to_float(tensor[i]));
       all.values.push_back(values);
     };
     add(grad_x), add(grad_weights);
@@ -262,6 +266,32 @@ TEST(an_expert_without_rows_has_gradient_zero) {
   check_empty_expert<bf16>();
 }
 
+// Whatever is left out, the others keep their bits: every set of results of few tokens; of more than a batch has, none,
+// one, all but one.
+template <class X>
+void check_results_that_are_none() {
+  for (const bool many : {false, true}) {
+    Problem<X> problem(many ? 530 : 5, 33, 40, 2, 1, true, 7);
+    for_each_kernel(sizeof(X), [&](const Kernel& kernel) {
+      const Gradients whole = problem.run(kernel, 1);
+      for (unsigned set = 0; set < 256; ++set) {
+        const auto one_at_most = [](unsigned bits) { return (bits & (bits - 1)) == 0; };
+        if (many && !one_at_most(set) && !one_at_most(255 - set)) continue;
+        const Gradients found = problem.run(kernel, 2, 0, -1, set);
+        for (size_t i = 0; i < whole.values.size(); ++i) {
+          CHECK_MESSAGE(found.values[i] == ((set >> i & 1) != 0 ? whole.values[i] : Values()),
+                        std::string(kernel.name) + ", gradient " + std::to_string(i) + " of " + std::to_string(set));
+        }
+      }
+    });
+  }
+}
+
+TEST(results_may_be_none) {
+  check_results_that_are_none<float>();
+  check_results_that_are_none<bf16>();
+}
+
 TEST(invalid_arguments) {
   Problem<bf16> problem(3, 64, 32, 2, 2, true, 1);
   Guarded<bf16> grad_x({3, 64}), up({2, 32, 64}), down({2, 64, 32}), shared_up({1, 56, 64}), shared_down({1, 64, 56});
@@ -280,6 +310,10 @@ TEST(invalid_arguments) {
   const int64_t bytes = moe_experts_backward_workspace_bytes(good, pool.context());
   refused(good, "workspace must have " + std::to_string(bytes) + " bytes, got 0");
   MoeExpertsBackwardParams p = good;
+  p.grad_x = {}, p.grad_weights = {};  // results may be none
+  for (int i = 0; i < 3; ++i) p.grad_matrices[i] = p.grad_shared[i] = {};
+  refused(p, "workspace must have " + std::to_string(bytes) + " bytes, got 0");
+  p = good;
   p.x.dtype = DType::kInt32;
   refused(p, "x must be bfloat16 or float32, got int32");
   p = good, p.grad.dtype = DType::kFloat32;

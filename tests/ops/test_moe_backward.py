@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import pytest
@@ -39,8 +40,9 @@ def run(implementation: str, a: dict[str, Any]) -> list[Tensor]:
         found = torch.ops.dsv4.moe_experts_backward(**a)
     assert _library.last_implementation("moe_experts_backward") == implementation
     inputs = [a["x"], a["weights"], a["w1"], a["w3"], a["w2"], *a["shared"]]
-    for value, given in zip(found, inputs, strict=True):
-        assert value.shape == given.shape and value.dtype == given.dtype and value.is_contiguous()
+    for value, given, needed in zip(found, inputs, a.get("needed", [True] * len(inputs)), strict=True):
+        assert value.shape == (given.shape if needed else (0,))
+        assert value.dtype == given.dtype and value.is_contiguous()
     return list(found)
 
 
@@ -110,6 +112,16 @@ def test_an_expert_without_tokens_has_gradient_zero(implementation: str, dtype: 
     for value in found[2:]:
         assert not value[[0, 2, 4]].any() and value[[1, 3]].isfinite().all() and value[[1, 3]].any()
     assert not found[0][4].any() and not found[1][4].any()
+
+
+@typed_experts
+def test_gradients_that_are_not_needed_come_back_empty(implementation: str, dtype: torch.dtype) -> None:
+    """And the others with the bits that they have among all."""
+    a = problem(tokens=9, count=3, dtype=dtype, shared=True, limit=0.7)
+    whole = run(implementation, a)
+    for needed in product((False, True), repeat=8):
+        for value, other, wanted in zip(run(implementation, {**a, "needed": needed}), whole, needed, strict=True):
+            assert_same_bits(value, other if wanted else other.new_empty(0))
 
 
 @typed_experts
@@ -309,6 +321,8 @@ def _bad() -> dict[str, dict[str, Any]]:
         "w3 must be float32 [4, 40, 48], got float32 [3, 40, 48]": {"w3": torch.zeros(3, 40, 48)},
         "w2 must be float32 [4, 48, 40], got bfloat16 [4, 48, 40]": {"w2": torch.zeros(4, 48, 40).bfloat16()},
         "shared must hold 0 or 3 tensors, got 2": {"shared": shared[:2]},
+        "needed must hold 5 flags, got 8": {"needed": [True] * 8},
+        "needed must hold 8 flags, got 0": {"shared": shared, "needed": []},
         "shared w3 must be float32 [5, 48], got float32 [4, 48]": {"shared": [shared[0], shared[1][:4], shared[2]]},
         "shared w2 must be float32 [48, 5], got float32 [5, 48]": {"shared": [shared[0], shared[1], shared[1]]},
     }
@@ -341,6 +355,8 @@ def test_rejects_a_limit_below_zero(implementation: str) -> None:
 def test_opcheck(implementation: str, dtype: torch.dtype) -> None:
     with max_isa(implementation):
         for shared in (False, True):
-            check_op(torch.ops.dsv4.moe_experts_backward, *problem(dtype=dtype, shared=shared, limit=0.5).values())
+            arguments = problem(dtype=dtype, shared=shared, limit=0.5).values()
+            for needed in (None, [True, False, False, True, False, *[False] * (3 if shared else 0)]):
+                check_op(torch.ops.dsv4.moe_experts_backward, *arguments, needed)
     narrow = [v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for v in problem().values()]
     check_op(torch.ops.dsv4._moe_experts_backward_reference, *narrow)

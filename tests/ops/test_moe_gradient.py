@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import product
 from typing import Any
 
 import pytest
 import torch
 from moe_backward_cases import assert_no_worse_than, autograd, problem, wide
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsv4 import ops
 from dsv4.testing import assert_no_worse, assert_same_bits, grid, strided
@@ -68,6 +70,60 @@ def test_experts_are_no_worse_than_autograd(dtype: torch.dtype, case: dict[str, 
     assert_no_worse_than(lambda a: autograd(ops.moe_experts_reference, a), problems, found, exact)
     for matrix in found[0][2:5]:
         assert not matrix[5].any()  # no token chose it
+
+
+class BackwardCalls(TorchDispatchMode):
+    """Which results the calls of moe_experts_backward had, of the kernels or of the formula."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.taken: list[list[bool]] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if "moe_experts_backward" in func.name():
+            self.taken.append([value.numel() > 0 for value in found])
+        return found
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+@pytest.mark.parametrize("shared", [False, True])
+def test_frozen_operands_have_no_gradient_and_cost_none(shared: bool, dtype: torch.dtype) -> None:
+    """Every set of them: what is left has the bits that it has among all."""
+    operands, indices = experts_problem(7, 2, dtype, shared)
+    function, grad = through(ops.moe_experts, indices, 0.5), torch.randn(7, 48).to(dtype)
+    whole = gradients(function, operands, grad)
+    for needed in product((False, True), repeat=len(operands)):
+        leaves = [o.detach().clone().requires_grad_(wanted) for o, wanted in zip(operands, needed, strict=True)]
+        out = function(*leaves)
+        assert out.requires_grad == any(needed)
+        if not any(needed):
+            continue
+        with BackwardCalls() as calls:
+            out.backward(grad)
+        assert calls.taken == [list(needed)]
+        for leaf, value, wanted in zip(leaves, whole, needed, strict=True):
+            if wanted:
+                assert_same_bits(leaf.grad, value)
+            else:
+                assert leaf.grad is None
+
+
+def test_frozen_experts_where_arguments_are_left_at_their_defaults() -> None:
+    operands, indices = experts_problem(7, 2, torch.float32, False)
+    x, weights, *matrices = operands
+    grad = torch.randn(7, 48)
+    whole = gradients(through(ops.moe_experts, indices, 0.0), operands, grad)
+    for shared in ((), (None, None, None, None), (None, None, None, [])):
+        for frozen in (True, False):
+            leaf, w2 = x.clone().requires_grad_(), matrices[2].clone().requires_grad_(not frozen)
+            with BackwardCalls() as calls:
+                torch.ops.dsv4.moe_experts(leaf, weights, indices, *matrices[:2], w2, *shared).backward(grad)
+            assert calls.taken == [[True, False, False, False, not frozen]]
+            assert_same_bits(leaf.grad, whole[0])
+            assert w2.grad is None if frozen else torch.equal(w2.grad, whole[4])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -203,8 +259,9 @@ def test_grouped_linear_says_that_a_scale_has_no_gradient() -> None:
         out.sum().backward()
 
 
+@pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_backward_pass_compiles_without_graph_breaks(dtype: torch.dtype) -> None:
+def test_the_backward_pass_compiles_without_graph_breaks(dtype: torch.dtype, frozen: bool) -> None:
     leaves, _ = experts_problem(11, 2, dtype, True)
     gate, wo, bias = torch.randn(6, 48), torch.randn(10, 24).to(dtype), torch.randn(6)
 
@@ -213,8 +270,14 @@ def test_the_backward_pass_compiles_without_graph_breaks(dtype: torch.dtype) -> 
         out = ops.moe_experts(x, weights, indices, w1, w3, w2, shared=list(shared), swiglu_limit=1.0)
         return ops.grouped_linear(out.view(11, 2, 24), wo)
 
-    operands = [gate, wo, leaves[0], *leaves[2:]]
+    operands, matrices = [gate, wo, leaves[0]], leaves[2:]
     grad = torch.randn(11, 2, 5).to(dtype)
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-    for value, other in zip(gradients(compiled, operands, grad), gradients(function, operands, grad), strict=True):
+
+    def of(function: Callable[..., Tensor]) -> list[Tensor]:
+        if frozen:
+            return gradients(lambda *three: function(*three, *matrices), operands, grad)
+        return gradients(function, [*operands, *matrices], grad)
+
+    for value, other in zip(of(compiled), of(function), strict=True):
         torch.testing.assert_close(value, other)

@@ -6,6 +6,7 @@
 //   matrix     w1: grad_gate^T x, w3: grad_up^T x, w2: grad^T inner; K: an expert's rows
 //   inputs     grad_gate w1 + grad_up w3, float32 rows, for some columns at a time, which bounds the workspace; then
 //   sum        those of a token by ascending expert, the shared one's last
+// What a result asks for that is none is not launched.
 // A block has 128 columns and 128 rows (product_tile.h): 64 FLOP a byte from L2 in bfloat16, bound by the tensor cores;
 // float32 runs on FMA. Where experts have few rows it has 64 rows, 43 FLOP a byte, and two blocks share an SM, one of
 // which loads or stores while the other multiplies: bound by reading matrices and writing their gradients.
@@ -163,10 +164,10 @@ class GradientRun {
       if (status.is_ok() && rows_of_group(g) > 0 && g.inter() > 0) status = inner(g);
       if (status.is_ok() && (!g.shared || has_shared())) status = matrices(g);
     }
-    for (int64_t column = 0; status.is_ok() && column < p_.x.size(1); column += cut_.columns) {
+    for (int64_t column = 0; p_.grad_x.given() && status.is_ok() && column < hidden(); column += cut_.columns) {
       status = inputs(column);
     }
-    return status.is_ok() ? weights() : status;
+    return status.is_ok() && p_.grad_weights.data != nullptr ? weights() : status;
   }
 
  private:
@@ -294,6 +295,7 @@ class GradientRun {
     const TileRows right[3] = {x, x, rows_of(rows_at(g, g.inner), nullptr)};
     for (int i = 0; i < 3; ++i) {
       const AnyView<3>& to = g.gradients[i];
+      if (!to.given()) continue;
       const GradientMatrix out = matrix_of(to);
       MatrixArguments a = {};
       a.offsets = g.shared ? nullptr : memory<int32_t>(at_.offsets);

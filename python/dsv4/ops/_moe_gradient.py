@@ -67,9 +67,11 @@ def moe_experts_backward_reference(
     w2: Tensor,
     shared: Sequence[Tensor],
     swiglu_limit: float,
+    needed: Sequence[bool] | None = None,
 ) -> list[Tensor]:
     """Gradients of plain experts with respect to x, weights, w1, w3, w2 and the shared matrices, in this order, each
-    with the shape and dtype of what it is the gradient of.
+    with the shape and dtype of what it is the gradient of. `needed` has a flag for each, None for all of them: what is
+    not needed is not computed and comes back empty.
 
     Of each expert's rows at once, experts ascending, so that the order of every sum is fixed. gate and up are taken
     again from x: between the passes nothing is kept but the arguments.
@@ -80,26 +82,40 @@ def moe_experts_backward_reference(
     bounds = offsets.tolist()
     pairs = rows[: bounds[-1]].long()
     tokens, factors = pairs // top_k, weights.reshape(-1)[pairs].to(wide)
-    d_x = torch.zeros(x.shape, dtype=wide, device=x.device)
-    d_weights = weights.new_zeros(weights.numel())
-    d_matrices = [torch.empty(w.shape, dtype=w.dtype, device=w.device) for w in (w1, w3, w2)]
+    needs_x, needs_weights, *needs_matrices = _flags(needed, shared)
+    d_x = torch.zeros(x.shape if needs_x else 0, dtype=wide, device=x.device)
+    d_weights = weights.new_zeros(weights.shape if needs_weights else 0)
+    d_all = [
+        w.new_empty(w.shape if wanted else 0) for w, wanted in zip((w1, w3, w2, *shared), needs_matrices, strict=True)
+    ]
     for expert in range(experts):
         begin, end = bounds[expert], bounds[expert + 1]
-        d_expert = (d_matrices[0][expert], d_matrices[1][expert], d_matrices[2][expert])
+        d_expert = [d[expert] if wanted else None for d, wanted in zip(d_all[:3], needs_matrices, strict=False)]
         if begin == end:
             for total in d_expert:
-                total.zero_()
+                if total is not None:
+                    total.zero_()
             continue
         token = tokens[begin:end]
         matrices = (w1[expert], w3[expert], w2[expert])
-        d_rows, d_factor = _expert_backward(grad[token], x[token], matrices, factors[begin:end], swiglu_limit, d_expert)
-        d_x.index_add_(0, token, d_rows)
-        d_weights[pairs[begin:end]] = d_factor.to(weights.dtype)
-    d_shared = [torch.empty(w.shape, dtype=w.dtype, device=w.device) for w in shared]
+        d_rows, d_factor = _expert_backward(
+            grad[token], x[token], matrices, factors[begin:end], swiglu_limit, d_expert, needs_x
+        )
+        if d_rows is not None:
+            d_x.index_add_(0, token, d_rows)
+        if needs_weights:
+            d_weights.view(-1)[pairs[begin:end]] = d_factor.to(weights.dtype)
     if shared:
-        parts, d_parts = (shared[0], shared[1], shared[2]), (d_shared[0], d_shared[1], d_shared[2])
-        d_x += _expert_backward(grad, x, parts, None, swiglu_limit, d_parts)[0]
-    return [d_x.to(x.dtype), d_weights.view(weights.shape), *d_matrices, *d_shared]
+        parts = (shared[0], shared[1], shared[2])
+        d_shared = [d if wanted else None for d, wanted in zip(d_all[3:], needs_matrices[3:], strict=True)]
+        d_rows, _ = _expert_backward(grad, x, parts, None, swiglu_limit, d_shared, needs_x)
+        if d_rows is not None:
+            d_x += d_rows
+    return [d_x.to(x.dtype), d_weights, *d_all]
+
+
+def _flags(needed: Sequence[bool] | None, shared: Sequence[Tensor]) -> list[bool]:
+    return [True] * (5 + len(shared)) if needed is None else list(needed)
 
 
 def _expert_backward(
@@ -108,10 +124,11 @@ def _expert_backward(
     matrices: tuple[Tensor, Tensor, Tensor],
     factor: Tensor | None,
     limit: float,
-    results: tuple[Tensor, Tensor, Tensor],
-) -> tuple[Tensor, Tensor]:
-    """Gradients of one plain expert: rows [rows, hidden] (not yet cast) and routing weights [rows]; those of (w1, w3,
-    w2) go to `results`."""
+    results: Sequence[Tensor | None],
+    needs_x: bool,
+) -> tuple[Tensor | None, Tensor]:
+    """Gradients of one plain expert: rows [rows, hidden] (not yet cast), if needed, and routing weights [rows]; those
+    of (w1, w3, w2) go to `results`, where they have a place there."""
     w1, w3, w2 = matrices
     wide = torch.promote_types(x.dtype, torch.float32)
     raw_gate, raw_up = (x @ w1.mT).to(wide), (x @ w3.mT).to(wide)
@@ -130,8 +147,9 @@ def _expert_backward(
         d_up.masked_fill_(raw_up.abs() > limit, 0)
     d_gate, d_up = d_gate.to(x.dtype), d_up.to(x.dtype)
     for left, right, result in zip((d_gate, d_up, grad), (x, x, product.to(x.dtype)), results, strict=True):
-        torch.mm(left.mT, right, out=result)
-    return (d_gate @ w1).to(wide) + (d_up @ w3).to(wide), d_factor
+        if result is not None:
+            torch.mm(left.mT, right, out=result)
+    return (d_gate @ w1).to(wide) + (d_up @ w3).to(wide) if needs_x else None, d_factor
 
 
 def experts_backward_fake(
@@ -144,8 +162,10 @@ def experts_backward_fake(
     w2: Tensor,
     shared: Sequence[Tensor],
     swiglu_limit: float,
+    needed: Sequence[bool] | None = None,
 ) -> list[Tensor]:
-    return [t.new_empty(t.shape) for t in (x, weights, w1, w3, w2, *shared)]
+    inputs = (x, weights, w1, w3, w2, *shared)
+    return [t.new_empty(t.shape if wanted else 0) for t, wanted in zip(inputs, _flags(needed, shared), strict=True)]
 
 
 def save_experts(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -164,6 +184,9 @@ def experts_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     x, weights, indices, w1, w3, w2, *shared = ctx.saved_tensors
     kernel = x.dtype in KERNEL_FLOATS and weights.dtype == torch.float32
     op = torch.ops.dsv4.moe_experts_backward if kernel else torch.ops.dsv4._moe_experts_backward_reference
-    gradients = op(grad, x, weights, indices, w1, w3, w2, shared, ctx.limit)
+    needs = ctx.needs_input_grad  # of the call's arguments: without a list, `shared` may be none of them
+    needed = [*needs[:2], *needs[3:6], *(needs[9] if ctx.has_list else ())]
+    found = op(grad, x, weights, indices, w1, w3, w2, shared, ctx.limit, needed)
+    gradients = [value if wanted else None for value, wanted in zip(found, needed, strict=True)]
     d_x, d_weights, d_w1, d_w3, d_w2, *d_shared = gradients
     return d_x, d_weights, None, d_w1, d_w3, d_w2, None, None, None, d_shared if ctx.has_list else None, None

@@ -200,7 +200,7 @@ def moe_experts(
             w2_scale), without the experts dimension. Its inter may differ.
         swiglu_limit: 0 for no clamp.
     Returns: [tokens, hidden] in the dtype of x. Differentiable in x, weights and plain weights, unless a matrix is
-        quantised.
+        quantised; the backward pass computes the gradients that are asked for alone, so frozen experts cost less.
     Raises: RuntimeError where a shape, dtype or device differs from the above, or swiglu_limit is negative.
     Source: DeepSeek-V4 report, 2.1; the official inference code.
     """
@@ -310,9 +310,12 @@ def _check_moe_experts_backward(
     w2: Tensor,
     shared: Sequence[Tensor],
     swiglu_limit: float,
+    needed: Sequence[bool] | None = None,
 ) -> None:
     check = Check("moe_experts_backward")
     check.that(len(shared) in (0, 3), f"shared must hold 0 or 3 tensors, got {len(shared)}")
+    flags = 5 + len(shared)
+    check.that(needed is None or len(needed) == flags, f"needed must hold {flags} flags, got {len(needed or ())}")
     _check_experts(check, x, weights, indices, (w1, w3, w2), (None, None, None), shared, swiglu_limit)
     check.tensor("grad", grad, (x.dtype,), tuple(x.shape))
 
@@ -395,7 +398,7 @@ _backward, _setup_context = no_gradient("moe_experts_backward", "take second der
 for _name in ("moe_experts_backward", "_moe_experts_backward_reference"):
     register(
         f"{_name}(Tensor grad, Tensor x, Tensor weights, Tensor indices, Tensor w1, Tensor w3, Tensor w2, "
-        "Tensor[] shared, float swiglu_limit) -> Tensor[]",
+        "Tensor[] shared, float swiglu_limit, bool[]? needed=None) -> Tensor[]",
         moe_experts_backward_reference,
         check=_check_moe_experts_backward,
         fake=experts_backward_fake,
