@@ -53,7 +53,7 @@ SHAPES = {
     "moe_map": ["tokens=33 experts=16 top_k=2"],
     "moe_gate": ["tokens=33 hidden=256 experts=16 top_k=2 bf16"],
     "moe_experts": ["tokens=33 hidden=256 inter=128 experts=16 top_k=2 fp4"] * 4,
-    "moe_experts_backward": ["tokens=33 hidden=256 inter=128 experts=16 top_k=2 bf16"],
+    "moe_experts_backward": [f"tokens=33 hidden=256 inter=128 experts=16 top_k=2 bf16{f}" for f in ("", " frozen")],
     "query_norm_rope": ["rows=33 heads=8 head_dim=128 bf16"],
     "store_window": ["rows=33 head_dim=128 fp8"],
     "compress": ["csa rows=33 ratio=4 head_dim=128 fp8"],

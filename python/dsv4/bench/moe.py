@@ -9,6 +9,7 @@ outputs.
 
 moe_experts_backward, on bfloat16 weights, against autograd through the same loop. FLOPs: 16 hidden inter a token and
 expert, gate and up being taken again from x; bytes: weights read and their gradients written once, three rows a token.
+A second line has the experts frozen: 10 hidden inter, and no gradients of weights.
 
 moe_map, of all the model's experts, against a stable sort and a count in eager torch; both are whole numbers, so that
 nothing but equality passes. Bytes: indices, rows, offsets.
@@ -128,7 +129,7 @@ def _experts_cases(shape: str, config: Config, tokens: int, device: torch.device
     yield replace(case, **against_kt_kernel(x, weights, indices, stored, limit))
 
 
-def _backward_case(shape: str, config: Config, tokens: int, device: torch.device) -> Case:
+def _backward_case(shape: str, config: Config, tokens: int, device: torch.device, frozen: bool) -> Case:
     hidden, inter, limit = config.hidden_size, config.moe_intermediate_size, config.swiglu_limit
     # Beside the weights lie their gradients and, for the check, both in float64.
     experts, top_k = _experts(config, _COPY_BYTES // 12), config.num_experts_per_tok
@@ -148,9 +149,10 @@ def _backward_case(shape: str, config: Config, tokens: int, device: torch.device
         rows = [t if index is None else t[index] for t in (x, weights, indices, seed)]
         wide = weights.dtype if dtype == torch.bfloat16 else dtype
         leaves = [rows[0].to(dtype), rows[1].to(wide), *(w.to(dtype) for w in matrices)]
-        leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+        leaves = [leaf.detach() for leaf in leaves]
+        asked = [leaf.requires_grad_() for leaf in leaves[: 2 if frozen else None]]
         out = function(leaves[0], leaves[1], rows[2], tuple(leaves[2:]), limit)
-        return lambda: torch.autograd.grad(out, leaves, rows[3].to(dtype), retain_graph=True)
+        return lambda: torch.autograd.grad(out, asked, rows[3].to(dtype), retain_graph=True)
 
     def ours(x: Tensor, weights: Tensor, indices: Tensor, w: tuple[Tensor, ...], limit: float) -> Tensor:
         return ops.moe_experts(x, weights, indices, *w, swiglu_limit=limit)
@@ -169,9 +171,11 @@ def _backward_case(shape: str, config: Config, tokens: int, device: torch.device
     expert_bytes = sum(w.nbytes for w in matrices)
     return Case(
         "moe_experts_backward",
-        f"{shape} tokens={tokens} hidden={hidden} inter={inter} experts={experts} top_k={top_k} bf16",
+        f"{shape} tokens={tokens} hidden={hidden} inter={inter} experts={experts} top_k={top_k} bf16"
+        + " frozen" * frozen,
         gradients(ours, None, torch.bfloat16), "eager autograd", gradients(eager, None, torch.bfloat16), compare,
-        16.0 * hidden * inter * top_k * tokens, 2.0 * expert_bytes + 3.0 * x.nbytes, "bfloat16", _FEW_NUMBERS,
+        (10.0 if frozen else 16.0) * hidden * inter * top_k * tokens,
+        (1.0 if frozen else 2.0) * expert_bytes + 3.0 * x.nbytes, "bfloat16", _FEW_NUMBERS,
     )  # fmt: skip
 
 
@@ -249,4 +253,5 @@ def cases(op: str, shape: str, context: int, device: torch.device) -> Iterator[C
     elif op == "moe_experts":
         yield from _experts_cases(shape, config, tokens, device)
     else:
-        yield _backward_case(shape, config, min(tokens, _MOST_GRADIENT_ROWS), device)
+        for frozen in (False, True):
+            yield _backward_case(shape, config, min(tokens, _MOST_GRADIENT_ROWS), device, frozen)
