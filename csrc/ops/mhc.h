@@ -89,7 +89,7 @@ struct MhcPreBackwardParams {
   AnyView<1> norm_weight;  // X or float32 [D], optional, as in the forward call
   float rms_eps;
   AnyView<3> grad_streams;          // X [T, 4, D]
-  View<float, 2> grad_fn;           // [24, 4 D]
+  View<float, 2> grad_fn;           // [24, 4 D], or none, and then not computed
   View<float, 1> grad_scale;        // [3]
   View<float, 1> grad_base;         // [24]
   View<float, 1> grad_norm_weight;  // [D], given where norm_weight is
@@ -101,7 +101,7 @@ struct MhcHeadBackwardParams {
   AnyView<3> streams;         // X [T, 4, D]
   MhcMixing mixing;           // fn [4, 4 D], scale [1], base [4]
   AnyView<3> grad_streams;    // X [T, 4, D]
-  View<float, 2> grad_fn;     // [4, 4 D]
+  View<float, 2> grad_fn;     // [4, 4 D], or none
   View<float, 1> grad_scale;  // [1]
   View<float, 1> grad_base;   // [4]
   Workspace workspace;

@@ -185,11 +185,22 @@ DSV4_OP(
     "-> (Tensor, Tensor, Tensor, Tensor)",
     mhc_post_backward)
 
+// Empty, and none, where it is not needed.
+struct FnGradient {
+  Tensor tensor;
+  View<float, 2> view = {};
+
+  FnGradient(bool needed, int64_t mixes, int64_t hidden, const Tensor& device_of)
+      : tensor(needed ? float_tensor({mixes, kStreams * hidden}, device_of) : float_tensor({0}, device_of)) {
+    if (needed) view = mutable_view(tensor);
+  }
+};
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mhc_pre_backward(
     const Tensor& grad_input_, const Tensor& grad_post_, const Tensor& grad_comb_,
     const std::optional<Tensor>& grad_residual_, const Tensor& streams_, const Tensor& fn, const Tensor& scale,
     const Tensor& base, const std::optional<Tensor>& norm_weight_, double norm_eps, double hc_eps,
-    int64_t sinkhorn_iterations, double rms_eps) {
+    int64_t sinkhorn_iterations, double rms_eps, bool needs_fn) {
   Check check("mhc_pre_backward");
   const Sizes s = check_streams(check, streams_);
   check.tensor("grad_input", grad_input_, {s.tokens, s.hidden}, {s.x});
@@ -204,7 +215,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mhc_pre_backward(
   const std::optional<Tensor> grad_residual = dense(grad_residual_), norm_weight = dense(norm_weight_);
   const Tensor streams = dense(streams_);
   Tensor grad_streams = empty({s.tokens, kStreams, s.hidden}, s.x, streams);
-  Tensor grad_fn = float_tensor({kMixes, kStreams * s.hidden}, streams);
+  FnGradient grad_fn(needs_fn, kMixes, s.hidden, streams);
   Tensor grad_scale = float_tensor({3}, streams), grad_base = float_tensor({kMixes}, streams);
   Tensor grad_norm_weight = float_tensor({norm_weight.has_value() ? s.hidden : 0}, streams);
   const MhcPreBackwardParams params{view(grad_input),
@@ -216,40 +227,40 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mhc_pre_backward(
                                     view(norm_weight),
                                     static_cast<float>(rms_eps),
                                     mutable_view(grad_streams),
-                                    mutable_view(grad_fn),
+                                    grad_fn.view,
                                     mutable_view(grad_scale),
                                     mutable_view(grad_base),
                                     mutable_view(grad_norm_weight),
                                     {}};
   check.run(dsv4::mhc_pre_backward, scratch_bytes<mhc_pre_backward_workspace_bytes>, params, streams);
-  return {grad_streams, grad_fn, grad_scale, grad_base, grad_norm_weight};
+  return {grad_streams, grad_fn.tensor, grad_scale, grad_base, grad_norm_weight};
 }
 DSV4_OP(
     "mhc_pre_backward(Tensor grad_input, Tensor grad_post, Tensor grad_comb, Tensor? grad_residual, Tensor streams, "
     "Tensor fn, Tensor scale, Tensor base, Tensor? norm_weight, float norm_eps, float hc_eps, "
-    "int sinkhorn_iterations, float rms_eps) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "int sinkhorn_iterations, float rms_eps, bool needs_fn=True) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     mhc_pre_backward)
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> mhc_head_backward(const Tensor& grad_output_, const Tensor& streams_,
                                                              const Tensor& fn, const Tensor& scale, const Tensor& base,
-                                                             double norm_eps, double hc_eps) {
+                                                             double norm_eps, double hc_eps, bool needs_fn) {
   Check check("mhc_head_backward");
   const Sizes s = check_streams(check, streams_);
   check.tensor("grad_output", grad_output_, {s.tokens, s.hidden}, {s.x});
   const Mixing mixing(check, s.hidden, fn, scale, base, norm_eps, hc_eps, 0, true);
   const Tensor grad_output = dense(grad_output_), streams = dense(streams_);
   Tensor grad_streams = empty({s.tokens, kStreams, s.hidden}, s.x, streams);
-  Tensor grad_fn = float_tensor({kStreams, kStreams * s.hidden}, streams);
+  FnGradient grad_fn(needs_fn, kStreams, s.hidden, streams);
   Tensor grad_scale = float_tensor({1}, streams), grad_base = float_tensor({kStreams}, streams);
   const MhcHeadBackwardParams params{
-      view(grad_output),        view(streams),           mixing, mutable_view(grad_streams), mutable_view(grad_fn),
+      view(grad_output),        view(streams),           mixing, mutable_view(grad_streams), grad_fn.view,
       mutable_view(grad_scale), mutable_view(grad_base), {}};
   check.run(dsv4::mhc_head_backward, scratch_bytes<mhc_head_backward_workspace_bytes>, params, streams);
-  return {grad_streams, grad_fn, grad_scale, grad_base};
+  return {grad_streams, grad_fn.tensor, grad_scale, grad_base};
 }
 DSV4_OP(
     "mhc_head_backward(Tensor grad_output, Tensor streams, Tensor fn, Tensor scale, Tensor base, float norm_eps, "
-    "float hc_eps) -> (Tensor, Tensor, Tensor, Tensor)",
+    "float hc_eps, bool needs_fn=True) -> (Tensor, Tensor, Tensor, Tensor)",
     mhc_head_backward)
 
 }  // namespace

@@ -14,6 +14,7 @@ struct MhcBackwardCase {
   int iterations = 20;
   float hc_eps = 1e-6f;
   uint64_t seed = 1;
+  bool frozen_fn = false;  // whose gradient is then none
 };
 
 enum class MhcBackwardOp { kPost, kPre, kHead };
@@ -112,7 +113,7 @@ struct MhcBackwardProblem {
     if (c.norm) p.norm_weight = c.narrow_norm ? narrow_norm_weight.template any<1>() : norm_weight.template any<1>();
     p.rms_eps = kEps;
     p.grad_streams = grad_streams.template any<3>();
-    p.grad_fn = grad_fn.view<2>();
+    if (!c.frozen_fn) p.grad_fn = grad_fn.view<2>();
     p.grad_scale = grad_scale.view<1>();
     p.grad_base = grad_base.view<1>();
     if (c.norm) p.grad_norm_weight = grad_norm_weight.view<1>();
@@ -120,9 +121,14 @@ struct MhcBackwardProblem {
     return p;
   }
   MhcHeadBackwardParams head_params() {
-    return {
-        rows(grad),           streams.template any<3>(), mixing(), grad_streams.template any<3>(), grad_fn.view<2>(),
-        grad_scale.view<1>(), grad_base.view<1>(),       scratch()};
+    return {rows(grad),
+            streams.template any<3>(),
+            mixing(),
+            grad_streams.template any<3>(),
+            c.frozen_fn ? View<float, 2>{} : grad_fn.view<2>(),
+            grad_scale.view<1>(),
+            grad_base.view<1>(),
+            scratch()};
   }
 
   void download() {

@@ -114,6 +114,34 @@ TEST(rows_may_start_anywhere) {
   }
 }
 
+// Without the gradient of fn the others keep their bits, and nothing is written in its place.
+template <class X>
+void check_frozen_fn(MhcBackwardOp op) {
+  const MhcBackwardCase c = {130, 72, true, true};
+  MhcBackwardCase frozen = c;
+  frozen.frozen_fn = true;
+  MhcBackwardProblem<X> whole(c, op), others(frozen, op), fresh(c, op);
+  CHECK(run_mhc_backward(whole).empty());
+  CHECK(run_mhc_backward(others).empty());
+  for (int64_t t = 0; t < c.tokens; ++t) CHECK(bits_of(others, t) == bits_of(whole, t));
+  for (int64_t j = 0; j < whole.mixes(); ++j) {
+    for (int64_t i = 0; i < kStreams * c.hidden; ++i) {
+      float& value = others.grad_fn.at(j, i);
+      CHECK(bits_from_float(value) == bits_from_float(fresh.grad_fn.at(j, i)));
+      value = whole.grad_fn.at(j, i);
+    }
+  }
+  CHECK(bits_of_sums(others) == bits_of_sums(whole));
+}
+
+TEST(the_gradient_of_fn_may_be_none) {
+  if (no_device()) return;
+  for (const MhcBackwardOp op : {MhcBackwardOp::kPre, MhcBackwardOp::kHead}) {
+    check_frozen_fn<bf16>(op);
+    check_frozen_fn<float>(op);
+  }
+}
+
 template <class X>
 void check_company(MhcBackwardOp op) {
   const MhcBackwardCase whole = {70, 136, true, true};

@@ -221,7 +221,7 @@ Result run_head(const Implementation& by, Problem<T>& p, const Context& context)
 }
 
 template <class T>
-Result run_backward(const Implementation& by, Problem<T>& p, const Context& context) {
+Result run_backward(const Implementation& by, Problem<T>& p, const Context& context, bool fn = true) {
   Result all;
   Guarded<T> grad_sublayer({p.tokens, p.hidden}), grad_streams({p.tokens, 4, p.hidden}), post_streams = grad_streams,
                                                                                          head_streams = grad_streams;
@@ -242,21 +242,26 @@ Result run_backward(const Implementation& by, Problem<T>& p, const Context& cont
                                  p.norm_weight(),
                                  1e-6f,
                                  grad_streams.template any<3>(),
-                                 grad_fn.template view<2>(),
+                                 fn ? grad_fn.template view<2>() : View<float, 2>{},
                                  grad_scale.template view<1>(),
                                  grad_base.template view<1>(),
                                  grad_weight.template view<1>(),
                                  scratch.workspace()};
   CHECK(by.pre_backward(pre, context).is_ok());
-  const MhcHeadBackwardParams head{
-      p.sublayer.template any<2>(),   p.streams.template any<3>(), p.mixing(true),
-      head_streams.template any<3>(), head_fn.template view<2>(),  head_scale.template view<1>(),
-      head_base.template view<1>(),   scratch.workspace()};
+  const MhcHeadBackwardParams head{p.sublayer.template any<2>(),
+                                   p.streams.template any<3>(),
+                                   p.mixing(true),
+                                   head_streams.template any<3>(),
+                                   fn ? head_fn.template view<2>() : View<float, 2>{},
+                                   head_scale.template view<1>(),
+                                   head_base.template view<1>(),
+                                   scratch.workspace()};
   CHECK(by.head_backward(head, context).is_ok());
   append(all, grad_sublayer), append(all, post_streams), append(all, grad_streams), append(all, head_streams);
-  append(all, grad_post), append(all, grad_comb), append(all, grad_fn), append(all, grad_scale), append(all, grad_base);
-  append(all, head_fn), append(all, head_scale), append(all, head_base);
+  append(all, grad_post), append(all, grad_comb), append(all, grad_scale), append(all, grad_base);
+  append(all, head_scale), append(all, head_base);
   if (p.norm) append(all, grad_weight);
+  if (fn) append(all, grad_fn), append(all, head_fn);
   all.intact = all.intact && scratch.intact();
   return all;
 }
@@ -334,6 +339,27 @@ TEST(gradients_sum_over_groups_of_tokens) {
   for_each_implementation([](const Implementation& by) {
     check_groups<bf16>(by);
     if (!by.bf16_only) check_groups<float>(by);
+  });
+}
+
+// Without the gradient of fn the others keep their bits.
+template <class T>
+void check_frozen_fn(const Implementation& by) {
+  ThreadPool pool(2);
+  for (const int64_t tokens : {0, 37, 1025}) {
+    for (const bool norm : {false, true}) {
+      Problem<T> p(tokens, 40, 6, norm);
+      const Result whole = run_backward(by, p, pool.context()), others = run_backward(by, p, pool.context(), false);
+      CHECK(others.intact && whole.values.size() == others.values.size() + 28 * 4 * 40);
+      CHECK(std::equal(others.values.begin(), others.values.end(), whole.values.begin()));
+    }
+  }
+}
+
+TEST(the_gradient_of_fn_may_be_none) {
+  for_each_implementation([](const Implementation& by) {
+    check_frozen_fn<bf16>(by);
+    if (!by.bf16_only) check_frozen_fn<float>(by);
   });
 }
 

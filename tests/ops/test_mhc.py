@@ -347,7 +347,8 @@ def test_opcheck_backward(op):
     if op == "mhc_pre_backward":
         grads += [torch.randn(5, 4), torch.randn(5, 4, 4), torch.randn(5, 4, 24).to(X)]
         tail += [20, 1e-6]
-    check_op(getattr(torch.ops.dsv4, op), *grads, *arguments(forward, 5, 24, X, X).values(), *tail)
+    for needs_fn in [[]] if op == "mhc_post_backward" else [[True], [False]]:
+        check_op(getattr(torch.ops.dsv4, op), *grads, *arguments(forward, 5, 24, X, X).values(), *tail, *needs_fn)
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])

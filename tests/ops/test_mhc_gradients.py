@@ -18,6 +18,7 @@ from mhc_cases import (
     problems,
     results,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import dsv4.ops as ops
 from dsv4 import _library
@@ -113,6 +114,42 @@ def test_gradients_do_not_depend_on_threads(implementation):
                         assert_same_bits(a, b)
             finally:
                 torch.set_num_threads(threads)
+
+
+class FnGradients(TorchDispatchMode):
+    """Whether the calls of the backward ops computed that of fn."""
+
+    def __init__(self):
+        super().__init__()
+        self.taken = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        if func.name() in ("dsv4::mhc_pre_backward", "dsv4::mhc_head_backward"):
+            self.taken.append(found[1].numel() > 0)
+        return found
+
+
+@pytest.mark.parametrize("implementation", ["reference", *implementation_cases("mhc_pre_backward")])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("op", ["mhc_pre", "mhc_post_pre", "mhc_head"])
+def test_a_frozen_fn_has_no_gradient_and_costs_none(op, dtype, implementation):
+    """The others have the bits that they have beside it."""
+    values = arguments(op, 37, 96, dtype, None if op == "mhc_head" else torch.float32)
+    reference = implementation == "reference"
+    with ops.use_reference() if reference else max_isa(implementation):
+        grads, found = None, {}
+        for frozen in (False, True):
+            leaves = {name: v.detach().clone().requires_grad_(name != "fn" or not frozen) for name, v in values.items()}
+            out = results(getattr(ops, op)(*leaves.values()))
+            grads = grads or [torch.randn_like(o) for o in out]
+            with FnGradients() as calls:
+                torch.autograd.backward(out, grads)
+            assert reference or calls.taken == [not frozen]
+            found[frozen] = {name: leaf.grad for name, leaf in leaves.items()}
+    assert found[True].pop("fn") is None and found[False].pop("fn").any()
+    for name, grad in found[True].items():
+        assert_same_bits(grad, found[False][name])
 
 
 @pytest.mark.parametrize("rounds", [1, 33, 70])

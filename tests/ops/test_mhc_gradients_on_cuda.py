@@ -61,6 +61,18 @@ def test_gradients_of_scale_and_base(hidden, dtype, op, norm):
     assert_sums_as_accurate(op, [*chain(*sizes)], [*chain(*actual)])
 
 
+@pytest.mark.parametrize("op", ["mhc_pre", "mhc_head"])
+def test_the_gradient_of_fn_may_be_left_out(op):
+    (p, *_) = problems(op, 17, 96, torch.bfloat16, torch.float32 if op == "mhc_pre" else None, True)
+    arguments = [*p.grads, *([None] if op == "mhc_pre" else []), *p.values, *SETTINGS[op]]
+    with torch.no_grad(), cuda_device():
+        streams, fn, *sums = getattr(torch.ops.dsv4, f"{op}_backward")(*map(there, arguments), needs_fn=False)
+        whole = getattr(torch.ops.dsv4, f"{op}_backward")(*map(there, arguments))
+        assert fn.shape == (0,) and fn.dtype == torch.float32
+        for a, b in zip((streams, *sums), (whole[0], *whole[2:]), strict=True):
+            assert_same_bits(a.cpu(), b.cpu())
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_residual_is_added_before_rounding(dtype):
     (p, *_) = problems("mhc_pre", 17, 96, dtype, torch.float32, True)

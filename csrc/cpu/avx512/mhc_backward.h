@@ -48,11 +48,12 @@ struct BackwardProblem {
   const MhcMixing& mixing;
   AnyView<1> norm_weight;
   float rms_eps;
-  View<float, 2> grad_fn;
+  View<float, 2> grad_fn;  // or none
   float* grad_norm_weight;
 
   const X* r(int64_t token, int stream) const { return streams.data + token * streams.token + stream * streams.stream; }
   const X* grad(int64_t token) const { return static_cast<const X*>(grad_input.data) + token * grad_input.stride[0]; }
+  bool wants_fn() const { return grad_fn.data != nullptr; }
   int64_t groups() const { return (streams.tokens + kGroup - 1) / kGroup; }
 };
 
@@ -298,7 +299,7 @@ void run_gradients(const BackwardProblem<X>& p, const MhcTokenGradient* tokens, 
       };
       Gradient::template streams<kOutputs>(factors, at, few, fn, p.streams.hidden, run, row);
     }
-    for (int stream = 0; stream < kStreams; ++stream) {
+    for (int stream = 0; p.wants_fn() && stream < kStreams; ++stream) {
       Gradient::template add_fn<kOutputs>(factors, held.rows[stream], count, run.end - run.begin,
                                           held.totals + stream * kTotals);
     }
@@ -317,7 +318,7 @@ void sum_groups(const BackwardProblem<X>& p, const float* fn, const float* norm,
       for (int64_t d = 0; d < count; ++d) to[d] += from[group * stride + d];
     }
   };
-  parallel(context, kOutputs, [&](int64_t begin, int64_t end) {
+  parallel(context, p.wants_fn() ? kOutputs : 0, [&](int64_t begin, int64_t end) {
     for (int64_t j = begin; j < end; ++j) sum(fn + j * width, kOutputs * width, width, p.grad_fn.at(j));
   });
   if (p.norm_weight.given()) sum(norm, hidden, hidden, p.grad_norm_weight);
@@ -367,7 +368,7 @@ void backward(const BackwardProblem<X>& p, const View<float, 1>& grad_scale, con
     } else {
       run_gradients<Gradient, X, kOutputs, Store::kWhole>(p, memory.tokens, fn, group, run, held);
     }
-    for (int stream = 0; stream < kStreams; ++stream) {
+    for (int stream = 0; p.wants_fn() && stream < kStreams; ++stream) {
       for (int j = 0; j < kOutputs; ++j) {
         float* to = groups == 1 ? p.grad_fn.at(j) : memory.fn_sums + (group * kOutputs + j) * kStreams * hidden;
         for (int64_t step = run.begin; step < run.end; ++step) {

@@ -75,6 +75,14 @@ void fn_columns(const Problem& p, const View<float, 2>& grad_fn, int64_t begin, 
   }
 }
 
+// Unless it is none.
+template <class T>
+void fn_gradient(const Problem& p, const View<float, 2>& grad_fn, const Context& context) {
+  if (grad_fn.data == nullptr) return;
+  parallel(context, kStreams * p.streams.size(2),
+           [&](int64_t begin, int64_t end) { fn_columns<T>(p, grad_fn, begin, end); });
+}
+
 template <class T>
 void norm_columns(const Problem& p, const View<float, 1>& grad_weight, int64_t begin, int64_t end) {
   const auto streams = p.streams.as<const T>();
@@ -109,8 +117,7 @@ void pre_backward(const MhcPreBackwardParams& params, const Context& context) {
       token_backward<T>(p, token, grad);
     }
   });
-  parallel(context, kStreams * hidden,
-           [&](int64_t begin, int64_t end) { fn_columns<T>(p, params.grad_fn, begin, end); });
+  fn_gradient<T>(p, params.grad_fn, context);
   if (p.norm_weight.given()) {
     parallel(context, hidden,
              [&](int64_t begin, int64_t end) { norm_columns<T>(p, params.grad_norm_weight, begin, end); });
@@ -133,8 +140,7 @@ void head_backward(const MhcHeadBackwardParams& params, const Context& context) 
     float grad[kMixes] = {};
     for (int64_t token = begin; token < end; ++token) token_backward<T>(p, token, grad);
   });
-  parallel(context, kStreams * params.streams.size(2),
-           [&](int64_t begin, int64_t end) { fn_columns<T>(p, params.grad_fn, begin, end); });
+  fn_gradient<T>(p, params.grad_fn, context);
   small_sums(p, params.streams.size(0), params.grad_scale, params.grad_base);
 }
 

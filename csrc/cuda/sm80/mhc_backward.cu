@@ -5,7 +5,8 @@
 //      block, 16 tokens a stage; pieces have 64 to 1024 tokens, so many that some 512 blocks are left
 //   4. the sums of the pieces, in ascending order (mhc_backward_sums.h)
 // The streams are read three times, their gradient is written once: 44 D bytes a token in bfloat16 with a residual, and
-// 384 D bytes a piece twice; some 1,800 D FLOP a token on the tensor cores: bound by bandwidth.
+// 384 D bytes a piece twice; some 1,800 D FLOP a token on the tensor cores: bound by bandwidth. Where the gradient of
+// fn is none its products run all the same, out of sight of that bound, but those bytes do not move.
 #include "cuda/sm80/mhc.h"
 #include "cuda/sm80/mhc_backward_streams.h"
 #include "cuda/sm80/mhc_backward_sums.h"
@@ -165,7 +166,7 @@ Status run_streams(const Gradient& gradient, const MhcPreBackwardParams& p, cons
   a.factors = memory.factors;
   a.values = memory.values;
   a.summed = memory.summed;
-  a.fn_sums = memory.fn_sums;
+  a.fn_sums = p.grad_fn.data != nullptr ? memory.fn_sums : nullptr;
   a.norm_sums = memory.norm_sums;
   a.rest_sums = memory.rest_sums;
   a.tokens = tokens;
@@ -197,8 +198,9 @@ Status run_sums(const Gradient& gradient, const MhcPreBackwardParams& p, const M
   a.vector_fn = in_pieces(p.grad_fn);
   a.vector_norm = in_pieces(p.grad_norm_weight);
   cuda::LaunchShape shape;
+  const int64_t fn_fours = p.grad_fn.data != nullptr ? gradient.mixes * hidden : 0;
   const int64_t norm_fours = p.norm_weight.given() ? ceil_div(hidden, 4) : 0;
-  shape.blocks_x = ceil_div(gradient.mixes * hidden + norm_fours + kSummed, kMhcSumThreads);
+  shape.blocks_x = ceil_div(fn_fours + norm_fours + kSummed, kMhcSumThreads);
   shape.threads = kMhcSumThreads;
   return cuda::launch(gradient.name, sm80_f32_mhc_backward_sums, shape, context, a);
 }

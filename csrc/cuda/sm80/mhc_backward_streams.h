@@ -24,7 +24,7 @@ struct StreamArguments {
   AnyView<1> norm_weight;                  // [D], optional
   const void* factors;                     // of every token, as in TokenArguments
   const float *values, *summed;            //
-  float *fn_sums, *norm_sums, *rest_sums;  // of pieces: [kMixes, 4 D], [D rounded up to 4], [kSummed, two floats]
+  float *fn_sums, *norm_sums, *rest_sums;  // of pieces: [kMixes, 4 D] or none, [D up to fours], [kSummed, two floats]
   int64_t tokens, hidden, piece_tokens, column_blocks;
   bool vector;
 };
@@ -523,7 +523,7 @@ DSV4_DEVICE void stream_columns(const StreamArguments& a, int64_t first_column, 
     columns.step(block, stage, first, norm);
     ptx::sync_threads();  // both may be overwritten
   }
-  columns.write(a, first_column, a.fn_sums + piece * kMixes * kStreams * a.hidden);
+  if (a.fn_sums != nullptr) columns.write(a, first_column, a.fn_sums + piece * kMixes * kStreams * a.hidden);
   if (norm) norm_columns.write(block);
 }
 

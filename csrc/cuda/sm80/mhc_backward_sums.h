@@ -9,7 +9,7 @@ namespace dsv4::sm80 {
 
 struct MhcSumArguments {
   const float *fn_sums, *norm_sums, *rest_sums;  // as in StreamArguments
-  View<float, 2> grad_fn;                        // [mixes, 4 D]
+  View<float, 2> grad_fn;                        // [mixes, 4 D], or without data
   View<float, 1> grad_scale, grad_base;
   View<float, 1> grad_norm_weight;  // [D], or without data
   int64_t pieces, mixes, hidden;
@@ -33,15 +33,16 @@ inline constexpr int kMhcSumThreads = 256;
 
 // Threads of the grid: four elements of grad_fn each, then of grad_norm_weight, then one of grad_base or grad_scale.
 DSV4_DEVICE void add_pieces(const MhcSumArguments& a) {
-  const int64_t width = kStreams * a.hidden, norm_fours = a.grad_norm_weight.data == nullptr ? 0 : (a.hidden + 3) / 4;
+  const int64_t width = kStreams * a.hidden, fn_fours = a.grad_fn.data == nullptr ? 0 : a.mixes * a.hidden;
+  const int64_t norm_fours = a.grad_norm_weight.data == nullptr ? 0 : (a.hidden + 3) / 4;
   int64_t index = ptx::block_index_x() * kMhcSumThreads + ptx::thread_index();
-  if (index < a.mixes * a.hidden) {
+  if (index < fn_fours) {
     const Words4 total = sum_pieces(a.fn_sums + index * 4, a.mixes * width, a.pieces);
     float* row = a.grad_fn.data + index / a.hidden * a.grad_fn.stride[0];
     store_piece(row, index % a.hidden * 4, width, a.vector_fn, total);
     return;
   }
-  index -= a.mixes * a.hidden;
+  index -= fn_fours;
   if (index < norm_fours) {
     const Words4 total = sum_pieces(a.norm_sums + index * 4, norm_fours * 4, a.pieces);
     store_piece(a.grad_norm_weight.data, index * 4, a.hidden, a.vector_norm, total);

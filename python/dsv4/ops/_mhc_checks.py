@@ -152,6 +152,7 @@ def check_pre_backward(
     hc_eps: float,
     sinkhorn_iterations: int,
     rms_eps: float,
+    needs_fn: bool = True,
 ) -> None:
     check = Check("mhc_pre_backward")
     tokens, hidden = _check_streams(check, streams)
@@ -164,7 +165,14 @@ def check_pre_backward(
 
 
 def check_head_backward(
-    grad_output: Tensor, streams: Tensor, fn: Tensor, scale: Tensor, base: Tensor, norm_eps: float, hc_eps: float
+    grad_output: Tensor,
+    streams: Tensor,
+    fn: Tensor,
+    scale: Tensor,
+    base: Tensor,
+    norm_eps: float,
+    hc_eps: float,
+    needs_fn: bool = True,
 ) -> None:
     check = Check("mhc_head_backward")
     tokens, hidden = _check_streams(check, streams)
@@ -193,11 +201,15 @@ def pre_backward_fake(
     scale: Tensor,
     base: Tensor,
     norm_weight: Tensor | None,
-    *_: Any,
+    norm_eps: float,
+    hc_eps: float,
+    sinkhorn_iterations: int,
+    rms_eps: float,
+    needs_fn: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return (
         streams.new_empty(streams.shape),
-        fn.new_empty(fn.shape),
+        fn.new_empty(fn.shape if needs_fn else 0),
         scale.new_empty(scale.shape),
         base.new_empty(base.shape),
         fn.new_empty(0 if norm_weight is None else streams.shape[2]),
@@ -205,11 +217,18 @@ def pre_backward_fake(
 
 
 def head_backward_fake(
-    grad_output: Tensor, streams: Tensor, fn: Tensor, scale: Tensor, base: Tensor, *_: Any
+    grad_output: Tensor,
+    streams: Tensor,
+    fn: Tensor,
+    scale: Tensor,
+    base: Tensor,
+    norm_eps: float,
+    hc_eps: float,
+    needs_fn: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return (
         streams.new_empty(streams.shape),
-        fn.new_empty(fn.shape),
+        fn.new_empty(fn.shape if needs_fn else 0),
         scale.new_empty(scale.shape),
         base.new_empty(base.shape),
     )

@@ -40,10 +40,11 @@ def mhc_pre_backward_reference(
     hc_eps: float,
     sinkhorn_iterations: int,
     rms_eps: float,
+    needs_fn: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of mhc_pre: of streams in their dtype, with grad_residual added; of all others in the dtype of fn.
 
-    Returns: of streams, fn, scale, base, norm_weight (empty where there is none).
+    Returns: of streams, fn (empty where it is not needed), scale, base, norm_weight (empty where there is none).
     """
     wide, mixes, rms = _recomputed(streams, fn, norm_eps)
     logits = mixes * scale.double()[_GROUP] + base.double()
@@ -65,7 +66,7 @@ def mhc_pre_backward_reference(
     )
     grad_scale = torch.stack([part.sum() for part in (grad_logits * mixes).split(_SIZES, -1)])
     grad_mixes = grad_logits * scale.double()[_GROUP]
-    grad_streams, grad_fn = _mixes_backward(grad_mixes, wide, mixes, rms, fn, norm_eps)
+    grad_streams, grad_fn = _mixes_backward(grad_mixes, wide, mixes, rms, fn, needs_fn)
     grad_streams = grad_streams + pre.unsqueeze(-1) * grad_mixed.unsqueeze(1)
     if grad_residual is not None:
         grad_streams = grad_streams + grad_residual.double()
@@ -79,15 +80,23 @@ def mhc_pre_backward_reference(
 
 
 def mhc_head_backward_reference(
-    grad_output: Tensor, streams: Tensor, fn: Tensor, scale: Tensor, base: Tensor, norm_eps: float, hc_eps: float
+    grad_output: Tensor,
+    streams: Tensor,
+    fn: Tensor,
+    scale: Tensor,
+    base: Tensor,
+    norm_eps: float,
+    hc_eps: float,
+    needs_fn: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of mhc_head: of streams in their dtype; of fn, scale and base in that of fn."""
+    """Gradients of mhc_head: of streams in their dtype; of fn (empty where it is not needed), scale and base in that of
+    fn."""
     wide, mixes, rms = _recomputed(streams, fn, norm_eps)
     s = (mixes * scale.double() + base.double()).sigmoid()
     grad = grad_output.double()
     grad_logits = (wide @ grad.unsqueeze(-1)).squeeze(-1) * s * (1 - s)
     grad_scale = (grad_logits * mixes).sum().reshape(1)
-    grad_streams, grad_fn = _mixes_backward(grad_logits * scale.double(), wide, mixes, rms, fn, norm_eps)
+    grad_streams, grad_fn = _mixes_backward(grad_logits * scale.double(), wide, mixes, rms, fn, needs_fn)
     grad_streams = grad_streams + (s + hc_eps).unsqueeze(-1) * grad.unsqueeze(1)
     return (
         grad_streams.to(streams.dtype),
@@ -105,14 +114,14 @@ def _recomputed(streams: Tensor, fn: Tensor, norm_eps: float) -> tuple[Tensor, T
 
 
 def _mixes_backward(
-    grad_mixes: Tensor, wide: Tensor, mixes: Tensor, rms: Tensor, fn: Tensor, norm_eps: float
+    grad_mixes: Tensor, wide: Tensor, mixes: Tensor, rms: Tensor, fn: Tensor, needs_fn: bool
 ) -> tuple[Tensor, Tensor]:
     """Through m = (fn r) rms(r): with n = 4 hidden, d rms / d r = -rms^3 r / n."""
     flat = wide.flatten(1)
     grad_product = grad_mixes * rms
     grad_flat = grad_product @ fn.double()
     grad_flat = grad_flat - (grad_mixes * mixes).sum(-1, keepdim=True) * rms.square() / flat.shape[1] * flat
-    return grad_flat.view_as(wide), grad_product.t() @ flat
+    return grad_flat.view_as(wide), grad_product.t() @ flat if needs_fn else fn.new_empty(0)
 
 
 def _rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:

@@ -283,15 +283,24 @@ def _save_pre(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _pre_gradients(
-    ctx: Any, grads: tuple[Tensor, Tensor, Tensor], grad_residual: Tensor | None, saved: tuple[Any, ...]
+    ctx: Any,
+    grads: tuple[Tensor, Tensor, Tensor],
+    grad_residual: Tensor | None,
+    saved: tuple[Any, ...],
+    needs_fn: bool,
 ) -> tuple[Tensor | None, ...]:
     norm_weight = saved[4]
-    *gradients, grad_norm_weight = torch.ops.dsv4.mhc_pre_backward(*grads, grad_residual, *saved, *ctx.settings)
-    return (*gradients, None if norm_weight is None else grad_norm_weight.to(norm_weight.dtype))
+    streams, fn, scale, base, norm = torch.ops.dsv4.mhc_pre_backward(
+        *grads, grad_residual, *saved, *ctx.settings, needs_fn
+    )
+    return (
+        streams, fn if needs_fn else None, scale, base, None if norm_weight is None else norm.to(norm_weight.dtype)
+    )  # fmt: skip
 
 
 def _pre_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-    return (*_pre_gradients(ctx, grads, None, ctx.saved_tensors), None, None, None, None)  # type: ignore[arg-type]
+    gradients = _pre_gradients(ctx, grads, None, ctx.saved_tensors, ctx.needs_input_grad[1])  # type: ignore[arg-type]
+    return (*gradients, None, None, None, None)
 
 
 def _save_post(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -312,7 +321,7 @@ def _post_pre_backward(
 ) -> tuple[Tensor | None, ...]:
     *post_arguments, fn, scale, base, norm_weight, new = ctx.saved_tensors
     grad_new, *others = _pre_gradients(  # type: ignore[assignment]
-        ctx, (grad_input, grad_post, grad_comb), grad_new, (new, fn, scale, base, norm_weight)
+        ctx, (grad_input, grad_post, grad_comb), grad_new, (new, fn, scale, base, norm_weight), ctx.needs_input_grad[4]
     )
     return (*torch.ops.dsv4.mhc_post_backward(grad_new, *post_arguments), *others, None, None, None, None)
 
@@ -323,7 +332,9 @@ def _save_head(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _head_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return (*torch.ops.dsv4.mhc_head_backward(grad, *ctx.saved_tensors, *ctx.settings), None, None)
+    needs_fn = ctx.needs_input_grad[1]
+    streams, fn, scale, base = torch.ops.dsv4.mhc_head_backward(grad, *ctx.saved_tensors, *ctx.settings, needs_fn)
+    return streams, fn if needs_fn else None, scale, base, None, None
 
 
 _MIXING = "Tensor fn, Tensor scale, Tensor base"
@@ -379,15 +390,15 @@ _register_backward(
 )
 _register_backward(
     "mhc_pre_backward(Tensor grad_input, Tensor grad_post, Tensor grad_comb, Tensor? grad_residual, Tensor streams, "
-    f"{_MIXING}, Tensor? norm_weight, float norm_eps, float hc_eps, int sinkhorn_iterations, float rms_eps) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"{_MIXING}, Tensor? norm_weight, float norm_eps, float hc_eps, int sinkhorn_iterations, float rms_eps, "
+    "bool needs_fn=True) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     mhc_pre_backward_reference,
     check_pre_backward,
     pre_backward_fake,
 )
 _register_backward(
-    f"mhc_head_backward(Tensor grad_output, Tensor streams, {_MIXING}, float norm_eps, float hc_eps) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
+    f"mhc_head_backward(Tensor grad_output, Tensor streams, {_MIXING}, float norm_eps, float hc_eps, "
+    "bool needs_fn=True) -> (Tensor, Tensor, Tensor, Tensor)",
     mhc_head_backward_reference,
     check_head_backward,
     head_backward_fake,
