@@ -15,6 +15,12 @@ struct View {
   int64_t stride[N] = {};
 
   DSV4_HOST_DEVICE int64_t size(int axis) const { return shape[axis]; }
+  // Null alone does not make a view none: a caller may have forgotten its memory.
+  DSV4_HOST_DEVICE bool given() const {
+    bool any = data != nullptr;
+    for (int axis = 0; axis < N; ++axis) any = any || shape[axis] != 0;
+    return any;
+  }
 
   template <class... Index>
   DSV4_HOST_DEVICE T* at(Index... index) const {

@@ -123,7 +123,7 @@ class MoeBackwardCall {
   static constexpr bool kNarrow = sizeof(X) < sizeof(float);
 
   bool wants_x() const { return p_.grad_x.given(); }
-  bool wants_weights() const { return p_.grad_weights.data != nullptr; }
+  bool wants_weights() const { return p_.grad_weights.given(); }
 
   static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
   static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }

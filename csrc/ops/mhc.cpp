@@ -180,7 +180,7 @@ Status validate(const MhcPreBackwardParams& p, const Context& context) {
   validate_mixing(v, p.mixing, hidden, false);
   validate_norm(v, p.norm_weight, p.rms_eps, hidden, x);
   v.view("grad_streams", p.grad_streams, x, {tokens, kStreams, hidden});
-  if (p.grad_fn.data != nullptr) v.view("grad_fn", p.grad_fn, {kMixes, kStreams * hidden});
+  if (p.grad_fn.given()) v.view("grad_fn", p.grad_fn, {kMixes, kStreams * hidden});
   v.view("grad_scale", p.grad_scale, {3});
   v.view("grad_base", p.grad_base, {kMixes});
   if (p.norm_weight.given()) v.view("grad_norm_weight", p.grad_norm_weight, {hidden});
@@ -197,7 +197,7 @@ Status validate(const MhcHeadBackwardParams& p, const Context& context) {
   v.view("grad_output", p.grad_output, x, {tokens, hidden});
   validate_mixing(v, p.mixing, hidden, true);
   v.view("grad_streams", p.grad_streams, x, {tokens, kStreams, hidden});
-  if (p.grad_fn.data != nullptr) v.view("grad_fn", p.grad_fn, {kStreams, kStreams * hidden});
+  if (p.grad_fn.given()) v.view("grad_fn", p.grad_fn, {kStreams, kStreams * hidden});
   v.view("grad_scale", p.grad_scale, {1});
   v.view("grad_base", p.grad_base, {kStreams});
   if (!v.status().is_ok()) return v.status();

@@ -198,7 +198,7 @@ Status validate(const MoeExpertsBackwardParams& p, const Context& context) {
   validate_arguments(v, p);
   const int64_t tokens = p.x.size(0), hidden = p.x.size(1);
   if (p.grad_x.given()) v.view("grad_x", p.grad_x, p.x.dtype, {tokens, hidden});
-  if (p.grad_weights.data != nullptr) v.view("grad_weights", p.grad_weights, {tokens, p.weights.size(1)});
+  if (p.grad_weights.given()) v.view("grad_weights", p.grad_weights, {tokens, p.weights.size(1)});
   const AnyView<3>&w1 = p.matrices[0], &shared = p.shared[0];
   validate_matrices(v, kGradNames, p.grad_matrices, p.x.dtype, w1.size(0), w1.size(1), hidden, true);
   if (shared.given()) {

@@ -79,7 +79,7 @@ struct MoeExpertsBackwardParams {
   AnyView<3> shared[3];          // the same of the shared expert, with E = 1 and an I of its own; or none
   float swiglu_limit;            // 0: no clamp
   AnyView<2> grad_x;             // [T, D], the type of x
-  View<float, 2> grad_weights;   // [T, K]; none: null
+  View<float, 2> grad_weights;   // [T, K]
   AnyView<3> grad_matrices[3];   // as matrices
   AnyView<3> grad_shared[3];     // as shared
   Workspace workspace;

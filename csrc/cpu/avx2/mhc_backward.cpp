@@ -201,7 +201,7 @@ void backward(const Problem& p, const Context& context, const View<float, 2>& gr
     for (int64_t t = 0; t < count; ++t) set_grads(token + t, grads[t]);
     Tokens<kRows, T>(p, slots + slot * slot_bytes(hidden)).run(token, count, grads);
   });
-  if (grad_fn.data == nullptr) return;
+  if (!grad_fn.given()) return;
   const int64_t pieces = (hidden + kColumns - 1) / kColumns;
   parallel(context, kStreams * pieces, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {

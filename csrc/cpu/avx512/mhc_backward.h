@@ -53,7 +53,7 @@ struct BackwardProblem {
 
   const X* r(int64_t token, int stream) const { return streams.data + token * streams.token + stream * streams.stream; }
   const X* grad(int64_t token) const { return static_cast<const X*>(grad_input.data) + token * grad_input.stride[0]; }
-  bool wants_fn() const { return grad_fn.data != nullptr; }
+  bool wants_fn() const { return grad_fn.given(); }
   int64_t groups() const { return (streams.tokens + kGroup - 1) / kGroup; }
 };
 

@@ -78,7 +78,7 @@ void fn_columns(const Problem& p, const View<float, 2>& grad_fn, int64_t begin, 
 // Unless it is none.
 template <class T>
 void fn_gradient(const Problem& p, const View<float, 2>& grad_fn, const Context& context) {
-  if (grad_fn.data == nullptr) return;
+  if (!grad_fn.given()) return;
   parallel(context, kStreams * p.streams.size(2),
            [&](int64_t begin, int64_t end) { fn_columns<T>(p, grad_fn, begin, end); });
 }

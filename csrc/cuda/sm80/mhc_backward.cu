@@ -166,7 +166,7 @@ Status run_streams(const Gradient& gradient, const MhcPreBackwardParams& p, cons
   a.factors = memory.factors;
   a.values = memory.values;
   a.summed = memory.summed;
-  a.fn_sums = p.grad_fn.data != nullptr ? memory.fn_sums : nullptr;
+  a.fn_sums = p.grad_fn.given() ? memory.fn_sums : nullptr;
   a.norm_sums = memory.norm_sums;
   a.rest_sums = memory.rest_sums;
   a.tokens = tokens;
@@ -198,7 +198,7 @@ Status run_sums(const Gradient& gradient, const MhcPreBackwardParams& p, const M
   a.vector_fn = in_pieces(p.grad_fn);
   a.vector_norm = in_pieces(p.grad_norm_weight);
   cuda::LaunchShape shape;
-  const int64_t fn_fours = p.grad_fn.data != nullptr ? gradient.mixes * hidden : 0;
+  const int64_t fn_fours = p.grad_fn.given() ? gradient.mixes * hidden : 0;
   const int64_t norm_fours = p.norm_weight.given() ? ceil_div(hidden, 4) : 0;
   shape.blocks_x = ceil_div(fn_fours + norm_fours + kSummed, kMhcSumThreads);
   shape.threads = kMhcSumThreads;

@@ -9,7 +9,7 @@ namespace dsv4::sm80 {
 
 struct MhcSumArguments {
   const float *fn_sums, *norm_sums, *rest_sums;  // as in StreamArguments
-  View<float, 2> grad_fn;                        // [mixes, 4 D], or without data
+  View<float, 2> grad_fn;                        // [mixes, 4 D], or none
   View<float, 1> grad_scale, grad_base;
   View<float, 1> grad_norm_weight;  // [D], or without data
   int64_t pieces, mixes, hidden;
@@ -33,7 +33,7 @@ inline constexpr int kMhcSumThreads = 256;
 
 // Threads of the grid: four elements of grad_fn each, then of grad_norm_weight, then one of grad_base or grad_scale.
 DSV4_DEVICE void add_pieces(const MhcSumArguments& a) {
-  const int64_t width = kStreams * a.hidden, fn_fours = a.grad_fn.data == nullptr ? 0 : a.mixes * a.hidden;
+  const int64_t width = kStreams * a.hidden, fn_fours = a.grad_fn.given() ? a.mixes * a.hidden : 0;
   const int64_t norm_fours = a.grad_norm_weight.data == nullptr ? 0 : (a.hidden + 3) / 4;
   int64_t index = ptx::block_index_x() * kMhcSumThreads + ptx::thread_index();
   if (index < fn_fours) {

@@ -167,7 +167,7 @@ class GradientRun {
     for (int64_t column = 0; p_.grad_x.given() && status.is_ok() && column < hidden(); column += cut_.columns) {
       status = inputs(column);
     }
-    return status.is_ok() && p_.grad_weights.data != nullptr ? weights() : status;
+    return status.is_ok() && p_.grad_weights.given() ? weights() : status;
   }
 
  private:
