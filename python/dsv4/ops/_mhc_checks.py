@@ -1,7 +1,10 @@
-"""Argument checks of the mHC ops, in the words of csrc/torch/mhc.cpp, and their fake kernels."""
+"""Argument checks of the mHC ops, in the words of csrc/torch/mhc.cpp, their fake kernels, and the multiply-adds that
+their products take."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -232,3 +235,52 @@ def head_backward_fake(
         scale.new_empty(scale.shape),
         base.new_empty(base.shape),
     )
+
+
+def pre_products(streams: Sequence[int], fn: Sequence[int], *_: Any, **__: Any) -> int:
+    """Of the streams with fn, and of pre with the streams; the same for mhc_head."""
+    return math.prod(streams) * (fn[0] + 1)
+
+
+def post_products(sublayer: Sequence[int], streams: Sequence[int], *_: Any, **__: Any) -> int:
+    """Of comb with the streams, and of post with the sublayer's output."""
+    return math.prod(streams) * (STREAMS + 1)
+
+
+def post_pre_products(
+    sublayer: Sequence[int],
+    streams: Sequence[int],
+    post: Sequence[int],
+    comb: Sequence[int],
+    fn: Sequence[int],
+    *_: Any,
+    **__: Any,
+) -> int:
+    return post_products(sublayer, streams) + pre_products(streams, fn)
+
+
+def post_backward_products(grad: Sequence[int], *arguments: Sequence[int]) -> int:
+    """Into each of the two factors of each product."""
+    sublayer, streams, *_ = arguments
+    return 2 * post_products(sublayer, streams)
+
+
+def pre_backward_products(
+    grad_input: Sequence[int],
+    grad_post: Sequence[int],
+    grad_comb: Sequence[int],
+    grad_residual: Sequence[int] | None,
+    streams: Sequence[int],
+    fn: Sequence[int],
+    scale: Sequence[int],
+    base: Sequence[int],
+    norm_weight: Sequence[int] | None,
+    *_: Any,
+) -> int:
+    """The mixes again, and the input where it has a norm; then into each of the two factors of both products."""
+    again = fn[0] + (norm_weight is not None)
+    return math.prod(streams) * again + 2 * pre_products(streams, fn)
+
+
+def head_backward_products(grad: Sequence[int], streams: Sequence[int], fn: Sequence[int], *_: Any) -> int:
+    return math.prod(streams) * fn[0] + 2 * pre_products(streams, fn)

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dsv4 import _library
+from dsv4.ops._flops import count_products
 
 NAMESPACE = "dsv4"
 
@@ -52,6 +53,7 @@ def register(
     backward: Callable[..., Any] | None = None,
     setup_context: Callable[..., None] | None = None,
     recompute: bool = False,
+    products: Callable[..., int] | None = None,
 ) -> None:
     """Registers an op's reference, its fake kernel and its gradient.
 
@@ -67,6 +69,7 @@ def register(
         backward, setup_context: the gradient, as torch.library.register_autograd takes them.
         recompute: take the gradient by running the reference again under autograd. For references that do not look at
             values, so that the backward pass can be traced.
+        products: multiply-adds of its matrix products by the shapes of its arguments; None: it has none.
     """
     op = schema.split("(", 1)[0]
     if not _defined(op):
@@ -94,6 +97,8 @@ def register(
         )
     elif getattr(getattr(torch.ops, NAMESPACE), op).default._schema.is_mutable:
         _fragment.impl(op, _writing(op), "Autograd", with_keyset=True)
+    if products is not None:
+        count_products(op, products)
     _registered.append(op)
 
 

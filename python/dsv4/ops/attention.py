@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from functools import partial
 from typing import Any, NamedTuple
@@ -478,6 +479,29 @@ def _fake_backward(
     return call.query.new_empty(call.query.shape), pools[0], pools[1], call.sink.new_empty(call.sink.shape)
 
 
+def _room(call: Any) -> tuple[int, int]:
+    """(raw rows, entries) that a row has at most; `call` as _Call, with shapes in place of tensors."""
+    raw = min(call.window, call.window_table[1] * call.window_page_size)
+    if call.compressed_table is None:
+        return raw, 0
+    entries = call.compressed_table[1] * call.page_size
+    return raw, entries if call.indices is None else min(call.indices[1], entries)
+
+
+def _attention_products(*arguments: Any, **named: Any) -> int:
+    """Of the queries and of the weights, with each key."""
+    call = _Call(*arguments, **named)
+    return 2 * math.prod(call.query) * sum(_room(call))
+
+
+def _attention_backward_products(grad_out: Any, grad_lse: Any, lse: Any, *arguments: Any, **named: Any) -> int:
+    """With each key: of the queries again, of the gradient, and into the queries; and two into a key, which bytes do
+    not have."""
+    call = _Call(*arguments, **named)
+    pools = zip(_room(call), (call.window_pages, call.compressed_pages), strict=True)
+    return math.prod(call.query) * sum(keys * (5 if len(pages or ()) == 3 else 3) for keys, pages in pools)
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(output[1], *inputs[:_TENSORS])
     ctx.numbers = inputs[_TENSORS:]
@@ -507,6 +531,7 @@ for _name, _gradient in (
         fake=_fake,
         backward=partial(_backward, _gradient),
         setup_context=_setup_context,
+        products=_attention_products,
     )
     _refused, _nothing = no_gradient(_gradient, "take second derivatives through sparse_attention_reference")
     register(
@@ -516,4 +541,5 @@ for _name, _gradient in (
         fake=_fake_backward,
         backward=_refused,
         setup_context=_nothing,
+        products=_attention_backward_products,
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -185,6 +187,21 @@ def _fake(
     return query.new_empty((query.shape[0], k), dtype=torch.int32)
 
 
+def _products(
+    query: Sequence[int],
+    weights: Sequence[int],
+    pages: Sequence[int],
+    table: Sequence[int],
+    sequence: Sequence[int],
+    lengths: Sequence[int],
+    k: int,
+    page_size: int = 64,
+) -> int:
+    """Of the queries with every entry that there are pages for, and of the weights with the scores."""
+    tokens, heads, dim = query
+    return tokens * heads * (dim + 1) * table[1] * page_size
+
+
 _backward, _setup_context = no_gradient("index_query", "detach query")
 
 for _name in ("index_query", "_index_query_reference"):
@@ -207,4 +224,5 @@ for _name in ("index_topk", "_index_topk_reference"):  # the second takes float1
         fake=_fake,
         backward=_backward,
         setup_context=_setup_context,
+        products=_products,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -224,6 +225,14 @@ def quantized_activation(x: Tensor) -> Tensor:
     return dequantize_fp8_reference(codes, scale, 128, torch.float64)
 
 
+def _products(x: Sequence[int], weight: Sequence[int], *others: Any, **named: Any) -> int:
+    return math.prod(x) * weight[0]
+
+
+def _grouped_products(x: Sequence[int], weight: Sequence[int], *others: Any, **named: Any) -> int:
+    return x[0] * x[2] * weight[0]
+
+
 def _kernel_takes(x: Tensor, out_dtype: torch.dtype | None) -> bool:
     return x.dtype in KERNEL_FLOATS and (out_dtype is None or out_dtype in KERNEL_FLOATS)
 
@@ -244,6 +253,7 @@ for _name, _reference, _check in (
             check=_check,
             backward=_backward,
             setup_context=_setup_context,
+            products=_products,
         )
 for _op in ("grouped_linear", "_grouped_linear_reference"):  # the second takes float64 and plain weights
     register(
@@ -252,6 +262,7 @@ for _op in ("grouped_linear", "_grouped_linear_reference"):  # the second takes 
         check=_check_grouped_linear,
         backward=_grouped_linear_backward,
         setup_context=_save_grouped,
+        products=_grouped_products,
     )
 for _op in ("dense_linear", "_dense_linear_reference"):  # the second takes float64
     register(
@@ -260,4 +271,5 @@ for _op in ("dense_linear", "_dense_linear_reference"):  # the second takes floa
         check=_check_dense_linear,
         backward=_dense_linear_backward,
         setup_context=_save_operands,
+        products=_products,
     )

@@ -22,12 +22,18 @@ from dsv4.ops._mhc_checks import (
     check_pre,
     check_pre_backward,
     head_backward_fake,
+    head_backward_products,
     head_fake,
     post_backward_fake,
+    post_backward_products,
     post_fake,
     post_pre_fake,
+    post_pre_products,
+    post_products,
     pre_backward_fake,
+    pre_backward_products,
     pre_fake,
+    pre_products,
 )
 from dsv4.ops._mhc_gradient import (
     mhc_head_backward_reference,
@@ -347,6 +353,7 @@ register(
     fake=pre_fake,
     backward=_pre_backward,
     setup_context=_save_pre,
+    products=pre_products,
 )
 register(
     "mhc_post(Tensor sublayer, Tensor streams, Tensor post, Tensor comb) -> Tensor",
@@ -355,6 +362,7 @@ register(
     fake=post_fake,
     backward=_post_backward,
     setup_context=_save_post,
+    products=post_products,
 )
 register(
     f"mhc_post_pre(Tensor sublayer, Tensor streams, Tensor post, Tensor comb, {_MIXING}, Tensor? norm_weight=None, "
@@ -364,6 +372,7 @@ register(
     fake=post_pre_fake,
     backward=_post_pre_backward,
     setup_context=_save_post_pre,
+    products=post_pre_products,
 )
 register(
     f"mhc_head(Tensor streams, {_MIXING}, float norm_eps=1e-06, float hc_eps=1e-06) -> Tensor",
@@ -372,13 +381,22 @@ register(
     fake=head_fake,
     backward=_head_backward,
     setup_context=_save_head,
+    products=pre_products,
 )
 
 
-def _register_backward(schema: str, reference: Any, check: Any, fake: Any) -> None:
+def _register_backward(schema: str, reference: Any, check: Any, fake: Any, products: Any) -> None:
     name = schema.split("(", 1)[0]
     backward, setup_context = no_gradient(name, "take second derivatives through the *_reference functions")
-    register(schema, reference, check=check, fake=fake, backward=backward, setup_context=setup_context)
+    register(
+        schema,
+        reference,
+        check=check,
+        fake=fake,
+        backward=backward,
+        setup_context=setup_context,
+        products=products,
+    )
 
 
 _register_backward(
@@ -387,6 +405,7 @@ _register_backward(
     mhc_post_backward_reference,
     check_post_backward,
     post_backward_fake,
+    post_backward_products,
 )
 _register_backward(
     "mhc_pre_backward(Tensor grad_input, Tensor grad_post, Tensor grad_comb, Tensor? grad_residual, Tensor streams, "
@@ -395,6 +414,7 @@ _register_backward(
     mhc_pre_backward_reference,
     check_pre_backward,
     pre_backward_fake,
+    pre_backward_products,
 )
 _register_backward(
     f"mhc_head_backward(Tensor grad_output, Tensor streams, {_MIXING}, float norm_eps, float hc_eps, "
@@ -402,4 +422,5 @@ _register_backward(
     mhc_head_backward_reference,
     check_head_backward,
     head_backward_fake,
+    head_backward_products,
 )

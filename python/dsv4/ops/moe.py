@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -367,6 +368,43 @@ def _check_matrices(
         check.tensor(prefix + name, matrix, (matrix.dtype,), (*leading, out, size // packed))
 
 
+def _gate_products(x: Sequence[int], weight: Sequence[int], *others: Any, **named: Any) -> int:
+    return x[0] * x[1] * weight[0]
+
+
+def _experts_products(
+    x: Sequence[int],
+    weights: Sequence[int],
+    indices: Sequence[int],
+    w1: Sequence[int],
+    w3: Sequence[int],
+    w2: Sequence[int],
+    w1_scale: Sequence[int] | None = None,
+    w3_scale: Sequence[int] | None = None,
+    w2_scale: Sequence[int] | None = None,
+    shared: Sequence[Sequence[int]] | None = None,
+    swiglu_limit: float = 0.0,
+) -> int:
+    """Of three matrices: with each routed pair, and of the shared expert with each token."""
+    rows_times_inter = weights[0] * weights[1] * w1[1] + (x[0] * shared[0][0] if shared else 0)
+    return 3 * x[1] * rows_times_inter
+
+
+def _experts_backward_products(
+    grad: Sequence[int],
+    x: Sequence[int],
+    weights: Sequence[int],
+    indices: Sequence[int],
+    w1: Sequence[int],
+    w3: Sequence[int],
+    w2: Sequence[int],
+    shared: Sequence[Sequence[int]],
+    swiglu_limit: float,
+) -> int:
+    """gate and up again, and two products for each of the three matrices: 8 in place of 3."""
+    return _experts_products(x, weights, indices, w1, w3, w2, shared=shared) // 3 * 8
+
+
 # The kernels take bfloat16 and float32; the second of each pair is for the rest.
 for _name in ("moe_gate", "_moe_gate_reference"):
     register(
@@ -377,6 +415,7 @@ for _name in ("moe_gate", "_moe_gate_reference"):
         check_values=_check_moe_gate_values,
         backward=gate_backward,
         setup_context=save_gate,
+        products=_gate_products,
     )
 register(
     "moe_map(Tensor indices, int experts) -> (Tensor, Tensor)",
@@ -393,6 +432,7 @@ for _name in ("moe_experts", "_moe_experts_reference"):
         fake=lambda x, *others, **named: torch.empty_like(x, memory_format=torch.contiguous_format),
         backward=experts_backward,
         setup_context=save_experts,
+        products=_experts_products,
     )
 _backward, _setup_context = no_gradient("moe_experts_backward", "take second derivatives through moe_experts_reference")
 for _name in ("moe_experts_backward", "_moe_experts_backward_reference"):
@@ -404,4 +444,5 @@ for _name in ("moe_experts_backward", "_moe_experts_backward_reference"):
         fake=experts_backward_fake,
         backward=_backward,
         setup_context=_setup_context,
+        products=_experts_backward_products,
     )
