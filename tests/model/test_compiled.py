@@ -66,33 +66,35 @@ def test_export(quantization: str) -> None:
 
 
 @pytest.mark.parametrize("lengths", [(99, 120), (600, 777)])
-def test_marked_length(lengths: tuple[int, int]) -> None:
-    """One graph for lengths that mean as many pages and entries, as far as 0, 1 and more go: nothing asks for the
-    number itself."""
-    model = dsv4.init(CONFIG, 0, "off", torch.float32).requires_grad_(False)
-    graphs = []
-
-    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., object]:
-        graphs.append(graph)
-        return graph.forward
-
-    compiled = torch.compile(model, backend=backend)
-    for length in lengths:
-        ids = torch.randint(CONFIG.vocab_size, (2, length))
+@pytest.mark.parametrize("training", [False, True])
+def test_marked_sizes(lengths: tuple[int, int], training: bool) -> None:
+    """One graph for batches, and for lengths that mean as many pages and entries, as far as 0, 1 and more go: nothing
+    asks for the number itself."""
+    model = dsv4.init(CONFIG, 0, "off", torch.float32).requires_grad_(training)
+    compiled = torch.compile(model, backend="aot_eager")
+    counters = torch._dynamo.utils.counters["stats"]
+    counters.clear()
+    for batch, length in zip((2, 3), lengths, strict=True):
+        ids = torch.randint(CONFIG.vocab_size, (batch, length))
+        torch._dynamo.mark_dynamic(ids, 0)
         torch._dynamo.mark_dynamic(ids, 1)
-        assert torch.equal(compiled(ids), model(ids))
-    assert len(graphs) == 1
+        logits, expected = compiled(ids), model(ids)
+        assert torch.equal(logits, expected)
+        if training:
+            found, own = (torch.autograd.grad(x.sum(), model.layers[1].attn.wkv.weight) for x in (logits, expected))
+            torch.testing.assert_close(found, own)
+    assert counters["unique_graphs"] == 1
 
 
 @torch.no_grad()
-def test_export_of_any_length() -> None:
+def test_export_of_any_size() -> None:
     """Past a page of 256 tokens, where the example is."""
     model = dsv4.init(CONFIG, 0, "off", torch.float32)
-    auto = ({1: torch.export.Dim.AUTO},)
+    auto = ({0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO},)
     example = torch.randint(CONFIG.vocab_size, (2, 600))
     exported = torch.export.export(model, (example,), dynamic_shapes=auto, strict=False).module()
-    for length in (257, 777):
-        ids = torch.randint(CONFIG.vocab_size, (2, length))
+    for batch, length in ((2, 257), (3, 777)):
+        ids = torch.randint(CONFIG.vocab_size, (batch, length))
         assert torch.equal(exported(ids), model(ids))
 
 

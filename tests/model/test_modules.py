@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 import dsv4
+from dsv4.nn import RopeFrequencies, Rows
+from dsv4.nn.compressor import Compressor
 
 CONFIG = replace(
     dsv4.Config.preset("nano"),
@@ -296,6 +298,26 @@ def test_attention_alone_takes_batches() -> None:
             swa(torch.zeros(shape))
     with pytest.raises(ValueError, match=r"attention: x must be torch.float32 as the weights are, got torch.bfloat16"):
         swa(torch.zeros(1, 5, CONFIG.hidden_size, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("length", [3, 4, 8, 43])
+@pytest.mark.parametrize("ratio", [CONFIG.csa_ratio, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@torch.no_grad()
+def test_entries_of_a_batch_are_those_of_its_sequences(length: int, ratio: int, dtype: torch.dtype) -> None:
+    """Bit for bit, and what one sequence holds reaches no other."""
+    torch.manual_seed(3)
+    compressor = Compressor(CONFIG, ratio, 32, rotate=False, quantization="off", dtype=dtype)
+    x = torch.randn(3, length, CONFIG.hidden_size, dtype=dtype)
+    x[1] = torch.nan
+    rows = Rows.whole_sequences(3, length, RopeFrequencies(CONFIG), x.device)
+    found = compressor(x.flatten(0, 1), rows)
+    rope = rows.entry_rope(ratio)[ratio - 1 : length : ratio]
+    kv, gate = (p(x.flatten(0, 1)).unflatten(0, (3, length)) for p in (compressor.wkv, compressor.wgate))
+    for own in (0, 2):
+        alone = dsv4.ops.compress_entries(kv[own], gate[own], compressor.ape, compressor.norm.weight, rope, ratio)
+        assert torch.equal(found[own], alone)
+    assert found.shape == (3, length // ratio, 32)
 
 
 @pytest.mark.parametrize("ratio", [-1, 0, CONFIG.csa_ratio])

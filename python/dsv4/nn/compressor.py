@@ -71,16 +71,29 @@ class Compressor(nn.Module):
         return None
 
     def _entries(self, x: Tensor, rows: Rows) -> Tensor:
-        batch = rows.window_table.shape[0]
+        """All sequences as one, so that one graph of a compiler serves every batch size."""
+        batch, width = rows.window_table.shape[0], self.norm.weight.shape[0]
         kv, gate = (p.unflatten(0, (batch, -1)) for p in (self.wkv(x), self.wgate(x)))
         completed = slice(self.ratio - 1, None, self.ratio)
-        rope = rows.entry_rope(self.ratio).unflatten(0, (batch, -1))[:, completed]
-        ape = self.ape.to(kv.dtype)
-        made = [
-            ops.compress_entries(k, g, ape, self.norm.weight, r, self.ratio, self.norm.eps, self.rotate)
-            for k, g, r in zip(kv, gate, rope, strict=True)
-        ]
-        return torch.stack(made).to(x.dtype)
+        rope = rows.entry_rope(self.ratio).unflatten(0, (batch, -1))[0, completed].repeat(batch, 1, 1)
+        if batch > 1:
+            # A remainder makes no entry; where windows overlap, the next sequence's first entry would pool the first
+            # channels of the last block. Slices would guard a graph by whether they leave something out.
+            whole = torch.arange(kv.shape[1] // self.ratio * self.ratio, device=x.device)
+            channel = torch.arange(kv.shape[2], device=x.device)
+            unused = (whole >= whole.numel() - self.ratio).unsqueeze(1) & (channel < kv.shape[2] - width)
+            kv = kv.index_select(1, whole).masked_fill_(unused, 0)
+            gate = gate.index_select(1, whole).masked_fill_(unused, float("-inf"))
+        made = ops.compress_entries(
+            *(p.flatten(0, 1) for p in (kv, gate)),
+            self.ape.to(kv.dtype),
+            self.norm.weight,
+            rope,
+            self.ratio,
+            self.norm.eps,
+            self.rotate,
+        )
+        return made.unflatten(0, (batch, -1)).to(x.dtype)
 
 
 class Indexer(nn.Module):

@@ -147,9 +147,10 @@ def compress_entries_backward_reference(
     turned = apply_rope_reference(turned, rope, inverse=True)
     grad_pooled, grad_norm = norm_gradient(turned, pooled.squeeze(1).to(norm_weight.dtype), norm_weight, eps)
     grad_values = weights * grad_pooled.unsqueeze(1)
-    grad_kv = _from_windows(grad_values, len(kv), ratio)
-    grad_gate = _from_windows(grad_values * (values - pooled), len(kv), ratio)
-    grad_ape = grad_gate[: len(grad) * ratio].unflatten(0, (len(grad), ratio)).sum(0)
+    tokens, entries = kv.shape[0], grad.shape[0]  # len() would make a number of a symbol
+    grad_kv = _from_windows(grad_values, tokens, ratio)
+    grad_gate = _from_windows(grad_values * (values - pooled), tokens, ratio)
+    grad_ape = grad_gate[: entries * ratio].unflatten(0, (entries, ratio)).sum(0)
     return grad_kv.to(kv.dtype), grad_gate.to(kv.dtype), grad_ape.to(kv.dtype), grad_norm.to(norm_weight.dtype)
 
 
@@ -174,7 +175,7 @@ def _from_windows(x: Tensor, tokens: int, ratio: int) -> Tensor:
     if x.shape[1] > ratio:
         own = torch.cat((torch.cat((x[1:, :ratio], torch.zeros_like(x[:1, :ratio]))), own), dim=-1)
     rows = own.flatten(0, 1)
-    return torch.cat((rows, rows.new_zeros(tokens - len(rows), rows.shape[1])))
+    return torch.cat((rows, rows.new_zeros(tokens - rows.shape[0], rows.shape[1])))
 
 
 def compress_reference(
