@@ -44,15 +44,16 @@ def commands(text: str) -> list[str]:
     return [line for line in found if "..." not in line]
 
 
-def test_python_of_the_readme_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("document", "least"), [("README.md", 6), ("docs/from_other_libraries.md", 3)])
+def test_python_of_documents_runs(document: str, least: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
-    found = blocks((ROOT / "README.md").read_text(), "python")
-    assert len(found) >= 6
+    found = blocks((ROOT / document).read_text(), "python")
+    assert len(found) >= least
     variables: dict[str, object] = {}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for code in found:
-            exec(compile(code, "README.md", "exec"), variables)  # one after another, as they are read
+            exec(compile(code, document, "exec"), variables)  # one after another, as they are read
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=name)
