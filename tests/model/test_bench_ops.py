@@ -1,15 +1,17 @@
 """`dsv4 bench` of ops: every one is checked, what is counted and reported."""
 
 import json
+import threading
 import time
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 import dsv4
 from dsv4 import _library, bench
-from dsv4.bench.measure import Case, Clock, Comparison, Peaks, Timing, judge, measure_peaks
+from dsv4.bench.measure import Case, Clock, Comparison, Peaks, Timing, _threaded_copy, judge, measure_peaks
 from dsv4.model.recording import Recording
 from dsv4.ops import rms_norm
 
@@ -287,6 +289,29 @@ def test_units_are_measured_twice(monkeypatch):
     monkeypatch.setattr(_library, "unit_peaks", lambda threads: next(found))
     assert measure_peaks(clock).units == {"float32": 2.0, "bfloat16": 4.0}
     assert measure_peaks(clock).units is None
+
+
+def test_threads_that_cannot_be_started(run, monkeypatch):
+    def start(thread):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    code, out, err = run("bench", "--quick", "--op", "rms_norm")
+    assert (code, out) == (2, "")
+    assert err == (
+        "dsv4 bench: cannot start 2 threads (can't start new thread); raise the limit of processes (ulimit -u), or set "
+        "OMP_NUM_THREADS=1\n"
+    )
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert measure_peaks(Clock(torch.device("cpu"), quick=True)).copy.us > 0
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_threaded_copy(threads):
+    source, target = np.arange(10, dtype=np.uint8), np.zeros(10, dtype=np.uint8)
+    _threaded_copy(source, target, threads)
+    assert (source == target).all()
 
 
 def test_recorded_time_has_no_python_in_it(run, monkeypatch, tmp_path):

@@ -205,11 +205,19 @@ def _unit_peaks(clock: Clock) -> dict[str, float]:
 
 
 def _threaded_copy(source: np.ndarray, target: np.ndarray, threads: int) -> None:
-    """The C library's copy, a part a thread; it may write past the caches where torch's does not."""
-    parts = zip(np.array_split(source, threads), np.array_split(target, threads), strict=True)
-    workers = [threading.Thread(target=np.copyto, args=(to, from_)) for from_, to in parts]
-    for worker in workers:
-        worker.start()
+    """The C library's copy, a part a thread, this one among them; it may write past the caches where torch's does not.
+
+    Raises: ValueError, in one line, where a thread cannot be started.
+    """
+    own, *others = zip(np.array_split(target, threads), np.array_split(source, threads), strict=True)
+    workers = [threading.Thread(target=np.copyto, args=part) for part in others]
+    try:
+        for worker in workers:
+            worker.start()
+    except RuntimeError as error:
+        mend = "raise the limit of processes (ulimit -u), or set OMP_NUM_THREADS=1"
+        raise ValueError(f"cannot start {threads - 1} threads ({error}); {mend}") from None
+    np.copyto(*own)
     for worker in workers:
         worker.join()
 
