@@ -300,8 +300,8 @@ def test_threads_that_cannot_be_started(run, monkeypatch):
     code, out, err = run("bench", "--quick", "--op", "rms_norm")
     assert (code, out) == (2, "")
     assert err == (
-        "dsv4 bench: cannot start 2 threads (can't start new thread); raise the limit of processes (ulimit -u), or set "
-        "OMP_NUM_THREADS=1\n"
+        "dsv4 bench: cannot work on 3 threads (can't start new thread); raise the limit of processes (ulimit -u), or "
+        "set OMP_NUM_THREADS=1\n"
     )
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     assert measure_peaks(Clock(torch.device("cpu"), quick=True)).copy.us > 0

@@ -6,6 +6,7 @@ import warnings
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -49,6 +50,7 @@ def process(rank: int, folder: Path) -> None:
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     for dtype in (torch.float32, torch.bfloat16):
         step(rank, dtype, folder / str(dtype))
+    shared_experts_apart()
     dist.destroy_process_group()
 
 
@@ -84,6 +86,13 @@ def step(rank: int, dtype: torch.dtype, folder: Path) -> None:
     set_model_state_dict(ours, other, options=FULL)
     with torch.no_grad():
         assert torch.equal(ours(IDS), expected)
+
+
+def shared_experts_apart() -> None:
+    ours = model()
+    fully_shard(ours.layers[0].ffn.shared_experts, mesh=init_device_mesh("cpu", (2,)))
+    with pytest.raises(TypeError, match=r"w1 is still sharded.*; use fully_shard on the ffn or the layer in place of"):
+        ours(IDS)
 
 
 def test_sharded_blocks(tmp_path: Path) -> None:

@@ -216,7 +216,7 @@ def _threaded_copy(source: np.ndarray, target: np.ndarray, threads: int) -> None
             worker.start()
     except RuntimeError as error:
         mend = "raise the limit of processes (ulimit -u), or set OMP_NUM_THREADS=1"
-        raise ValueError(f"cannot start {threads - 1} threads ({error}); {mend}") from None
+        raise ValueError(f"cannot work on {threads} threads ({error}); {mend}") from None
     np.copyto(*own)
     for worker in workers:
         worker.join()

@@ -143,6 +143,11 @@ class SharedExpert(nn.Module):
                     f"MixtureOfExperts: shared_experts.{name} must be a dsv4.nn.Linear or Fp8Linear, whose weight goes "
                     f"into one op with the experts'; forward of {type(module).__name__} would not run"
                 )
+            if hasattr(module.weight, "placements"):  # a DTensor: what gathers it is a hook, which does not run either
+                raise TypeError(
+                    f"MixtureOfExperts: shared_experts.{name} is still sharded, since its weight goes into one op with "
+                    "the experts'; use fully_shard on the ffn or the layer in place of shared_experts"
+                )
             tensors += [as_taken(module.weight, dtype), *([module.scale] if isinstance(module, Fp8Linear) else [])]
         return tuple(tensors)
 
@@ -184,7 +189,7 @@ class MixtureOfExperts(StoredWeights):
         Returns: the shape and dtype of x.
         Raises:
             ValueError: token_ids are missing where experts are chosen by them.
-            TypeError: a matrix of the shared expert was wrapped.
+            TypeError: a matrix of the shared expert was wrapped, or is sharded apart from the others.
             RuntimeError: another width or dtype, or a token id outside the vocabulary.
         """
         flat = x.reshape(-1, x.shape[-1])
