@@ -107,6 +107,22 @@ def test_training(dtype: torch.dtype) -> None:
         assert back["dsv4.mhc_head_backward"] == 112 * rows * width
 
 
+def test_frozen_weights_are_not_counted() -> None:
+    """Of experts gate and up again, and what goes into x; of mHC all but the product into fn."""
+    model = dsv4.init(replace(CONFIG, num_hidden_layers=1, compress_ratios=(0,)), 0, "off", torch.float32)
+    ids, back = torch.randint(CONFIG.vocab_size, (1, 64)), []
+    for frozen in (False, True):
+        for name, parameter in model.named_parameters():
+            part = any(part in name for part in (".experts.", "shared", "_fn"))
+            parameter.requires_grad_(not (frozen and part))
+        out = model(ids).sum()
+        back.append(counted(out.backward))
+    everything, some = back
+    assert 8 * some["dsv4.moe_experts_backward"] == 5 * everything["dsv4.moe_experts_backward"]
+    fn = 2 * 24 * 4 * ids.numel() * CONFIG.hidden_size
+    assert everything["dsv4.mhc_pre_backward"] - some["dsv4.mhc_pre_backward"] == 2 * fn
+
+
 def test_pages_of_bytes_have_no_gradient() -> None:
     formula = flop_registry[torch.ops.dsv4.sparse_attention_backward]
     out, lse, tables = torch.empty(3, 4, 32), torch.empty(3, 4), torch.empty(1, 2)

@@ -275,12 +275,25 @@ def pre_backward_products(
     scale: Sequence[int],
     base: Sequence[int],
     norm_weight: Sequence[int] | None,
-    *_: Any,
+    norm_eps: float,
+    hc_eps: float,
+    sinkhorn_iterations: int,
+    rms_eps: float,
+    needs_fn: bool = True,
 ) -> int:
     """The mixes again, and the input where it has a norm; then into each of the two factors of both products."""
     again = fn[0] + (norm_weight is not None)
-    return math.prod(streams) * again + 2 * pre_products(streams, fn)
+    return math.prod(streams) * (again - (not needs_fn) * fn[0]) + 2 * pre_products(streams, fn)
 
 
-def head_backward_products(grad: Sequence[int], streams: Sequence[int], fn: Sequence[int], *_: Any) -> int:
-    return math.prod(streams) * fn[0] + 2 * pre_products(streams, fn)
+def head_backward_products(
+    grad: Sequence[int],
+    streams: Sequence[int],
+    fn: Sequence[int],
+    scale: Sequence[int],
+    base: Sequence[int],
+    norm_eps: float,
+    hc_eps: float,
+    needs_fn: bool = True,
+) -> int:
+    return math.prod(streams) * needs_fn * fn[0] + 2 * pre_products(streams, fn)

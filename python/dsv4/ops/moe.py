@@ -400,9 +400,14 @@ def _experts_backward_products(
     w2: Sequence[int],
     shared: Sequence[Sequence[int]],
     swiglu_limit: float,
+    needed: Sequence[bool] | None = None,
 ) -> int:
-    """gate and up again, and two products for each of the three matrices: 8 in place of 3."""
-    return _experts_products(x, weights, indices, w1, w3, w2, shared=shared) // 3 * 8
+    """Of the rows of an expert: gate and up again, the gradient with w2, one for each matrix that needs its gradient,
+    and two into x if that does: at most 8 in place of 3."""
+    flags = needed if needed is not None else [True] * (5 + len(shared))
+    into_x = 2 * flags[0]
+    routed = weights[0] * weights[1] * w1[1] * (3 + sum(flags[2:5]) + into_x)
+    return x[1] * (routed + (x[0] * shared[0][0] * (3 + sum(flags[5:]) + into_x) if shared else 0))
 
 
 # The kernels take bfloat16 and float32; the second of each pair is for the rest.
