@@ -332,10 +332,13 @@ def test_kernels_use_the_wrappers_alone() -> None:
     assert {path.name: raw.findall(code(path)) for path in files if raw.search(code(path))} == {}
 
 
-def test_every_wrapper_is_tested_on_a_gpu() -> None:
-    wrappers = set(re.findall(r"^DSV4_DEVICE [\w:]+ (\w+)\(", code(CUDA / "common" / "ptx.h"), re.MULTILINE))
-    assert len(wrappers) > 20
-    used = set(re.findall(r"\bptx::(\w+)", (ROOT / "tests" / "cuda_host" / "test_ptx.cu").read_text()))
+@pytest.mark.parametrize(
+    ("header", "test", "least"), [("ptx.h", "test_ptx.cu", 20), ("wgmma.h", "device/test_wgmma.cu", 8)]
+)
+def test_every_wrapper_is_tested_on_a_gpu(header: str, test: str, least: int) -> None:
+    wrappers = set(re.findall(r"^DSV4_DEVICE [\w:]+ (\w+)\(", code(CUDA / "common" / header), re.MULTILINE))
+    assert len(wrappers) >= least
+    used = set(re.findall(r"\bptx::(\w+)", (ROOT / "tests" / "cuda_host" / test).read_text()))
     assert wrappers - used - {"shared_base"} == set()
 
 
