@@ -45,13 +45,13 @@ CLAIMS = {
     "f32_mhc_backward_sums": ["LDG.E.128", "STG.E.128"],
     **{
         f"sm90_{form}_linear_many": [
-            *("HGMMA.64x128x16.F32.BF16", "WARPGROUP.DEPBAR", "FENCE.VIEW.ASYNC"),
+            *("HGMMA.64", "WARPGROUP.DEPBAR", "FENCE.VIEW.ASYNC"),
             *("LDGSTS.E.BYPASS", "LDS", "BAR.SYNC", "LDGDEPBAR"),
         ]
         for form in ("fp8", "fp4")
     },
     "sm90_bf16_index_scores": [
-        *("HGMMA.64x64x16.F32.BF16", "WARPGROUP.DEPBAR", "FENCE.VIEW.ASYNC"),
+        *("HGMMA.64", "WARPGROUP.DEPBAR", "FENCE.VIEW.ASYNC"),
         *("LDSM.16.M88.4", "LDGSTS.E.BYPASS", "LDG.E.128", "BAR.SYNC"),
     ],
     "f32_mhc_pre_backward_mix": ["LDGSTS.E.BYPASS", "LDS.128", "FFMA"],

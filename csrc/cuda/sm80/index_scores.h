@@ -34,12 +34,12 @@ struct IndexArguments {
 };
 
 struct IndexRow {
-  int64_t sequence, visible;
+  int32_t sequence, visible;
 
   DSV4_DEVICE void load(const IndexTopkParams& p, int64_t sequences, int64_t entries, int64_t row) {
     sequence = static_cast<const int32_t*>(p.sequence.data)[row * p.sequence.stride[0]];
     visible = static_cast<const int32_t*>(p.lengths.data)[row * p.lengths.stride[0]];
-    visible = visible < entries ? visible : entries;
+    visible = visible < entries ? visible : static_cast<int32_t>(entries);
     if (visible < 0 || sequence < 0 || sequence >= sequences) visible = 0;
   }
 };
@@ -201,14 +201,25 @@ DSV4_DEVICE void add_index_heads(const IndexArguments& a, const IndexStep<kHeads
   }
 }
 
-// Joins four lanes' shares of an entry's score and writes it. All lanes take part.
-template <int kHeads>
-DSV4_DEVICE void write_index_score(const IndexArguments& a, const IndexStep<kHeads>& step, int64_t entry, float score,
-                                   float scale) {
-  score = ptx::add(score, ptx::shuffle_xor(score, 1));
-  score = ptx::add(score, ptx::shuffle_xor(score, 2));
+// Joins the lanes' shares of keys [m, half] and writes the scores of the row's entries: entry key(m, half) from `first`
+// on.
+template <class Key, int kHeads>
+DSV4_DEVICE void write_index_scores(const IndexArguments& a, const IndexStep<kHeads>& step, int64_t first,
+                                    const float (&sum)[2][2], uint32_t scales, const Key& key) {
+  const int lane = ptx::thread_index() % 32;
   uint32_t* scores = a.scores + (step.row - a.first_row) * a.entries;
-  if (ptx::thread_index() % 4 == 0 && entry < step.of.visible) scores[entry] = scale != scale ? 0 : index_order(score);
+  DSV4_UNROLL
+  for (int m = 0; m < 2; ++m) {
+    DSV4_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      float score = sum[m][half];
+      score = ptx::add(score, ptx::shuffle_xor(score, 1));
+      score = ptx::add(score, ptx::shuffle_xor(score, 2));
+      const float scale = ptx::load_shared_float(scales + static_cast<uint32_t>(4 * key(m, half)));
+      const int64_t entry = first + key(m, half);
+      if (lane % 4 == 0 && entry < step.of.visible) scores[entry] = scale != scale ? 0 : index_order(score);
+    }
+  }
 }
 
 // A thread's share of the scores of its warp's 32 keys: keys 16 m + lane / 4 + 8 half, and of each 8 heads two.
@@ -220,6 +231,8 @@ struct IndexSums {
   static DSV4_DEVICE uint32_t query_piece(uint32_t queries, int head, int piece) {
     return index_piece(queries, head, piece);
   }
+  // Where the first key is that a warp multiplies, of those from `first` on.
+  static DSV4_DEVICE int64_t first_key(int64_t first) { return first + ptx::thread_index() / 32 * 32; }
   // Of what this thread has written, before the barrier after which others multiply it.
   static DSV4_DEVICE void show() {}
   DSV4_DEVICE void take_keys(uint32_t) {}
@@ -230,10 +243,8 @@ struct IndexSums {
   }
 
   // Adds a chunk of heads.
-  DSV4_DEVICE void add(const IndexArguments& a, const Step& step, int64_t first, uint32_t keys, uint32_t scales,
-                       uint32_t queries) {
+  DSV4_DEVICE void add(const IndexArguments& a, const Step& step, uint32_t keys, uint32_t scales, uint32_t queries) {
     const int lane = ptx::thread_index() % 32, warp = ptx::thread_index() / 32;
-    if (first + warp * 32 >= step.of.visible) return;
     float d[2][4][4] = {};
     DSV4_UNROLL_IF(false)
     for (int unit = 0; unit < a.units; ++unit) {
@@ -261,12 +272,7 @@ struct IndexSums {
 
   // Joins the threads' shares and writes the scores of the row's entries.
   DSV4_DEVICE void write(const IndexArguments& a, const Step& step, int64_t first, uint32_t scales) const {
-    const int warp = ptx::thread_index() / 32;
-    if (first + warp * 32 >= step.of.visible) return;
-    DSV4_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      write_index_score(a, step, first + key(i / 2, i % 2), sum[i / 2][i % 2], key_scale(scales, i / 2, i % 2));
-    }
+    write_index_scores(a, step, first, sum, scales, key);
   }
 
  private:
@@ -284,14 +290,16 @@ DSV4_DEVICE void index_scores(const IndexArguments& a) {
   const int64_t first = ptx::block_index_x() % a.tiles * kIndexTile;
   const int64_t row = a.first_row + ptx::block_index_x() / a.tiles * a.rows_per_block;
   const int64_t end = row + a.rows_per_block < a.end_row ? row + a.rows_per_block : a.end_row;
+  const int64_t warp_first = Sums::first_key(first);
   constexpr uint32_t kAlignment = Sums::kAlignment > 0 ? Sums::kAlignment : 1, kBytes = Sums::kHeads * kIndexRowBytes;
-  uint32_t queries = (ptx::shared_base() + kAlignment - 1) / kAlignment * kAlignment, next_queries = queries + kBytes;
-  const uint32_t keys = queries + 2 * kBytes, scales = keys + kIndexTile * kIndexRowBytes;
+  const uint32_t keys = ptx::shared_base(), scales = keys + kIndexTile * kIndexRowBytes;
+  uint32_t queries = (scales + kIndexTile * 4 + kAlignment - 1) / kAlignment * kAlignment,
+           next_queries = queries + kBytes;
   typename Sums::Step step = {row, 0, {}};
   step.seek(a, end, first);
   if (step.row >= end) return;
   start_index_query<Sums>(a, step, queries);
-  int64_t staged = -1;
+  int32_t staged = -1;
   Sums sums;
   sums.clear();
   while (step.row < end) {
@@ -309,9 +317,10 @@ DSV4_DEVICE void index_scores(const IndexArguments& a) {
     typename Sums::Step next = step;
     next.advance(a, end, first);
     if (next.row < end) start_index_query<Sums>(a, next, next_queries);
-    sums.add(a, step, first, keys, scales, queries);
+    const bool sees = warp_first < step.of.visible;
+    if (sees) sums.add(a, step, keys, scales, queries);
     if (next.row != step.row) {
-      sums.write(a, step, first, scales);
+      if (sees) sums.write(a, step, first, scales);
       sums.clear();
     }
     step = next;

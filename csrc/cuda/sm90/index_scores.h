@@ -22,6 +22,8 @@ struct IndexGroupSums {
   static DSV4_DEVICE uint32_t query_piece(uint32_t queries, int head, int piece) {
     return queries + static_cast<uint32_t>(piece / 8 * kHalfBytes + head * 128 + (piece % 8 ^ head % 8) * 16);
   }
+  // All warps take part, also where the row does not see their keys.
+  static DSV4_DEVICE int64_t first_key(int64_t first) { return first; }
   static DSV4_DEVICE void show() { ptx::fence_async_proxy(); }
 
   DSV4_DEVICE void clear() {
@@ -38,9 +40,7 @@ struct IndexGroupSums {
     }
   }
 
-  // All warps take part, also those whose keys the row does not see.
-  DSV4_DEVICE void add(const IndexArguments& a, const Step& step, int64_t, uint32_t, uint32_t scales,
-                       uint32_t queries) {
+  DSV4_DEVICE void add(const IndexArguments& a, const Step& step, uint32_t, uint32_t scales, uint32_t queries) {
     float d[2][kHeads / 8][4];
     const uint64_t query = ptx::wgmma_matrix(queries);
     ptx::wgmma_fence();
@@ -59,10 +59,7 @@ struct IndexGroupSums {
   }
 
   DSV4_DEVICE void write(const IndexArguments& a, const Step& step, int64_t first, uint32_t scales) const {
-    DSV4_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      write_index_score(a, step, first + key(i / 2, i % 2), sum[i / 2][i % 2], key_scale(scales, i / 2, i % 2));
-    }
+    write_index_scores(a, step, first, sum, scales, key);
   }
 
  private:

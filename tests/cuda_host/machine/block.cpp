@@ -47,7 +47,7 @@ class Block {
 
   void run(uint32_t x, uint32_t y, uint32_t number) {
     lanes_apart_ = launch_.apart > 0 && order_() % launch_.apart == 0;
-    shared_.start(static_cast<size_t>(launch_.shared_bytes));
+    shared_.start(static_cast<size_t>(launch_.shared_bytes), launch_.threads / kLanes);
     for (size_t w = 0; w < warps_.size(); ++w) {
       Warp& warp = warps_[w];
       warp.pc.fill(0);

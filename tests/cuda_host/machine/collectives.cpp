@@ -55,7 +55,7 @@ void ldmatrix(Warp& w, const Instruction& i, uint32_t) {
   uint16_t matrix[4][8][8];
   for (int l = 0; l < kLanes; ++l) {
     const uint32_t address = w.lanes<uint32_t>(i.in[0])[l] + static_cast<uint32_t>(i.offset[0]);
-    memcpy(matrix[l / 8][l % 8], w.shared->at(address, 16, false), 16);
+    memcpy(matrix[l / 8][l % 8], w.shared->at(address, 16, false, w.self), 16);
   }
   for (int m = 0; m < 4; ++m) {
     uint32_t* out = w.lanes<uint32_t>(i.out[m]);

@@ -4,13 +4,39 @@
 
 namespace dsv4::machine {
 
-void SharedMemory::start(size_t size) {
+void SharedMemory::start(size_t size, int warps) {
+  warps_ = warps;
+  read_.assign(size / kWord * static_cast<size_t>(warps), 0);
+  written_.assign(size / kWord, 0);
+  writer_.assign(size / kWord, 0);
   bytes.assign(size, 0xFF);
   state.assign(size, kUnwritten);
   readers.assign(size, 0);
 }
 
-uint8_t* SharedMemory::at(uint32_t address, int size, bool write) {
+void SharedMemory::touch(uint32_t first, uint32_t count, bool write, const Toucher& who) {
+  const auto warps = static_cast<uint32_t>(warps_);
+  for (uint32_t word = first / kWord; word < (first + count) / kWord; ++word) {
+    if (writer_[word] != who.warp && written_[word] > who.clock[writer_[word]]) {
+      throw Fault(write ? "race: two warps write the same shared memory"
+                        : "race: reads shared memory that another warp writes");
+    }
+    uint16_t* read = read_.data() + word * warps;
+    if (!write) {
+      read[who.warp] = who.clock[who.warp];
+      continue;
+    }
+    for (uint32_t warp = 0; warp < warps; ++warp) {
+      if (warp != who.warp && read[warp] > who.clock[warp]) {
+        throw Fault("race: writes shared memory that another warp reads");
+      }
+    }
+    written_[word] = who.clock[who.warp];
+    writer_[word] = static_cast<uint8_t>(who.warp);
+  }
+}
+
+uint8_t* SharedMemory::at(uint32_t address, int size, bool write, const Toucher& who) {
   const auto length = static_cast<uint32_t>(size);
   if (address % length != 0) throw Fault("misaligned access of " + std::to_string(size) + " bytes of shared memory");
   if (address < kSharedBase || address - kSharedBase + length > bytes.size()) {
@@ -23,6 +49,7 @@ uint8_t* SharedMemory::at(uint32_t address, int size, bool write) {
     if (write && readers[i] > 0) throw Fault("writes shared memory that a product on its way still reads");
     if (write) state[i] = kWritten;
   }
+  touch(first, length, write, who);
   return bytes.data() + first;
 }
 
@@ -40,7 +67,7 @@ uint64_t address_of(Warp& w, const Instruction& i, int operand, int number, int 
 
 template <Space kSpace>
 const uint8_t* source(Warp& w, uint64_t address, int bytes) {
-  if constexpr (kSpace == Space::kShared) return w.shared->at(static_cast<uint32_t>(address), bytes, false);
+  if constexpr (kSpace == Space::kShared) return w.shared->at(static_cast<uint32_t>(address), bytes, false, w.self);
   if constexpr (kSpace == Space::kGlobal) return w.global->at(address, bytes, false, w.self);
   if (address % static_cast<uint64_t>(bytes) != 0 ||
       address + static_cast<uint64_t>(bytes) > static_cast<uint64_t>(w.program->parameter_bytes)) {
@@ -79,7 +106,7 @@ void store(Warp& w, const Instruction& i, uint32_t lanes) {
   each(lanes, [&](int l) {
     const uint64_t address = address_of<kSpace>(w, i, 0, 0, l);
     if (kSpace == Space::kShared) w.wrote(static_cast<uint32_t>(address) - kSharedBase, static_cast<uint32_t>(bytes));
-    uint8_t* to = kSpace == Space::kShared ? w.shared->at(static_cast<uint32_t>(address), bytes, true)
+    uint8_t* to = kSpace == Space::kShared ? w.shared->at(static_cast<uint32_t>(address), bytes, true, w.self)
                                            : w.global->at(address, bytes, true, w.self);
     for (int n = 0; n < count; ++n) {
       const uint8_t* value = w.registers.get() + i.in[n + 1] + l * i.in_bytes[n + 1];
@@ -96,7 +123,7 @@ void copy(Warp& w, const Instruction& i, uint32_t lanes) {
     if (bytes != 0 && bytes != 16) throw Fault("a copy of part of 16 bytes");
     const uint64_t from = address_of<Space::kGlobal>(w, i, 1, 1, l);
     const uint8_t* source = bytes == 0 ? nullptr : w.global->at(from, 16, false, w.self);
-    w.shared->at(destination, 16, true);
+    w.shared->at(destination, 16, true, w.self);
     memset(w.shared->state.data() + destination - kSharedBase, SharedMemory::kInFlight, 16);
     w.open[static_cast<size_t>(l)].push_back({destination, source});
   });
@@ -117,6 +144,7 @@ void wait(Warp& w, const Instruction& i, uint32_t lanes) {
         const uint32_t place = copy.destination - kSharedBase;
         memset(w.shared->state.data() + place, SharedMemory::kWritten, 16);
         w.wrote(place, 16);
+        w.shared->touch(place, 16, true, w.self);
         if (copy.source == nullptr) {
           memset(w.shared->bytes.data() + place, 0, 16);
         } else {

@@ -262,6 +262,20 @@ TEST(branches_part_and_meet_again) {
   check_fault("a predicate", "setp.eq.s32 %p1, %r0, 5;\n@%p1 bar.sync 0;\n");
 }
 
+TEST(races_in_shared_memory) {
+  const std::string store = kWords + "st.shared.u32 [%r3], %r0;\n", load = "ld.shared.u32 %r6, [%r4];\n";
+  check_sound(store + "bar.sync 0;\n" + load + "bar.sync 0;\n" + store);
+  check_fault("race: ", store + "bar.sync 0;\n" + load + store);
+  check_fault("race: two warps write", "st.shared.u32 [%r2], %r0;\n");
+  const std::string copy =
+      "shl.b32 %r13, %r0, 4;\nadd.s32 %r14, %r2, %r13;\nmov.u32 %r15, 16;\n"
+      "cp.async.cg.shared.global.L2::128B [%r14], [%rd1], 16, %r15;\ncp.async.commit_group;\ncp.async.wait_group 0;\n";
+  // Of the thread that is 32 further on.
+  const std::string other = "xor.b32 %r16, %r13, 512;\nadd.s32 %r17, %r2, %r16;\nld.shared.u32 %r6, [%r17];\n";
+  check_sound(copy + "bar.sync 0;\n" + other);
+  check_fault("race: ", copy + "bar.sync 0;\n" + other + copy);
+}
+
 TEST(barriers) {
   const std::string store = kWords + "st.shared.u32 [%r3], %r0;\n", load = "ld.shared.u32 %r6, [%r4];\n";
   check_sound(store + "bar.sync 0;\n" + load);
@@ -281,8 +295,10 @@ TEST(barriers) {
 TEST(shared_memory) {
   check_fault("misaligned", "st.shared.u32 [%r2+2], %r0;");
   check_fault("misaligned", "st.shared.v4.b32 [%r2+8], {%r0, %r0, %r0, %r0};");
-  check_sound("st.shared.v2.b32 [%r2+8], {%r0, %r0};");
-  check_sound("st.shared.u32 [%r2+4092], %r0;");
+  Shape warp;
+  warp.threads = 32;
+  check_sound("st.shared.v2.b32 [%r2+8], {%r0, %r0};", warp);
+  check_sound("st.shared.u32 [%r2+4092], %r0;", warp);
   check_fault("outside of the shared memory", "st.shared.u32 [%r2+4096], %r0;");
   check_fault("outside of the shared memory", "st.shared.u32 [%r2+-4], %r0;");
   check_fault("nothing has written", "ld.shared.u32 %r3, [%r2];");

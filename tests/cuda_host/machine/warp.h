@@ -24,9 +24,19 @@ struct SharedMemory {
   std::vector<uint8_t> state;
   std::vector<uint8_t> readers;  // products on their way that read the byte
 
-  void start(size_t size);
-  // The place of an access, which must be aligned, inside, and not in flight; for reads, written.
-  uint8_t* at(uint32_t address, int size, bool write);
+  void start(size_t size, int warps);
+  // The place of an access, which must be aligned, inside, not in flight and in no race with another warp; for reads,
+  // written.
+  uint8_t* at(uint32_t address, int size, bool write, const Toucher& who);
+  // What `at` looks for of races, and notes, in the words from byte `first` on.
+  void touch(uint32_t first, uint32_t count, bool write, const Toucher& who);
+
+ private:
+  static constexpr uint32_t kWord = 4;  // bytes, of which every access is a multiple
+  int warps_ = 0;
+  std::vector<uint16_t> read_;  // [words, warps]: the step (see Toucher) of a warp's last read, 0: none
+  std::vector<uint16_t> written_;
+  std::vector<uint8_t> writer_;
 };
 
 // A warp's part of a warpgroup's product that nobody has waited for.

@@ -72,6 +72,7 @@ void start(Warp& w, const Instruction& i, uint32_t) {
         if (w.shared->state[at] != SharedMemory::kFenced) throw Fault("a product of shared memory that is not fenced");
         ++w.shared->readers[at];
       }
+      w.shared->touch(place, 16, false, w.self);
     }
   }
   w.products.push_back({&i, descriptor, adds != 0});
@@ -98,6 +99,7 @@ void finish(Warp& w, const Product& product) {
         memcpy(bits, w.shared->bytes.data() + place, sizeof(bits));
         for (int k = 0; k < 8; ++k) b[column][8 * half + k] = float_from_bits(static_cast<uint32_t>(bits[k]) << 16);
         for (uint32_t at = place; at < place + 16; ++at) --w.shared->readers[at];
+        w.shared->touch(place, 16, false, w.self);
       }
     }
     for (int r = 0; r < 4; ++r) {
