@@ -24,13 +24,7 @@ struct Fault : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-enum class Kind : uint8_t {
-  kPlain,       // each lane alone
-  kBranch,      //
-  kCollective,  // of all 32 lanes
-  kBarrier,     // of warps
-  kExit
-};
+enum class Kind : uint8_t { kPlain, kBranch, kCollective, kBarrier, kExit };  // a collective: of all 32 lanes
 
 // A register, as its place: the bytes from the start of the warp's registers, lane 0 first.
 using Slot = uint32_t;

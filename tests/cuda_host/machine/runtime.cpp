@@ -36,7 +36,7 @@ struct Device {
   std::vector<std::unique_ptr<std::vector<Module>>> binaries;
   std::map<const void*, Function> functions;  // by the host's stub
   int architecture = 90;
-  unsigned apart = 0;
+  unsigned apart = 0;               // see Launch
   cudaError_t error = cudaSuccess;  // of a kernel; stays, as on a GPU
   cudaError_t last = cudaSuccess;
   std::string fault;        // the kernel's
@@ -248,8 +248,11 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* st
     launch.threads = static_cast<int>(block.x);
     launch.shared_bytes = static_cast<int>(config->dynamicSmemBytes);
     launch.apart = device().apart;
-    const Program rest = without(*launch.program);
-    launch.program = &rest;
+    Program rest;
+    if (device().left_out >= 0) {
+      rest = without(*launch.program);
+      launch.program = &rest;
+    }
     run(launch, device().memory);
   } catch (const Fault& fault) {
     device().fault = fault.what();
