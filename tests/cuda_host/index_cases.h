@@ -30,7 +30,13 @@ struct IndexCutCase {
   int64_t group_rows = 0;
   int rows_per_block = 0;
   int64_t range = 0;
+  bool by_warpgroups = false;  // Hopper's kernel
 };
+
+// Whether the device has Hopper's kernel for a case.
+inline bool has_index_by_warpgroups(const IndexCase& c) {
+  return has_warpgroups() && !c.wide_query && c.format != IndexKeyFormat::kFloat32 && c.dim > 96 && c.dim <= 128;
+}
 
 struct IndexProblem {
   IndexCase c;
@@ -233,26 +239,10 @@ struct IndexProblem {
     const int64_t needed = sm80::index_topk_workspace_bytes(p, cut);
     workspace = std::make_unique<DeviceBytes>(static_cast<size_t>(needed));
     p.workspace = {workspace->device(), needed};
-    const std::string fault = finish(sm80::index_topk(p, cut, cuda_context()));
 #if defined(DSV4_WITH_SM90)
-    if (!fault.empty() || !has_warpgroups() || !sm90::scores_by_warpgroups(p)) return fault;
-    // Hopper's kernel, once more: the same result to the bit, which is what the caller looks at.
-    std::vector<std::vector<int32_t>> before;
-    for (int64_t t = 0; t < c.tokens; ++t) {
-      before.push_back(chosen(t));
-      for (int64_t i = 0; i < c.k; ++i) result.at(t, i) = -7;
-    }
-    result.upload();
-    workspace = std::make_unique<DeviceBytes>(static_cast<size_t>(needed));
-    p.workspace = {workspace->device(), needed};
-    const std::string of_group = finish(sm90::index_topk(p, cut, cuda_context()));
-    if (!of_group.empty()) return "by warpgroups: " + of_group;
-    for (int64_t t = 0; t < c.tokens; ++t) {
-      if (chosen(t) != before[static_cast<size_t>(t)])
-        return "by warpgroups: another result in row " + std::to_string(t);
-    }
+    if (wanted.by_warpgroups) return finish(sm90::index_topk(p, cut, cuda_context()));
 #endif
-    return fault;
+    return finish(sm80::index_topk(p, cut, cuda_context()));
   }
   std::string finish(const Status& status) {
     if (!status.is_ok()) return status.message();

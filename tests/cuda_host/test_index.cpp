@@ -11,8 +11,29 @@ constexpr IndexKeyFormat kFormats[] = {IndexKeyFormat::kFp4, IndexKeyFormat::kFp
                                        IndexKeyFormat::kFloat32};
 constexpr const char* kFormatNames[] = {"float32", "bfloat16", "FP8", "FP4"};
 
+// A kernel, the keys it takes, and a number of dims.
+struct Tested {
+  IndexKeyFormat format;
+  bool by_warpgroups;
+  int64_t dim;
+};
+std::vector<Tested> kernels_of(int64_t dim) {
+  std::vector<Tested> found;
+  for (const IndexKeyFormat format : kFormats) found.push_back({format, false, dim});
+  for (const IndexKeyFormat format : kFormats) {
+    if (has_index_by_warpgroups({1, 1, 128, 1, format})) found.push_back({format, true, 128});
+  }
+  return found;
+}
+
 void check_case(const IndexCase& c, const IndexCutCase& cut = {}) {
-  const std::string wrong = try_index(c, cut);
+  std::string wrong = try_index(c, cut);
+  if (wrong.empty() && has_index_by_warpgroups(c)) {
+    IndexCutCase group = cut;
+    group.by_warpgroups = true;
+    wrong = try_index(c, group);
+    if (!wrong.empty()) wrong = "by warpgroups: " + wrong;
+  }
   const auto text = [](int64_t value) { return std::to_string(value) + " "; };
   CHECK_MESSAGE(wrong.empty(), std::string(kFormatNames[static_cast<int>(c.format)]) + " tokens " + text(c.tokens) +
                                    "heads " + text(c.heads) + "dim " + text(c.dim) + "k " + text(c.k) + "page size " +
@@ -28,6 +49,7 @@ TEST(heads) {
   if (no_device()) return;
   for (const IndexKeyFormat format : kFormats) {
     for (const int64_t heads : {1, 2, 8, 31, 33, 64}) check_case({3, heads, 64, 20, format});
+    for (const int64_t heads : {63, 64, 65, 130}) check_case({3, heads, 128, 20, format});
   }
   check_case({2, 130, 32, 20});
 }
@@ -220,15 +242,15 @@ TEST(the_cut_changes_nothing) {
 
 TEST(a_row_does_not_depend_on_its_company) {
   if (no_device()) return;
-  for (const IndexKeyFormat format : kFormats) {
-    const IndexCase whole = {11, 20, 128, 30, format, 8, 40, 2, false};
+  for (const auto& [format, by_warpgroups, dim] : kernels_of(128)) {
+    const IndexCase whole = {11, 20, dim, 30, format, 8, 40, 2, false};
     IndexProblem all(whole);
-    CHECK(all.run({11, 4, 0}).empty());
+    CHECK(all.run({11, 4, 0, by_warpgroups}).empty());
     for (const int64_t tokens : {1, 4, 7}) {
       IndexCase few = whole;
       few.tokens = tokens;
       IndexProblem p(few);
-      CHECK(p.run().empty());
+      CHECK(p.run({0, 0, 0, by_warpgroups}).empty());
       for (int64_t t = 0; t < tokens; ++t) CHECK(p.chosen(t) == all.chosen(t) && p.score_bits(t) == all.score_bits(t));
     }
     // A row elsewhere, with other neighbours: of NaN, and of another sequence.
@@ -241,7 +263,7 @@ TEST(a_row_does_not_depend_on_its_company) {
     moved.sequence.at(9) = moved.sequence.at(1), moved.lengths.at(9) = moved.lengths.at(1);
     moved.sequence.at(10) = 1 - moved.sequence.at(1);
     moved.upload();
-    CHECK(moved.run({11, 16, 0}).empty());
+    CHECK(moved.run({11, 16, 0, by_warpgroups}).empty());
     CHECK(moved.chosen(9) == all.chosen(1) && moved.score_bits(9) == all.score_bits(1));
     CHECK(moved.chosen(8) == std::vector<int32_t>(30, -1));
   }
@@ -249,8 +271,8 @@ TEST(a_row_does_not_depend_on_its_company) {
 
 TEST(memory_that_is_not_visible_has_no_influence) {
   if (no_device()) return;
-  for (const IndexKeyFormat format : kFormats) {
-    const IndexCase c = {4, 9, 64, 30, format, 8, 20, 1, false};
+  for (const auto& [format, by_warpgroups, dim] : kernels_of(64)) {
+    const IndexCase c = {4, 9, dim, 30, format, 8, 20, 1, false};
     IndexProblem p(c), spoilt(c);
     for (IndexProblem* one : {&p, &spoilt}) {
       for (int64_t t = 0; t < 4; ++t) one->lengths.at(t) = static_cast<int32_t>(61 + t);
@@ -260,8 +282,8 @@ TEST(memory_that_is_not_visible_has_no_influence) {
     }
     p.upload();
     spoilt.upload();
-    CHECK(p.run().empty());
-    CHECK(spoilt.run().empty());
+    CHECK(p.run({0, 0, 0, by_warpgroups}).empty());
+    CHECK(spoilt.run({0, 0, 0, by_warpgroups}).empty());
     for (int64_t t = 0; t < 4; ++t) CHECK(p.chosen(t) == spoilt.chosen(t) && p.score_bits(t) == spoilt.score_bits(t));
     CHECK(wrong_rows(spoilt).empty());
   }
@@ -270,10 +292,10 @@ TEST(memory_that_is_not_visible_has_no_influence) {
 // Queries and pages that start at no multiple of 16 bytes: the same scores element by element.
 TEST(memory_may_start_anywhere) {
   if (no_device()) return;
-  for (const IndexKeyFormat format : kFormats) {
-    const IndexCase c = {3, 9, 64, 30, format, 8, 20, 2, false};
+  for (const auto& [format, by_warpgroups, dim] : kernels_of(64)) {
+    const IndexCase c = {3, 9, dim, 30, format, 8, 20, 2, false};
     IndexProblem whole(c), moved(c);
-    CHECK(whole.run().empty());
+    CHECK(whole.run({0, 0, 0, by_warpgroups}).empty());
     const int64_t row = c.heads * c.dim, bytes = whole.page_bytes, keys = c.page_size * c.dim;
     DeviceTensor<bf16> query({c.tokens, row + 3}), plain({whole.pages, keys + 5});
     DeviceTensor<uint8_t> packed({whole.pages, bytes + 7});
@@ -294,7 +316,7 @@ TEST(memory_may_start_anywhere) {
     p.query.stride[0] = row + 3;
     if (moved.quantised()) p.bytes.data = packed.device() + 1, p.bytes.stride[0] = bytes + 7;
     if (format == IndexKeyFormat::kBFloat16) p.plain.data = plain.device() + 1, p.plain.stride[0] = keys + 5;
-    const std::string fault = moved.run(p);
+    const std::string fault = moved.run(p, {0, 0, 0, by_warpgroups});
     CHECK_MESSAGE(fault.empty(), fault);
     for (int64_t t = 0; t < c.tokens; ++t) {
       CHECK(moved.chosen(t) == whole.chosen(t) && moved.score_bits(t) == whole.score_bits(t));

@@ -166,7 +166,9 @@ TEST(a_row_does_not_depend_on_tile_or_company) {
           few.tokens = tokens;
           LinearProblem p(few);
           CHECK(p.run(&tile).empty());
-          for (int64_t t = 0; t < tokens; ++t) CHECK(p.bits_of(t) == all.bits_of(t));
+          for (int64_t t = 0; t < tokens; ++t) {
+            CHECK_MESSAGE(p.bits_of(t) == all.bits_of(t), std::string("tile ") + kTileNames[static_cast<int>(tile)]);
+          }
         }
       }
       // The same row elsewhere, between rows of NaN.

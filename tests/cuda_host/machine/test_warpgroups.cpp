@@ -32,7 +32,7 @@ TEST(linears_need_every_synchronisation) {
 // Of two sequences, so that a block takes keys anew, with scales of their own.
 TEST(the_index_needs_every_synchronisation) {
   check_synchronisations("sm90_bf16_index_scores", 6, [] {
-    return try_index({24, 70, 128, 20, IndexKeyFormat::kFp8, 8, 20, 2, false}, {24, 24, 0});
+    return try_index({24, 70, 128, 20, IndexKeyFormat::kFp8, 8, 20, 2, false}, {24, 24, 0, true});
   });
 }
 
