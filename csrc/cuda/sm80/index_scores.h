@@ -178,11 +178,19 @@ DSV4_DEVICE void stage_index_keys(const IndexArguments& a, int64_t sequence, int
   for (int piece = 0; piece < 4 * a.units; ++piece) store(piece, gather_index_key(pool, key, 8 * piece));
 }
 
+DSV4_DEVICE float index_key_scale_at(uint32_t scales, int key) {
+  return ptx::load_shared_float(scales + static_cast<uint32_t>(4 * key));
+}
+
 // Adds a chunk of heads to a thread's sums of keys [m, half]: of products d [m, n, 2 half + e] with heads 8 n + 2 (lane
 // % 4) + e, those times the key's scale, cut off below zero, times the head's weight.
-template <int kHeads>
+template <class Key, int kHeads>
 DSV4_DEVICE void add_index_heads(const IndexArguments& a, const IndexStep<kHeads>& step,
-                                 const float (&d)[2][kHeads / 8][4], const float (&scale)[2][2], float (&sum)[2][2]) {
+                                 const float (&d)[2][kHeads / 8][4], uint32_t scales, const Key& key,
+                                 float (&sum)[2][2]) {
+  float scale[2][2];
+  DSV4_UNROLL
+  for (int i = 0; i < 4; ++i) scale[i / 2][i % 2] = index_key_scale_at(scales, key(i / 2, i % 2));
   const View<const float, 2>& weights = a.params.weights;
   const float* weight = weights.data + step.row * weights.stride[0];
   DSV4_UNROLL
@@ -215,7 +223,7 @@ DSV4_DEVICE void write_index_scores(const IndexArguments& a, const IndexStep<kHe
       float score = sum[m][half];
       score = ptx::add(score, ptx::shuffle_xor(score, 1));
       score = ptx::add(score, ptx::shuffle_xor(score, 2));
-      const float scale = ptx::load_shared_float(scales + static_cast<uint32_t>(4 * key(m, half)));
+      const float scale = index_key_scale_at(scales, key(m, half));
       const int64_t entry = first + key(m, half);
       if (lane % 4 == 0 && entry < step.of.visible) scores[entry] = scale != scale ? 0 : index_order(score);
     }
@@ -264,10 +272,7 @@ struct IndexSums {
         }
       }
     }
-    float scale[2][2];
-    DSV4_UNROLL
-    for (int i = 0; i < 4; ++i) scale[i / 2][i % 2] = key_scale(scales, i / 2, i % 2);
-    add_index_heads(a, step, d, scale, sum);
+    add_index_heads(a, step, d, scales, key, sum);
   }
 
   // Joins the threads' shares and writes the scores of the row's entries.
@@ -278,9 +283,6 @@ struct IndexSums {
  private:
   static DSV4_DEVICE int key(int m, int half) {
     return ptx::thread_index() / 32 * 32 + m * 16 + half * 8 + ptx::thread_index() % 32 / 4;
-  }
-  static DSV4_DEVICE float key_scale(uint32_t scales, int m, int half) {
-    return ptx::load_shared_float(scales + static_cast<uint32_t>(4 * key(m, half)));
   }
 };
 

@@ -52,10 +52,7 @@ struct IndexGroupSums {
     }
     ptx::wgmma_commit();
     ptx::wgmma_wait<0>();
-    float scale[2][2];
-    DSV4_UNROLL
-    for (int i = 0; i < 4; ++i) scale[i / 2][i % 2] = key_scale(scales, i / 2, i % 2);
-    add_index_heads(a, step, d, scale, sum);
+    add_index_heads(a, step, d, scales, key, sum);
   }
 
   DSV4_DEVICE void write(const IndexArguments& a, const Step& step, int64_t first, uint32_t scales) const {
@@ -65,9 +62,6 @@ struct IndexGroupSums {
  private:
   static DSV4_DEVICE int key(int m, int half) {
     return m * 64 + ptx::thread_index() / 32 * 16 + half * 8 + ptx::thread_index() % 32 / 4;
-  }
-  static DSV4_DEVICE float key_scale(uint32_t scales, int m, int half) {
-    return ptx::load_shared_float(scales + static_cast<uint32_t>(4 * key(m, half)));
   }
 
   uint32_t key_[2][kSteps][4];
